@@ -1,0 +1,117 @@
+"""One function per op. Each picks its implementation: the Triton kernels or plain PyTorch. Autocast lives here too.
+
+`impl=` on a call, else the environment variable FASTBERT_IMPL, says which:
+
+    auto        kernels for tensors on a GPU, PyTorch for tensors on the CPU (the default)
+    triton      the kernels; on the CPU they need Triton's interpreter (TRITON_INTERPRET=1). Never falls back
+    reference   plain PyTorch everywhere
+
+Arguments, shapes and results are those of the function of the same name in `reference.py`.
+"""
+
+import functools
+import importlib
+import importlib.util
+import os
+
+import torch
+
+from . import reference
+
+IMPLEMENTATIONS = ("auto", "triton", "reference")
+IMPL = os.environ.get("FASTBERT_IMPL", "auto")
+if IMPL not in IMPLEMENTATIONS:
+    raise ValueError(f"FASTBERT_IMPL={IMPL!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
+
+
+@functools.cache
+def _kernel(file, name):
+    return getattr(importlib.import_module(f".kernels.{file}", __package__), name)
+
+
+@functools.cache
+def has_triton():
+    """Whether the Triton package can be imported here."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def uses_triton(device, impl=None):
+    """Whether an op on tensors of `device` (a torch.device) runs the kernels, under `impl` or FASTBERT_IMPL."""
+    impl = IMPL if impl is None else impl
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl={impl!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
+    if impl == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError("the Triton kernels were asked for on a CPU tensor: set TRITON_INTERPRET=1 before importing triton")
+    return impl == "triton" or (impl == "auto" and device.type == "cuda" and has_triton())
+
+
+def _choose(file, name, x, impl):
+    return _kernel(file, name) if uses_triton(x.device, impl) else getattr(reference, name)
+
+
+def _autocast(x, *tensors):
+    """Under autocast, matrix products run in its dtype, as torch's own do."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x, *tensors
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(t if t is None else t.to(dtype) for t in (x, *tensors))
+
+
+def _no_autocast(x):
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def attention(
+    q, k, v, cu_seqlens, max_seqlen, *,
+    cu_seqlens_q=None, max_seqlen_q=None, scale=None, dropout_p=0.0, seed=None, offset=0, impl=None,
+):  # fmt: skip
+    """Packed bidirectional softmax attention with dropout: see `reference.attention`."""
+    q, k, v = _autocast(q, k, v)
+    with _no_autocast(q):
+        return _choose("attention", "attention", q, impl)(
+            q, k, v, cu_seqlens, max_seqlen,
+            cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q, scale=scale, dropout_p=dropout_p, seed=seed, offset=offset,
+        )  # fmt: skip
+
+
+def layer_norm(x, weight, bias, *, residual=None, dropout_p=0.0, seed=None, offset=0, eps=1e-12, impl=None):
+    """LayerNorm(dropout(x) + residual) in one pass: see `reference.layer_norm`."""
+    with _no_autocast(x):
+        return _choose("layer_norm", "layer_norm", x, impl)(
+            x, weight, bias, residual=residual, dropout_p=dropout_p, seed=seed, offset=offset, eps=eps
+        )
+
+
+def bias_gelu(x, bias, *, approximate="none", impl=None):
+    """GELU(x + bias) in one pass: see `reference.bias_gelu`."""
+    with _no_autocast(x):
+        return _choose("bias_gelu", "bias_gelu", x, impl)(x, bias, approximate=approximate)
+
+
+def gelu_layer_norm(x, bias, weight, ln_bias, *, approximate="none", eps=1e-12, impl=None):
+    """LayerNorm(GELU(x + bias)) in one pass: see `reference.gelu_layer_norm`."""
+    with _no_autocast(x):
+        return _choose("gelu_layer_norm", "gelu_layer_norm", x, impl)(
+            x, bias, weight, ln_bias, approximate=approximate, eps=eps
+        )
+
+
+def embedding(
+    input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, *,
+    padding_idx=-1, eps=1e-12, dropout_p=0.0, seed=None, offset=0, impl=None,
+):  # fmt: skip
+    """Three lookups, their sum, LayerNorm and dropout in one pass: see `reference.embedding`."""
+    with _no_autocast(word):
+        return _choose("embedding", "embedding", word, impl)(
+            input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias,
+            padding_idx=padding_idx, eps=eps, dropout_p=dropout_p, seed=seed, offset=offset,
+        )  # fmt: skip
+
+
+def masked_cross_entropy(hidden, weight, bias, labels, *, ignore_index=-100, label_smoothing=0.0, impl=None):
+    """Projection to the vocabulary and cross-entropy without the logits: see `reference.masked_cross_entropy`."""
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    with _no_autocast(hidden):
+        return _choose("cross_entropy", "masked_cross_entropy", hidden, impl)(
+            hidden, weight, bias, labels, ignore_index=ignore_index, label_smoothing=label_smoothing
+        )

@@ -1,0 +1,85 @@
+"""Padded <-> packed. Inside the library there is no padding: the tokens of all sequences stand one after another.
+
+B sequences, S padded length, T packed tokens, M picked tokens.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Batch:
+    """A packed batch.
+
+    input_ids, position_ids, token_type_ids: int64 [T]. cu_seqlens: int32 [B + 1], where each sequence starts, and the end.
+    max_seqlen: an int, no sequence is longer. labels: int64 [T], -100 where nothing is to be predicted. picks: int64 [M],
+    ascending, the rows of T that have a label. pair_labels: int64 [B], 1 where a pair is false (NSP: random second
+    segment, SOP: swapped). seed: int64 [1], the dropout seed of this step.
+
+    Tokens past cu_seqlens[-1] belong to no sequence: a batch may be filled up to a fixed capacity with them, and `picks`
+    with rows among them (their label is -100).
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    token_type_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    labels: torch.Tensor | None = None
+    picks: torch.Tensor | None = None
+    pair_labels: torch.Tensor | None = None
+    seed: torch.Tensor | None = None
+
+    def _map(self, f):
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return Batch(**{name: f(value) if torch.is_tensor(value) else value for name, value in fields.items()})
+
+    def to(self, device, non_blocking=False):
+        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self):
+        return self._map(torch.Tensor.pin_memory)
+
+
+def pack(input_ids, attention_mask=None, token_type_ids=None, position_ids=None, labels=None):
+    """A padded batch [B, S] without its padding. Returns `(batch, indices)`.
+
+    attention_mask: [B, S], 1 for real tokens; padding may be right, left or in the middle. Position ids default to the
+    column, as in HuggingFace's BERT, so left-padded tokens keep the position that the column gives them. `indices` (int64
+    [T]) are the places of the packed tokens in the flattened [B * S], what `unpack` wants. Waits for the device once.
+    """
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: expected [batch, length]")
+    B, S = input_ids.shape
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}: expected {(B, S)}, that of input_ids")
+    kept = attention_mask.bool()
+    indices = kept.flatten().nonzero()[:, 0]
+    lengths = kept.sum(1)
+    cu_seqlens = torch.zeros(B + 1, dtype=torch.int32, device=input_ids.device)
+    cu_seqlens[1:] = lengths.cumsum(0)
+    if position_ids is None:
+        position_ids = torch.arange(S, device=input_ids.device)
+    if token_type_ids is None:
+        token_type_ids = torch.zeros_like(input_ids)
+
+    def packed(ids):
+        return ids.expand(B, S).flatten()[indices]
+
+    batch = Batch(
+        packed(input_ids), packed(position_ids), packed(token_type_ids), cu_seqlens, int(lengths.max()) if B else 0
+    )
+    if labels is not None:
+        batch.labels = packed(labels)
+        batch.picks = (batch.labels != -100).nonzero()[:, 0]
+    return batch, indices
+
+
+def unpack(packed, indices, B, S):
+    """Packed rows [T, ...] back in a padded [B, S, ...]; places without a token are 0."""
+    padded = packed.new_zeros(B * S, *packed.shape[1:])
+    return padded.index_copy(0, indices, packed).view(B, S, *packed.shape[1:])

@@ -1,0 +1,209 @@
+"""What every op means, in plain PyTorch: the CPU path, the oracle of the tests, and the first thing to read.
+
+Every function here has a twin of the same name, arguments and results in `kernels/`; `ops.py` chooses between the two.
+
+Letters: B sequences, T packed tokens, D hidden size, F feed-forward size, H heads, K head size, V vocabulary, M rows.
+
+Dropout is a pure function of `(seed, offset)` and of the element's place, the same one in PyTorch and in the kernels:
+the same mask on every device, in forward and backward, under activation checkpointing and after a resume.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+_UINT32 = 0xFFFFFFFF
+PHILOX_ROUNDS = 7
+
+
+def philox(c0, c1, c2, c3, k0, k1):
+    """Philox4x32-7 (Salmon et al. 2011): four 32-bit random words from a 128-bit counter and a 64-bit key.
+
+    All arguments are int64 tensors (or ints for the key) that hold unsigned 32-bit values; so do the four results.
+    """
+    for _ in range(PHILOX_ROUNDS):
+        low, high = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c2 = ((high >> 32) & _UINT32) ^ c1 ^ k0, ((low >> 32) & _UINT32) ^ c3 ^ k1
+        c1, c3 = high & _UINT32, low & _UINT32
+        k0, k1 = (k0 + 0x9E3779B9) & _UINT32, (k1 + 0xBB67AE85) & _UINT32
+    return c0, c1, c2, c3
+
+
+def dropout_threshold(dropout_p):
+    """`dropout_p` in the 1/65536 steps that the masks are drawn in: an element is kept when its 16 bits reach this."""
+    return round(dropout_p * 65536)
+
+
+def keep_mask(row, head, columns, seed, offset, dropout_p):
+    """The keep mask of one call: bool [..., columns] for int64 `row` and `head` that broadcast to [...].
+
+    Element (row, head, column) looks at 16 bits: piece `column % 8` of the eight that Philox makes from the counter
+    (column // 8, row, head, offset) and the key `seed` (an int64 tensor [1]). Pieces are in order of word, low half first.
+    """
+    row, head = torch.broadcast_tensors(row.unsqueeze(-1), head.unsqueeze(-1))
+    group = torch.arange((columns + 7) // 8, device=row.device).expand(*row.shape[:-1], -1)
+    row, head = row & _UINT32, head & _UINT32
+    words = philox(group, row, head, torch.full_like(group, offset), seed & _UINT32, (seed >> 32) & _UINT32)
+    bits = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
+    return bits.flatten(-2)[..., :columns] >= dropout_threshold(dropout_p)
+
+
+def dropout(x, dropout_p, seed, offset):
+    """x [T, D] with elements dropped and the rest scaled so that the expectation stays."""
+    if dropout_p == 0.0:
+        return x
+    rows = torch.arange(x.shape[0], device=x.device)
+    keep = keep_mask(rows, torch.zeros_like(rows), x.shape[1], seed, offset, dropout_p)
+    return x * keep * _keep_scale(dropout_p)
+
+
+def _keep_scale(dropout_p):
+    return 65536 / max(65536 - dropout_threshold(dropout_p), 1)
+
+
+def attention(
+    q, k, v, cu_seqlens, max_seqlen, *,
+    cu_seqlens_q=None, max_seqlen_q=None, scale=None, dropout_p=0.0, seed=None, offset=0,
+):  # fmt: skip
+    """softmax(q kᵀ · scale) v within each sequence, in both directions.
+
+    q [T, H, K], k and v [T, H, K]; or q [T, 3, H, K] holding all three (k and v None); or k [T, 2, H, K] holding keys and
+    values (v None). The gradient of a packed argument comes packed. Sequence b owns rows cu_seqlens[b] to cu_seqlens[b+1]
+    (int32 [B+1]); none is longer than `max_seqlen`. Rows past the last sequence are not read and give 0.
+    When only some rows ask, q is [M, H, K] and `cu_seqlens_q` (int32 [B+1]) says which belong to which sequence; rows of q
+    whose sequence is empty give 0. `scale` defaults to K ** -0.5. Dropout acts on the probabilities, its mask indexed by
+    (row of q, head, position of the key in its sequence). Returns [T or M, H, K].
+    """
+    if k is None:
+        q, k = q[:, 0], q[:, 1:]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    kv = torch.stack((k, v), 1) if v is not None else k
+    starts_q = (cu_seqlens if cu_seqlens_q is None else cu_seqlens_q).tolist()
+    lengths = _differences(cu_seqlens.tolist())
+    lengths_q = _differences(starts_q)
+
+    # sequences of one length make one batched call; their queries are padded to the longest, and cut again after
+    groups = {}
+    for b, (length, length_q) in enumerate(zip(lengths, lengths_q)):
+        if length and length_q:
+            groups.setdefault(length, []).append(b)
+    q_of = q[: starts_q[-1]].split(lengths_q)
+    kv_of = kv[: sum(lengths)].split(lengths)
+    out_of = [torch.zeros_like(part) for part in q_of]
+    for length, members in groups.items():
+        longest = max(lengths_q[b] for b in members)
+        queries = torch.stack([F.pad(q_of[b], (0, 0, 0, 0, 0, longest - lengths_q[b])) for b in members]).transpose(1, 2)
+        keys, values = torch.stack([kv_of[b] for b in members]).permute(2, 0, 3, 1, 4)
+        keep = None
+        if dropout_p > 0.0:
+            row = torch.tensor([starts_q[b] for b in members], device=q.device)[:, None] + torch.arange(longest, device=q.device)
+            head = torch.arange(q.shape[1], device=q.device)
+            keep = keep_mask(row[:, None, :], head[None, :, None], length, seed, offset, dropout_p)
+        out = _attend(queries, keys, values, scale, keep, dropout_p).transpose(1, 2)
+        for b, rows in zip(members, out.unbind(0)):
+            out_of[b] = rows[: lengths_q[b]]
+    slack = q.new_zeros(q.shape[0] - starts_q[-1], *q.shape[1:])
+    return torch.cat([*out_of, slack])
+
+
+def _attend(q, k, v, scale, keep, dropout_p):
+    if keep is None:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    probabilities = torch.softmax(q * scale @ k.transpose(-1, -2), dim=-1)
+    return (probabilities * keep * _keep_scale(dropout_p)) @ v
+
+
+def _differences(starts):
+    return [end - start for start, end in zip(starts, starts[1:])]
+
+
+def layer_norm(x, weight, bias, *, residual=None, dropout_p=0.0, seed=None, offset=0, eps=1e-12):
+    """LayerNorm(dropout(x) + residual). x and residual [T, D]; weight and bias [D]. Returns [T, D] in x's dtype.
+
+    Source: Ba et al. 2016; post-norm residual of Vaswani et al. 2017, section 5.4.
+    """
+    z = dropout(x, dropout_p, seed, offset)
+    if residual is not None:
+        z = z + residual
+    return F.layer_norm(z, z.shape[-1:], weight.to(z.dtype), bias.to(z.dtype), eps).to(x.dtype)
+
+
+def bias_gelu(x, bias, *, approximate="none"):
+    """GELU(x + bias), exact (`"none"`) or `"tanh"`. x [T, F], bias [F]. Source: Hendrycks & Gimpel 2016."""
+    return F.gelu(x + bias.to(x.dtype), approximate=approximate)
+
+
+def gelu_layer_norm(x, bias, weight, ln_bias, *, approximate="none", eps=1e-12):
+    """LayerNorm(GELU(x + bias)), what the masked-LM head does after its linear layer. x [T, D]; the rest [D]."""
+    return layer_norm(bias_gelu(x, bias, approximate=approximate), weight, ln_bias, eps=eps)
+
+
+def embedding(
+    input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, *,
+    padding_idx=-1, eps=1e-12, dropout_p=0.0, seed=None, offset=0,
+):  # fmt: skip
+    """dropout(LayerNorm(word[input_ids] + position[position_ids] + token_type[token_type_ids])).
+
+    Ids int64 [T]; tables [V, D], [P, D], [types, D]; weight and bias [D]. Row `padding_idx` of `word` gets no gradient
+    (-1: every row does). Returns [T, D] in the dtype of the tables. Source: Devlin et al. 2019, figure 2.
+    """
+    z = F.embedding(input_ids, word, padding_idx if padding_idx >= 0 else None)
+    z = z + F.embedding(token_type_ids, token_type) + F.embedding(position_ids, position)
+    return dropout(layer_norm(z, weight, bias, eps=eps), dropout_p, seed, offset)
+
+
+class MaskedCrossEntropyFunction(torch.autograd.Function):
+    """Loss and gradients of the picked rows in one sweep over chunks of rows, so that [M, V] is never held."""
+
+    ROWS = 1024
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, ignore_index, label_smoothing):
+        picked = (labels != ignore_index).nonzero()[:, 0]
+        rows, targets = hidden[picked], labels[picked]
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        loss_sum = torch.zeros((), dtype=wide, device=hidden.device)
+        correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
+        wants = any(ctx.needs_input_grad[:3])
+        if wants:
+            dhidden = torch.zeros_like(hidden)
+            dweight, dbias = torch.zeros_like(weight, dtype=wide), torch.zeros_like(bias, dtype=wide)
+        for start in range(0, len(picked), MaskedCrossEntropyFunction.ROWS):
+            chunk = slice(start, start + MaskedCrossEntropyFunction.ROWS)
+            logits = F.linear(rows[chunk], weight, bias).to(wide)
+            target = targets[chunk]
+            correct += (logits.argmax(-1) == target).sum()
+            log_p = logits.sub_(logits.logsumexp(-1, keepdim=True))
+            nll = -log_p.gather(1, target[:, None])
+            loss_sum += (1 - label_smoothing) * nll.sum()
+            if label_smoothing:
+                loss_sum -= label_smoothing / weight.shape[0] * log_p.sum()
+            if not wants:
+                continue
+            dlogits = log_p.exp_().sub_(label_smoothing / weight.shape[0])
+            dlogits[torch.arange(len(target), device=target.device), target] -= 1 - label_smoothing
+            dbias += dlogits.sum(0)
+            dlogits = dlogits.to(hidden.dtype)
+            dhidden[picked[chunk]] = dlogits @ weight
+            dweight += dlogits.T @ rows[chunk]
+        if wants:
+            ctx.save_for_backward(dhidden, dweight.to(weight.dtype), dbias.to(bias.dtype))
+        count = torch.tensor(len(picked), device=hidden.device)
+        ctx.mark_non_differentiable(count, correct)
+        return loss_sum, count, correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss, dcount, dcorrect):
+        dhidden, dweight, dbias = (grad * dloss.to(grad.dtype) for grad in ctx.saved_tensors)
+        return dhidden, dweight, dbias, None, None, None
+
+
+def masked_cross_entropy(hidden, weight, bias, labels, *, ignore_index=-100, label_smoothing=0.0):
+    """Cross-entropy of `hidden @ weightᵀ + bias` against `labels`, over the rows whose label is not `ignore_index`.
+
+    hidden [M, D], weight [V, D], bias [V], labels int64 [M]. Returns `(loss_sum, count, correct)`, 0-dimensional: the sum
+    of the losses (fp32, natural log), how many rows had a label, and how many of those were predicted right (int64).
+    No row with a label gives 0, 0, 0 and zero gradients. Label smoothing as in torch.nn.functional.cross_entropy.
+    """
+    return MaskedCrossEntropyFunction.apply(hidden, weight, bias, labels, ignore_index, label_smoothing)

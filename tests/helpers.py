@@ -1,0 +1,59 @@
+"""What several test files need: the error budget, and a packed layout from a list of lengths."""
+
+import torch
+
+VALUE_SLACK, GRADIENT_SLACK, FLOOR = 2.0, 3.0, 1e-5
+
+
+def assert_within_budget(kernel, reference, *args, **kwargs):
+    """`kernel` may be as far from the truth as `reference` in the same dtype is, times a slack, plus a floor.
+
+    The truth is `reference` in float64. Compared are every floating output, and the gradient of every floating argument
+    for one random cotangent. Keyword arguments may hold tensors; floating ones among them get gradients too.
+    """
+
+    def run(op, dtype):
+        leaves = []
+
+        def leaf(value):
+            if not (torch.is_tensor(value) and value.is_floating_point()):
+                return value
+            # a fresh view with the same strides, so that layouts under test survive
+            fresh = torch.empty_strided(value.size(), value.stride(), dtype=dtype or value.dtype, device=value.device)
+            if all(value.stride(d) or value.size(d) == 1 for d in range(value.dim())):
+                fresh.copy_(value)
+            else:  # expanded: overlapping memory cannot be copied into
+                fresh = value.detach().to(dtype or value.dtype)
+            leaves.append(fresh.requires_grad_())
+            return fresh
+
+        outputs = op(*(leaf(a) for a in args), **{name: leaf(a) for name, a in kwargs.items()})
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        floating = [o for o in outputs if o.is_floating_point()]
+        generator = torch.Generator(device=floating[0].device).manual_seed(1)
+        cotangents = [torch.randn(o.shape, generator=generator, device=o.device, dtype=torch.float64) for o in floating]
+        loss = sum((o.double() * c).sum() for o, c in zip(floating, cotangents))
+        gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+        values = [o for o in outputs]
+        return values, [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients)]
+
+    truth, plain, got = run(reference, torch.float64), run(reference, None), run(kernel, None)
+    for what, slack, *triple in (("output", VALUE_SLACK, *(r[0] for r in (truth, plain, got))),
+                                 ("gradient", GRADIENT_SLACK, *(r[1] for r in (truth, plain, got)))):  # fmt: skip
+        for i, (t, p, g) in enumerate(zip(*triple)):
+            assert g.shape == p.shape, f"{what} {i}: shape {tuple(g.shape)}, expected {tuple(p.shape)}"
+            assert g.dtype == p.dtype, f"{what} {i}: dtype {g.dtype}, expected {p.dtype}"
+            if not g.is_floating_point():
+                assert torch.equal(g, t), f"{what} {i}: {g} is not {t}"
+                continue
+            if g.numel() == 0:
+                continue
+            assert torch.isfinite(g).all(), f"{what} {i}: not finite"
+            budget = slack * (p.double() - t).abs().max().item() + FLOOR
+            error = (g.double() - t).abs().max().item()
+            assert error <= budget, f"{what} {i}: error {error:.2e} over the budget {budget:.2e}"
+
+
+def cu_seqlens_of(lengths, device):
+    """int32 [B + 1] for a list of sequence lengths."""
+    return torch.tensor([0, *lengths], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
