@@ -1,0 +1,50 @@
+"""The kernels and the reference draw the same dropout mask, bit for bit."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from fastbert import reference
+from fastbert.kernels._launch import dropout_constants
+from fastbert.kernels._math import keep_mask
+
+
+@triton.jit
+def _mask_kernel(seed_ptr, out_ptr, first_row, head, offset, threshold, columns, R: tl.constexpr, C: tl.constexpr):
+    row = first_row + tl.arange(0, R)
+    keep = keep_mask(row, head, tl.program_id(0) * C, tl.load(seed_ptr), offset, threshold, C)
+    column = tl.program_id(0) * C + tl.arange(0, C)
+    out = out_ptr + tl.arange(0, R)[:, None] * columns + column[None, :]
+    tl.store(out, keep.to(tl.int8), mask=column[None, :] < columns)
+
+
+@pytest.mark.parametrize("seed", [0, 1, -7, 2**40 + 3, -(2**63)])
+@pytest.mark.parametrize("columns", [1, 8, 37, 96])
+def test_kernel_and_reference_masks_are_equal(seed, columns, device):
+    seed = torch.tensor([seed], device=device)
+    out = torch.zeros(4, columns, dtype=torch.int8, device=device)
+    threshold, _ = dropout_constants(0.3)
+    _mask_kernel[(triton.cdiv(columns, 32),)](seed, out, 1000, 5, 9, threshold, columns, R=4, C=32)
+    row = torch.arange(1000, 1004, device=device)
+    assert torch.equal(out.bool(), reference.keep_mask(row, torch.full_like(row, 5), columns, seed, 9, 0.3))
+
+
+def test_masks_follow_the_published_philox():
+    """Random123's known answer for philox4x32-7: all-ones counter and key."""
+    ones = torch.tensor([0xFFFFFFFF])
+    words = reference.philox(ones, ones, ones, ones, 0xFFFFFFFF, 0xFFFFFFFF)
+    assert [hex(int(w)) for w in words] == ["0x5207ddc2", "0x45165e59", "0x4d8ee751", "0x8c52f662"]
+
+
+def test_keep_rate_and_independence():
+    row = torch.arange(2000)
+    seed = torch.tensor([11])
+    draw = lambda offset, head: reference.keep_mask(row, torch.full_like(row, head), 100, seed, offset, 0.1)  # noqa: E731
+    masks = [draw(0, 0), draw(1, 0), draw(0, 1)]
+    sigma = (0.1 * 0.9 / masks[0].numel()) ** 0.5
+    for mask in masks:
+        assert abs(mask.double().mean().item() - 0.9) < 4 * sigma
+    for other in masks[1:]:  # two masks agree where both keep or both drop: 0.81 + 0.01 when independent
+        agreement = (masks[0] == other).double().mean().item()
+        assert abs(agreement - 0.82) < 4 * (0.82 * 0.18 / other.numel()) ** 0.5
