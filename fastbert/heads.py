@@ -1,0 +1,206 @@
+"""Models: an encoder with a head, loaded from and saved to HuggingFace directories.
+
+Letters: B sequences, S padded length, T packed tokens, D hidden size, V vocabulary, M picked tokens.
+"""
+
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from . import ops, variants
+from .config import EncoderConfig
+from .encoder import Encoder, initialize
+from .layers import VocabularyTransform
+from .packing import Batch, pack, unpack
+
+
+@dataclass
+class MaskedLMOutput:
+    """Sums, not means: several micro-batches or processes add up, and are divided once by the global count.
+
+    loss_sum: fp32, of the picked tokens. count and correct: int64, how many were picked, how many predicted right.
+    The pair_ fields are the same for NSP or SOP, per pair; None without it. logits: only when no labels were given.
+    """
+
+    loss_sum: torch.Tensor | None = None
+    count: torch.Tensor | None = None
+    correct: torch.Tensor | None = None
+    pair_loss_sum: torch.Tensor | None = None
+    pair_count: torch.Tensor | None = None
+    pair_correct: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    pair_logits: torch.Tensor | None = None
+
+    @property
+    def loss(self):
+        """The mean over picked tokens, plus the mean over pairs; 0 where there is nothing to predict, never NaN."""
+        if self.loss_sum is None:
+            return None
+        loss = self.loss_sum / self.count.clamp(min=1)
+        if self.pair_loss_sum is not None:
+            loss = loss + self.pair_loss_sum / self.pair_count.clamp(min=1)
+        return loss
+
+
+class MaskedLM(nn.Module):
+    """BERT with the masked-language-model head: transform, then the word table again as decoder, plus a bias."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.transform = VocabularyTransform(config)
+        self.vocabulary_bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.transform.apply(lambda module: initialize(module, config))
+
+    def forward(self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, labels=None):
+        """Loss when there are labels, else logits. Returns MaskedLMOutput.
+
+        Either a packing.Batch alone, or HuggingFace's padded arguments, each [B, S]: labels are -100 where nothing was
+        picked; attention_mask may have padding anywhere. Logits are [T, V] for a Batch, else [B, S, V].
+        """
+        batch, restore = _packed(self.config, input_ids, attention_mask, token_type_ids, position_ids, labels)
+        if batch.labels is None:
+            return MaskedLMOutput(logits=restore(self.logits(batch)))
+        return self._masked_lm(self.encoder(batch, rows=batch.picks), batch)
+
+    def logits(self, batch, rows=None):
+        """Vocabulary scores of the rows `rows` (int64 [M], ascending; None: all T) of a packing.Batch: [M, V]."""
+        hidden = self.transform(self.encoder(batch, rows=rows))
+        return F.linear(hidden, self.encoder.embeddings.word.weight, self.vocabulary_bias)
+
+    def _masked_lm(self, hidden, batch):
+        loss_sum, count, correct = ops.masked_cross_entropy(
+            self.transform(hidden), self.encoder.embeddings.word.weight, self.vocabulary_bias, batch.labels[batch.picks]
+        )
+        return MaskedLMOutput(loss_sum, count, correct)
+
+    @classmethod
+    def from_pretrained(cls, directory):
+        """From a directory with config.json and model.safetensors, HuggingFace's or ours.
+
+        A head that the checkpoint lacks starts fresh, with a warning that names it. Raises ValueError when the encoder is
+        incomplete, when a shape disagrees with config.json, or when a file cannot be read.
+        """
+        return _load(cls, Path(directory))
+
+    def save_pretrained(self, directory):
+        """Write config.json and model.safetensors under HuggingFace's names; transformers loads the directory."""
+        _save(self, Path(directory))
+
+
+class Pretraining(MaskedLM):
+    """BERT with both pretraining heads: masked language model, and sentence pairs (NSP or SOP) from the first token."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
+        self.pair_classifier = nn.Linear(config.hidden_size, 2)
+        for module in (self.pooler, self.pair_classifier):
+            initialize(module, config)
+
+    def forward(
+        self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, labels=None, next_sentence_label=None
+    ):  # fmt: skip
+        """As MaskedLM.forward; next_sentence_label int64 [B], 0 for a true pair (or Batch.pair_labels).
+
+        Either kind of label may be missing: its loss is then left out.
+        """
+        batch, restore = _packed(self.config, input_ids, attention_mask, token_type_ids, position_ids, labels)
+        if next_sentence_label is not None:
+            batch.pair_labels = next_sentence_label
+        if batch.labels is None and batch.pair_labels is None:
+            hidden = self.encoder(batch)
+            logits = F.linear(self.transform(hidden), self.encoder.embeddings.word.weight, self.vocabulary_bias)
+            return MaskedLMOutput(logits=restore(logits), pair_logits=self._pair_logits(hidden[first_rows(batch)]))
+        picks = batch.picks if batch.labels is not None else batch.input_ids.new_empty(0)
+        # one ascending list of the rows that either head reads, and where each of them stands in it
+        rows, order = torch.sort(torch.cat((picks, first_rows(batch))), stable=True)
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        hidden = self.encoder(batch, rows=rows)[place]
+        output = MaskedLMOutput()
+        if batch.labels is not None:
+            output = self._masked_lm(hidden[: len(picks)], batch)
+        if batch.pair_labels is not None:
+            scores = self._pair_logits(hidden[len(picks) :])
+            known = batch.pair_labels != -100
+            output.pair_loss_sum = F.cross_entropy(scores.float(), batch.pair_labels, reduction="sum")
+            output.pair_count = known.sum()
+            output.pair_correct = ((scores.argmax(-1) == batch.pair_labels) & known).sum()
+            if output.loss_sum is None:
+                output.loss_sum, output.count, output.correct = (0 * x for x in (output.pair_loss_sum, *(known.sum(),) * 2))
+        return output
+
+    def _pair_logits(self, first):
+        return self.pair_classifier(torch.tanh(self.pooler(first)))
+
+
+def first_rows(batch):
+    """The row of each sequence's first token, int64 [B]. (An empty sequence names a neighbour's.)"""
+    return batch.cu_seqlens[:-1].long().clamp(max=max(len(batch.input_ids) - 1, 0))
+
+
+def _packed(config, input_ids, attention_mask, token_type_ids, position_ids, labels):
+    """(batch, function that gives packed rows the caller's layout)."""
+    if isinstance(input_ids, Batch):
+        return input_ids, lambda rows: rows
+    B, S = input_ids.shape
+    if S > config.max_position_embeddings and position_ids is None:
+        raise ValueError(f"input_ids are {S} tokens long: the model has {config.max_position_embeddings} positions")
+    batch, indices = pack(input_ids, attention_mask, token_type_ids, position_ids, labels)
+    return batch, lambda rows: unpack(rows, indices, B, S)
+
+
+def _load(cls, directory):
+    config = EncoderConfig.from_file(directory / "config.json")
+    if config.model_type not in variants.HF_NAMES:
+        raise ValueError(
+            f"{directory / 'config.json'} has model_type {config.model_type!r}: "
+            f"expected one of {', '.join(variants.HF_NAMES)}"
+        )
+    path = directory / "model.safetensors"
+    try:
+        stored = variants.from_hf_names(load_file(path), config)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    model = cls(config)
+    own = model.state_dict()
+    names = variants.hf_names(own, config)
+    missing = [theirs for theirs in names.values() if theirs not in stored]
+    lost = [name for ours, name in names.items() if name in missing and ours.startswith("encoder.")]
+    if lost:
+        raise ValueError(f"{path} lacks {len(lost)} of the encoder's tensors, the first is {lost[0]}")
+    for ours, theirs in names.items():
+        if theirs in stored and stored[theirs].shape != own[ours].shape:
+            raise ValueError(
+                f"{path}: {theirs} has shape {tuple(stored[theirs].shape)}, config.json wants {tuple(own[ours].shape)}"
+            )
+    if missing:
+        warnings.warn(f"{path} lacks {', '.join(missing)}: these start fresh and want training", stacklevel=3)
+    known = {*names.values(), *variants.HF_TIED[config.model_type]}
+    unknown = [name for name in stored if name not in known and not _of_another_head(name, config)]
+    if unknown:
+        warnings.warn(f"{path} has tensors that this model does not use: {', '.join(unknown)}", stacklevel=3)
+    model.load_state_dict({ours: stored[theirs] for ours, theirs in names.items() if theirs in stored}, strict=False)
+    return model.eval()
+
+
+def _of_another_head(name, config):
+    return any(name.startswith(theirs) for theirs in variants.HF_NAMES[config.model_type].values() if "{i}" not in theirs)
+
+
+def _save(model, directory):
+    directory.mkdir(parents=True, exist_ok=True)
+    names = variants.hf_names(model.state_dict(), model.config)
+    tensors = {names[ours]: tensor.detach().contiguous() for ours, tensor in model.state_dict().items()}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    architecture = variants.HF_ARCHITECTURES[model.config.model_type][type(model).__name__]
+    config = {"architectures": [architecture], **model.config.to_dict(), "tie_word_embeddings": True}
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,101 @@
+"""The modules that own an encoder's parameters. Each is linear layers around one fused op.
+
+Letters: T packed tokens, D hidden size, F feed-forward size, H heads, K head size, M rows of T.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from . import ops
+
+
+class Embeddings(nn.Module):
+    """Token, position and segment tables, summed, normalised, dropped out."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.word = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, batch, dropout):
+        return ops.embedding(
+            batch.input_ids, batch.position_ids, batch.token_type_ids,
+            self.word.weight, self.position.weight, self.token_type.weight, self.norm.weight, self.norm.bias,
+            padding_idx=self.config.pad_token_id, eps=self.norm.eps, **dropout(self.config.hidden_dropout_prob),
+        )  # fmt: skip
+
+
+class SelfAttention(nn.Module):
+    """Queries, keys and values in one product, attention over each sequence, and the output projection."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        D = config.hidden_size
+        self.query, self.key, self.value, self.output = (nn.Linear(D, D) for _ in range(4))
+
+    def forward(self, x, layout, dropout):
+        """x [T, D] -> [T, D], or [M, D] when the layout asks for some rows only."""
+        H, K = self.config.num_attention_heads, self.config.head_size
+        if layout.rows is None:
+            q, k = self._project(x, self.query, self.key, self.value).view(-1, 3, H, K), None
+        else:
+            q = self._project(x[layout.rows], self.query).view(-1, H, K)
+            k = self._project(x, self.key, self.value).view(-1, 2, H, K)
+        out = ops.attention(
+            q, k, None, layout.cu_seqlens, layout.max_seqlen, cu_seqlens_q=layout.cu_seqlens_q,
+            max_seqlen_q=layout.max_seqlen_q, **dropout(self.config.attention_probs_dropout_prob),
+        )  # fmt: skip
+        return self.output(out.flatten(1))
+
+    @staticmethod
+    def _project(x, *linears):
+        # the parameters stay apart, as every checkpoint has them; joining them costs D * D, the product T times that
+        if len(linears) == 1:
+            return linears[0](x)
+        weight = torch.cat([linear.weight for linear in linears])
+        return F.linear(x, weight, torch.cat([linear.bias for linear in linears]))
+
+
+class FeedForward(nn.Module):
+    """Up to F, GELU, down to D. The first bias is added inside the GELU's kernel."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x):
+        return self.down(ops.bias_gelu(F.linear(x, self.up.weight), self.up.bias, approximate=self.config.approximate))
+
+
+class AddNorm(nn.LayerNorm):
+    """LayerNorm(dropout(x) + residual)."""
+
+    def __init__(self, config):
+        super().__init__(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout_p = config.hidden_dropout_prob
+
+    def forward(self, x, residual, dropout):
+        return ops.layer_norm(x, self.weight, self.bias, residual=residual, eps=self.eps, **dropout(self.dropout_p))
+
+
+class VocabularyTransform(nn.Module):
+    """What the masked-LM head does before the tied projection: linear, GELU, LayerNorm."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, x):
+        return ops.gelu_layer_norm(
+            F.linear(x, self.dense.weight), self.dense.bias, self.norm.weight, self.norm.bias,
+            approximate=self.config.approximate, eps=self.norm.eps,
+        )  # fmt: skip
