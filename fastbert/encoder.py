@@ -75,7 +75,8 @@ class Encoder(nn.Module):
         """
         if batch.max_seqlen > self.config.max_position_embeddings:
             raise ValueError(
-                f"a sequence of {batch.max_seqlen} tokens: the model has {self.config.max_position_embeddings} positions"
+                f"a sequence of {batch.max_seqlen} tokens: "
+                f"the model has {self.config.max_position_embeddings} positions"
             )
         dropout = Dropout(self._seed(batch))
         layout = Layout(batch.cu_seqlens, batch.max_seqlen)

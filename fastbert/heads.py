@@ -86,8 +86,8 @@ class MaskedLM(nn.Module):
     def from_pretrained(cls, directory):
         """From a directory with config.json and model.safetensors, HuggingFace's or ours.
 
-        A head that the checkpoint lacks starts fresh, with a warning that names it. Raises ValueError when the encoder is
-        incomplete, when a shape disagrees with config.json, or when a file cannot be read.
+        A head that the checkpoint lacks starts fresh, with a warning that names it. Raises ValueError when the encoder
+        is incomplete, when a shape disagrees with config.json, or when a file cannot be read.
         """
         return _load(cls, Path(directory))
 
@@ -107,7 +107,8 @@ class Pretraining(MaskedLM):
             initialize(module, config)
 
     def forward(
-        self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, labels=None, next_sentence_label=None
+        self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, labels=None,
+        next_sentence_label=None,
     ):  # fmt: skip
         """As MaskedLM.forward; next_sentence_label int64 [B], 0 for a true pair (or Batch.pair_labels).
 
@@ -119,7 +120,8 @@ class Pretraining(MaskedLM):
         if batch.labels is None and batch.pair_labels is None:
             hidden = self.encoder(batch)
             logits = F.linear(self.transform(hidden), self.encoder.embeddings.word.weight, self.vocabulary_bias)
-            return MaskedLMOutput(logits=restore(logits), pair_logits=self._pair_logits(hidden[first_rows(batch)]))
+            pair_logits = self._pair_logits(hidden[first_rows(batch)], batch)
+            return MaskedLMOutput(logits=restore(logits), pair_logits=pair_logits)
         picks = batch.picks if batch.labels is not None else batch.input_ids.new_empty(0)
         # one ascending list of the rows that either head reads, and where each of them stands in it
         rows, order = torch.sort(torch.cat((picks, first_rows(batch))), stable=True)
@@ -129,22 +131,26 @@ class Pretraining(MaskedLM):
         if batch.labels is not None:
             output = self._masked_lm(hidden[: len(picks)], batch)
         if batch.pair_labels is not None:
-            scores = self._pair_logits(hidden[len(picks) :])
+            scores = self._pair_logits(hidden[len(picks) :], batch)
             known = batch.pair_labels != -100
             output.pair_loss_sum = F.cross_entropy(scores.float(), batch.pair_labels, reduction="sum")
             output.pair_count = known.sum()
             output.pair_correct = ((scores.argmax(-1) == batch.pair_labels) & known).sum()
             if output.loss_sum is None:
-                output.loss_sum, output.count, output.correct = (0 * x for x in (output.pair_loss_sum, *(known.sum(),) * 2))
+                output.loss_sum, output.count, output.correct = (
+                    0 * x for x in (output.pair_loss_sum, *(known.sum(),) * 2)
+                )
         return output
 
-    def _pair_logits(self, first):
-        return self.pair_classifier(torch.tanh(self.pooler(first)))
+    def _pair_logits(self, first, batch):
+        scores = self.pair_classifier(torch.tanh(self.pooler(first)))
+        return F.pad(scores, (0, 0, 0, len(batch.cu_seqlens) - 1 - len(scores)))  # a batch without a token has no first
 
 
 def first_rows(batch):
-    """The row of each sequence's first token, int64 [B]. (An empty sequence names a neighbour's.)"""
-    return batch.cu_seqlens[:-1].long().clamp(max=max(len(batch.input_ids) - 1, 0))
+    """The row of each sequence's first token, int64 [B]. An empty sequence names a neighbour's; no token at all, [0]."""
+    rows = batch.cu_seqlens[:-1].long()
+    return rows.clamp(max=len(batch.input_ids) - 1) if len(batch.input_ids) else rows[:0]
 
 
 def _packed(config, input_ids, attention_mask, token_type_ids, position_ids, labels):
@@ -152,7 +158,7 @@ def _packed(config, input_ids, attention_mask, token_type_ids, position_ids, lab
     if isinstance(input_ids, Batch):
         return input_ids, lambda rows: rows
     B, S = input_ids.shape
-    if S > config.max_position_embeddings and position_ids is None:
+    if config.max_position_embeddings < S and position_ids is None:
         raise ValueError(f"input_ids are {S} tokens long: the model has {config.max_position_embeddings} positions")
     batch, indices = pack(input_ids, attention_mask, token_type_ids, position_ids, labels)
     return batch, lambda rows: unpack(rows, indices, B, S)
@@ -193,7 +199,9 @@ def _load(cls, directory):
 
 
 def _of_another_head(name, config):
-    return any(name.startswith(theirs) for theirs in variants.HF_NAMES[config.model_type].values() if "{i}" not in theirs)
+    return any(
+        name.startswith(theirs) for theirs in variants.HF_NAMES[config.model_type].values() if "{i}" not in theirs
+    )
 
 
 def _save(model, directory):

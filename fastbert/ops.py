@@ -41,7 +41,9 @@ def uses_triton(device, impl=None):
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl={impl!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
     if impl == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise RuntimeError("the Triton kernels were asked for on a CPU tensor: set TRITON_INTERPRET=1 before importing triton")
+        raise RuntimeError(
+            "the Triton kernels were asked for on a CPU tensor: set TRITON_INTERPRET=1 before importing triton"
+        )
     return impl == "triton" or (impl == "auto" and device.type == "cuda" and has_triton())
 
 
@@ -69,8 +71,8 @@ def attention(
     q, k, v = _autocast(q, k, v)
     with _no_autocast(q):
         return _choose("attention", "attention", q, impl)(
-            q, k, v, cu_seqlens, max_seqlen,
-            cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q, scale=scale, dropout_p=dropout_p, seed=seed, offset=offset,
+            q, k, v, cu_seqlens, max_seqlen, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
+            scale=scale, dropout_p=dropout_p, seed=seed, offset=offset,
         )  # fmt: skip
 
 

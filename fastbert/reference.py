@@ -38,7 +38,8 @@ def keep_mask(row, head, columns, seed, offset, dropout_p):
     """The keep mask of one call: bool [..., columns] for int64 `row` and `head` that broadcast to [...].
 
     Element (row, head, column) looks at 16 bits: piece `column % 8` of the eight that Philox makes from the counter
-    (column // 8, row, head, offset) and the key `seed` (an int64 tensor [1]). Pieces are in order of word, low half first.
+    (column // 8, row, head, offset) and the key `seed` (an int64 tensor [1]). Pieces are in order of word, low half
+    first.
     """
     row, head = torch.broadcast_tensors(row.unsqueeze(-1), head.unsqueeze(-1))
     group = torch.arange((columns + 7) // 8, device=row.device).expand(*row.shape[:-1], -1)
@@ -67,12 +68,13 @@ def attention(
 ):  # fmt: skip
     """softmax(q kᵀ · scale) v within each sequence, in both directions.
 
-    q [T, H, K], k and v [T, H, K]; or q [T, 3, H, K] holding all three (k and v None); or k [T, 2, H, K] holding keys and
-    values (v None). The gradient of a packed argument comes packed. Sequence b owns rows cu_seqlens[b] to cu_seqlens[b+1]
-    (int32 [B+1]); none is longer than `max_seqlen`. Rows past the last sequence are not read and give 0.
-    When only some rows ask, q is [M, H, K] and `cu_seqlens_q` (int32 [B+1]) says which belong to which sequence; rows of q
-    whose sequence is empty give 0. `scale` defaults to K ** -0.5. Dropout acts on the probabilities, its mask indexed by
-    (row of q, head, position of the key in its sequence). Returns [T or M, H, K].
+    q [T, H, K], k and v [T, H, K]; or q [T, 3, H, K] holding all three (k and v None); or k [T, 2, H, K] holding keys
+    and values (v None). The gradient of a packed argument comes packed. Sequence b owns rows cu_seqlens[b] to
+    cu_seqlens[b+1] (int32 [B+1]); none is longer than `max_seqlen`. Rows past the last sequence are not read, give 0.
+
+    When only some rows ask, q is [M, H, K] and `cu_seqlens_q` (int32 [B+1]) says which belong to which sequence; rows
+    of q whose sequence is empty give 0. `scale` defaults to K ** -0.5. Dropout acts on the probabilities, its mask
+    indexed by (row of q, head, position of the key in its sequence). Returns [T or M, H, K].
     """
     if k is None:
         q, k = q[:, 0], q[:, 1:]
@@ -92,11 +94,15 @@ def attention(
     out_of = [torch.zeros_like(part) for part in q_of]
     for length, members in groups.items():
         longest = max(lengths_q[b] for b in members)
-        queries = torch.stack([F.pad(q_of[b], (0, 0, 0, 0, 0, longest - lengths_q[b])) for b in members]).transpose(1, 2)
+        queries = torch.stack([F.pad(q_of[b], (0, 0, 0, 0, 0, longest - lengths_q[b])) for b in members]).transpose(
+            1, 2
+        )
         keys, values = torch.stack([kv_of[b] for b in members]).permute(2, 0, 3, 1, 4)
         keep = None
         if dropout_p > 0.0:
-            row = torch.tensor([starts_q[b] for b in members], device=q.device)[:, None] + torch.arange(longest, device=q.device)
+            row = torch.tensor([starts_q[b] for b in members], device=q.device)[:, None] + torch.arange(
+                longest, device=q.device
+            )
             head = torch.arange(q.shape[1], device=q.device)
             keep = keep_mask(row[:, None, :], head[None, :, None], length, seed, offset, dropout_p)
         out = _attend(queries, keys, values, scale, keep, dropout_p).transpose(1, 2)
@@ -202,8 +208,8 @@ class MaskedCrossEntropyFunction(torch.autograd.Function):
 def masked_cross_entropy(hidden, weight, bias, labels, *, ignore_index=-100, label_smoothing=0.0):
     """Cross-entropy of `hidden @ weightᵀ + bias` against `labels`, over the rows whose label is not `ignore_index`.
 
-    hidden [M, D], weight [V, D], bias [V], labels int64 [M]. Returns `(loss_sum, count, correct)`, 0-dimensional: the sum
-    of the losses (fp32, natural log), how many rows had a label, and how many of those were predicted right (int64).
-    No row with a label gives 0, 0, 0 and zero gradients. Label smoothing as in torch.nn.functional.cross_entropy.
+    hidden [M, D], weight [V, D], bias [V], labels int64 [M]. Returns `(loss_sum, count, correct)`, 0-dimensional: the
+    sum of the losses (fp32, natural log), how many rows had a label, and how many of those were predicted right
+    (int64). No row with a label gives 0, 0, 0 and zero gradients. Label smoothing as in F.cross_entropy.
     """
     return MaskedCrossEntropyFunction.apply(hidden, weight, bias, labels, ignore_index, label_smoothing)

@@ -12,7 +12,7 @@ _LIBRARY = torch.library.Library("fastbert", "FRAGMENT")
 
 
 def register(schema, implementation, fake):
-    """Make `implementation` the operator torch.ops.fastbert.<name>, with `fake` giving its results' shapes and dtypes."""
+    """Make `implementation` the operator torch.ops.fastbert.<name>; `fake` gives its results' shapes and dtypes."""
     name = schema.split("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
@@ -21,7 +21,7 @@ def register(schema, implementation, fake):
 
 
 def multiprocessors():
-    """How many multiprocessors the current device has. Asked of Triton's driver, so that an offline driver can answer."""
+    """How many multiprocessors the current device has, by Triton's driver (which may be an offline one)."""
     if INTERPRET:
         return 4
     device = driver.active.get_current_device()

@@ -1,0 +1,192 @@
+"""The encoder: its size, its rows, its dropout, and what it costs."""
+
+import pytest
+import torch
+from helpers import cu_seqlens_of
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastbert.config import EncoderConfig
+from fastbert.encoder import Encoder
+from fastbert.heads import MaskedLM, Pretraining
+from fastbert.packing import Batch, pack
+from fastbert.variants import PRESETS, preset
+
+TINY = EncoderConfig(
+    vocab_size=99,
+    hidden_size=36,
+    num_hidden_layers=3,
+    num_attention_heads=3,
+    intermediate_size=37,
+    max_position_embeddings=40,
+)
+LENGTHS = [7, 1, 0, 13, 4]
+
+
+def packed_batch(lengths=LENGTHS, vocab_size=99, picked=0.3):
+    ids = torch.randint(5, vocab_size, (sum(lengths),))
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    labels = torch.where(torch.rand(len(ids)) < picked, ids, -100)
+    return Batch(
+        ids,
+        positions,
+        positions % 2,
+        cu_seqlens_of(lengths, "cpu"),
+        max(lengths),
+        labels,
+        (labels != -100).nonzero()[:, 0],
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"), [("bert-tiny", 4.39), ("bert-mini", 11.17), ("bert-base", 109.48), ("bert-large", 335.14)]
+)
+def test_published_parameter_counts(name, millions):
+    """Encoder with pooler, as published: Devlin et al. 2019; Turc et al. 2019."""
+    with torch.device("meta"):
+        model = Pretraining(preset(name))
+    parts = (model.encoder, model.pooler)
+    assert round(sum(p.numel() for part in parts for p in part.parameters()) / 1e6, 2) == millions
+
+
+def test_presets_have_distinct_shapes_and_unknown_names_are_refused():
+    assert len(set(PRESETS.values())) == len(PRESETS) == 6
+    with pytest.raises(ValueError, match="'bert-huge'.*bert-base"):
+        preset("bert-huge")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": 100}, "hidden_size 100 is not divisible by num_attention_heads 12"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
+        ({"hidden_dropout_prob": 1.0}, "hidden_dropout_prob is 1.0"),
+        ({"vocab_size": 0}, "vocab_size is 0"),
+    ],
+)
+def test_config_contradictions_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        EncoderConfig(**change)
+
+
+@pytest.mark.parametrize("rows", [[0, 6, 7, 8, 20, 24], [24], []], ids=str)
+def test_rows_only_is_exact(rows):
+    """Asking for some rows runs the last layer on these alone, and gives what the full run gives there."""
+    encoder = Encoder(TINY).double().eval()
+    batch, rows = packed_batch(), torch.tensor(rows, dtype=torch.int64)
+    torch.testing.assert_close(encoder(batch, rows), encoder(batch)[rows], rtol=0, atol=1e-12)
+
+
+def test_rows_only_gradients_are_exact():
+    encoder = Encoder(TINY).double().eval()
+    batch = packed_batch()
+    weights = torch.randn(len(batch.picks), 36, dtype=torch.float64)
+    gradients = []
+    for hidden in (encoder(batch, batch.picks), encoder(batch)[batch.picks]):
+        gradients.append(torch.autograd.grad((hidden * weights).sum(), list(encoder.parameters())))
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_flops_are_those_of_the_picked_rows():
+    """The step's matrix products cost what the formula says: head and last layer on picked rows only."""
+    config = TINY.replace(
+        vocab_size=501, num_attention_heads=1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+    model = MaskedLM(config)
+    batch = packed_batch([40] * 8, 501, picked=0.15)
+    with FlopCounterMode(display=False) as counter:
+        model(batch).loss.backward()
+    counted = sum(
+        flops for op, flops in counter.get_flop_counts()["Global"].items() if "mm" in str(op) or "addmm" in str(op)
+    )
+    T, M, D, F, V, L = 320, len(batch.picks), 36, 37, 501, config.num_hidden_layers
+    full_layer = 2 * T * (4 * D * D + 2 * D * F)
+    last_layer = 2 * T * 2 * D * D + 2 * M * (2 * D * D + 2 * D * F)
+    head = 2 * M * (D * D + D * V)
+    assert counted == 3 * ((L - 1) * full_layer + last_layer + head)
+    assert counted < 0.6 * 3 * (L * full_layer + 2 * T * (D * D + D * V))
+
+
+def test_sequences_do_not_see_each_other():
+    encoder = Encoder(TINY).double().eval()
+    batch = packed_batch()
+    alone = packed_batch()
+    alone.input_ids = batch.input_ids.clone()
+    alone.input_ids[:8] = 5  # other sequences change, the fourth does not
+    torch.testing.assert_close(encoder(alone)[8:21], encoder(batch)[8:21], rtol=0, atol=1e-12)
+    assert not torch.equal(encoder(alone)[:8], encoder(batch)[:8])
+
+
+def test_dropout_follows_the_seed_and_off_equals_eval():
+    model = MaskedLM(TINY).train()
+    batch = packed_batch()
+    losses = []
+    for seed in (1, 2, 1):
+        batch.seed = torch.tensor([seed])
+        losses.append(model(batch).loss_sum.item())
+    assert losses[0] == losses[2] != losses[1]
+    batch.seed = None
+    torch.manual_seed(5)
+    drawn = model(batch).loss_sum.item()
+    torch.manual_seed(5)
+    assert model(batch).loss_sum.item() == drawn != model(batch).loss_sum.item()
+    silent = MaskedLM(TINY.replace(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+    silent.load_state_dict(model.state_dict())
+    assert torch.equal(silent.train()(batch).loss_sum, model.eval()(batch).loss_sum)
+
+
+def test_dropout_differs_between_layers():
+    seen = []
+    encoder = Encoder(TINY).train()
+    for block in encoder.blocks:
+        block.attention_norm.register_forward_pre_hook(lambda module, args: seen.append(args[2].offset))
+    encoder(packed_batch())
+    assert len(set(seen)) == 3
+
+
+def test_activation_checkpointing_replays_dropout():
+    encoder = Encoder(TINY).train()
+    batch = packed_batch()
+    batch.seed = torch.tensor([9])
+    gradients = []
+    for run in (lambda: encoder(batch), lambda: checkpoint(encoder, batch, use_reentrant=False)):
+        encoder.zero_grad()
+        run().square().sum().backward()
+        gradients.append([p.grad.clone() for p in encoder.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+def test_a_sequence_longer_than_the_positions_is_refused():
+    with pytest.raises(ValueError, match="41 tokens: the model has 40 positions"):
+        Encoder(TINY)(packed_batch([41]))
+    with pytest.raises(ValueError, match="41 tokens long: the model has 40 positions"):
+        MaskedLM(TINY)(torch.ones(1, 41, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(1, 3\): expected \(1, 4\)"):
+        pack(torch.ones(1, 4, dtype=torch.int64), torch.ones(1, 3))
+
+
+def test_slack_tokens_change_nothing():
+    """Tokens past the last sequence, as a fixed capacity has, and picks among them leave loss and gradients alone."""
+    model = MaskedLM(TINY).double().eval()
+    batch = packed_batch()
+    filled = Batch(
+        torch.cat((batch.input_ids, torch.zeros(5, dtype=torch.int64))),
+        torch.cat((batch.position_ids, torch.zeros(5, dtype=torch.int64))),
+        torch.cat((batch.token_type_ids, torch.zeros(5, dtype=torch.int64))),
+        torch.cat((batch.cu_seqlens, batch.cu_seqlens[-1:].expand(2))),
+        batch.max_seqlen,
+        torch.cat((batch.labels, torch.full((5,), -100))),
+        torch.cat((batch.picks, torch.full((3,), len(batch.input_ids) + 4))),
+    )
+    results = []
+    for each in (batch, filled):
+        model.zero_grad()
+        output = model(each)
+        output.loss.backward()
+        results.append((output, [p.grad.clone() for p in model.parameters()]))
+    (a, da), (b, db) = results
+    assert a.count == b.count and a.correct == b.correct
+    torch.testing.assert_close(a.loss_sum, b.loss_sum, rtol=0, atol=1e-10)
+    for x, y in zip(da, db):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-10)
