@@ -148,7 +148,7 @@ class Pretraining(MaskedLM):
 
 
 def first_rows(batch):
-    """The row of each sequence's first token, int64 [B]. An empty sequence names a neighbour's; no token at all, [0]."""
+    """The row of each sequence's first token, int64 [B]. An empty sequence names a neighbour's; none at all, [0]."""
     rows = batch.cu_seqlens[:-1].long()
     return rows.clamp(max=len(batch.input_ids) - 1) if len(batch.input_ids) else rows[:0]
 
