@@ -9,8 +9,6 @@
 Arguments, shapes and results are those of the function of the same name in `reference.py`.
 """
 
-import functools
-import importlib
 import importlib.util
 import os
 
@@ -24,15 +22,33 @@ if IMPL not in IMPLEMENTATIONS:
     raise ValueError(f"FASTBERT_IMPL={IMPL!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
 
 
-@functools.cache
-def _kernel(file, name):
-    return getattr(importlib.import_module(f".kernels.{file}", __package__), name)
+try:
+    _TRITON_FOUND = importlib.util.find_spec("triton") is not None
+except ImportError:  # an import hook may forbid it
+    _TRITON_FOUND = False
 
 
-@functools.cache
 def has_triton():
     """Whether the Triton package can be imported here."""
-    return importlib.util.find_spec("triton") is not None
+    return _TRITON_FOUND
+
+
+def _kernel(file, name):
+    # a statement for each file: torch.compile traces import statements, but neither importlib nor functools.cache
+    match file:
+        case "attention":
+            from .kernels import attention as module
+        case "bias_gelu":
+            from .kernels import bias_gelu as module
+        case "cross_entropy":
+            from .kernels import cross_entropy as module
+        case "embedding":
+            from .kernels import embedding as module
+        case "gelu_layer_norm":
+            from .kernels import gelu_layer_norm as module
+        case "layer_norm":
+            from .kernels import layer_norm as module
+    return getattr(module, name)
 
 
 def uses_triton(device, impl=None):
@@ -61,6 +77,13 @@ def _autocast(x, *tensors):
 
 def _no_autocast(x):
     return torch.autocast(x.device.type, enabled=False)
+
+
+def linear(x, weight, bias=None):
+    """x @ weightᵀ + bias for x [T, D], by the device's own matrix library: see `reference.linear`."""
+    if x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+        return reference.linear(x, weight, bias)
+    return torch.nn.functional.linear(x, weight, bias)
 
 
 def attention(
