@@ -4,8 +4,10 @@ B sequences, S padded length, T packed tokens, M picked tokens.
 """
 
 import dataclasses
+from collections import deque
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 
@@ -13,13 +15,13 @@ import torch
 class Batch:
     """A packed batch.
 
-    input_ids, position_ids, token_type_ids: int64 [T]. cu_seqlens: int32 [B + 1], where each sequence starts, and the end.
-    max_seqlen: an int, no sequence is longer. labels: int64 [T], -100 where nothing is to be predicted. picks: int64 [M],
-    ascending, the rows of T that have a label. pair_labels: int64 [B], 1 where a pair is false (NSP: random second
-    segment, SOP: swapped). seed: int64 [1], the dropout seed of this step.
+    input_ids, position_ids, token_type_ids: int64 [T]. cu_seqlens: int32 [B + 1], where each sequence starts, and the
+    end. max_seqlen: an int, no sequence is longer. labels: int64 [T], -100 where nothing is to be predicted. picks:
+    int64 [M], ascending, the rows of T that have a label. pair_labels: int64 [B], 1 where a pair is false (NSP: random
+    second segment, SOP: swapped). seed: int64 [1], the dropout seed of this step.
 
-    Tokens past cu_seqlens[-1] belong to no sequence: a batch may be filled up to a fixed capacity with them, and `picks`
-    with rows among them (their label is -100).
+    A batch may be filled up to a fixed capacity: tokens past cu_seqlens[-1] belong to no sequence, sequences at the end
+    may be empty (pair label -100), and picks at the end may be the last row again and again, which has no label then.
     """
 
     input_ids: torch.Tensor
@@ -47,8 +49,9 @@ def pack(input_ids, attention_mask=None, token_type_ids=None, position_ids=None,
     """A padded batch [B, S] without its padding. Returns `(batch, indices)`.
 
     attention_mask: [B, S], 1 for real tokens; padding may be right, left or in the middle. Position ids default to the
-    column, as in HuggingFace's BERT, so left-padded tokens keep the position that the column gives them. `indices` (int64
-    [T]) are the places of the packed tokens in the flattened [B * S], what `unpack` wants. Waits for the device once.
+    column, as in HuggingFace's BERT, so left-padded tokens keep the position that the column gives them. `indices`
+    (int64 [T]) are the places of the packed tokens in the flattened [B * S], what `unpack` wants. Waits for the device
+    once.
     """
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: expected [batch, length]")
@@ -56,7 +59,9 @@ def pack(input_ids, attention_mask=None, token_type_ids=None, position_ids=None,
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     if attention_mask.shape != input_ids.shape:
-        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}: expected {(B, S)}, that of input_ids")
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}: expected {(B, S)}, that of input_ids"
+        )
     kept = attention_mask.bool()
     indices = kept.flatten().nonzero()[:, 0]
     lengths = kept.sum(1)
@@ -83,3 +88,51 @@ def unpack(packed, indices, B, S):
     """Packed rows [T, ...] back in a padded [B, S, ...]; places without a token are 0."""
     padded = packed.new_zeros(B * S, *packed.shape[1:])
     return padded.index_copy(0, indices, packed).view(B, S, *packed.shape[1:])
+
+
+def best_fit(lengths, capacity, *, max_sequences=None, look_ahead=1 << 14):
+    """Group sequences into batches of at most `capacity` tokens and `max_sequences` sequences, with little room left.
+
+    lengths: ints [N], in the order in which the sequences should come, which is kept but for what follows. A batch
+    begins with the oldest sequences waiting, so that it is as mixed as they are; its last room (less than two of the
+    longest) goes to the largest of the next `look_ahead` sequences that fits, again and again. Nothing waits for ever.
+
+    Returns `(order, offsets)`, int64 arrays: batch b has the sequences `order[offsets[b] : offsets[b + 1]]`. A pure
+    function of its arguments. Raises ValueError when a sequence is longer than the capacity.
+    """
+    lengths = np.asarray(lengths).tolist()
+    N, longest = len(lengths), max(lengths, default=0)
+    if longest > capacity:
+        raise ValueError(f"a sequence of {longest} tokens does not fit a batch of {capacity}")
+    # sequences waiting, by length, oldest first; bit n of `present` says that some of length n wait
+    waiting = [deque() for _ in range(longest + 1)]
+    present = 0
+    up_to = [(2 << n) - 1 for n in range(longest + 1)]
+    taken = bytearray(N)
+    order, offsets = [], [0]
+    arrived = oldest = 0
+    room = capacity
+    while len(order) < N:
+        while arrived < N and arrived - len(order) < look_ahead:
+            waiting[lengths[arrived]].append(arrived)
+            present |= 1 << lengths[arrived]
+            arrived += 1
+        if room == capacity or room >= 2 * longest:
+            while taken[oldest]:
+                oldest += 1
+            n = lengths[oldest]
+        else:
+            n = (present & up_to[min(room, longest)]).bit_length() - 1
+        if n < 0 or len(order) - offsets[-1] == max_sequences:
+            offsets.append(len(order))
+            room = capacity
+            continue
+        sequence = waiting[n].popleft()
+        if not waiting[n]:
+            present ^= 1 << n
+        taken[sequence] = 1
+        order.append(sequence)
+        room -= n
+    if N:
+        offsets.append(N)
+    return np.array(order, dtype=np.int64), np.array(offsets, dtype=np.int64)

@@ -1,0 +1,188 @@
+"""Train, save and load WordPiece tokenizers (the `tokenizers` library); BERT's ids and rules."""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from .text import expand, read_documents
+
+SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+PREFIX = "##"
+# WordPiece makes [UNK] of a longer word, so the trainer need not see it. Ideographs are words of one character each.
+LONGEST_WORD = 100
+_TOO_LONG = re.compile(rf"[^\W\u3400-\u9fff\uf900-\ufaff]{{{LONGEST_WORD + 1},}}")
+MAX_ALPHABET = 1000
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """The ids of [PAD], [UNK], [CLS], [SEP] and [MASK]."""
+
+    pad: int
+    unk: int
+    cls: int
+    sep: int
+    mask: int
+
+    def __iter__(self):
+        return iter((self.pad, self.unk, self.cls, self.sep, self.mask))
+
+
+def train_wordpiece(
+    files, vocab_size=30522, *, text_column="text", layout="auto", lowercase=True, min_frequency=2, progress=True
+):
+    """Train a BERT tokenizer on text files of any kind that `fastbert.data.read_documents` reads.
+
+    The special tokens have the ids of bert-base-uncased: [PAD] 0, [UNK] 100, [CLS] 101, [SEP] 102, [MASK] 103, with
+    [unused0] to [unused98] at 1 to 99. Vocabularies of less than 1000 have no unused ones: the five are 0 to 4.
+    lowercase=False trains a cased one. The same text always gives the same vocabulary, id for id.
+
+    Returns a tokenizers.Tokenizer. Raises ValueError when the text does not have as many pieces as asked for, or when
+    its letters alone are more.
+    """
+    files = expand(files)
+    specials = list(SPECIALS)
+    if vocab_size >= 1000:
+        specials[1:1] = [f"[unused{i}]" for i in range(99)]
+
+    def batches():
+        batch, size = [], 0
+        for document in read_documents(files, text_column=text_column, layout=layout):
+            for line in document:
+                batch.append(_TOO_LONG.sub(" ", line))
+                size += len(line)
+                if size > 1 << 16:
+                    yield batch
+                    batch, size = [], 0
+        yield batch
+
+    # The trainer numbers letters in the order of a hash table that differs from run to run, and breaks ties between
+    # merges by those numbers. Handing it the alphabet as "special tokens" fixes the numbers, and so the vocabulary.
+    blank = _wordpiece({token: i for i, token in enumerate(specials)}, lowercase)
+    letters = Counter()
+    for batch in batches():
+        letters.update(blank.normalizer.normalize_str("\n".join(batch)))
+    letters = {letter: count for letter, count in letters.items() if not letter.isspace()}
+    alphabet = sorted(sorted(letters, key=lambda letter: (-letters[letter], letter))[:MAX_ALPHABET])
+    inside = [PREFIX + letter for letter in alphabet if len(blank.pre_tokenizer.pre_tokenize_str(f"a{letter}")) == 1]
+    if len(specials) + len(alphabet) + len(inside) > vocab_size:
+        raise ValueError(
+            f"a vocabulary of {vocab_size} is too small: special tokens and the letters of this text alone are "
+            f"{len(specials) + len(alphabet) + len(inside)}"
+        )
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=specials + alphabet + inside,
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        show_progress=progress,
+    )
+    blank.train_from_iterator(batches(), trainer)
+    vocab = blank.get_vocab()
+    if len(vocab) < vocab_size:
+        raise ValueError(
+            f"a vocabulary of {vocab_size} is larger than the text supports: it gave {len(vocab)} pieces that occur "
+            f"at least {min_frequency} times; ask for at most {len(vocab)}"
+        )
+    return _wordpiece(vocab, lowercase)
+
+
+def _wordpiece(vocab, lowercase):
+    """BERT's tokenizer for a vocabulary {piece: id} that holds the five special tokens."""
+    tokenizer = Tokenizer(
+        models.WordPiece(
+            vocab, unk_token="[UNK]", continuing_subword_prefix=PREFIX, max_input_chars_per_word=LONGEST_WORD
+        )
+    )
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(prefix=PREFIX)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", vocab["[CLS]"]), ("[SEP]", vocab["[SEP]"])],
+    )
+    tokenizer.add_special_tokens(list(SPECIALS))
+    return tokenizer
+
+
+def save_tokenizer(tokenizer, directory):
+    """Write tokenizer.json, tokenizer_config.json and vocab.txt, which transformers' AutoTokenizer loads."""
+    directory = Path(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(str(directory / "tokenizer.json"))
+        vocab = tokenizer.get_vocab()
+        pieces = sorted(vocab, key=vocab.get)
+        (directory / "vocab.txt").write_text("".join(f"{piece}\n" for piece in pieces), encoding="utf-8")
+        rules = json.loads(tokenizer.to_str()).get("normalizer") or {}
+        config = {
+            "tokenizer_class": "BertTokenizer",
+            "do_lower_case": rules.get("lowercase", False),
+            "strip_accents": rules.get("strip_accents"),
+            "tokenize_chinese_chars": rules.get("handle_chinese_chars", True),
+            **{f"{token[1:-1].lower()}_token": token for token in SPECIALS},
+        }
+        text = json.dumps(config, indent=2) + "\n"
+        (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OSError(f"{directory} cannot be written: {error.strerror or error}") from None
+
+
+def load_tokenizer(path):
+    """The tokenizers.Tokenizer in a directory (its tokenizer.json, else its vocab.txt) or in one of these files.
+
+    Raises FileNotFoundError when there is none, ValueError when it cannot be read or lacks BERT's special tokens.
+    """
+    path = Path(path)
+    file = path
+    if path.is_dir():
+        file = next((path / name for name in ("tokenizer.json", "vocab.txt") if (path / name).is_file()), path)
+    if not file.is_file():
+        raise FileNotFoundError(f"no tokenizer in {path}: expected a folder with tokenizer.json or vocab.txt")
+    try:
+        text = file.read_text(encoding="utf-8")
+        if file.name != "vocab.txt":
+            tokenizer = Tokenizer.from_str(text)
+        else:
+            config = file.with_name("tokenizer_config.json")
+            config = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+            pieces = text.removesuffix("\n").split("\n")
+            vocab = {piece.removesuffix("\r"): i for i, piece in enumerate(pieces)}
+            tokenizer = _wordpiece(vocab, config.get("do_lower_case", True))
+    except KeyError as error:
+        raise ValueError(f"{file} has no {error.args[0]} token: expected a BERT vocabulary") from None
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise ValueError(f"{file} is not a readable tokenizer: {error}") from None
+    special_ids(tokenizer)
+    return tokenizer
+
+
+def special_ids(tokenizer):
+    """SpecialIds of a tokenizer. Raises ValueError when one of the five is missing."""
+    ids = [tokenizer.token_to_id(token) for token in SPECIALS]
+    if None in ids:
+        raise ValueError(f"the tokenizer has no {SPECIALS[ids.index(None)]} token: expected a BERT vocabulary")
+    return SpecialIds(*ids)
+
+
+def tokenizer_hash(tokenizer):
+    """sha256 (hex) of what decides the ids of a text: the tokenizer's JSON without its truncation and padding."""
+    rules = json.loads(tokenizer.to_str())
+    for setting in ("truncation", "padding"):
+        rules.pop(setting, None)
+    return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
+
+
+def word_starts(tokenizer):
+    """A list of bool by id: whether the piece begins a word. Raises ValueError for other models than WordPiece."""
+    if not isinstance(tokenizer.model, models.WordPiece):
+        raise ValueError(f"whole words are known for WordPiece only, not for {type(tokenizer.model).__name__}")
+    prefix = tokenizer.model.continuing_subword_prefix
+    return [not (tokenizer.id_to_token(i) or "").startswith(prefix) for i in range(tokenizer.get_vocab_size())]
