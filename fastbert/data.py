@@ -238,7 +238,7 @@ class MaskedBatches:
         self._plan = None
         self._planned(0)
 
-    def len_batches(self, epoch):
+    def num_batches(self, epoch):
         """How many batches `epoch(epoch)` gives."""
         return (len(self._planned(epoch)[1]) - 1) // self.world_size
 
@@ -254,7 +254,7 @@ class MaskedBatches:
         Tensors are on the CPU: cu_seqlens int32, the others int64. Nothing is spent on the batches before `start`.
         """
         order, offsets = self._planned(epoch)
-        count = self.len_batches(epoch)
+        count = self.num_batches(epoch)
         if not 0 <= start <= count:
             raise ValueError(f"start is {start}: epoch {epoch} has {count} batches")
         numbers = range(self.rank + start * self.world_size, count * self.world_size, self.world_size)
