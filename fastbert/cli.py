@@ -1,0 +1,193 @@
+"""The command line: arguments only, no logic. Each command imports what it needs when it runs, so that help is fast."""
+
+import contextlib
+import dataclasses
+import sys
+import warnings
+
+import click
+
+from . import __version__
+
+
+class Failure(click.ClickException):
+    """One line on stderr and an exit code."""
+
+    def __init__(self, exit_code, reason):
+        super().__init__(f"fastbert: error: {' '.join(str(reason).split())}")
+        self.exit_code = exit_code
+
+    def show(self, file=None):
+        click.echo(self.message, err=True)
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Exit code 2 for what the user can put right, 1 for training that diverged, 130 for Ctrl-C; never a traceback."""
+    try:
+        yield
+    except click.UsageError as error:
+        raise Failure(2, error.format_message()) from None
+    except (ValueError, OSError) as error:
+        raise Failure(2, error) from None
+    except FloatingPointError as error:
+        raise Failure(1, error) from None
+    except KeyboardInterrupt:
+        raise Failure(130, "interrupted") from None
+
+
+def spread(args, several):
+    """`--train-file a b` as click reads it, `--train-file a --train-file b`, for the options named in `several`."""
+    result, option, values = [], None, 0
+    for arg in args:
+        if arg.startswith("-"):
+            name = arg.replace("_", "-")
+            option, values = (name if name in several else None), 0
+        elif option and (values := values + 1) > 1:
+            result.append(option)
+        result.append(arg)
+    return result
+
+
+class Command(click.Command):
+    def parse_args(self, ctx, args):
+        several = {name for param in self.get_params(ctx) if param.multiple for name in param.opts}
+        with one_line_errors():
+            return super().parse_args(ctx, spread(args, several))
+
+    def invoke(self, ctx):
+        warnings.showwarning = lambda message, *_, **__: click.echo(f"fastbert: warning: {message}", err=True)
+        with one_line_errors():
+            return super().invoke(ctx)
+
+
+class Group(click.Group):
+    def resolve_command(self, ctx, args):
+        with one_line_errors():
+            return super().resolve_command(ctx, args)
+
+
+class ScriptCommand(Command):
+    """A command whose options are the fields of a script's dataclass, read when they are needed."""
+
+    def __init__(self, *args, options, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.options = options
+
+    def get_params(self, ctx):
+        if len(self.params) == 1:
+            self.params += [_option(field) for field in dataclasses.fields(self.options())]
+        return super().get_params(ctx)
+
+
+def _option(field):
+    from .options import flag, kind
+
+    choices, default = field.metadata["choices"], field.default
+    spelling, settings = flag(field.name), {"type": click.Choice(choices) if choices else kind(field)}
+    if kind(field) is bool:
+        spelling, settings = f"{spelling}/--no-{spelling[2:]}", {}
+    # the default is shown and not set: what stands in a --config file must not be hidden by it
+    shown = "" if default in ((), "", None, False) else f"  [default: {default}]"
+    return click.Option(
+        [spelling], default=None, multiple=default == (), help=field.metadata["help"] + shown, **settings
+    )  # fmt: skip
+
+
+def _pretrain_config():
+    from .pretrain import PretrainConfig
+
+    return PretrainConfig
+
+
+# --max_steps and --max-steps are the same
+@click.group(
+    cls=Group, context_settings={"token_normalize_func": lambda name: name.replace("_", "-"), "max_content_width": 120}
+)
+@click.version_option(__version__, message="fastbert %(version)s")
+def main():
+    """Pretrain BERT, and use it, through fused kernels."""
+
+
+@main.command(cls=ScriptCommand, options=_pretrain_config)
+@click.option("--config", "config_file", metavar="FILE", help="Options from a YAML or JSON file; those given here win.")
+def pretrain(config_file, **options):
+    """Pretrain BERT on text."""
+    from . import pretrain as script
+    from .options import read_file
+
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    stored = read_file(config_file, script.PretrainConfig) if config_file else {}
+    result = script.pretrain(script.PretrainConfig(**stored | given))
+    if result["signal"]:
+        sys.exit(128 + result["signal"])
+
+
+@main.group(cls=Group)
+def tokenizer():
+    """Make tokenizers."""
+
+
+@tokenizer.command(cls=Command)
+@click.option("--train-file", "files", multiple=True, required=True, help="Text files, folders or globs.")
+@click.option("--output-dir", required=True, help="Where the tokenizer's files go.")
+@click.option("--vocab-size", default=30522, show_default=True, help="Pieces.")
+@click.option("--cased", is_flag=True, help="Keep case and accents.")
+@click.option("--text-column", default="text", show_default=True, help="Column with the text, in tables.")
+@click.option("--layout", default="auto", show_default=True, help="Documents of .txt files: auto, blank-line or line.")
+def train(files, output_dir, vocab_size, cased, text_column, layout):
+    """Train a WordPiece tokenizer on text."""
+    from .tokenizer import save_tokenizer, train_wordpiece
+
+    made = train_wordpiece(files, vocab_size, text_column=text_column, layout=layout, lowercase=not cased)
+    save_tokenizer(made, output_dir)
+    click.echo(f"{output_dir}: a tokenizer of {made.get_vocab_size():,} pieces")
+
+
+@main.command(cls=Command)
+@click.option("--train-file", "files", multiple=True, required=True, help="Text files, folders or globs.")
+@click.option("--tokenizer", required=True, help="Directory with a tokenizer.")
+@click.option("--output-dir", required=True, help="Where the shards go.")
+@click.option("--text-column", default="text", show_default=True, help="Column with the text, in tables.")
+@click.option("--layout", default="auto", show_default=True, help="Documents of .txt files: auto, blank-line or line.")
+@click.option("--num-workers", type=int, help="Threads; by default one per core.")
+def prepare(files, tokenizer, output_dir, text_column, layout, num_workers):
+    """Turn text into token shards, for pretrain --train-file."""
+    from . import shards
+    from .tokenizer import load_tokenizer
+
+    manifest = shards.prepare(
+        files, load_tokenizer(tokenizer), output_dir,
+        text_column=text_column, layout=layout, num_workers=num_workers,
+    )  # fmt: skip
+    click.echo(
+        f"{output_dir}: {manifest['tokens']:,} tokens in {manifest['documents']:,} documents, "
+        f"{manifest['skipped_lines']:,} lines skipped"
+    )
+
+
+@main.command(cls=Command)
+@click.option("--model", required=True, help="Directory of a model.")
+@click.option("--top-k", default=5, show_default=True, help="Words for each [MASK].")
+@click.argument("text")
+def fill_mask(model, top_k, text):
+    """Print the most probable words for each [MASK] in TEXT."""
+    from . import fill_mask as script
+
+    for number, words in enumerate(script.fill_mask(*script.load(model), text, top_k), 1):
+        click.echo(f"[MASK] {number}")
+        for word, probability in words:
+            click.echo(f"  {probability:6.1%}  {word}")
+
+
+@main.command(cls=Command)
+def doctor():
+    """Print versions, the device, and which implementation the ops use here."""
+    from .doctor import doctor as examine
+
+    for line in examine():
+        click.echo(line)
+
+
+if __name__ == "__main__":
+    main(prog_name="fastbert")
