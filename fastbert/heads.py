@@ -74,7 +74,7 @@ class MaskedLM(nn.Module):
     def logits(self, batch, rows=None):
         """Vocabulary scores of the rows `rows` (int64 [M], ascending; None: all T) of a packing.Batch: [M, V]."""
         hidden = self.transform(self.encoder(batch, rows=rows))
-        return F.linear(hidden, self.encoder.embeddings.word.weight, self.vocabulary_bias)
+        return ops.linear(hidden, self.encoder.embeddings.word.weight, self.vocabulary_bias)
 
     def _masked_lm(self, hidden, batch):
         loss_sum, count, correct = ops.masked_cross_entropy(
@@ -119,7 +119,7 @@ class Pretraining(MaskedLM):
             batch.pair_labels = next_sentence_label
         if batch.labels is None and batch.pair_labels is None:
             hidden = self.encoder(batch)
-            logits = F.linear(self.transform(hidden), self.encoder.embeddings.word.weight, self.vocabulary_bias)
+            logits = ops.linear(self.transform(hidden), self.encoder.embeddings.word.weight, self.vocabulary_bias)
             pair_logits = self._pair_logits(hidden[first_rows(batch)], batch)
             return MaskedLMOutput(logits=restore(logits), pair_logits=pair_logits)
         picks = batch.picks if batch.labels is not None else batch.input_ids.new_empty(0)

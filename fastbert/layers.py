@@ -4,7 +4,6 @@ Letters: T packed tokens, D hidden size, F feed-forward size, H heads, K head si
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from . import ops
@@ -50,15 +49,15 @@ class SelfAttention(nn.Module):
             q, k, None, layout.cu_seqlens, layout.max_seqlen, cu_seqlens_q=layout.cu_seqlens_q,
             max_seqlen_q=layout.max_seqlen_q, **dropout(self.config.attention_probs_dropout_prob),
         )  # fmt: skip
-        return self.output(out.flatten(1))
+        return ops.linear(out.flatten(1), self.output.weight, self.output.bias)
 
     @staticmethod
     def _project(x, *linears):
         # the parameters stay apart, as every checkpoint has them; joining them costs D * D, the product T times that
         if len(linears) == 1:
-            return linears[0](x)
+            return ops.linear(x, linears[0].weight, linears[0].bias)
         weight = torch.cat([linear.weight for linear in linears])
-        return F.linear(x, weight, torch.cat([linear.bias for linear in linears]))
+        return ops.linear(x, weight, torch.cat([linear.bias for linear in linears]))
 
 
 class FeedForward(nn.Module):
@@ -71,7 +70,8 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x):
-        return self.down(ops.bias_gelu(F.linear(x, self.up.weight), self.up.bias, approximate=self.config.approximate))
+        x = ops.bias_gelu(ops.linear(x, self.up.weight), self.up.bias, approximate=self.config.approximate)
+        return ops.linear(x, self.down.weight, self.down.bias)
 
 
 class AddNorm(nn.LayerNorm):
@@ -96,6 +96,6 @@ class VocabularyTransform(nn.Module):
 
     def forward(self, x):
         return ops.gelu_layer_norm(
-            F.linear(x, self.dense.weight), self.dense.bias, self.norm.weight, self.norm.bias,
+            ops.linear(x, self.dense.weight), self.dense.bias, self.norm.weight, self.norm.bias,
             approximate=self.config.approximate, eps=self.norm.eps,
         )  # fmt: skip

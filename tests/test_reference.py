@@ -132,3 +132,20 @@ def test_dropout_keeps_the_expectation_and_p0_is_the_identity():
     kept = dropped != 0
     assert abs(kept.double().mean() - 0.9) < 4 * (0.09 / x.numel()) ** 0.5
     torch.testing.assert_close(dropped[kept], torch.full_like(dropped[kept], 65536 / (65536 - 6554)))
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_linear_through_onednn_equals_torch(with_bias, monkeypatch):
+    """Values and gradients, odd sizes, inputs that are views; and the switch torch.backends.mkldnn turns it off."""
+    monkeypatch.setattr(reference, "_ONEDNN_SIZE", 0)
+    x, weight, bias = torch.randn(37, 26)[:, ::2], torch.randn(13, 21).t(), torch.randn(21) if with_bias else None
+    inputs = [t.requires_grad_() for t in (x, weight, bias) if t is not None]
+    out, expected = reference.linear(x, weight, bias), F.linear(x, weight, bias)
+    cotangent = torch.randn_like(out)
+    if torch.backends.mkldnn.is_available():
+        assert "LinearFunction" in type(out.grad_fn).__name__
+    torch.testing.assert_close(out, expected)
+    for a, b in zip(torch.autograd.grad(out, inputs, cotangent), torch.autograd.grad(expected, inputs, cotangent)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert "LinearFunction" not in type(reference.linear(x, weight, bias).grad_fn).__name__
