@@ -28,6 +28,14 @@ def multiprocessors():
     return driver.active.utils.get_device_properties(device)["multiprocessor_count"]
 
 
+def capability():
+    """The current NVIDIA device's compute capability as 80, 90, ...; 0 for other makes. The interpreter plays a 90."""
+    if INTERPRET:
+        return 90
+    arch = driver.active.get_current_target().arch
+    return arch if isinstance(arch, int) else 0
+
+
 def dropout_constants(dropout_p):
     """(threshold, scale): an element is kept when its 16 bits reach the threshold, and is then multiplied by scale."""
     threshold = round(dropout_p * 65536)
@@ -40,3 +48,29 @@ def tiles(size, largest):
     while block > 64 and triton.cdiv(size, block // 2) * (block // 2) < triton.cdiv(size, block) * block:
         block //= 2
     return block, triton.cdiv(size, block)
+
+
+def unit_columns(x):
+    """x itself when the elements of a row lie side by side (rows may lie anywhere, even on each other), else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def row_tiles(D, itemsize):
+    """Launch settings of a kernel that holds whole rows: BLOCK_T rows as cdiv(D, BLOCK_D) tiles [BLOCK_T, BLOCK_D].
+
+    A thread holds 16 bytes of a tile, neighbouring columns: up to 256 columns of half precision, a warp has a row to
+    itself and no reduction leaves the warp. 768 is 3 x 256 and 384 is 3 x 128: no lane idles.
+    """
+    whole = triton.next_power_of_2(max(D, 16))
+    largest = max(min(whole, 256), whole // 4)
+    BLOCK_D = min(largest, largest // 2, key=lambda block: (triton.cdiv(D, block) * block, -block))
+    BLOCK_T = max(1024 // BLOCK_D, 1)
+    return dict(BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D, num_warps=BLOCK_T * BLOCK_D * itemsize // 512)
+
+
+def row_programs(T, BLOCK_T):
+    """How many programs share T rows, for a kernel that holds whole rows and keeps partial sums of the columns.
+
+    Two for each multiprocessor: their registers allow no third everywhere, and a second wave would double the time.
+    """
+    return min(triton.cdiv(T, BLOCK_T), 2 * multiprocessors())
