@@ -43,8 +43,12 @@ def expand(paths):
         if os.path.isfile(path):
             if _kind(path) is None:
                 raise ValueError(f"{path} is of no known kind: expected {', '.join(KINDS)} (or .gz of the first three)")
-            if not _has_text(path):
-                raise ValueError(f"{path} holds no text: it is empty or has only blank lines")
+            stats = Counter()
+            if not _has_text(path, stats):
+                why = (
+                    f"{stats['skipped_lines']} lines are not UTF-8" if stats else "it is empty or has only blank lines"
+                )
+                raise ValueError(f"{path} holds no text: {why}")
             files.append(path)
             continue
         if os.path.isdir(path):
@@ -56,14 +60,17 @@ def expand(paths):
                 raise FileNotFoundError(f"no file matches {path}")
         else:
             raise FileNotFoundError(f"no such file or folder: {path}")
-        found = [file for file in found if _kind(file) and _has_text(file)]
+        found = [file for file in found if _kind(file) and _has_text(file, Counter())]
         if not found:
             raise ValueError(f"the {what} {path} has no file with text ({', '.join(KINDS)}, or .gz of the first three)")
         files += found
     if not files:
         raise ValueError("no text files were named")
     # the same file may be reached twice: by two patterns, or by a link
-    return list({os.path.realpath(file): file for file in reversed(files)}.values())[::-1]
+    once = {}
+    for file in files:
+        once.setdefault(os.path.realpath(file), file)
+    return list(once.values())
 
 
 def _below(folder):
@@ -76,10 +83,10 @@ def _below(folder):
     ]
 
 
-def _has_text(path):
+def _has_text(path, stats):
     if _kind(path) == ".parquet":
         return os.path.getsize(path) > 0
-    return any(line.strip() for line in _lines(path, Counter()))
+    return any(line.strip() for line in _lines(path, stats))
 
 
 def read_documents(files, *, text_column="text", layout="auto", stats=None):
