@@ -32,7 +32,7 @@ ROW_GROUP = 128
 
 @triton.jit
 def _masked_cross_entropy_fwd_kernel(
-    logits_ptr, bias_ptr, label_ptr,                 # inputs; logits [rows, V] without the bias
+    logits_ptr, bias_ptr, label_ptr,                 # inputs; logits [rows, stride_logits] without the bias
     loss_ptr, correct_ptr, maximum_ptr, total_ptr,   # outputs [rows]; softmax = exp(logit - maximum) / total
     V, stride_logits, ignore_index, label_smoothing,
     HAS_SMOOTHING: tl.constexpr,
@@ -54,16 +54,18 @@ def _masked_cross_entropy_fwd_kernel(
     summed = tl.zeros([BLOCK_V], tl.float32)
     for start in range(0, V, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
-        mask_v = offs_v < V
-        x = tl.load(logits_ptr + offs_v, mask=mask_v, other=-float("inf")).to(tl.float32)
-        x += tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)
+        # a mask at the row's padded end, a multiple of 64, leaves loads of 16 bytes whole; at V it would split them up
+        mask = offs_v < stride_logits
+        x = tl.load(logits_ptr + offs_v, mask=mask).to(tl.float32)
+        x += tl.load(bias_ptr + offs_v, mask=mask).to(tl.float32)
+        x = tl.where(offs_v < V, x, -float("inf"))
         above = x > maximum
         smaller = tl.exp(-tl.abs(x - maximum))
         total = tl.where(above, total * smaller + 1.0, total + smaller)
         best = tl.where(above, offs_v, best)
         maximum = tl.where(above, x, maximum)
         if HAS_SMOOTHING:
-            summed += tl.where(mask_v, x, 0.0)
+            summed += tl.where(offs_v < V, x, 0.0)
 
     row_maximum = tl.max(maximum, 0)
     row_total = tl.sum(total * tl.exp(maximum - row_maximum), 0)
@@ -80,10 +82,10 @@ def _masked_cross_entropy_fwd_kernel(
     tl.store(total_ptr + row, row_total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _masked_cross_entropy_bwd_kernel(
     logits_ptr, bias_ptr, label_ptr, maximum_ptr, total_ptr,   # inputs; logits are overwritten with their gradient
-    dbias_ptr,                                                 # output [row groups, V]: partial sums
+    dbias_ptr,                                                 # output [row groups, stride_logits]: partial sums
     rows, V, stride_logits, ignore_index, label_smoothing,
     ROW_GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -91,9 +93,10 @@ def _masked_cross_entropy_bwd_kernel(
 ):  # fmt: skip
     group = tl.program_id(1).to(tl.int64)
     offs_v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
-    mask_v = offs_v < V
-    bias = tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)
-    dbias = tl.zeros([BLOCK_V], tl.float32)
+    mask_v = offs_v < stride_logits
+    bias = tl.load(bias_ptr + offs_v, mask=mask_v).to(tl.float32)
+    # each row of the tile has its own share until the end, so that nothing crosses warps inside the loop
+    dbias = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
 
     for start in range(0, ROW_GROUP, BLOCK_M):
         offs_m = group * ROW_GROUP + start + tl.arange(0, BLOCK_M)
@@ -104,15 +107,15 @@ def _masked_cross_entropy_bwd_kernel(
 
         tile = logits_ptr + offs_m[:, None] * stride_logits + offs_v[None, :]
         mask = mask_m[:, None] & mask_v[None, :]
-        x = tl.load(tile, mask=mask, other=-float("inf")).to(tl.float32) + bias[None, :]
+        x = tl.load(tile, mask=mask).to(tl.float32) + bias[None, :]
         dlogits = tl.exp(x - maximum[:, None]) * (1.0 / total)[:, None] - label_smoothing / V
         dlogits = tl.where(offs_v[None, :] == label[:, None], dlogits - (1.0 - label_smoothing), dlogits)
-        # a select, not a product: whatever an ignored row holds, its gradient is 0
-        dlogits = tl.where(mask & (label != ignore_index)[:, None], dlogits, 0.0)
-        dbias += tl.sum(dlogits, 0)
+        # a select, not a product: whatever an ignored row or the padding holds, its gradient is 0
+        dlogits = tl.where((label != ignore_index)[:, None] & (offs_v < V)[None, :], dlogits, 0.0)
+        dbias += dlogits
         tl.store(tile, dlogits, mask=mask)
 
-    tl.store(dbias_ptr + group * V + offs_v, dbias, mask=mask_v)
+    tl.store(dbias_ptr + group * stride_logits + offs_v, tl.sum(dbias, 0), mask=mask_v)
 
 
 def masked_cross_entropy_fwd(hidden, weight, bias, labels, ignore_index, label_smoothing, gradients):
@@ -121,10 +124,11 @@ def masked_cross_entropy_fwd(hidden, weight, bias, labels, ignore_index, label_s
     picked = labels != ignore_index
     # an ignored row may hold anything, and 0 * NaN in the product for dweight would be NaN
     hidden = hidden.masked_fill(~picked[:, None], 0.0)
-    labels, bias = labels.contiguous(), bias.contiguous()
     fp32 = dict(dtype=torch.float32, device=hidden.device)
-    # rows start at multiples of 64 elements, whatever V, so that vector loads and tensor cores find them aligned
-    buffer = torch.empty(min(M, ROWS), triton.cdiv(V, 64) * 64, dtype=hidden.dtype, device=hidden.device)
+    # rows are padded to a multiple of 64 elements, whatever V, so that vector loads and tensor cores find them aligned
+    padded = triton.cdiv(V, 64) * 64
+    buffer = torch.empty(min(M, ROWS), padded, dtype=hidden.dtype, device=hidden.device)
+    labels, bias = labels.contiguous(), torch.nn.functional.pad(bias, (0, padded - V))
     maximum, total = (torch.empty(min(M, ROWS), **fp32) for _ in range(2))
     loss, correct = torch.empty(M, **fp32), torch.empty(M, dtype=torch.int32, device=hidden.device)
     dhidden = torch.empty((M, D) if gradients else 0, dtype=hidden.dtype, device=hidden.device)
@@ -138,20 +142,20 @@ def masked_cross_entropy_fwd(hidden, weight, bias, labels, ignore_index, label_s
         torch.mm(hidden[chunk], weight.T, out=logits)
         _masked_cross_entropy_fwd_kernel[(rows,)](
             logits, bias, labels[chunk], loss[chunk], correct[chunk], maximum, total,
-            V, buffer.stride(0), ignore_index, label_smoothing,
+            V, padded, ignore_index, label_smoothing,
             HAS_SMOOTHING=label_smoothing > 0.0, BLOCK_V=min(triton.next_power_of_2(V), 2048), num_warps=8,
         )  # fmt: skip
         if not gradients:
             continue
-        block_v, groups = min(triton.next_power_of_2(V), 512), triton.cdiv(rows, ROW_GROUP)
-        partial = torch.empty(groups, V, **fp32)
+        block_v, groups = min(triton.next_power_of_2(V), 256), triton.cdiv(rows, ROW_GROUP)
+        partial = torch.empty(groups, padded, **fp32)
         _masked_cross_entropy_bwd_kernel[(triton.cdiv(V, block_v), groups)](
             logits, bias, labels[chunk], maximum, total, partial,
-            rows, V, buffer.stride(0), ignore_index, label_smoothing,
+            rows, V, padded, ignore_index, label_smoothing,
             ROW_GROUP=ROW_GROUP, BLOCK_M=8, BLOCK_V=block_v, num_warps=4,
         )  # fmt: skip
         torch.mm(logits, weight, out=dhidden[chunk])
-        shares = _fp32_product(logits.T, hidden[chunk]), partial.sum(0)
+        shares = _fp32_product(logits.T, hidden[chunk]), partial[:, :V].sum(0)
         dweight, dbias = shares if start == 0 else (dweight.add_(shares[0]), dbias.add_(shares[1]))
     return loss.sum(), picked.sum(), correct.sum(), dhidden, dweight, dbias
 

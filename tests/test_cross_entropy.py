@@ -106,14 +106,14 @@ def test_agrees_with_torch(label_smoothing, device):
 
 
 def test_counts_right_predictions(device):
-    """Rows that predict their label, rows that miss by one, and ignored rows that would have been right."""
+    """Rows that predict their label, rows that miss it, and ignored rows, all of which predict the ignored label."""
     weight = torch.eye(40, device=device)
     labels = torch.arange(40, device=device)
     hidden = torch.roll(weight, 1, 0) * 9.0
     hidden[::4] = weight[::4] * 9.0
-    labels[::8] = -1
-    loss, count, correct = masked_cross_entropy(hidden, weight, torch.zeros(40, device=device), labels, ignore_index=-1)
-    assert (count.item(), correct.item()) == (35, 5)
+    labels[::8], hidden[::8] = 3, weight[3] * 9.0
+    loss, count, correct = masked_cross_entropy(hidden, weight, torch.zeros(40, device=device), labels, ignore_index=3)
+    assert (count.item(), correct.item()) == (34, 5)
 
 
 def test_all_rows_ignored(device):
