@@ -18,6 +18,7 @@ DEMO_TEXT := $(VENV)/.demo-text
 # watch a BERT learn English from raw text: about seven minutes on two cores
 demo: $(INSTALLED) $(DEMO_TEXT)
 	$(BIN)/python benchmarks/demo.py
+	$(BIN)/fastbert fill-mask --model runs/demo/model "In the beginning God created the [MASK] and the earth."
 
 # one thread per worker: more only fight for the same cores
 test: $(INSTALLED)
