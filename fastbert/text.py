@@ -45,9 +45,8 @@ def expand(paths):
                 raise ValueError(f"{path} is of no known kind: expected {', '.join(KINDS)} (or .gz of the first three)")
             stats = Counter()
             if not _has_text(path, stats):
-                why = (
-                    f"{stats['skipped_lines']} lines are not UTF-8" if stats else "it is empty or has only blank lines"
-                )
+                bad = stats["skipped_lines"]
+                why = f"{bad} lines are not UTF-8" if bad else "it is empty or has only blank lines"
                 raise ValueError(f"{path} holds no text: {why}")
             files.append(path)
             continue

@@ -163,7 +163,7 @@ BAD_INPUT = [
     ("no*.txt", None, r"no file matches .*no\*.txt"),
     ("folder", "folder", "folder has no file with text"),
     ("empty.txt", "", "empty.txt holds no text: it is empty or has only blank lines"),
-    ("blank.txt", "\n \n\t\n\n", "blank.txt holds no text"),
+    ("blank.txt", "\n \n\t\n\n", "blank.txt holds no text: it is empty or has only blank lines"),
     ("blank.txt.gz", gzip.compress(b"\n\n"), "blank.txt.gz holds no text"),
     ("what.pdf", "text", "what.pdf is of no known kind: expected .txt, .jsonl, .csv, .parquet"),
     ("binary.txt", b"\xff\xfe\x80\n\xff\xff\n", "binary.txt holds no text: 2 lines are not UTF-8"),
