@@ -8,6 +8,9 @@ Dropout is a pure function of `(seed, offset)` and of the element's place, the s
 the same mask on every device, in forward and backward, under activation checkpointing and after a resume.
 """
 
+import functools
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
@@ -128,51 +131,122 @@ def attention(
     of q whose sequence is empty give 0. `scale` defaults to K ** -0.5. Dropout acts on the probabilities, its mask
     indexed by (row of q, head, position of the key in its sequence). Returns [T or M, H, K].
     """
-    if k is None:
-        q, k = q[:, 0], q[:, 1:]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    kv = torch.stack((k, v), 1) if v is not None else k
-    starts_q = (cu_seqlens if cu_seqlens_q is None else cu_seqlens_q).tolist()
-    lengths = _differences(cu_seqlens.tolist())
-    lengths_q = _differences(starts_q)
+    starts = tuple(cu_seqlens.tolist())
+    starts_q = starts if cu_seqlens_q is None else tuple(cu_seqlens_q.tolist())
+    if v is not None:
+        k = torch.stack((k, v), 1)
+    groups, place_q, place_k = _groups(starts_q, starts, len(q), len(q) if k is None else len(k), q.device)
 
-    # sequences of one length make one batched call; their queries are padded to the longest, and cut again after
-    groups = {}
-    for b, (length, length_q) in enumerate(zip(lengths, lengths_q)):
-        if length and length_q:
-            groups.setdefault(length, []).append(b)
-    q_of = q[: starts_q[-1]].split(lengths_q)
-    kv_of = kv[: sum(lengths)].split(lengths)
-    out_of = [torch.zeros_like(part) for part in q_of]
-    for length, members in groups.items():
-        longest = max(lengths_q[b] for b in members)
-        queries = torch.stack([F.pad(q_of[b], (0, 0, 0, 0, 0, longest - lengths_q[b])) for b in members]).transpose(
-            1, 2
-        )
-        keys, values = torch.stack([kv_of[b] for b in members]).permute(2, 0, 3, 1, 4)
+    if k is None:
+        grouped = (x.permute(2, 0, 3, 1, 4).unbind(0) for x in _arrange(q, *place_q, groups, "length"))
+    else:
+        queries = (x.transpose(1, 2) for x in _arrange(q, *place_q, groups, "length_q"))
+        pairs = (x.permute(2, 0, 3, 1, 4).unbind(0) for x in _arrange(k, *place_k, groups, "length"))
+        grouped = ((x, *pair) for x, pair in zip(queries, pairs))
+    outs = []
+    for group, (queries, keys, values) in zip(groups, grouped):
         keep = None
         if dropout_p > 0.0:
-            row = torch.tensor([starts_q[b] for b in members], device=q.device)[:, None] + torch.arange(
-                longest, device=q.device
-            )
-            head = torch.arange(q.shape[1], device=q.device)
-            keep = keep_mask(row[:, None, :], head[None, :, None], length, seed, offset, dropout_p)
-        out = _attend(queries, keys, values, scale, keep, dropout_p).transpose(1, 2)
-        for b, rows in zip(members, out.unbind(0)):
-            out_of[b] = rows[: lengths_q[b]]
-    slack = q.new_zeros(q.shape[0] - starts_q[-1], *q.shape[1:])
-    return torch.cat([*out_of, slack])
+            row = group.start_q[:, None] + torch.arange(group.length_q, device=q.device)
+            head = torch.arange(queries.shape[1], device=q.device)
+            keep = keep_mask(row[:, None, :], head[None, :, None], group.length, seed, offset, dropout_p)
+        out = _attend(queries, keys, values, scale, group.mask, keep, dropout_p)
+        outs.append(out.transpose(1, 2).flatten(0, 1))
+    rows = torch.cat(outs) if outs else q.new_zeros(0, *q.shape[-2:])
+    return TakeFunction.apply(rows, *reversed(place_q))
 
 
-def _attend(q, k, v, scale, keep, dropout_p):
+def _attend(q, k, v, scale, mask, keep, dropout_p):
     if keep is None:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
-    probabilities = torch.softmax(q * scale @ k.transpose(-1, -2), dim=-1)
-    return (probabilities * keep * _keep_scale(dropout_p)) @ v
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    scores = q * scale @ k.transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return (torch.softmax(scores, dim=-1) * keep * _keep_scale(dropout_p)) @ v
 
 
-def _differences(starts):
-    return [end - start for start, end in zip(starts, starts[1:])]
+@dataclass
+class _Group:
+    """Sequences of about one length, padded to one: `members` of them, `length` keys and `length_q` queries each."""
+
+    members: int
+    length: int
+    length_q: int
+    start_q: torch.Tensor
+    mask: torch.Tensor | None
+
+
+_BUCKET = 16
+
+
+@functools.lru_cache(maxsize=4)
+def _groups(starts_q, starts, rows_q, rows, device):
+    """How to run packed sequences in few batched calls: `(groups, place_q, place_k)`.
+
+    A place is a pair of what TakeFunction wants: from packed rows to the groups' slots, and back. All layers of a pass
+    share one layout, hence the cache.
+    """
+    lengths_q = [end - start for start, end in zip(starts_q, starts_q[1:])]
+    lengths = [end - start for start, end in zip(starts, starts[1:])]
+    buckets = {}
+    for b, (length_q, length) in enumerate(zip(lengths_q, lengths)):
+        if length and length_q:
+            buckets.setdefault(-(-length // _BUCKET), []).append(b)
+    buckets = list(buckets.values())
+    groups = []
+    for bucket in buckets:
+        own = torch.tensor([lengths[b] for b in bucket], device=device)
+        length = max(lengths[b] for b in bucket)
+        mask = None
+        if min(lengths[b] for b in bucket) < length:
+            mask = (torch.arange(length, device=device) < own[:, None])[:, None, None, :]
+        start_q = torch.tensor([starts_q[b] for b in bucket], device=device)
+        groups.append(_Group(len(bucket), length, max(lengths_q[b] for b in bucket), start_q, mask))
+
+    def place(starts, lengths, rows, widths):
+        slots, holes = [], []
+        for bucket, width in zip(buckets, widths):
+            start = torch.tensor([starts[b] for b in bucket])[:, None]
+            length = torch.tensor([lengths[b] for b in bucket])[:, None]
+            column = torch.arange(width)
+            slots.append((start + column.minimum(length - 1)).flatten())
+            holes.append((column >= length).flatten())
+        slots = torch.cat(slots) if slots else torch.zeros(0, dtype=torch.int64)
+        holes = torch.cat(holes) if holes else torch.zeros(0, dtype=torch.bool)
+        back = torch.full((rows,), -1)
+        back[slots[~holes]] = (~holes).nonzero()[:, 0]
+        to_slots = (slots.to(device), holes.nonzero()[:, 0].to(device))
+        return to_slots, (back.clamp(min=0).to(device), (back < 0).nonzero()[:, 0].to(device))
+
+    place_q = place(starts_q, lengths_q, rows_q, [group.length_q for group in groups])
+    return groups, place_q, place(starts, lengths, rows, [group.length for group in groups])
+
+
+def _arrange(x, to_slots, to_rows, groups, length):
+    """Rows [T, ...] as one [members, length, ...] per group."""
+    parts = TakeFunction.apply(x, to_slots, to_rows).split([g.members * getattr(g, length) for g in groups])
+    return [part.unflatten(0, (g.members, getattr(g, length))) for part, g in zip(parts, groups)]
+
+
+class TakeFunction(torch.autograd.Function):
+    """x[index] with the rows `holes` set to 0, where `(index, holes)` there and `back` undo each other."""
+
+    @staticmethod
+    def forward(ctx, x, there, back):
+        ctx.back = back
+        return TakeFunction.take(x, *there)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        return TakeFunction.take(dout, *ctx.back), None, None
+
+    @staticmethod
+    def take(x, index, holes):
+        if len(x) == 0:
+            return x.new_zeros(len(index), *x.shape[1:])
+        return x.index_select(0, index).index_fill_(0, holes, 0)
 
 
 def layer_norm(x, weight, bias, *, residual=None, dropout_p=0.0, seed=None, offset=0, eps=1e-12):
