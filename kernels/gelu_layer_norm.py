@@ -4,9 +4,9 @@
     y = (h - mean(h)) * rstd(h) * weight + ln_bias
 
 Plain PyTorch, forward: read x, write x + bias, read it, write h, read h, write y, 6 T D elements. Fused: read x, write
-y, 2 T D, and mean and rstd (8 bytes a row). Backward, plain: LayerNorm reads dy and h and writes dh, GELU reads dh and
-x + bias and writes dx, dbias reads dx, 7 T D. Fused: read dy and x, write dx, 3 T D, and 12 D bytes of partial sums per
-program, written and read once.
+y, 2 T D, and mean and rstd (8 bytes a row). Backward, plain: LayerNorm reads dy and h and writes dh, reads both again
+for its parameters, GELU reads dh and x + bias and writes dx, dbias reads dx, 9 T D. Fused: read dy and x, write dx,
+3 T D, and 12 D bytes of partial sums per program, written and read once.
 
 The backward makes h and GELU's derivative again from x, in fp32. Each program adds up the three parameter gradients
 over the rows it walks; one sum over the programs follows: no atomics, the same bits each time.

@@ -5,9 +5,9 @@
 
 Plain PyTorch, forward: dropout reads x and writes it and a mask, the add reads two and writes z, LayerNorm reads z and
 writes y: 7 T D elements and a mask. Fused: read x and residual, write y, 3 T D, and mean and rstd (8 bytes a row).
-Backward, plain: LayerNorm reads dy and z and writes dz, reads both again for dweight and dbias, dropout reads dz and the
-mask and writes dx: 7 T D and the mask. Fused: read dy, x, residual, write dx, and dresidual where it differs from dx
-(under dropout, or in another dtype): 4 or 5 T D, and 8 D bytes of partial sums per program, written and read once.
+Backward, plain: LayerNorm reads dy and z and writes dz, reads both again for dweight and dbias, dropout reads dz and
+the mask and writes dx: 7 T D and the mask. Fused: read dy, x, residual, write dx, and dresidual where it differs from
+dx (under dropout, or in another dtype): 4 or 5 T D, and 8 D bytes of partial sums per program, written and read once.
 
 z is not kept: the backward makes it again from x and residual. That reads one tensor more than a saved z would, the
 forward writes one less, and z stays in fp32 where a saved one would be rounded to x's dtype. The dropout mask is drawn
