@@ -25,6 +25,7 @@ test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 bench: $(INSTALLED)
+	$(BIN)/python -m pytest benchmarks/bench_ops.py --benchmark-columns=median,iqr,rounds
 	$(BIN)/python benchmarks/bench_training_step.py
 
 lint: $(INSTALLED)

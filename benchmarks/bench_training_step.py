@@ -179,6 +179,49 @@ def machine():
     }
 
 
+def describe(result):
+    """The device, versions and shape behind a result, in a line."""
+    return (
+        f"{result['cpu']}, {result['threads']} threads, {result['dtype']}, {result['shape']} tokens, "
+        f"Python {result['python']}, torch {result['torch']}, transformers {result['transformers']}"
+    )
+
+
+def markdown(result):
+    """The result as the table that the README shows."""
+    rows = ["| batch | transformers | fastbert | speed | peak memory |", "|---|---|---|---|---|"]
+    for case in result["cases"]:
+        theirs, ours = (case[library] for library in LIBRARIES)
+        rows.append(
+            f"| {case['case']} | {theirs['median_s']:.2f} s | {ours['median_s']:.2f} s | **{case['speedup']:.2f}x** "
+            f"| {theirs['peak_memory_mib']} -> {ours['peak_memory_mib']} MiB |"
+        )
+    return "\n".join(rows)
+
+
+def plot(result, path):
+    """Speed and peak memory as bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    panels = (("real_tokens_per_s", "real tokens per second (more is better)"), ("peak_memory_mib", "peak memory, MiB"))
+    for axis, (name, title) in zip(axes, panels):
+        for i, (library, colour) in enumerate(zip(LIBRARIES, ("#9aa5b1", "#2563eb"))):
+            values = [case[library][name] for case in result["cases"]]
+            bars = axis.bar([x + 0.4 * i for x in range(len(values))], values, 0.38, label=library, color=colour)
+            axis.bar_label(bars, fmt="%.0f", fontsize=9)
+        axis.set_xticks([x + 0.2 for x in range(len(values))], [case["case"] for case in result["cases"]])
+        axis.set_title(title, fontsize=10)
+        axis.margins(y=0.12)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[1].legend(frameon=False, loc="lower right")
+    figure.suptitle(f"BERT-base training step. {describe(result)}", fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=15, help="timed steps of each library")
@@ -214,7 +257,8 @@ def main():
             )
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(f"written to {options.output}")
+    plot(result, options.output.with_suffix(".png"))
+    print(f"\n{markdown(result)}\n\n{describe(result)}\nwritten to {options.output}, with a plot beside it")
 
 
 if __name__ == "__main__":

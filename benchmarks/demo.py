@@ -160,6 +160,8 @@ def main():
     console.print("\n[bold]Verses it has not read, one word hidden, its first five guesses:[/]\n")
     show_guesses(*load(OUTPUT / "model"), held_out)
     accuracy, baseline = result["eval_masked_accuracy"], result["eval_baseline_accuracy"]
+    result |= {"machine": sentence, "torch": torch.__version__, "model": model_config.to_dict(), "options": options}
+    (OUTPUT / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     console.print(
         f"Held-out masked accuracy [bold]{accuracy:.1%}[/], {accuracy / baseline:.1f} times the {baseline:.1%} of "
         f"always guessing the most frequent token. {(time.perf_counter() - began) / 60:.1f} minutes.\n"
