@@ -184,6 +184,7 @@ def pretrain(config):
                 tokenizer = train_wordpiece(
                     sources[0], config.vocab_size,
                     text_column=config.text_column, layout=config.layout, lowercase=not config.cased,
+                    progress=log.console.is_terminal,
                 )  # fmt: skip
             elif tokenizer is None:
                 tokenizer = load_tokenizer(output_dir)
@@ -232,11 +233,13 @@ def pretrain(config):
 
                 # between steps: evaluate, save, end
                 due = progress.step > progress.evaluated and (finished or progress.step % config.eval_steps == 0)
-                if due and held_out is not None and rank == 0:
-                    row = evaluate(model, held_out, bf16=config.bf16, interrupted=lambda: caught)
+                if due and held_out is not None:
+                    row = evaluate(model, held_out, bf16=config.bf16, interrupted=lambda: caught) if rank == 0 else None
                     if row is not None:
                         log.write(_place(progress) | row)
                         progress.evaluated = progress.step
+                    # what was interrupted here is made up for after a resume, if no step comes between
+                    (stop,) = _sum_over_processes(len(caught))
                 if progress.step != saved and (finished or stop or progress.step % config.save_steps == 0):
                     if rank == 0:
                         facts["progress"] = dataclasses.asdict(progress)
@@ -413,9 +416,9 @@ def _length(config, loader):
         total = config.max_steps
     else:
         whole, part = divmod(config.epochs or 1, 1)
-        micro_batches = sum(loader.len_batches(epoch) for epoch in range(int(whole)))
+        micro_batches = sum(loader.num_batches(epoch) for epoch in range(int(whole)))
         if part:
-            micro_batches += part * loader.len_batches(int(whole))
+            micro_batches += part * loader.num_batches(int(whole))
         total = max(1, math.ceil(micro_batches / config.gradient_accumulation_steps))
     return total, config.warmup_ratio * total if config.warmup_steps is None else config.warmup_steps
 

@@ -61,7 +61,7 @@ class Log:
             TextColumn("{task.fields[place]}"), BarColumn(bar_width=16), TextColumn("{task.fields[figures]}"),
             TextColumn("{task.fields[left]} left"),
         )  # fmt: skip
-        self.bar = Progress(*columns, console=self.console, transient=True)
+        self.bar = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
         self.task = self.bar.add_task("", total=total, place="step 0", figures="", left="?")
         self.bar.start()
         self.advance(progress)
