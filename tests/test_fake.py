@@ -1,0 +1,186 @@
+"""The operators without data: what torch.compile believes of them is what they do."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import cu_seqlens_of
+from torch._dynamo.testing import AotEagerAndRecordGraphs
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastbert import ops
+from fastbert.config import EncoderConfig
+from fastbert.heads import MaskedLM
+from fastbert.packing import Batch
+
+CONFIG = EncoderConfig(
+    vocab_size=37, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=40,
+    max_position_embeddings=16,
+)  # fmt: skip
+LENGTHS, T, D = [5, 1, 0, 7], 13, 24
+
+
+@pytest.fixture(autouse=True)
+def kernels_are_used(monkeypatch):
+    monkeypatch.setattr(ops, "IMPL", "triton")
+
+
+def batch_on(device):
+    labels = torch.randint(37, (T,), device=device)
+    labels[::3] = -100
+    return Batch(
+        input_ids=torch.randint(37, (T,), device=device),
+        position_ids=torch.arange(T, device=device) % 7,
+        token_type_ids=torch.arange(T, device=device) % 2,
+        cu_seqlens=cu_seqlens_of(LENGTHS, device),
+        max_seqlen=7,
+        labels=labels,
+        picks=(labels != -100).nonzero()[:, 0],
+        seed=torch.tensor([5], device=device),
+    )
+
+
+def attention(device, dtype, packing):
+    cu_seqlens, seed = cu_seqlens_of(LENGTHS, device), torch.tensor([5], device=device)
+    q, k, v = torch.randn(T, 3, 2, 12, device=device, dtype=dtype, requires_grad=True), None, None
+    options = dict(dropout_p=0.1, seed=seed)
+    if packing == "kv":
+        q, k = torch.randn(4, 2, 12, device=device, dtype=dtype, requires_grad=True), q[:, 1:].detach().requires_grad_()
+        options |= dict(cu_seqlens_q=cu_seqlens_of([2, 0, 0, 2], device), max_seqlen_q=4)
+    elif packing == "apart":
+        q, k, v = (x.detach().requires_grad_() for x in q.transpose(2, 3).contiguous().transpose(2, 3).unbind(1))
+    return ops.attention(q, k, v, cu_seqlens, 7, **options)
+
+
+def layer_norm(device, dtype, residual_dtype, dropout_p, transposed):
+    x = torch.randn(D, T, device=device, dtype=dtype).T if transposed else torch.randn(T, D, device=device, dtype=dtype)
+    residual = residual_dtype and torch.randn(T, D, device=device, dtype=residual_dtype, requires_grad=True)
+    weight, bias = (torch.randn(D, device=device, requires_grad=True) for _ in range(2))
+    seed = torch.tensor([5], device=device) if dropout_p else None
+    return ops.layer_norm(x.requires_grad_(), weight, bias, residual=residual, dropout_p=dropout_p, seed=seed, eps=1e-5)
+
+
+def bias_gelu(device, dtype):
+    x, bias = torch.randn(T, 2 * D, device=device, dtype=dtype)[:, :D], torch.randn(D, device=device)
+    return ops.bias_gelu(x.requires_grad_(), bias.requires_grad_(), approximate="tanh")
+
+
+def gelu_layer_norm(device, dtype):
+    x, *rest = torch.randn(T, D, device=device, dtype=dtype), *(torch.randn(D, device=device) for _ in range(3))
+    return ops.gelu_layer_norm(x.requires_grad_(), *(p.requires_grad_() for p in rest))
+
+
+def embedding(device, dtype):
+    batch = batch_on(device)
+    shapes = (37, D), (16, D), (2, D), (D,), (D,)
+    tables = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes]
+    return ops.embedding(
+        batch.input_ids,
+        batch.position_ids,
+        batch.token_type_ids,
+        *tables,
+        padding_idx=0,
+        dropout_p=0.1,
+        seed=batch.seed,
+    )
+
+
+def masked_cross_entropy(device, dtype, gradients):
+    # a transposed weight: its gradient must not inherit the layout unsaid
+    shapes = (T, D), (D, 37), (37,)
+    hidden, weight, bias = (torch.randn(shape, device=device, dtype=dtype, requires_grad=gradients) for shape in shapes)
+    return ops.masked_cross_entropy(hidden, weight.T, bias, batch_on(device).labels, label_smoothing=0.1)[0]
+
+
+CALLS = {
+    "attention-qkv": (attention, "qkv"),
+    "attention-kv": (attention, "kv"),
+    "attention-apart": (attention, "apart"),
+    "layer_norm-bare": (layer_norm, None, 0.0, False),
+    "layer_norm-transposed": (layer_norm, None, 0.1, True),
+    "layer_norm-residual": (layer_norm, torch.float16, 0.0, False),
+    "layer_norm-residual-dropout": (layer_norm, torch.float16, 0.1, True),
+    "layer_norm-wide-residual": (layer_norm, torch.float32, 0.0, False),
+    "bias_gelu": (bias_gelu,),
+    "gelu_layer_norm": (gelu_layer_norm,),
+    "embedding": (embedding,),
+    "masked_cross_entropy-training": (masked_cross_entropy, True),
+    "masked_cross_entropy-evaluation": (masked_cross_entropy, False),
+}
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps the calls of fastbert's operators, with what they returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function.namespace == "fastbert":
+            self.calls.append((function, args, result))
+        return result
+
+
+def recorded(name, device):
+    function, *arguments = CALLS[name]
+    with Recorder() as recorder:
+        out = function(device, torch.float16, *arguments)
+        if out.requires_grad:
+            out.backward(torch.randn_like(out))
+    return recorder.calls
+
+
+def registered():
+    """Names of all operators of fastbert."""
+    for path in (Path(__file__).resolve().parent.parent / "kernels").glob("[!_]*.py"):
+        importlib.import_module(f"fastbert.kernels.{path.stem}")
+    names = (name.partition("::") for name in torch._C._dispatch_get_all_op_names())
+    return {name for library, _, name in names if library == "fastbert"}
+
+
+def outline(results):
+    results = results if isinstance(results, (tuple, list)) else (results,)
+    return [(tuple(x.shape), x.dtype, x.stride(), x.device) for x in results]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_fakes_are_like_the_real_results(name, device):
+    calls = recorded(name, device)
+    assert calls
+    for operator, arguments, real in calls:
+        with FakeTensorMode() as mode:
+            fakes = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in arguments]
+            fake = operator(*fakes)
+        assert outline(fake) == outline(real), operator
+        # autograd may overwrite a result that it alone holds: none may share memory with another or with an argument
+        tensors = [x for x in (real if isinstance(real, (tuple, list)) else (real,)) if x.numel()]
+        places = [x.untyped_storage().data_ptr() for x in (*tensors, *arguments) if isinstance(x, torch.Tensor)]
+        assert not set(places[: len(tensors)]) & set(places[len(tensors) :]), operator
+        assert len(set(places[: len(tensors)])) == len(tensors), operator
+
+
+def test_every_operator_is_called_above(device):
+    called = {operator.name() for name in CALLS for operator, *_ in recorded(name, device)}
+    assert called == {f"fastbert::{name}" for name in registered()}
+
+
+def test_the_model_compiles_whole(device):
+    """A training step of a model in which all ops stand: one graph without a break, eager mode's loss and gradients."""
+    model, batch = MaskedLM(CONFIG).to(device), batch_on(device)
+
+    def loss(batch):
+        return model(batch).loss
+
+    backend = AotEagerAndRecordGraphs()
+    results = []
+    for step in (loss, torch.compile(loss, fullgraph=True, backend=backend)):
+        value = step(batch)
+        results.append((value, *torch.autograd.grad(value, list(model.parameters()))))
+    targets = [str(node.target) for graph in (*backend.fw_graphs, *backend.bw_graphs) for node in graph.graph.nodes]
+    assert {target.split(".")[1] for target in targets if target.startswith("fastbert.")} == registered()
+    for eager, compiled in zip(*results):
+        assert torch.equal(eager, compiled)
