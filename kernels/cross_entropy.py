@@ -110,8 +110,8 @@ def _masked_cross_entropy_bwd_kernel(
         x = tl.load(tile, mask=mask).to(tl.float32) + bias[None, :]
         dlogits = tl.exp(x - maximum[:, None]) * (1.0 / total)[:, None] - label_smoothing / V
         dlogits = tl.where(offs_v[None, :] == label[:, None], dlogits - (1.0 - label_smoothing), dlogits)
-        # a select, not a product: whatever an ignored row or the padding holds, its gradient is 0
-        dlogits = tl.where((label != ignore_index)[:, None] & (offs_v < V)[None, :], dlogits, 0.0)
+        # a select, not a product: whatever an ignored row holds, its gradient is 0
+        dlogits = tl.where((label != ignore_index)[:, None], dlogits, 0.0)
         dbias += dlogits
         tl.store(tile, dlogits, mask=mask)
 

@@ -111,9 +111,18 @@ def test_counts_right_predictions(device):
     labels = torch.arange(40, device=device)
     hidden = torch.roll(weight, 1, 0) * 9.0
     hidden[::4] = weight[::4] * 9.0
-    labels[::8], hidden[::8] = 3, weight[3] * 9.0
-    loss, count, correct = masked_cross_entropy(hidden, weight, torch.zeros(40, device=device), labels, ignore_index=3)
-    assert (count.item(), correct.item()) == (34, 5)
+    labels[::8], hidden[::8] = 0, weight[0] * 9.0
+    loss, count, correct = masked_cross_entropy(hidden, weight, torch.zeros(40, device=device), labels, ignore_index=0)
+    assert (count.item(), correct.item()) == (35, 5)
+
+
+def test_of_equal_maxima_the_first_is_the_prediction(device):
+    """Also when they are blocks apart, in the same lane of the kernel."""
+    bias = torch.zeros(5000, device=device)
+    bias[[9, 9 + 2048, 9 + 4096]] = 3.0
+    labels = torch.tensor([9 + 2048, 9, 9 + 4096], device=device)
+    hidden, weight = torch.zeros(3, 8, device=device), torch.zeros(5000, 8, device=device)
+    assert masked_cross_entropy(hidden, weight, bias, labels)[2].item() == 1
 
 
 def test_all_rows_ignored(device):

@@ -88,10 +88,10 @@ def embedding(device, dtype):
 
 
 def masked_cross_entropy(device, dtype, gradients):
-    # a transposed weight: its gradient must not inherit the layout unsaid
-    shapes = (T, D), (D, 37), (37,)
+    # transposed: gradients must not inherit the layout unsaid
+    shapes = (D, T), (D, 37), (37,)
     hidden, weight, bias = (torch.randn(shape, device=device, dtype=dtype, requires_grad=gradients) for shape in shapes)
-    return ops.masked_cross_entropy(hidden, weight.T, bias, batch_on(device).labels, label_smoothing=0.1)[0]
+    return ops.masked_cross_entropy(hidden.T, weight.T, bias, batch_on(device).labels, label_smoothing=0.1)[0]
 
 
 CALLS = {
