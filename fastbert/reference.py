@@ -290,13 +290,12 @@ class MaskedCrossEntropyFunction(torch.autograd.Function):
     ROWS = 1024
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, ignore_index, label_smoothing):
+    def forward(ctx, hidden, weight, bias, labels, ignore_index, label_smoothing, wants):
         picked = (labels != ignore_index).nonzero()[:, 0]
         rows, targets = hidden[picked], labels[picked]
         wide = torch.promote_types(hidden.dtype, torch.float32)
         loss_sum = torch.zeros((), dtype=wide, device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-        wants = any(ctx.needs_input_grad[:3])
         dhidden, dweight, dbias = torch.zeros_like(hidden), None, torch.zeros_like(bias, dtype=wide)
         for start in range(0, len(picked), MaskedCrossEntropyFunction.ROWS):
             chunk = slice(start, start + MaskedCrossEntropyFunction.ROWS)
@@ -328,7 +327,7 @@ class MaskedCrossEntropyFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dloss, dcount, dcorrect):
         dhidden, dweight, dbias = (grad * dloss.to(grad.dtype) for grad in ctx.saved_tensors)
-        return dhidden, dweight, dbias, None, None, None
+        return dhidden, dweight, dbias, None, None, None, None
 
 
 def masked_cross_entropy(hidden, weight, bias, labels, *, ignore_index=-100, label_smoothing=0.0):
@@ -338,4 +337,6 @@ def masked_cross_entropy(hidden, weight, bias, labels, *, ignore_index=-100, lab
     sum of the losses (fp32, natural log), how many rows had a label, and how many of those were predicted right
     (int64). No row with a label gives 0, 0, 0 and zero gradients. Label smoothing as in F.cross_entropy.
     """
-    return MaskedCrossEntropyFunction.apply(hidden, weight, bias, labels, ignore_index, label_smoothing)
+    # asked here: inside a Function gradients look disabled, and needs_input_grad knows nothing of no_grad
+    wants = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, weight, bias))
+    return MaskedCrossEntropyFunction.apply(hidden, weight, bias, labels, ignore_index, label_smoothing, wants)

@@ -152,3 +152,15 @@ def test_linear_through_onednn_equals_torch(with_bias, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     with torch.backends.mkldnn.flags(enabled=False):
         assert "LinearFunction" not in type(reference.linear(x, weight, bias).grad_fn).__name__
+
+
+def test_masked_cross_entropy_does_no_gradient_work_without_gradients(monkeypatch):
+    products = []
+    plain = reference.matmul
+    monkeypatch.setattr(reference, "matmul", lambda *a: products.append(a) or plain(*a))
+    inputs = double(3, 4), double(7, 4), double(7), torch.tensor([1, -100, 3])
+    with torch.no_grad():
+        without = reference.masked_cross_entropy(*inputs)
+    assert len(products) == 1
+    assert torch.equal(without[0], reference.masked_cross_entropy(*inputs)[0])
+    assert len(products) == 4
