@@ -1,5 +1,6 @@
 """fastbert: fused Triton kernels for BERT-family encoders, and everything needed to train and serve them."""
 
+import importlib
 from pathlib import Path
 
 __version__ = "0.1.0"
@@ -8,3 +9,25 @@ __version__ = "0.1.0"
 _root = Path(__file__).resolve().parent.parent
 if (_root / "setup.py").exists():
     __path__.append(str(_root))
+
+# the public names and their modules: loaded when first asked for, so that importing fastbert costs nothing
+_MODULES = {
+    "Batch": "packing",
+    "EncoderConfig": "config",
+    "Encoder": "encoder",
+    "MaskedLM": "heads",
+    "PretrainConfig": "pretrain",
+    "Pretraining": "heads",
+    "pack": "packing",
+    "preset": "variants",
+    "unpack": "packing",
+}
+__all__ = ["ops", *_MODULES]
+
+
+def __getattr__(name):
+    if name == "ops":
+        return importlib.import_module(".ops", __name__)
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)

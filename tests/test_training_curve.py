@@ -42,7 +42,11 @@ def curve(impl, dtype, device, monkeypatch):
 
 @pytest.fixture
 def curves(device, monkeypatch):
-    runs = {"truth": ("reference", torch.float64), "plain": ("reference", torch.float32), "fused": ("triton", torch.float32)}
+    runs = {
+        "truth": ("reference", torch.float64),
+        "plain": ("reference", torch.float32),
+        "fused": ("triton", torch.float32),
+    }
     return {name: curve(*run, device, monkeypatch) for name, run in runs.items()}
 
 
