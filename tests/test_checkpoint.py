@@ -199,6 +199,8 @@ def test_kill_9_at_random_times_leaves_a_whole_checkpoint(tmp_path, tokenizer):
         process.kill()
         process.join()
         checkpoint.clear_unfinished(tmp_path)
+        for path in tmp_path.glob(f"checkpoint-*/{checkpoint.MANIFEST}"):
+            checkpoint.verify(path.parent)
         found = checkpoint.latest(tmp_path)
         assert checkpoint.read_state(found)["step"] == int(found.name.split("-")[1])
     assert checkpoint.read_state(found)["step"] > 0

@@ -320,6 +320,72 @@ def test_five_in_a_row_abort_and_keep_the_last_good_checkpoint(options, monkeypa
     assert all(tensor.isfinite().all() for tensor in load_file(found / checkpoint.MODEL).values())
 
 
+def test_an_evaluation_is_the_same_each_time_and_right(place):
+    model = heads.MaskedLM(EncoderConfig.from_dict(MODEL))
+    loader = MaskedBatches(Shards.open(place / "shards"), max_seq_length=24, tokens_per_batch=192, seed=1)
+    row = pretrain.evaluate(model.train(), loader)
+    assert model.training and row == pretrain.evaluate(model, loader)
+    truths, scores = [], []
+    with torch.no_grad():
+        for batch in loader.epoch(0):
+            truths.append(batch.labels[batch.picks])
+            scores.append(model.eval().logits(batch, batch.picks))
+    truths, scores = torch.cat(truths), torch.cat(scores)
+    assert row["eval_picked_tokens"] == len(truths)
+    assert row["eval_loss"] == pytest.approx(F.cross_entropy(scores, truths).item(), rel=1e-5)
+    assert row["eval_masked_accuracy"] == pytest.approx((scores.argmax(-1) == truths).double().mean().item())
+    assert row["eval_baseline_accuracy"] == pytest.approx((truths == truths.mode().values).double().mean().item())
+    assert pretrain.evaluate(model, loader, interrupted=lambda: True) is None
+
+
+def test_held_out_documents_are_not_learned_from(options, monkeypatch):
+    loaders = []
+    real = pretrain._loaders
+    monkeypatch.setattr(pretrain, "_loaders", lambda *args: loaders.extend(real(*args)) or loaders)
+    run(options, max_steps=1)
+    train, held_out = ({*loader.index.document[loader.ids].tolist()} for loader in loaders)
+    assert train | held_out == set(range(60)) and not train & held_out and len(held_out) >= 3
+
+
+def test_dropout_has_another_seed_in_every_place():
+    places = [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (0, 11, 0, 0), (0, 1, 1, 0)]
+    seeds = [pretrain.dropout_seed(*place) for place in places]
+    assert len({int(seed) for seed in seeds}) == len(places)
+    assert all(seed.dtype == torch.int64 and seed.shape == (1,) for seed in seeds)
+    assert torch.equal(seeds[0], pretrain.dropout_seed(*places[0]))
+
+
+@pytest.mark.parametrize(("schedule", "warmup"), [("linear", {"warmup_steps": 4}), ("cosine", {"warmup_ratio": 0.5})])
+def test_the_recipe_reaches_the_optimizer(schedule, warmup, options, monkeypatch):
+    made, optimizers = {}, []
+    real = pretrain.optim.adamw
+
+    def adamw(model, **settings):
+        made.update(settings)
+        optimizers.append(real(model, **settings))
+        return optimizers[0]
+
+    monkeypatch.setattr(pretrain.optim, "adamw", adamw)
+    run(options, schedule=schedule, **warmup, max_steps=8, logging_steps=1, learning_rate=0.01, weight_decay=0.2,
+        adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-5)  # fmt: skip
+    assert made == {"learning_rate": 0.01, "weight_decay": 0.2, "betas": (0.8, 0.95), "epsilon": 1e-5}
+    rows = [r for r in report.read_metrics(options["output_dir"]) if "loss" in r]
+    # each row is about its own step alone: 15 % of at most two micro-batches
+    assert all(r["picked_tokens"] < 0.2 * 2 * 192 for r in rows)
+    rates = [r["learning_rate"] for r in rows]
+    assert {group["lr"] for group in optimizers[0].param_groups} == {rates[-1]}
+    expected = [0.01 * pretrain.optim.SCHEDULES[schedule](step, 8, 4) for step in range(8)]
+    assert rates == pytest.approx(expected) and rates[0] == pytest.approx(0.0025)
+
+
+def test_bfloat16_products_learn_in_float32_parameters(options):
+    run(options, bf16=True, max_steps=3, logging_steps=1)
+    rows = [r for r in report.read_metrics(options["output_dir"]) if "loss" in r]
+    assert all(math.isfinite(r["loss"]) for r in rows) and rows[-1]["skipped_steps"] == 0
+    tensors = load_file(options["output_dir"] / "model.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+
+
 # ------------------------------------------------------------------------------------------------- resuming
 
 
@@ -338,8 +404,8 @@ def stop_in(monkeypatch, name, call):
 
 @pytest.mark.parametrize(
     ("where", "call", "step"),
-    [("accumulate", 1, 1), ("accumulate", 6, 6), ("accumulate", 8, 8), ("evaluate", 1, 4), ("accumulate", 11, 11)],
-    ids=["first-step", "mid-epoch", "at-an-evaluation", "in-an-evaluation", "second-epoch"],
+    [("accumulate", 1, 1), ("accumulate", 6, 6), ("accumulate", 8, 8), ("evaluate", 1, 4), ("accumulate", 10, 10)],
+    ids=["first-step", "mid-epoch", "at-an-evaluation", "in-an-evaluation", "second-epoch-at-a-row-of-the-log"],
 )
 def test_a_stopped_run_resumes_to_the_bit(where, call, step, options, whole, monkeypatch, capsys):
     handler = signal.getsignal(signal.SIGTERM)
