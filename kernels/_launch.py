@@ -56,7 +56,7 @@ def unit_columns(x):
 
 
 def row_tiles(D, itemsize):
-    """Launch settings of a kernel that holds whole rows: BLOCK_T rows as cdiv(D, BLOCK_D) tiles [BLOCK_T, BLOCK_D].
+    """Launch settings of a kernel that holds whole rows: BLOCK_T rows as TILES tiles [BLOCK_T, BLOCK_D].
 
     A thread holds 16 bytes of a tile, neighbouring columns: up to 256 columns of half precision, a warp has a row to
     itself and no reduction leaves the warp. 768 is 3 x 256 and 384 is 3 x 128: no lane idles.
@@ -65,7 +65,8 @@ def row_tiles(D, itemsize):
     largest = max(min(whole, 256), whole // 4)
     BLOCK_D = min(largest, largest // 2, key=lambda block: (triton.cdiv(D, block) * block, -block))
     BLOCK_T = max(1024 // BLOCK_D, 1)
-    return dict(BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D, num_warps=BLOCK_T * BLOCK_D * itemsize // 512)
+    TILES = triton.cdiv(D, BLOCK_D)
+    return dict(BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D, TILES=TILES, num_warps=BLOCK_T * BLOCK_D * itemsize // 512)
 
 
 def row_programs(T, BLOCK_T):

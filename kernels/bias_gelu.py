@@ -30,14 +30,13 @@ def _bias_gelu_fwd_kernel(
     x_ptr, bias_ptr,
     y_ptr,
     T, stride_xt,
-    F: tl.constexpr, TANH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
+    F: tl.constexpr, TANH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     # column tiles run fastest, so that neighbouring programs read neighbouring memory
     # rows are int64: T * F passes 2^31 on long runs
-    tiles: tl.constexpr = tl.cdiv(F, BLOCK_F)
     pid = tl.program_id(0).to(tl.int64)
-    row = (pid // tiles * BLOCK_T + tl.arange(0, BLOCK_T))[:, None]
-    offs_f = (pid % tiles).to(tl.int32) * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
+    row = (pid // TILES * BLOCK_T + tl.arange(0, BLOCK_T))[:, None]
+    offs_f = (pid % TILES).to(tl.int32) * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
     mask = (row < T) & (offs_f < F)
 
     x = tl.load(x_ptr + row * stride_xt + offs_f, mask=mask, other=0.0).to(tl.float32)
@@ -78,9 +77,10 @@ def bias_gelu_fwd(x, bias, approximate):
     if T == 0:
         return y
     x = unit_columns(x)
-    _bias_gelu_fwd_kernel[(triton.cdiv(T, BLOCK_T) * triton.cdiv(F, BLOCK_F),)](
+    tiles = triton.cdiv(F, BLOCK_F)
+    _bias_gelu_fwd_kernel[(triton.cdiv(T, BLOCK_T) * tiles,)](
         x, bias.contiguous(), y, T, x.stride(0),
-        F=F, TANH=approximate == "tanh", BLOCK_T=BLOCK_T, BLOCK_F=BLOCK_F, num_warps=4,
+        F=F, TANH=approximate == "tanh", BLOCK_T=BLOCK_T, BLOCK_F=BLOCK_F, TILES=tiles, num_warps=4,
     )  # fmt: skip
     return y
 

@@ -48,7 +48,8 @@ def _embedding_fwd_kernel(
     weight_ptr, bias_ptr, seed_ptr,
     y_ptr, mean_ptr, rstd_ptr,
     T, offset, threshold, scale, eps,
-    D: tl.constexpr, HAS_DROPOUT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     # rows, in tables and tokens, are int64: T * D and V * D may pass 2^31
     offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -59,7 +60,7 @@ def _embedding_fwd_kernel(
     type_row = tl.load(token_type_ids_ptr + row, mask=mask_t, other=0)
 
     z = ()
-    for i in tl.static_range(tl.cdiv(D, BLOCK_D)):
+    for i in tl.static_range(TILES):
         offs_d = i * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
         mask = mask_t & (offs_d < D)
         z = z + (_lookup(word_ptr, position_ptr, token_type_ptr, word_row, position_row, type_row, offs_d, mask, D),)
@@ -68,7 +69,7 @@ def _embedding_fwd_kernel(
     tl.store(mean_ptr + offs_t, mean, mask=offs_t < T)
     tl.store(rstd_ptr + offs_t, rstd, mask=offs_t < T)
 
-    for i in tl.static_range(tl.cdiv(D, BLOCK_D)):
+    for i in tl.static_range(TILES):
         offs_d = i * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
         mask = mask_t & (offs_d < D)
         # parameters are read as whole tiles: a [1, BLOCK_D] load would get a layout of its own and cross shared memory
@@ -87,12 +88,13 @@ def _embedding_bwd_kernel(
     weight_ptr, seed_ptr, mean_ptr, rstd_ptr,
     dz_ptr, dtoken_type_ptr, dweight_ptr, dbias_ptr,
     T, stride_dyt, offset, threshold, scale,
-    D: tl.constexpr, TYPES: tl.constexpr, HAS_DROPOUT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, TYPES: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     # dweight and dbias are [programs, D] fp32, dtoken_type [programs, TYPES, D]. Until the end each row of the block
     # has its own share, so that nothing crosses warps inside the loop. dtypes[i * TYPES + k]: tile i of type k
     dweight, dbias, dtypes = (), (), ()
-    for _ in tl.static_range(tl.cdiv(D, BLOCK_D)):
+    for _ in tl.static_range(TILES):
         dweight = dweight + (tl.zeros([BLOCK_T, BLOCK_D], tl.float32),)
         dbias = dbias + (tl.zeros([BLOCK_T, BLOCK_D], tl.float32),)
         for _k in tl.static_range(TYPES):
@@ -110,7 +112,7 @@ def _embedding_bwd_kernel(
         rstd = tl.load(rstd_ptr + offs_t, mask=offs_t < T, other=0.0)
 
         g, z_hat, new_dweight, new_dbias = (), (), (), ()
-        for i in tl.static_range(tl.cdiv(D, BLOCK_D)):
+        for i in tl.static_range(TILES):
             offs_d = i * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
             mask = mask_t & (offs_d < D)
             dy = tl.load(dy_ptr + row * stride_dyt + offs_d, mask=mask, other=0.0).to(tl.float32)
@@ -128,7 +130,7 @@ def _embedding_bwd_kernel(
 
         dz = layer_norm_dz(g, z_hat, rstd, D)
         new_dtypes = ()
-        for i in tl.static_range(tl.cdiv(D, BLOCK_D)):
+        for i in tl.static_range(TILES):
             offs_d = i * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
             tl.store(dz_ptr + row * D + offs_d, dz[i], mask=mask_t & (offs_d < D))
             for k in tl.static_range(TYPES):
@@ -136,7 +138,7 @@ def _embedding_bwd_kernel(
                 new_dtypes = new_dtypes + (dtypes[i * TYPES + k] + tl.where(type_row == k, dz[i], 0.0),)
         dtypes = new_dtypes
 
-    for i in tl.static_range(tl.cdiv(D, BLOCK_D)):
+    for i in tl.static_range(TILES):
         offs_d = i * BLOCK_D + tl.arange(0, BLOCK_D)
         tl.store(dweight_ptr + pid * D + offs_d, tl.sum(dweight[i], 0), mask=offs_d < D)
         tl.store(dbias_ptr + pid * D + offs_d, tl.sum(dbias[i], 0), mask=offs_d < D)

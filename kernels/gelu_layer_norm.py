@@ -28,7 +28,7 @@ def _gelu_layer_norm_fwd_kernel(
     x_ptr, bias_ptr, weight_ptr, ln_bias_ptr,
     y_ptr, mean_ptr, rstd_ptr,
     T, stride_xt, eps,
-    D: tl.constexpr, TANH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, TANH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     # rows are int64: T * D passes 2^31 on long runs
     offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -36,7 +36,7 @@ def _gelu_layer_norm_fwd_kernel(
     mask_t = row < T
 
     h = ()
-    for i in tl.static_range(tl.cdiv(D, BLOCK_D)):
+    for i in tl.static_range(TILES):
         offs_d = i * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
         mask = mask_t & (offs_d < D)
         x = tl.load(x_ptr + row * stride_xt + offs_d, mask=mask, other=0.0).to(tl.float32)
@@ -48,7 +48,7 @@ def _gelu_layer_norm_fwd_kernel(
     tl.store(mean_ptr + offs_t, mean, mask=offs_t < T)
     tl.store(rstd_ptr + offs_t, rstd, mask=offs_t < T)
 
-    for i in tl.static_range(tl.cdiv(D, BLOCK_D)):
+    for i in tl.static_range(TILES):
         offs_d = i * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
         mask = mask_t & (offs_d < D)
         weight = tl.load(tl.broadcast_to(weight_ptr + offs_d, mask.shape), mask=mask, other=0.0).to(tl.float32)
@@ -62,12 +62,12 @@ def _gelu_layer_norm_bwd_kernel(
     dy_ptr, x_ptr, bias_ptr, weight_ptr, mean_ptr, rstd_ptr,
     dx_ptr, dbias_ptr, dweight_ptr, dln_bias_ptr,
     T, stride_dyt, stride_xt,
-    D: tl.constexpr, TANH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, TANH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     # the parameter gradients are [programs, D] fp32. Until the end each row of the block has its own share, so that
     # nothing crosses warps inside the loop
     dbias, dweight, dln_bias = (), (), ()
-    for _ in tl.static_range(tl.cdiv(D, BLOCK_D)):
+    for _ in tl.static_range(TILES):
         dbias = dbias + (tl.zeros([BLOCK_T, BLOCK_D], tl.float32),)
         dweight = dweight + (tl.zeros([BLOCK_T, BLOCK_D], tl.float32),)
         dln_bias = dln_bias + (tl.zeros([BLOCK_T, BLOCK_D], tl.float32),)
@@ -81,7 +81,7 @@ def _gelu_layer_norm_bwd_kernel(
         rstd = tl.load(rstd_ptr + offs_t, mask=offs_t < T, other=0.0)
 
         g, h_hat, slope, new_dweight, new_dln_bias = (), (), (), (), ()
-        for i in tl.static_range(tl.cdiv(D, BLOCK_D)):
+        for i in tl.static_range(TILES):
             offs_d = i * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
             mask = mask_t & (offs_d < D)
             dy = tl.load(dy_ptr + row * stride_dyt + offs_d, mask=mask, other=0.0).to(tl.float32)
@@ -98,7 +98,7 @@ def _gelu_layer_norm_bwd_kernel(
 
         dh = layer_norm_dz(g, h_hat, rstd, D)
         new_dbias = ()
-        for i in tl.static_range(tl.cdiv(D, BLOCK_D)):
+        for i in tl.static_range(TILES):
             offs_d = i * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
             dx = dh[i] * slope[i]
             # rows past the end have g = 0 and rstd = 0, hence dx = 0: they add nothing
@@ -106,7 +106,7 @@ def _gelu_layer_norm_bwd_kernel(
             tl.store(dx_ptr + row * D + offs_d, dx, mask=mask_t & (offs_d < D))
         dbias = new_dbias
 
-    for i in tl.static_range(tl.cdiv(D, BLOCK_D)):
+    for i in tl.static_range(TILES):
         offs_d = i * BLOCK_D + tl.arange(0, BLOCK_D)
         tl.store(dbias_ptr + pid * D + offs_d, tl.sum(dbias[i], 0), mask=offs_d < D)
         tl.store(dweight_ptr + pid * D + offs_d, tl.sum(dweight[i], 0), mask=offs_d < D)

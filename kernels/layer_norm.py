@@ -32,7 +32,7 @@ def _layer_norm_fwd_kernel(
     y_ptr, mean_ptr, rstd_ptr,
     T, stride_xt, stride_rt, offset, threshold, scale, eps,
     D: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     # rows are int64: T * D passes 2^31 on long runs
     offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -40,7 +40,7 @@ def _layer_norm_fwd_kernel(
     mask_t = row < T
 
     z = ()
-    for i in tl.static_range(tl.cdiv(D, BLOCK_D)):
+    for i in tl.static_range(TILES):
         offs_d = i * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
         mask = mask_t & (offs_d < D)
         tile = tl.load(x_ptr + row * stride_xt + offs_d, mask=mask, other=0.0).to(tl.float32)
@@ -55,7 +55,7 @@ def _layer_norm_fwd_kernel(
     tl.store(mean_ptr + offs_t, mean, mask=offs_t < T)
     tl.store(rstd_ptr + offs_t, rstd, mask=offs_t < T)
 
-    for i in tl.static_range(tl.cdiv(D, BLOCK_D)):
+    for i in tl.static_range(TILES):
         offs_d = i * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
         mask = mask_t & (offs_d < D)
         weight = tl.load(tl.broadcast_to(weight_ptr + offs_d, mask.shape), mask=mask, other=0.0).to(tl.float32)
@@ -70,12 +70,12 @@ def _layer_norm_bwd_kernel(
     dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr,
     T, stride_dyt, stride_xt, stride_rt, offset, threshold, scale,
     D: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_DROPOUT: tl.constexpr, WRITE_DRESIDUAL: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     # dweight and dbias are [programs, D] fp32. Until the end each row of the block has its own share, so that nothing
     # crosses warps inside the loop
     dweight, dbias = (), ()
-    for _ in tl.static_range(tl.cdiv(D, BLOCK_D)):
+    for _ in tl.static_range(TILES):
         dweight = dweight + (tl.zeros([BLOCK_T, BLOCK_D], tl.float32),)
         dbias = dbias + (tl.zeros([BLOCK_T, BLOCK_D], tl.float32),)
 
@@ -88,7 +88,7 @@ def _layer_norm_bwd_kernel(
         rstd = tl.load(rstd_ptr + offs_t, mask=offs_t < T, other=0.0)
 
         g, z_hat, keeps, new_dweight, new_dbias = (), (), (), (), ()
-        for i in tl.static_range(tl.cdiv(D, BLOCK_D)):
+        for i in tl.static_range(TILES):
             offs_d = i * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
             mask = mask_t & (offs_d < D)
             dy = tl.load(dy_ptr + row * stride_dyt + offs_d, mask=mask, other=0.0).to(tl.float32)
@@ -108,7 +108,7 @@ def _layer_norm_bwd_kernel(
         dweight, dbias = new_dweight, new_dbias
 
         dz = layer_norm_dz(g, z_hat, rstd, D)
-        for i in tl.static_range(tl.cdiv(D, BLOCK_D)):
+        for i in tl.static_range(TILES):
             offs_d = i * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
             mask = mask_t & (offs_d < D)
             dx = dz[i]
@@ -118,7 +118,7 @@ def _layer_norm_bwd_kernel(
                 dx = tl.where(keeps[i], dx * scale, 0.0)
             tl.store(dx_ptr + row * D + offs_d, dx, mask=mask)
 
-    for i in tl.static_range(tl.cdiv(D, BLOCK_D)):
+    for i in tl.static_range(TILES):
         offs_d = i * BLOCK_D + tl.arange(0, BLOCK_D)
         tl.store(dweight_ptr + pid * D + offs_d, tl.sum(dweight[i], 0), mask=offs_d < D)
         tl.store(dbias_ptr + pid * D + offs_d, tl.sum(dbias[i], 0), mask=offs_d < D)
