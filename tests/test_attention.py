@@ -1,5 +1,7 @@
 """Attention's kernels against the reference. A `max_seqlen` above 128 takes the tiled path, whatever the lengths."""
 
+import math
+
 import pytest
 import torch
 from helpers import assert_within_budget, cu_seqlens_of
@@ -185,6 +187,16 @@ def test_large_scores(path, device):
         assert (got.double() - want).abs().max() <= 16 * score * 2**-24 * want.abs().max()
 
 
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")  # in rows that are not stored
+def test_scores_far_below_zero(path, device):
+    """Places without a key have a score of 0, which the log-sum-exp of the others would turn into infinity."""
+    q = 10 + torch.rand(13, 2, 16, device=device)
+    kv = torch.randn(13, 2, 2, 16, device=device)
+    kv[:, 0] = -10 - kv[:, 0].abs() / 10
+    cu_seqlens = cu_seqlens_of([5, 1, 7], device)
+    assert_within_budget(attention, reference.attention, q, kv, None, cu_seqlens, longest(path, 7))
+
+
 def test_bfloat16(path, device):
     """Triton's interpreter cuts bfloat16 off instead of rounding it, so this allows two of its steps, 2 ** -8 each."""
     lengths = [16, 5]
@@ -259,6 +271,18 @@ def test_compile_and_trace(path, seed, device):
     out = compiled(qkv, seed)
     assert torch.equal(out, plain[0])
     assert torch.equal(*torch.autograd.grad(out.square().sum(), qkv), plain[1])
+
+
+def test_log_sum_exp(path, seed, device):
+    """To base 2, in fp32, of the scaled scores, and 0 in rows past the last sequence."""
+    lengths = [14, 1]
+    q, k, v = torch.randn(3, 17, 2, 16, dtype=torch.float16, device=device)
+    cu_seqlens = cu_seqlens_of(lengths, device)
+    max_seqlen = longest(path, *lengths)
+    _, lse = kernels.attention_fwd(q, k, v, None, cu_seqlens, max_seqlen, max_seqlen, 0.5, 0.1, seed, 0)
+    score = torch.einsum("ihk,jhk->hij", q.double(), k.double()) * 0.5
+    want = torch.cat([score[:, :14, :14].logsumexp(-1), score[:, 14:15, 14], torch.zeros(2, 2, device=device)], 1)
+    torch.testing.assert_close(lse.double(), want / math.log(2), rtol=1e-6, atol=1e-6)
 
 
 def test_no_second_derivative(device):
