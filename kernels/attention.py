@@ -454,7 +454,7 @@ _TILES = {
     ("dkdv", False, False): (32, 128, 8, 2),
     ("dkdv", False, True): (32, 64, 8, 2),
     ("dkdv", True, False): (32, 64, 8, 1),
-    ("dkdv", True, True): (32, 32, 8, 1),
+    ("dkdv", True, True): (16, 32, 8, 1),
 }
 
 
