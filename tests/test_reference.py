@@ -164,3 +164,18 @@ def test_masked_cross_entropy_does_no_gradient_work_without_gradients(monkeypatc
     assert len(products) == 1
     assert torch.equal(without[0], reference.masked_cross_entropy(*inputs)[0])
     assert len(products) == 4
+
+
+def test_attention_in_bfloat16_is_within_its_rounding():
+    """On a CPU it takes another way than float32: the same result to a few of bfloat16's 2^-8 steps."""
+    lengths = [40, 16, 1, 0, 33]
+    cu_seqlens = cu_seqlens_of(lengths, "cpu")
+    qkv = torch.randn(sum(lengths) + 2, 3, 2, 8, dtype=torch.bfloat16, requires_grad=True)
+    wide = qkv.detach().double().requires_grad_()
+    out, truth = (reference.attention(x, None, None, cu_seqlens, 40) for x in (qkv, wide))
+    assert (out.double() - truth).abs().max() < 4 * 2**-8
+    cotangent = torch.randn_like(truth)
+    (gradient,), (expected,) = (
+        torch.autograd.grad(x, y, cotangent.to(x.dtype)) for x, y in ((out, qkv), (truth, wide))
+    )
+    assert (gradient.double() - expected).abs().max() < 4 * 2**-8 * expected.abs().max()
