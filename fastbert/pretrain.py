@@ -194,6 +194,11 @@ def pretrain(config):
                 _shards(source, tokenizer, output_dir / name, config)
                 for source, name in zip(sources, ("data", "data-eval"))
             )
+        for shards in (train, evaluation):
+            if shards is not None and shards.manifest["skipped_lines"]:
+                log.say(
+                    f"{shards.directory}: {shards.manifest['skipped_lines']:,} lines skipped that are not UTF-8 text"
+                )
         loader, held_out = _loaders(config, train, evaluation, rank, world_size)
         fingerprint = _fingerprint(train, evaluation)
         if state and state["data"] != fingerprint:
@@ -585,6 +590,8 @@ def _loaders(config, train, evaluation, rank, world_size):
         "mlm_probability": config.mlm_probability,
         "whole_word_mask": config.whole_word_mask,
         "objective": config.objective,
+        # constant shapes: matrix libraries set up, and keep, something for each one that they meet
+        "capacity": True,
     }
     loader = MaskedBatches(train, **same, seed=config.seed, rank=rank, world_size=world_size, sequence_ids=ids)
     if evaluation is None:

@@ -202,12 +202,16 @@ def _groups(starts_q, starts, rows_q, rows, device):
     groups = []
     for bucket in buckets:
         own = torch.tensor([lengths[b] for b in bucket], device=device)
-        length = max(lengths[b] for b in bucket)
-        mask = None
-        if min(lengths[b] for b in bucket) < length:
+        length, mask = lengths[bucket[0]], None
+        if (own != length).any():
+            # up to the bucket's own length, so that few shapes occur: libraries set up, and keep, something for each
+            length = -(-length // _BUCKET) * _BUCKET
             mask = (torch.arange(length, device=device) < own[:, None])[:, None, None, :]
+        length_q = length
+        if starts_q != starts:
+            length_q = -(-max(lengths_q[b] for b in bucket) // 8) * 8
         start_q = torch.tensor([starts_q[b] for b in bucket], device=device)
-        groups.append(_Group(len(bucket), length, max(lengths_q[b] for b in bucket), start_q, mask))
+        groups.append(_Group(len(bucket), length, length_q, start_q, mask))
 
     def place(starts, lengths, rows, widths):
         slots, holes = [], []
@@ -296,35 +300,42 @@ class MaskedCrossEntropyFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, ignore_index, label_smoothing, wants):
-        picked = (labels != ignore_index).nonzero()[:, 0]
-        rows, targets = hidden[picked], labels[picked]
+        has_label = labels != ignore_index
+        count = has_label.sum()
+        if count > 0.75 * len(labels):
+            # mostly picked rows: a constant number of them, as packed batches have, is worth more than the few saved
+            picked, rows, targets = slice(None), hidden.where(has_label[:, None], 0), labels
+        else:
+            picked = has_label.nonzero()[:, 0]
+            rows, targets, has_label = hidden[picked], labels[picked], has_label[picked]
         wide = torch.promote_types(hidden.dtype, torch.float32)
         loss_sum = torch.zeros((), dtype=wide, device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         dhidden, dweight, dbias = torch.zeros_like(hidden), None, torch.zeros_like(bias, dtype=wide)
-        for start in range(0, len(picked), MaskedCrossEntropyFunction.ROWS):
+        for start in range(0, len(rows), MaskedCrossEntropyFunction.ROWS):
             chunk = slice(start, start + MaskedCrossEntropyFunction.ROWS)
             logits = matmul(rows[chunk], weight.t(), bias).to(wide)
-            target = targets[chunk]
-            correct += (logits.argmax(-1) == target).sum()
+            labelled = has_label[chunk]
+            target = targets[chunk].where(labelled, 0)
+            correct += ((logits.argmax(-1) == target) & labelled).sum()
             log_p = logits.sub_(logits.logsumexp(-1, keepdim=True))
-            nll = -log_p.gather(1, target[:, None])
-            loss_sum += (1 - label_smoothing) * nll.sum()
+            losses = (label_smoothing - 1) * log_p.gather(1, target[:, None])[:, 0]
             if label_smoothing:
-                loss_sum -= label_smoothing / weight.shape[0] * log_p.sum()
+                losses -= label_smoothing / weight.shape[0] * log_p.sum(-1)
+            loss_sum += losses.where(labelled, 0).sum()
             if not wants:
                 continue
             dlogits = log_p.exp_().sub_(label_smoothing / weight.shape[0])
             dlogits[torch.arange(len(target), device=target.device), target] -= 1 - label_smoothing
+            dlogits[~labelled] = 0
             dbias += dlogits.sum(0)
             dlogits = dlogits.to(hidden.dtype)
-            dhidden[picked[chunk]] = matmul(dlogits, weight)
+            dhidden[chunk if isinstance(picked, slice) else picked[chunk]] = matmul(dlogits, weight)
             product = matmul(dlogits.t(), rows[chunk]).to(wide)
             dweight = product if dweight is None else dweight.add_(product)
         if wants:
             dweight = torch.zeros_like(weight) if dweight is None else dweight.to(weight.dtype)
             ctx.save_for_backward(dhidden, dweight, dbias.to(bias.dtype))
-        count = torch.tensor(len(picked), device=hidden.device)
         ctx.mark_non_differentiable(count, correct)
         return loss_sum, count, correct
 

@@ -100,7 +100,11 @@ def test_embedding_padding_row_gets_no_gradient():
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("labels", [[1, -100, 3, 6, -100, 0], [-100] * 6, [2] * 6], ids=["some", "none", "all"])
+@pytest.mark.parametrize(
+    "labels",
+    [[1, -100, 3, 6, -100, 0], [1, 3, 6, -100, 4, 0], [-100] * 6, [2] * 6],
+    ids=["some", "most", "none", "all"],
+)
 def test_masked_cross_entropy(labels, label_smoothing, monkeypatch):
     monkeypatch.setattr(reference.MaskedCrossEntropyFunction, "ROWS", 2)
     labels = torch.tensor(labels)
@@ -114,6 +118,12 @@ def test_masked_cross_entropy(labels, label_smoothing, monkeypatch):
     picked = labels != -100
     assert count == picked.sum()
     assert correct == ((logits.argmax(-1) == labels) & picked).sum()
+    # what stands in rows without a label never matters
+    gradients = torch.autograd.grad(loss_sum, (hidden, weight, bias))
+    poisoned = hidden.detach().where(picked[:, None], float("nan")).requires_grad_()
+    again = torch.autograd.grad(run(poisoned, weight, bias)[0], (poisoned, weight, bias))
+    for a, b in zip(gradients, again):
+        assert torch.equal(a, b)
 
 
 def test_masked_cross_entropy_honours_the_incoming_gradient_twice():
