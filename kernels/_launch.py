@@ -14,8 +14,17 @@ _LIBRARY = torch.library.Library("fastbert", "FRAGMENT")
 def register(schema, implementation, fake):
     """Make `implementation` the operator torch.ops.fastbert.<name>; `fake` gives its results' shapes and dtypes."""
     name = schema.split("(")[0]
+
+    def on_device_of(*arguments):
+        # Triton launches on the current GPU, which need not be the tensors'
+        device = next(x.device for x in arguments if isinstance(x, torch.Tensor))
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return implementation(*arguments)
+        with torch.cuda.device(device):
+            return implementation(*arguments)
+
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, on_device_of, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastbert::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.fastbert, name)
 
