@@ -461,6 +461,9 @@ _TILES = {
 def _tiled(kernel, q, max_seqlen_q, has_dropout):
     """Launch settings of one of the three tiled kernels."""
     is_full, is_wide = q.dtype == torch.float32, q.shape[-1] > 64
+    # sm_100's tensor cores take tiles of 64 rows or more, and Triton lets them round fp32 to tf32, whatever the
+    # precision asked for, once an operand comes from a join, as the dropout mask does: keep below
+    is_wide |= is_full and capability() >= 100
     block_m, block_n, num_warps, num_stages = _TILES[kernel, is_full, is_wide]
     if kernel == "fwd" and max_seqlen_q <= 64 < block_m:
         # few rows ask, as in a last layer that only serves the picked ones

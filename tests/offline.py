@@ -25,7 +25,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 # shared memory that one program may have, bytes
-TARGETS = {"sm_80": (80, 166912), "sm_90": (90, 232448)}
+TARGETS = {"sm_80": (80, 166912), "sm_90": (90, 232448), "sm_100": (100, 232448)}
 
 # BERT-base: hidden size, feed-forward size, heads, head size, vocabulary. T is large enough that T * D passes 2^31
 D, F, H, K, V, T, B = 768, 3072, 12, 64, 30522, 4 << 20, 1 << 15
@@ -158,6 +158,8 @@ def report(asm):
         spills=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         dots=asm["ttir"].count("tt.dot "),
         hgmma=len(re.findall(r"\bHGMMA\b", sass)),
+        # of any generation: Ampere's, Hopper's, Blackwell's
+        tensor_cores=len(re.findall(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b", sass)),
         two_bytes=len(re.findall(r"\b(?:LDG|STG)\.E\.U16\b", sass)),
         atomics=len(re.findall(r"\b(?:atom|red)\.", asm["ptx"])),
     )
@@ -247,7 +249,11 @@ def _submit(pool, record, driver):
 
 
 def _facts(record, asm, used):
-    integers = {k: v for k, v in zip(record.source.signature, record.arguments) if isinstance(v, int)}
+    signature = record.source.signature
+    integers = {name: value for name, value in zip(signature, record.arguments) if isinstance(value, int)}
+    # Triton 3.4 numbers the arguments in its IR, where later versions name them
+    numbered = enumerate(name for name, kind in signature.items() if kind != "constexpr")
+    integers |= {f"arg{i}": integers[name] for i, name in numbered if name in integers}
     return dict(
         kernel=record.metadata.name,
         warps=record.metadata.num_warps,

@@ -26,6 +26,7 @@ RUNS = {
     ],
     ("sm_80", "bfloat16"): SHORT,
     ("sm_90", "float32"): SHORT,
+    ("sm_100", "float32"): ["attention-512"],
 }  # fmt: skip
 
 
@@ -62,6 +63,8 @@ def test_kernels(reports, target, dtype, case):
         # a tile of 32 rows is less than the 64 that Hopper's instruction wants
         if kernel["dots"] and target == "sm_90" and dtype == "bfloat16" and case != "attention-32":
             assert kernel["hgmma"], f"products without Hopper's tensor cores: {kernel}"
+        if dtype == "float32":
+            assert kernel["tensor_cores"] == 0, f"products of fp32 in tf32, which nobody asked for: {kernel}"
 
 
 def test_every_kernel_was_compiled(reports):
