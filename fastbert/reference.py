@@ -294,7 +294,11 @@ def embedding(
 
 
 class MaskedCrossEntropyFunction(torch.autograd.Function):
-    """Loss and gradients of the picked rows in one sweep over chunks of rows, so that [M, V] is never held."""
+    """Loss and gradients of the picked rows in one sweep over chunks of rows, so that [M, V] is never held.
+
+    The last chunk's share of the weight gradient, mostly all of it, waits for the backward: until then it is smaller as
+    the gradient of the logits.
+    """
 
     ROWS = 1024
 
@@ -312,6 +316,7 @@ class MaskedCrossEntropyFunction(torch.autograd.Function):
         loss_sum = torch.zeros((), dtype=wide, device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         dhidden, dweight, dbias = torch.zeros_like(hidden), None, torch.zeros_like(bias, dtype=wide)
+        last = (hidden.new_zeros(0, weight.shape[0]), hidden.new_zeros(0, weight.shape[1]))
         for start in range(0, len(rows), MaskedCrossEntropyFunction.ROWS):
             chunk = slice(start, start + MaskedCrossEntropyFunction.ROWS)
             logits = matmul(rows[chunk], weight.t(), bias).to(wide)
@@ -331,19 +336,23 @@ class MaskedCrossEntropyFunction(torch.autograd.Function):
             dbias += dlogits.sum(0)
             dlogits = dlogits.to(hidden.dtype)
             dhidden[chunk if isinstance(picked, slice) else picked[chunk]] = matmul(dlogits, weight)
-            product = matmul(dlogits.t(), rows[chunk]).to(wide)
-            dweight = product if dweight is None else dweight.add_(product)
+            last = (dlogits, rows[chunk])
+            if chunk.stop < len(rows):
+                product = matmul(dlogits.t(), rows[chunk]).to(wide)
+                dweight = product if dweight is None else dweight.add_(product)
         if wants:
-            dweight = torch.zeros_like(weight) if dweight is None else dweight.to(weight.dtype)
-            ctx.save_for_backward(dhidden, dweight, dbias.to(bias.dtype))
+            ctx.save_for_backward(dhidden, dbias.to(bias.dtype), dweight, *last)
         ctx.mark_non_differentiable(count, correct)
         return loss_sum, count, correct
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss, dcount, dcorrect):
-        dhidden, dweight, dbias = (grad * dloss.to(grad.dtype) for grad in ctx.saved_tensors)
-        return dhidden, dweight, dbias, None, None, None, None
+        dhidden, dbias, earlier, dlogits, rows = ctx.saved_tensors
+        dweight = matmul(dlogits.t(), rows * dloss.to(rows.dtype))
+        if earlier is not None:
+            dweight = (earlier * dloss).add_(dweight).to(dweight.dtype)
+        return dhidden * dloss.to(dhidden.dtype), dweight, dbias * dloss.to(dbias.dtype), None, None, None, None
 
 
 def masked_cross_entropy(hidden, weight, bias, labels, *, ignore_index=-100, label_smoothing=0.0):
