@@ -51,14 +51,6 @@ def dropout_constants(dropout_p):
     return threshold, 65536 / max(65536 - threshold, 1)
 
 
-def tiles(size, largest):
-    """(block, count): powers of two of at most `largest` that cover `size` with the least waste, the larger first."""
-    block = min(triton.next_power_of_2(size), largest)
-    while block > 64 and triton.cdiv(size, block // 2) * (block // 2) < triton.cdiv(size, block) * block:
-        block //= 2
-    return block, triton.cdiv(size, block)
-
-
 def unit_columns(x):
     """x itself when the elements of a row lie side by side (rows may lie anywhere, even on each other), else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()

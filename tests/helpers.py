@@ -1,4 +1,4 @@
-"""What several test files need: the error budget, and a packed layout from a list of lengths."""
+"""What several test files need: the error budget, equality of bits, a packed layout, and unusual strides."""
 
 import torch
 
@@ -57,3 +57,30 @@ def assert_within_budget(kernel, reference, *args, **kwargs):
 def cu_seqlens_of(lengths, device):
     """int32 [B + 1] for a list of sequence lengths."""
     return torch.tensor([0, *lengths], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
+
+
+def assert_same_bits(got, wanted):
+    for i, (g, w) in enumerate(zip(got, wanted, strict=True)):
+        assert torch.equal(g, w), f"result {i} differs by {(g - w).abs().max().item():.2e}"
+
+
+# each gives a tensor [T, D] of the same values whose memory is laid out otherwise
+
+
+def rows_of_a_wider_tensor(t):
+    return torch.cat([t, t], 1)[:, : t.shape[1]]
+
+
+def every_second_row(t):
+    return t.repeat_interleave(2, 0)[::2]
+
+
+def columns_first(t):
+    return t.T.contiguous().T
+
+
+def every_second_column(t):
+    return t.repeat_interleave(2, 1)[:, ::2]
+
+
+LAYOUTS = [rows_of_a_wider_tensor, every_second_row, columns_first, every_second_column]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_within_budget
+from helpers import LAYOUTS, assert_same_bits, assert_within_budget
 
 from fastbert import reference
 from fastbert.kernels.bias_gelu import bias_gelu
@@ -25,11 +25,6 @@ def run(x, bias, cotangent=None, op=bias_gelu, **kwargs):
     inputs = [t.detach().requires_grad_() for t in (x, bias)]
     y = op(*inputs, **kwargs)
     return y, *torch.autograd.grad(y, inputs, torch.ones_like(y) if cotangent is None else cotangent)
-
-
-def assert_same_bits(got, wanted):
-    for i, (g, w) in enumerate(zip(got, wanted, strict=True)):
-        assert torch.equal(g, w), f"result {i} differs by {(g - w).abs().max().item():.2e}"
 
 
 @both
@@ -88,25 +83,6 @@ def test_close_to_the_truth_everywhere(approximate, device):
         # the reference in double loses digits itself below -8: erfc keeps them
         exact = 0.5 * x.double() * torch.special.erfc(-x.double() * 0.5**0.5)
         assert ((y - exact) / exact)[(x < -1) & (x > -12)].abs().max().item() <= 2e-5
-
-
-def rows_of_a_wider_tensor(t):
-    return torch.cat([t, t], 1)[:, : t.shape[1]]
-
-
-def every_second_row(t):
-    return t.repeat_interleave(2, 0)[::2]
-
-
-def columns_first(t):
-    return t.T.contiguous().T
-
-
-def every_second_column(t):
-    return t.repeat_interleave(2, 1)[:, ::2]
-
-
-LAYOUTS = [rows_of_a_wider_tensor, every_second_row, columns_first, every_second_column]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)

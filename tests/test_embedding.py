@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_within_budget
+from helpers import LAYOUTS, assert_same_bits, assert_within_budget
 
 from fastbert import reference
 from fastbert.kernels import embedding as embedding_file
@@ -34,11 +34,6 @@ def run(args, cotangent=None, op=embedding, **kwargs):
     inputs = [t.detach().requires_grad_() for t in args[3:]]
     y = op(*args[:3], *inputs, **kwargs)
     return y, *torch.autograd.grad(y, inputs, torch.ones_like(y) if cotangent is None else cotangent)
-
-
-def assert_same_bits(got, wanted):
-    for i, (g, w) in enumerate(zip(got, wanted, strict=True)):
-        assert torch.equal(g, w), f"result {i} differs by {(g - w).abs().max().item():.2e}"
 
 
 @pytest.fixture
@@ -141,25 +136,6 @@ def test_dropout_may_drop_everything(device):
     args = make(5, 37, device)
     for result in run(args, **dropping(1.0, device)):
         assert torch.equal(result, torch.zeros_like(result))
-
-
-def rows_of_a_wider_tensor(t):
-    return torch.cat([t, t], 1)[:, : t.shape[1]]
-
-
-def every_second_row(t):
-    return t.repeat_interleave(2, 0)[::2]
-
-
-def columns_first(t):
-    return t.T.contiguous().T
-
-
-def every_second_column(t):
-    return t.repeat_interleave(2, 1)[:, ::2]
-
-
-LAYOUTS = [rows_of_a_wider_tensor, every_second_row, columns_first, every_second_column]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_within_budget
+from helpers import LAYOUTS, assert_same_bits, assert_within_budget
 
 from fastbert import reference
 from fastbert.kernels.gelu_layer_norm import gelu_layer_norm
@@ -26,11 +26,6 @@ def run(*args, cotangent=None, op=gelu_layer_norm, **kwargs):
     inputs = [t.detach().requires_grad_() for t in args]
     y = op(*inputs, **kwargs)
     return y, *torch.autograd.grad(y, inputs, torch.ones_like(y) if cotangent is None else cotangent)
-
-
-def assert_same_bits(got, wanted):
-    for i, (g, w) in enumerate(zip(got, wanted, strict=True)):
-        assert torch.equal(g, w), f"result {i} differs by {(g - w).abs().max().item():.2e}"
 
 
 @both
@@ -90,25 +85,6 @@ def test_small_spread_on_a_large_mean(device):
     """Above 10 the GELU changes nothing, so the LayerNorm sees what it is given."""
     x, bias, weight, ln_bias = make(13, 96, device)
     check(x * 1e-2 + 1e4, torch.zeros_like(bias), weight, ln_bias)
-
-
-def rows_of_a_wider_tensor(t):
-    return torch.cat([t, t], 1)[:, : t.shape[1]]
-
-
-def every_second_row(t):
-    return t.repeat_interleave(2, 0)[::2]
-
-
-def columns_first(t):
-    return t.T.contiguous().T
-
-
-def every_second_column(t):
-    return t.repeat_interleave(2, 1)[:, ::2]
-
-
-LAYOUTS = [rows_of_a_wider_tensor, every_second_row, columns_first, every_second_column]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_within_budget
+from helpers import LAYOUTS, assert_same_bits, assert_within_budget
 from torch.utils.checkpoint import checkpoint
 
 from fastbert import reference
@@ -32,11 +32,6 @@ def run(x, weight, bias, residual, cotangent=None, op=layer_norm, **kwargs):
     inputs = [t.detach().requires_grad_() for t in (x, weight, bias, residual)]
     y = op(*inputs[:3], residual=inputs[3], **kwargs)
     return y, *torch.autograd.grad(y, inputs, torch.ones_like(y) if cotangent is None else cotangent)
-
-
-def assert_same_bits(got, wanted):
-    for i, (g, w) in enumerate(zip(got, wanted, strict=True)):
-        assert torch.equal(g, w), f"result {i} differs by {(g - w).abs().max().item():.2e}"
 
 
 @dropouts
@@ -92,25 +87,6 @@ def test_a_row_of_one_number_gives_the_bias(D, value, device):
     _, dx, dweight, dbias, _ = run(x, weight, bias, torch.zeros_like(x))
     assert torch.isfinite(dx).all()
     assert torch.equal(dweight, torch.zeros_like(weight)) and torch.equal(dbias, torch.full_like(bias, 3.0))
-
-
-def rows_of_a_wider_tensor(t):
-    return torch.cat([t, t], 1)[:, : t.shape[1]]
-
-
-def every_second_row(t):
-    return t.repeat_interleave(2, 0)[::2]
-
-
-def columns_first(t):
-    return t.T.contiguous().T
-
-
-def every_second_column(t):
-    return t.repeat_interleave(2, 1)[:, ::2]
-
-
-LAYOUTS = [rows_of_a_wider_tensor, every_second_row, columns_first, every_second_column]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
