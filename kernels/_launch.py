@@ -1,10 +1,15 @@
-"""Host side, shared by the kernels: registration, the dropout's constants, block sizes. No @triton.jit here."""
+"""Host side, shared by the kernels: registration, measured settings, the dropout's constants. No @triton.jit here."""
 
+import functools
+import json
 import os
+import time
+from pathlib import Path
 
 import torch
 import triton
-from triton.runtime import driver
+from triton.compiler.errors import CompilationError
+from triton.runtime import driver, errors
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"  # Triton's own switch: kernels run on the CPU, slowly
 
@@ -27,6 +32,103 @@ def register(schema, implementation, fake):
     _LIBRARY.impl(name, on_device_of, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastbert::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.fastbert, name)
+
+
+class _SecondDerivative(torch.autograd.Function):
+    """Passes a gradient on, and refuses to be differentiated."""
+
+    @staticmethod
+    def forward(ctx, gradient, name):
+        ctx.name = name
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(f"{ctx.name} has no second derivative: its backward is a kernel of its own")
+
+
+def differentiable_once(name):
+    """Decorates the `backward` of op `name`'s Function: differentiating its result raises an error that says so."""
+
+    def decorate(backward):
+        @functools.wraps(backward)
+        def once(ctx, *grads):
+            with torch.no_grad():
+                results = backward(ctx, *grads)
+            if not torch.is_grad_enabled():
+                return results
+            # somebody asked for create_graph=True
+            return tuple(x if x is None else _SecondDerivative.apply(x.requires_grad_(), name) for x in results)
+
+        return once
+
+    return decorate
+
+
+# One file per device, written by benchmarks/tune.py: {"settings": {kernel: {key: {constant: value}}}}
+PROFILES = Path(__file__).resolve().parent / "profiles"
+AUTOTUNE = os.environ.get("FASTBERT_AUTOTUNE", "0") == "1"
+
+
+@functools.cache
+def _profile(device):
+    file = PROFILES / f"{device}.json"
+    return json.loads(file.read_text(encoding="utf-8"))["settings"] if file.exists() else {}
+
+
+def device_name():
+    """The current device as its profile is named: "nvidia_h200"; "interpreter"; "none" where kernels only compile."""
+    if INTERPRET:
+        return "interpreter"
+    return _device_name(torch.cuda.current_device()) if torch.cuda.is_available() else "none"
+
+
+@functools.cache
+def _device_name(index):
+    return torch.cuda.get_device_name(index).lower().replace(" ", "_").replace("/", "_")
+
+
+def launch(run, kernel, key, default, candidates=(), overwrites=()):
+    """Call `run(settings)`, which launches a kernel, with the settings measured to be fastest on this device.
+
+    kernel: the op and its pass, "layer_norm_bwd". key: the class of shapes, a string with dtype and sizes, that shares
+    settings. Without a measurement `default`, a dict of block sizes, num_warps and num_stages, is used. Nothing is
+    searched, unless FASTBERT_AUTOTUNE=1: then `candidates`, dicts like it, are timed with `default` on the first call.
+    overwrites: tensors that the kernel changes and that its other runs need as they were.
+    """
+    profile = _profile(device_name())
+    settings = profile.get(kernel, {}).get(key)
+    if settings is None and AUTOTUNE and candidates:
+        settings = _fastest(run, [default, *(c for c in candidates if c != default)], overwrites)
+        profile.setdefault(kernel, {})[key] = settings
+    run(default if settings is None else settings)
+
+
+def measured():
+    """{kernel: {key: settings}} of the current device: what its profile holds and what was found since."""
+    return _profile(device_name())
+
+
+def _fastest(run, candidates, overwrites):
+    kept = [x.clone() for x in overwrites]
+    times = []
+    for settings in candidates:
+        try:
+            times.append(_seconds(lambda: run(settings)))  # noqa: B023
+        except (errors.OutOfResources, errors.PTXASError, CompilationError):
+            # too much shared memory or too many registers for this device
+            times.append(float("inf"))
+    for x, old in zip(overwrites, kept):
+        x.copy_(old)
+    return candidates[times.index(min(times))]
+
+
+def _seconds(call):
+    if INTERPRET:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    return triton.testing.do_bench(call, warmup=5, rep=25, return_mode="median") / 1000
 
 
 def multiprocessors():
