@@ -65,9 +65,16 @@ def differentiable_once(name):
     return decorate
 
 
-# One file per device, written by benchmarks/tune.py: {"settings": {kernel: {key: {constant: value}}}}
+# One file per device, written by benchmarks/tune.py: {"settings": {kernel: {key: {constant: value}}}, ...}
 PROFILES = Path(__file__).resolve().parent / "profiles"
 AUTOTUNE = os.environ.get("FASTBERT_AUTOTUNE", "0") == "1"
+
+# what this process has timed: {kernel: {key: [(settings, microseconds or None where they do not fit), ...]}}
+timings = {}
+# too much shared memory or too many registers for this device
+_DO_NOT_FIT = (errors.OutOfResources, errors.PTXASError, CompilationError)
+# two settings closer than this are the same to within the noise of a timing: the default stays
+MARGIN = 0.97
 
 
 @functools.cache
@@ -99,9 +106,16 @@ def launch(run, kernel, key, default, candidates=(), overwrites=()):
     profile = _profile(device_name())
     settings = profile.get(kernel, {}).get(key)
     if settings is None and AUTOTUNE and candidates:
-        settings = _fastest(run, [default, *(c for c in candidates if c != default)], overwrites)
+        settings = _fastest(run, kernel, key, [default, *(c for c in candidates if c != default)], overwrites)
         profile.setdefault(kernel, {})[key] = settings
-    run(default if settings is None else settings)
+    # a profile older than the kernel may hold what the kernel no longer offers
+    if settings in candidates:
+        try:
+            return run(settings)
+        except _DO_NOT_FIT:
+            # measured with another version of Triton
+            profile[kernel][key] = default
+    run(default)
 
 
 def measured():
@@ -109,26 +123,27 @@ def measured():
     return _profile(device_name())
 
 
-def _fastest(run, candidates, overwrites):
+def _fastest(run, kernel, key, candidates, overwrites):
     kept = [x.clone() for x in overwrites]
     times = []
     for settings in candidates:
         try:
-            times.append(_seconds(lambda: run(settings)))  # noqa: B023
-        except (errors.OutOfResources, errors.PTXASError, CompilationError):
-            # too much shared memory or too many registers for this device
+            times.append(_microseconds(lambda: run(settings)))  # noqa: B023
+        except _DO_NOT_FIT:
             times.append(float("inf"))
     for x, old in zip(overwrites, kept):
         x.copy_(old)
-    return candidates[times.index(min(times))]
+    timings.setdefault(kernel, {})[key] = [(c, us if us < float("inf") else None) for c, us in zip(candidates, times)]
+    best = times.index(min(times))
+    return candidates[best if times[best] < MARGIN * times[0] else 0]
 
 
-def _seconds(call):
+def _microseconds(call):
     if INTERPRET:
         start = time.perf_counter()
         call()
-        return time.perf_counter() - start
-    return triton.testing.do_bench(call, warmup=5, rep=25, return_mode="median") / 1000
+        return (time.perf_counter() - start) * 1e6
+    return triton.testing.do_bench(call, warmup=5, rep=25, return_mode="median") * 1e3
 
 
 def multiprocessors():

@@ -19,7 +19,8 @@ OFFLINE = ["--no-index", "--no-deps", "--no-build-isolation"]
 CHECK = """
 import torch, fastbert
 from fastbert import ops
-from fastbert.kernels import layer_norm
+from fastbert.kernels import _launch, layer_norm
+assert _launch.measured() == {"toy_fwd": {}}
 x = torch.randn(3, 37)
 args = x, torch.ones(37), torch.zeros(37)
 torch.testing.assert_close(ops.layer_norm(*args, impl="triton"), ops.layer_norm(*args, impl="reference"))
@@ -44,6 +45,8 @@ def source(tmp_path_factory):
         shutil.copy(ROOT / name, copy)
     for name in ("fastbert", "kernels"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    # settings as they are shipped for a GPU, for the interpreter to find
+    (copy / "kernels" / "profiles" / "interpreter.json").write_text('{"settings": {"toy_fwd": {}}}')
     return copy
 
 
@@ -73,7 +76,9 @@ def test_wheel_holds_the_library_and_nothing_else(wheel):
         metadata = archive.read(f"fastbert-{fastbert.__version__}.dist-info/METADATA").decode()
     library = {f"fastbert/{path.name}" for path in (ROOT / "fastbert").glob("*.py")}
     kernels = {f"fastbert/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
-    assert names == library | kernels
+    shipped = [*(ROOT / "kernels" / "profiles").glob("*.json"), Path("interpreter.json")]
+    profiles = {f"fastbert/kernels/profiles/{path.name}" for path in shipped}
+    assert names == library | kernels | profiles
     assert "fastbert/kernels/__init__.py" not in names
     assert "Requires-Dist: torch>=2.8\n" in metadata
     assert "License-Expression: Apache-2.0\n" in metadata
