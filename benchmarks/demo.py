@@ -24,7 +24,7 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from fastbert import ops  # noqa: E402
+from fastbert import ops, variants  # noqa: E402
 from fastbert.config import EncoderConfig  # noqa: E402
 from fastbert.fill_mask import fill_mask, load  # noqa: E402
 from fastbert.pretrain import PretrainConfig, pretrain  # noqa: E402
@@ -142,7 +142,9 @@ def main():
     shutil.rmtree(OUTPUT, ignore_errors=True)
     held_out = write_text(OUTPUT / "text")
     model_config, options, sentence = settings()
-    (OUTPUT / "model.json").write_text(json.dumps(model_config.to_dict(), indent=2) + "\n", encoding="utf-8")
+    (OUTPUT / "model.json").write_text(
+        json.dumps(variants.config_to_hf(model_config), indent=2) + "\n", encoding="utf-8"
+    )
     console.print(f"\n[bold]A BERT learns English from two Bibles.[/] {sentence}.\n")
     result = pretrain(
         PretrainConfig(

@@ -1,9 +1,7 @@
 """EncoderConfig: the numbers that distinguish one encoder from another, under HuggingFace's names."""
 
 import dataclasses
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 
@@ -11,6 +9,11 @@ ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 @dataclass(frozen=True)
 class EncoderConfig:
     """Shape and constants of an encoder. Field names and defaults are those of HuggingFace's BertConfig.
+
+    embedding_size: width of the embedding tables where a projection to hidden_size follows, None where none does.
+    position_offset: the row of the position table that a sequence's first token takes. num_hidden_groups: layers share
+    the weights of their group (None: each has its own), and a group has inner_group_num layers that run in turn.
+    head_act: the masked-LM head's activation, None where it is hidden_act.
 
     Raises ValueError with the offending value when fields contradict each other.
     """
@@ -29,6 +32,11 @@ class EncoderConfig:
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     pad_token_id: int = 0
+    embedding_size: int | None = None
+    position_offset: int = 0
+    num_hidden_groups: int | None = None
+    inner_group_num: int = 1
+    head_act: str | None = None
 
     def __post_init__(self):
         for name in (
@@ -44,8 +52,9 @@ class EncoderConfig:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}"
             )
-        if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act is {self.hidden_act!r}: expected one of {', '.join(ACTIVATIONS)}")
+        for act in (self.hidden_act, self.head_act or self.hidden_act):
+            if act not in ACTIVATIONS:
+                raise ValueError(f"hidden_act is {act!r}: expected one of {', '.join(ACTIVATIONS)}")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected a probability below 1")
@@ -59,28 +68,30 @@ class EncoderConfig:
         """The GELU's form, as torch.nn.functional.gelu names it."""
         return ACTIVATIONS[self.hidden_act]
 
+    @property
+    def head_approximate(self):
+        """The same for the masked-LM head."""
+        return ACTIVATIONS[self.head_act or self.hidden_act]
+
+    @property
+    def embedding_width(self):
+        return self.embedding_size or self.hidden_size
+
+    @property
+    def max_length(self):
+        """Tokens of the longest sequence that the position table allows."""
+        return self.max_position_embeddings - self.position_offset
+
+    @property
+    def layer_order(self):
+        """The numbers of the blocks in the order in which they run, some of them several times where layers share."""
+        if self.num_hidden_groups is None:
+            return list(range(self.num_hidden_layers))
+        groups = [int(i / (self.num_hidden_layers / self.num_hidden_groups)) for i in range(self.num_hidden_layers)]
+        return [g * self.inner_group_num + j for g in groups for j in range(self.inner_group_num)]
+
     def replace(self, **changes):
         return dataclasses.replace(self, **changes)
 
     def to_dict(self):
         return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values):
-        """From the contents of a HuggingFace config.json; keys that do not concern the encoder are ignored."""
-        fields = {field.name for field in dataclasses.fields(cls)}
-        if values.get("position_embedding_type", "absolute") != "absolute":
-            raise ValueError(f"position_embedding_type is {values['position_embedding_type']!r}: expected 'absolute'")
-        return cls(**{name: value for name, value in values.items() if name in fields and value is not None})
-
-    @classmethod
-    def from_file(cls, path):
-        """From a config.json."""
-        path = Path(path)
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path} is not a readable JSON file: {error}") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} holds a {type(values).__name__}: expected a JSON object")
-        return cls.from_dict(values)

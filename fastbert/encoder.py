@@ -64,7 +64,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = Embeddings(config)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(max(config.layer_order) + 1))
         self.apply(lambda module: initialize(module, config))
 
     def forward(self, batch, rows=None):
@@ -73,17 +73,17 @@ class Encoder(nn.Module):
         With rows, the last layer's queries, feed-forward and norms run on these rows alone, which changes nothing in
         their values. Raises ValueError when a sequence is longer than the model has positions.
         """
-        if batch.max_seqlen > self.config.max_position_embeddings:
+        if batch.max_seqlen > self.config.max_length:
             raise ValueError(
-                f"a sequence of {batch.max_seqlen} tokens: "
-                f"the model has {self.config.max_position_embeddings} positions"
+                f"a sequence of {batch.max_seqlen} tokens: the model has {self.config.max_length} positions"
             )
         dropout = Dropout(self._seed(batch))
         layout = Layout(batch.cu_seqlens, batch.max_seqlen)
         x = self.embeddings(batch, dropout)
-        for block in self.blocks[:-1]:
-            x = block(x, layout, dropout)
-        return self.blocks[-1](x, layout if rows is None else layout.asking(rows), dropout)
+        *earlier, last = self.config.layer_order
+        for i in earlier:
+            x = self.blocks[i](x, layout, dropout)
+        return self.blocks[last](x, layout if rows is None else layout.asking(rows), dropout)
 
     def _seed(self, batch):
         if not self.training:

@@ -25,7 +25,7 @@ def fill_mask(model, tokenizer, text, top_k=5):
     continuation. Raises ValueError when there is no [MASK] or the text is longer than the model has positions.
     """
     special = special_ids(tokenizer)
-    positions, vocab_size = model.config.max_position_embeddings, tokenizer.get_vocab_size()
+    positions, vocab_size = model.config.max_length, tokenizer.get_vocab_size()
     if not 1 <= top_k <= vocab_size:
         raise ValueError(f"top_k is {top_k}: expected 1 to {vocab_size}")
     tokenizer.encode_special_tokens = False

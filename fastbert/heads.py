@@ -3,19 +3,13 @@
 Letters: B sequences, S padded length, T packed tokens, D hidden size, V vocabulary, M picked tokens.
 """
 
-import json
-import warnings
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-from . import ops, variants
-from .config import EncoderConfig
+from . import ops, pretrained
 from .encoder import Encoder, initialize
 from .layers import VocabularyTransform
 from .packing import Batch, pack, unpack
@@ -66,7 +60,7 @@ class MaskedLM(nn.Module):
         Either a packing.Batch alone, or HuggingFace's padded arguments, each [B, S]: labels are -100 where nothing was
         picked; attention_mask may have padding anywhere. Logits are [T, V] for a Batch, else [B, S, V].
         """
-        batch, restore = _packed(self.config, input_ids, attention_mask, token_type_ids, position_ids, labels)
+        batch, restore = pack_inputs(self.config, input_ids, attention_mask, token_type_ids, position_ids, labels)
         if batch.labels is None:
             return MaskedLMOutput(logits=restore(self.logits(batch)))
         return self._masked_lm(self.encoder(batch, rows=batch.picks), batch)
@@ -83,17 +77,19 @@ class MaskedLM(nn.Module):
         return MaskedLMOutput(loss_sum, count, correct)
 
     @classmethod
-    def from_pretrained(cls, directory):
-        """From a directory with config.json and model.safetensors, HuggingFace's or ours.
+    def from_pretrained(cls, directory, *, allow_pickle=False, dtype=torch.float32):
+        """From a directory with config.json and model.safetensors (or its shards), HuggingFace's or ours.
 
-        A head that the checkpoint lacks starts fresh, with a warning that names it. Raises ValueError when the encoder
-        is incomplete, when a shape disagrees with config.json, or when a file cannot be read.
+        allow_pickle: read a pytorch_model.bin where there is nothing else; only its tensors, no code in it is run.
+        dtype: of the weights in memory. A head that the checkpoint lacks starts fresh, with a warning that names it.
+        Raises ValueError when the encoder is incomplete, when a shape disagrees with config.json, or when a file cannot
+        be read.
         """
-        return _load(cls, Path(directory))
+        return pretrained.load(cls, directory, allow_pickle=allow_pickle, dtype=dtype)
 
     def save_pretrained(self, directory):
         """Write config.json and model.safetensors under HuggingFace's names; transformers loads the directory."""
-        _save(self, Path(directory))
+        pretrained.save(self, directory)
 
 
 class Pretraining(MaskedLM):
@@ -114,7 +110,7 @@ class Pretraining(MaskedLM):
 
         Either kind of label may be missing: its loss is then left out.
         """
-        batch, restore = _packed(self.config, input_ids, attention_mask, token_type_ids, position_ids, labels)
+        batch, restore = pack_inputs(self.config, input_ids, attention_mask, token_type_ids, position_ids, labels)
         if next_sentence_label is not None:
             batch.pair_labels = next_sentence_label
         if batch.labels is None and batch.pair_labels is None:
@@ -153,62 +149,19 @@ def first_rows(batch):
     return rows.clamp(max=len(batch.input_ids) - 1) if len(batch.input_ids) else rows[:0]
 
 
-def _packed(config, input_ids, attention_mask, token_type_ids, position_ids, labels):
-    """(batch, function that gives packed rows the caller's layout)."""
+def pack_inputs(config, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, labels=None):
+    """(Batch, function that gives packed rows the caller's layout) of HuggingFace's arguments, each [B, S]."""
     if isinstance(input_ids, Batch):
         return input_ids, lambda rows: rows
     B, S = input_ids.shape
-    if config.max_position_embeddings < S and position_ids is None:
-        raise ValueError(f"input_ids are {S} tokens long: the model has {config.max_position_embeddings} positions")
+    if config.max_length < S and position_ids is None:
+        raise ValueError(f"input_ids are {S} tokens long: the model has {config.max_length} positions")
+    if config.position_offset:
+        if position_ids is None:
+            # RoBERTa's rule: only what is not the padding token counts
+            counted = input_ids != config.pad_token_id
+            position_ids = counted.cumsum(1) * counted - 1
+        else:
+            position_ids = position_ids - config.position_offset
     batch, indices = pack(input_ids, attention_mask, token_type_ids, position_ids, labels)
     return batch, lambda rows: unpack(rows, indices, B, S)
-
-
-def _load(cls, directory):
-    config = EncoderConfig.from_file(directory / "config.json")
-    if config.model_type not in variants.HF_NAMES:
-        raise ValueError(
-            f"{directory / 'config.json'} has model_type {config.model_type!r}: "
-            f"expected one of {', '.join(variants.HF_NAMES)}"
-        )
-    path = directory / "model.safetensors"
-    try:
-        stored = variants.from_hf_names(load_file(path), config)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    model = cls(config)
-    own = model.state_dict()
-    names = variants.hf_names(own, config)
-    missing = [theirs for theirs in names.values() if theirs not in stored]
-    lost = [name for ours, name in names.items() if name in missing and ours.startswith("encoder.")]
-    if lost:
-        raise ValueError(f"{path} lacks {len(lost)} of the encoder's tensors, the first is {lost[0]}")
-    for ours, theirs in names.items():
-        if theirs in stored and stored[theirs].shape != own[ours].shape:
-            raise ValueError(
-                f"{path}: {theirs} has shape {tuple(stored[theirs].shape)}, config.json wants {tuple(own[ours].shape)}"
-            )
-    if missing:
-        warnings.warn(f"{path} lacks {', '.join(missing)}: these start fresh and want training", stacklevel=3)
-    known = {*names.values(), *variants.HF_TIED[config.model_type]}
-    unknown = [name for name in stored if name not in known and not _of_another_head(name, config)]
-    if unknown:
-        warnings.warn(f"{path} has tensors that this model does not use: {', '.join(unknown)}", stacklevel=3)
-    model.load_state_dict({ours: stored[theirs] for ours, theirs in names.items() if theirs in stored}, strict=False)
-    return model.eval()
-
-
-def _of_another_head(name, config):
-    return any(
-        name.startswith(theirs) for theirs in variants.HF_NAMES[config.model_type].values() if "{i}" not in theirs
-    )
-
-
-def _save(model, directory):
-    directory.mkdir(parents=True, exist_ok=True)
-    names = variants.hf_names(model.state_dict(), model.config)
-    tensors = {names[ours]: tensor.detach().contiguous() for ours, tensor in model.state_dict().items()}
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    architecture = variants.HF_ARCHITECTURES[model.config.model_type][type(model).__name__]
-    config = {"architectures": [architecture], **model.config.to_dict(), "tie_word_embeddings": True}
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

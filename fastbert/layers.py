@@ -10,22 +10,31 @@ from . import ops
 
 
 class Embeddings(nn.Module):
-    """Token, position and segment tables, summed, normalised, dropped out."""
+    """Token, position and segment tables, summed, normalised, dropped out; narrower tables are projected to D."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.word = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
-        self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.token_type = nn.Embedding(config.type_vocab_size, config.hidden_size)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        D, width = config.hidden_size, config.embedding_width
+        self.word = nn.Embedding(config.vocab_size, width, padding_idx=config.pad_token_id)
+        self.position = nn.Embedding(config.max_position_embeddings, width)
+        self.token_type = nn.Embedding(config.type_vocab_size, width) if config.type_vocab_size else None
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.project = nn.Linear(width, D) if config.embedding_size is not None else None
 
     def forward(self, batch, dropout):
-        return ops.embedding(
-            batch.input_ids, batch.position_ids, batch.token_type_ids,
-            self.word.weight, self.position.weight, self.token_type.weight, self.norm.weight, self.norm.bias,
+        token_type_ids, token_type = None, None
+        if self.token_type is not None:
+            token_type_ids, token_type = batch.token_type_ids, self.token_type.weight
+        position_ids = batch.position_ids
+        if self.config.position_offset:
+            position_ids = position_ids + self.config.position_offset
+        x = ops.embedding(
+            batch.input_ids, position_ids, token_type_ids,
+            self.word.weight, self.position.weight, token_type, self.norm.weight, self.norm.bias,
             padding_idx=self.config.pad_token_id, eps=self.norm.eps, **dropout(self.config.hidden_dropout_prob),
         )  # fmt: skip
+        return x if self.project is None else ops.linear(x, self.project.weight, self.project.bias)
 
 
 class SelfAttention(nn.Module):
@@ -91,11 +100,11 @@ class VocabularyTransform(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dense = nn.Linear(config.hidden_size, config.embedding_width)
+        self.norm = nn.LayerNorm(config.embedding_width, eps=config.layer_norm_eps)
 
     def forward(self, x):
         return ops.gelu_layer_norm(
             ops.linear(x, self.dense.weight), self.dense.bias, self.norm.weight, self.norm.bias,
-            approximate=self.config.approximate, eps=self.norm.eps,
+            approximate=self.config.head_approximate, eps=self.norm.eps,
         )  # fmt: skip

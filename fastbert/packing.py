@@ -15,7 +15,8 @@ import torch
 class Batch:
     """A packed batch.
 
-    input_ids, position_ids, token_type_ids: int64 [T]. cu_seqlens: int32 [B + 1], where each sequence starts, and the
+    input_ids, position_ids (from 0 in each sequence, whatever row of its table a model begins with), token_type_ids:
+    int64 [T]. cu_seqlens: int32 [B + 1], where each sequence starts, and the
     end. max_seqlen: an int, no sequence is longer. labels: int64 [T], -100 where nothing is to be predicted. picks:
     int64 [M], ascending, the rows of T that have a label. pair_labels: int64 [B], 1 where a pair is false (NSP: random
     second segment, SOP: swapped). seed: int64 [1], the dropout seed of this step.

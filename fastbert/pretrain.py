@@ -30,7 +30,6 @@ import torch
 import torch.distributed as dist
 
 from . import checkpoint, optim, report, variants
-from .config import EncoderConfig
 from .data import OBJECTIVES, MaskedBatches, held_out_split
 from .heads import MaskedLM, Pretraining
 from .options import flag, option
@@ -475,11 +474,10 @@ def _model_config(config):
     if config.model in variants.PRESETS or not (path.exists() or path.suffix == ".json"):
         found = variants.preset(config.model)
     else:
-        found = EncoderConfig.from_file(path / "config.json" if path.is_dir() else path)
-    if config.max_seq_length > found.max_position_embeddings:
+        found = variants.read_config(path / "config.json" if path.is_dir() else path)
+    if config.max_seq_length > found.max_length:
         raise ValueError(
-            f"--max-seq-length is {config.max_seq_length}: "
-            f"the model {config.model} has {found.max_position_embeddings} positions"
+            f"--max-seq-length is {config.max_seq_length}: the model {config.model} has {found.max_length} positions"
         )
     if config.objective != "mlm" and found.type_vocab_size < 2:
         raise ValueError(f"--objective {config.objective} needs two token types: {config.model} has 1")

@@ -1,6 +1,274 @@
-"""The models of the family as rows of data: published sizes, and HuggingFace's name for each of our parameters."""
+"""The models of the family as rows of data: published sizes, and how HuggingFace names their parts and numbers."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from .config import EncoderConfig
+
+
+@dataclass(frozen=True)
+class Family:
+    """How HuggingFace stores one model type.
+
+    prefix: of the encoder's tensors in a checkpoint of a whole model. names: our module or parameter -> theirs; {i} is
+    the layer's number, {g} and {j} its group and its place there; "Head.name" stands for `name` in that head alone.
+    architectures: our head -> their class. tied: in checkpoints, but copies of other tensors or buffers.
+
+    defaults: EncoderConfig fields whose default is not BERT's. keys: EncoderConfig field -> their key in config.json,
+    where it has another name or is not BERT's too; None where they have none. positions_after_padding: the first rows
+    of the position table, up to that of the padding token's id, belong to no token. projects_always: the embeddings
+    have a projection even where they are as wide as the hidden states.
+    """
+
+    prefix: str
+    names: dict
+    architectures: dict
+    tied: tuple = ()
+    defaults: dict = field(default_factory=dict)
+    keys: dict = field(default_factory=dict)
+    positions_after_padding: bool = False
+    projects_always: bool = False
+
+
+def _encoder(prefix, **other):
+    """The names of BERT's encoder, which several families share."""
+    layer = prefix + "encoder.layer.{i}."
+    return {
+        "encoder.embeddings.word": prefix + "embeddings.word_embeddings",
+        "encoder.embeddings.position": prefix + "embeddings.position_embeddings",
+        "encoder.embeddings.token_type": prefix + "embeddings.token_type_embeddings",
+        "encoder.embeddings.norm": prefix + "embeddings.LayerNorm",
+        "encoder.blocks.{i}.attention.query": layer + "attention.self.query",
+        "encoder.blocks.{i}.attention.key": layer + "attention.self.key",
+        "encoder.blocks.{i}.attention.value": layer + "attention.self.value",
+        "encoder.blocks.{i}.attention.output": layer + "attention.output.dense",
+        "encoder.blocks.{i}.attention_norm": layer + "attention.output.LayerNorm",
+        "encoder.blocks.{i}.feed_forward.up": layer + "intermediate.dense",
+        "encoder.blocks.{i}.feed_forward.down": layer + "output.dense",
+        "encoder.blocks.{i}.feed_forward_norm": layer + "output.LayerNorm",
+        **other,
+    }
+
+
+_LM_HEAD = {
+    "transform.dense": "lm_head.dense",
+    "transform.norm": "lm_head.layer_norm",
+    "vocabulary_bias": "lm_head.bias",
+}
+_LM_HEAD_TIED = ("lm_head.decoder.weight", "lm_head.decoder.bias")
+
+
+def _roberta(name):
+    return Family(
+        prefix="roberta.",
+        names={**_encoder("roberta."), **_LM_HEAD},
+        architectures={"MaskedLM": f"{name}ForMaskedLM"},
+        tied=(*_LM_HEAD_TIED, "roberta.embeddings.position_ids"),
+        defaults=dict(pad_token_id=1, head_act="gelu"),
+        keys=dict(head_act=None),
+        positions_after_padding=True,
+    )
+
+
+_ALBERT_LAYER = "albert.encoder.albert_layer_groups.{g}.albert_layers.{j}."
+_DISTILBERT_LAYER = "distilbert.transformer.layer.{i}."
+
+FAMILIES = {
+    "bert": Family(
+        prefix="bert.",
+        names={
+            **_encoder("bert."),
+            "transform.dense": "cls.predictions.transform.dense",
+            "transform.norm": "cls.predictions.transform.LayerNorm",
+            "vocabulary_bias": "cls.predictions.bias",
+            "pooler": "bert.pooler.dense",
+            "pair_classifier": "cls.seq_relationship",
+        },
+        architectures={"MaskedLM": "BertForMaskedLM", "Pretraining": "BertForPreTraining"},
+        tied=("cls.predictions.decoder.weight", "cls.predictions.decoder.bias", "bert.embeddings.position_ids"),
+    ),
+    "roberta": _roberta("Roberta"),
+    "xlm-roberta": _roberta("XLMRoberta"),
+    "albert": Family(
+        prefix="albert.",
+        names={
+            **{
+                ours: theirs
+                for ours, theirs in _encoder("albert.").items()
+                if not ours.startswith("encoder.blocks.")
+            },
+            "encoder.embeddings.project": "albert.encoder.embedding_hidden_mapping_in",
+            "encoder.blocks.{i}.attention.query": _ALBERT_LAYER + "attention.query",
+            "encoder.blocks.{i}.attention.key": _ALBERT_LAYER + "attention.key",
+            "encoder.blocks.{i}.attention.value": _ALBERT_LAYER + "attention.value",
+            "encoder.blocks.{i}.attention.output": _ALBERT_LAYER + "attention.dense",
+            "encoder.blocks.{i}.attention_norm": _ALBERT_LAYER + "attention.LayerNorm",
+            "encoder.blocks.{i}.feed_forward.up": _ALBERT_LAYER + "ffn",
+            "encoder.blocks.{i}.feed_forward.down": _ALBERT_LAYER + "ffn_output",
+            "encoder.blocks.{i}.feed_forward_norm": _ALBERT_LAYER + "full_layer_layer_norm",
+            "transform.dense": "predictions.dense",
+            "transform.norm": "predictions.LayerNorm",
+            "vocabulary_bias": "predictions.bias",
+            "pooler": "albert.pooler",
+            "pair_classifier": "sop_classifier.classifier",
+        },
+        architectures={"MaskedLM": "AlbertForMaskedLM", "Pretraining": "AlbertForPreTraining"},
+        tied=("predictions.decoder.weight", "predictions.decoder.bias", "albert.embeddings.position_ids"),
+        defaults=dict(
+            vocab_size=30000, embedding_size=128, hidden_size=4096, num_attention_heads=64, intermediate_size=16384,
+            hidden_act="gelu_new", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_hidden_groups=1,
+        ),
+        keys=dict(
+            embedding_width="embedding_size", num_hidden_groups="num_hidden_groups", inner_group_num="inner_group_num"
+        ),
+        projects_always=True,
+    ),
+    "electra": Family(
+        prefix="electra.",
+        names={
+            **_encoder("electra."),
+            "encoder.embeddings.project": "electra.embeddings_project",
+            "transform.dense": "generator_predictions.dense",
+            "transform.norm": "generator_predictions.LayerNorm",
+            "vocabulary_bias": "generator_lm_head.bias",
+        },
+        architectures={"MaskedLM": "ElectraForMaskedLM"},
+        tied=("generator_lm_head.weight", "electra.embeddings.position_ids"),
+        defaults=dict(
+            embedding_size=128, hidden_size=256, num_attention_heads=4, intermediate_size=1024, head_act="gelu"
+        ),
+        keys=dict(embedding_width="embedding_size", head_act=None),
+    ),
+    "distilbert": Family(
+        prefix="distilbert.",
+        names={
+            "encoder.embeddings.word": "distilbert.embeddings.word_embeddings",
+            "encoder.embeddings.position": "distilbert.embeddings.position_embeddings",
+            "encoder.embeddings.norm": "distilbert.embeddings.LayerNorm",
+            "encoder.blocks.{i}.attention.query": _DISTILBERT_LAYER + "attention.q_lin",
+            "encoder.blocks.{i}.attention.key": _DISTILBERT_LAYER + "attention.k_lin",
+            "encoder.blocks.{i}.attention.value": _DISTILBERT_LAYER + "attention.v_lin",
+            "encoder.blocks.{i}.attention.output": _DISTILBERT_LAYER + "attention.out_lin",
+            "encoder.blocks.{i}.attention_norm": _DISTILBERT_LAYER + "sa_layer_norm",
+            "encoder.blocks.{i}.feed_forward.up": _DISTILBERT_LAYER + "ffn.lin1",
+            "encoder.blocks.{i}.feed_forward.down": _DISTILBERT_LAYER + "ffn.lin2",
+            "encoder.blocks.{i}.feed_forward_norm": _DISTILBERT_LAYER + "output_layer_norm",
+            "transform.dense": "vocab_transform",
+            "transform.norm": "vocab_layer_norm",
+            "vocabulary_bias": "vocab_projector.bias",
+        },
+        architectures={"MaskedLM": "DistilBertForMaskedLM"},
+        tied=("vocab_projector.weight", "distilbert.embeddings.position_ids"),
+        defaults=dict(num_hidden_layers=6, type_vocab_size=0),
+        keys=dict(
+            num_hidden_layers="n_layers", num_attention_heads="n_heads", hidden_size="dim",
+            intermediate_size="hidden_dim", hidden_dropout_prob="dropout",
+            attention_probs_dropout_prob="attention_dropout", hidden_act="activation", type_vocab_size=None,
+            layer_norm_eps=None,
+        ),
+    ),
+}  # fmt: skip
+
+# what every family's config.json holds, under the same names, unless its row says otherwise
+_COMMON = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings", "type_vocab_size",
+    "initializer_range", "layer_norm_eps", "pad_token_id",
+)  # fmt: skip
+
+# names that old checkpoints use
+_LEGACY = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+
+
+def family(model_type):
+    """The row of a model type. Raises ValueError naming the known ones."""
+    if model_type not in FAMILIES:
+        raise ValueError(f"model_type {model_type!r}: expected one of {', '.join(FAMILIES)}")
+    return FAMILIES[model_type]
+
+
+def config_of(model_type, **changes):
+    """An EncoderConfig of a family, with its defaults."""
+    row = family(model_type)
+    fields = {**row.defaults, **changes}
+    if fields.get("embedding_size") == fields.get("hidden_size") and not row.projects_always:
+        fields["embedding_size"] = None
+    if row.positions_after_padding:
+        fields.setdefault("position_offset", fields["pad_token_id"] + 1)
+    return EncoderConfig(model_type=model_type, **fields)
+
+
+def _keys(row):
+    keys = {**{name: name for name in _COMMON}, **row.keys}
+    return {ours: theirs for ours, theirs in keys.items() if theirs is not None}
+
+
+def config_from_hf(values):
+    """The EncoderConfig that the contents of a HuggingFace config.json mean; keys of other matters are ignored.
+
+    Raises ValueError for a model type or a feature that is not here.
+    """
+    model_type = values.get("model_type", "bert")
+    if values.get("position_embedding_type", "absolute") != "absolute":
+        raise ValueError(f"position_embedding_type is {values['position_embedding_type']!r}: expected 'absolute'")
+    keys = _keys(family(model_type))
+    fields = {ours: values[theirs] for ours, theirs in keys.items() if values.get(theirs) is not None}
+    if "embedding_width" in fields:
+        fields["embedding_size"] = fields.pop("embedding_width")
+    return config_of(model_type, **fields)
+
+
+def config_to_hf(config):
+    """The contents of a HuggingFace config.json for `config`, without architectures."""
+    keys = _keys(FAMILIES[config.model_type])
+    return {"model_type": config.model_type, **{theirs: getattr(config, ours) for ours, theirs in keys.items()}}
+
+
+def read_config(path):
+    """The EncoderConfig of a config.json, ours or HuggingFace's. Raises ValueError with the path."""
+    path = Path(path)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable JSON file: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}: expected a JSON object")
+    try:
+        return config_from_hf(values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def hf_names(names, config, head=None):
+    """{our name: HuggingFace's name} for the parameter names `names` of a model with `config`; head: its class name."""
+    table = FAMILIES[config.model_type].names
+    result = {}
+    for name in names:
+        parts = name.split(".")
+        number = next((int(part) for part in parts if part.isdigit()), 0)
+        pattern = ".".join("{i}" if part.isdigit() else part for part in parts)
+        module, _, leaf = pattern.rpartition(".")
+        whole = table.get(f"{head}.{pattern}", table.get(pattern))
+        theirs = whole or f"{table.get(f'{head}.{module}') or table[module]}.{leaf}"
+        group, place = divmod(number, config.inner_group_num)
+        result[name] = theirs.replace("{i}", str(number)).replace("{g}", str(group)).replace("{j}", str(place))
+    return result
+
+
+def from_hf_names(tensors, config):
+    """A checkpoint's tensors by HuggingFace's current full names: legacy names renewed, a missing prefix put back."""
+    row = FAMILIES[config.model_type]
+    heads = tuple({name.split(".")[0] + "." for name in (*row.names.values(), *row.tied)})
+    renewed = {}
+    for name, tensor in tensors.items():
+        for old, new in _LEGACY.items():
+            if name.endswith(old):
+                name = name[: -len(old)] + new
+        if not name.startswith(heads):
+            name = row.prefix + name
+        renewed[name] = tensor
+    return renewed
 
 
 def _bert(layers, hidden):
@@ -9,14 +277,39 @@ def _bert(layers, hidden):
     )
 
 
-# Devlin et al. 2019 (base, large); Turc et al. 2019 (the small ones)
+def _sized(model_type, layers, hidden, heads=None, **changes):
+    return config_of(
+        model_type, num_hidden_layers=layers, hidden_size=hidden, num_attention_heads=heads or hidden // 64,
+        **{"intermediate_size": 4 * hidden, **changes},
+    )  # fmt: skip
+
+
+_LIU = dict(max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5)
+
 PRESETS = {
+    # Devlin et al. 2019 (base, large); Turc et al. 2019 (the small ones)
     "bert-tiny": _bert(2, 128),
     "bert-mini": _bert(4, 256),
     "bert-small": _bert(4, 512),
     "bert-medium": _bert(8, 512),
     "bert-base": _bert(12, 768),
     "bert-large": _bert(24, 1024),
+    # Liu et al. 2019; Conneau et al. 2020
+    "roberta-base": _sized("roberta", 12, 768, vocab_size=50265, **_LIU),
+    "roberta-large": _sized("roberta", 24, 1024, vocab_size=50265, **_LIU),
+    "xlm-roberta-base": _sized("xlm-roberta", 12, 768, vocab_size=250002, **_LIU),
+    "xlm-roberta-large": _sized("xlm-roberta", 24, 1024, vocab_size=250002, **_LIU),
+    # Lan et al. 2020, second version
+    "albert-base-v2": _sized("albert", 12, 768),
+    "albert-large-v2": _sized("albert", 24, 1024),
+    "albert-xlarge-v2": _sized("albert", 24, 2048, 16),
+    "albert-xxlarge-v2": _sized("albert", 12, 4096, hidden_act="gelu"),
+    # Clark et al. 2020: the discriminators
+    "electra-small": _sized("electra", 12, 256),
+    "electra-base": _sized("electra", 12, 768, embedding_size=768),
+    "electra-large": _sized("electra", 24, 1024, embedding_size=1024),
+    # Sanh et al. 2019
+    "distilbert-base": _sized("distilbert", 6, 768),
 }
 
 
@@ -25,71 +318,3 @@ def preset(name):
     if name not in PRESETS:
         raise ValueError(f"no model is called {name!r}: expected one of {', '.join(PRESETS)}, or a config.json")
     return PRESETS[name]
-
-
-# our module or parameter -> HuggingFace's; {i} stands for the layer's number
-HF_NAMES = {
-    "bert": {
-        "encoder.embeddings.word": "bert.embeddings.word_embeddings",
-        "encoder.embeddings.position": "bert.embeddings.position_embeddings",
-        "encoder.embeddings.token_type": "bert.embeddings.token_type_embeddings",
-        "encoder.embeddings.norm": "bert.embeddings.LayerNorm",
-        "encoder.blocks.{i}.attention.query": "bert.encoder.layer.{i}.attention.self.query",
-        "encoder.blocks.{i}.attention.key": "bert.encoder.layer.{i}.attention.self.key",
-        "encoder.blocks.{i}.attention.value": "bert.encoder.layer.{i}.attention.self.value",
-        "encoder.blocks.{i}.attention.output": "bert.encoder.layer.{i}.attention.output.dense",
-        "encoder.blocks.{i}.attention_norm": "bert.encoder.layer.{i}.attention.output.LayerNorm",
-        "encoder.blocks.{i}.feed_forward.up": "bert.encoder.layer.{i}.intermediate.dense",
-        "encoder.blocks.{i}.feed_forward.down": "bert.encoder.layer.{i}.output.dense",
-        "encoder.blocks.{i}.feed_forward_norm": "bert.encoder.layer.{i}.output.LayerNorm",
-        "transform.dense": "cls.predictions.transform.dense",
-        "transform.norm": "cls.predictions.transform.LayerNorm",
-        "vocabulary_bias": "cls.predictions.bias",
-        "pooler": "bert.pooler.dense",
-        "pair_classifier": "cls.seq_relationship",
-    },
-}
-
-# the head class that HuggingFace has for each of ours
-HF_ARCHITECTURES = {"bert": {"MaskedLM": "BertForMaskedLM", "Pretraining": "BertForPreTraining"}}
-
-# in a checkpoint, but not parameters of their own: copies of tied ones, and buffers
-HF_TIED = {
-    "bert": ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias", "bert.embeddings.position_ids"),
-}
-
-# the prefix that a checkpoint of the bare encoder lacks
-HF_PREFIX = {"bert": "bert."}
-
-# names that old checkpoints use
-HF_LEGACY = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-
-
-def hf_names(names, config):
-    """{our name: HuggingFace's name} for the parameter names `names` of a model with `config`."""
-    table = HF_NAMES[config.model_type]
-    result = {}
-    for name in names:
-        parts = name.split(".")
-        number = next((part for part in parts if part.isdigit()), None)
-        pattern = ".".join("{i}" if part.isdigit() else part for part in parts)
-        module, _, leaf = pattern.rpartition(".")
-        if pattern in table:
-            result[name] = table[pattern]
-        else:
-            result[name] = f"{table[module]}.{leaf}".replace("{i}", number or "")
-    return result
-
-
-def from_hf_names(tensors, config):
-    """A checkpoint's tensors by HuggingFace's current full names: legacy names renewed, a missing prefix put back."""
-    prefix, known = HF_PREFIX[config.model_type], ("cls.",)
-    renewed = {}
-    for name, tensor in tensors.items():
-        for old, new in HF_LEGACY.items():
-            if name.endswith(old):
-                name = name[: -len(old)] + new
-        if not name.startswith((prefix, *known)):
-            name = prefix + name
-        renewed[name] = tensor
-    return renewed

@@ -195,7 +195,7 @@ def test_bad_checkpoints_are_one_clear_line(tmp_path):
     path.write_bytes(path.read_bytes()[:-10])
     refuses("model.safetensors cannot be read")
     path.unlink()
-    refuses("model.safetensors cannot be read")
+    refuses("has no weights: expected model.safetensors")
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
     refuses("model_type 'llama': expected one of bert")

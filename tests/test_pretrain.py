@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from fastbert import checkpoint, heads, pretrain, report
-from fastbert.config import EncoderConfig
+from fastbert import checkpoint, heads, pretrain, report, variants
 from fastbert.data import MaskedBatches
 from fastbert.fill_mask import fill_mask, load
 from fastbert.packing import Batch
@@ -249,7 +248,7 @@ def gradients_of(model, batches):
 @pytest.mark.parametrize("kind", ["MaskedLM", "Pretraining"])
 @pytest.mark.parametrize("groups", [[3, 3], [1, 2, 2, 1], [6]], ids=["two", "four-one-without-picks", "one"])
 def test_cutting_a_step_into_micro_batches_does_not_change_its_gradient(kind, groups):
-    config = EncoderConfig.from_dict(MODEL | {"vocab_size": 50, "hidden_dropout_prob": 0.0,
+    config = variants.config_from_hf(MODEL | {"vocab_size": 50, "hidden_dropout_prob": 0.0,
                                               "attention_probs_dropout_prob": 0.0})  # fmt: skip
     model = getattr(heads, kind)(config)
     batch = one_batch(LENGTHS, PICKS, pairs=kind == "Pretraining")
@@ -277,7 +276,7 @@ def test_cutting_a_step_into_micro_batches_does_not_change_its_gradient(kind, gr
 
 
 def test_a_step_without_picks_leaves_no_gradient_and_no_nan(options):
-    model = heads.MaskedLM(EncoderConfig.from_dict(MODEL | {"vocab_size": 50}))
+    model = heads.MaskedLM(variants.config_from_hf(MODEL | {"vocab_size": 50}))
     found, sums = gradients_of(model, [one_batch([4, 3], [[], []])])
     assert not found and sums["count"] == 0 and sums["loss"] == 0
     # in a run: steps go by, are counted, and leave the model finite
@@ -321,7 +320,7 @@ def test_five_in_a_row_abort_and_keep_the_last_good_checkpoint(options, monkeypa
 
 
 def test_an_evaluation_is_the_same_each_time_and_right(place):
-    model = heads.MaskedLM(EncoderConfig.from_dict(MODEL))
+    model = heads.MaskedLM(variants.config_from_hf(MODEL))
     loader = MaskedBatches(Shards.open(place / "shards"), max_seq_length=24, tokens_per_batch=192, seed=1)
     row = pretrain.evaluate(model.train(), loader)
     assert model.training and row == pretrain.evaluate(model, loader)

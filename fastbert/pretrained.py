@@ -1,0 +1,120 @@
+"""Models on disk as HuggingFace keeps them: config.json beside the weights, in one safetensors file or in shards."""
+
+import json
+import pickle
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from . import variants
+from .encoder import initialize
+
+WEIGHTS, PICKLED_WEIGHTS = "model.safetensors", "pytorch_model.bin"
+
+
+def load(cls, directory, *, allow_pickle=False, dtype=torch.float32):
+    """A model of class `cls` from a directory, in evaluation mode: see `MaskedLM.from_pretrained`."""
+    directory = Path(directory)
+    config = variants.read_config(directory / "config.json")
+    stored = variants.from_hf_names(_stored(directory, allow_pickle), config)
+    # no memory yet: each tensor is read once, into the model
+    with torch.device("meta"):
+        model = cls(config)
+    own = model.state_dict()
+    names = variants.hf_names(own, config, cls.__name__)
+
+    missing = [ours for ours, theirs in names.items() if theirs not in stored]
+    lost = [names[ours] for ours in missing if ours.startswith("encoder.")]
+    if lost:
+        raise ValueError(f"{directory} lacks {len(lost)} of the encoder's tensors, the first is {lost[0]}")
+    for ours, theirs in names.items():
+        if theirs in stored and stored[theirs][0] != own[ours].shape:
+            raise ValueError(
+                f"{directory}: {theirs} has shape {tuple(stored[theirs][0])}, "
+                f"config.json wants {tuple(own[ours].shape)}"
+            )
+    if missing:
+        fresh = ", ".join(names[ours] for ours in missing)
+        warnings.warn(f"{directory} lacks {fresh}: these start fresh and want training", stacklevel=3)
+        _start_fresh(model, missing)
+    row = variants.family(config.model_type)
+    heads = tuple(theirs for ours, theirs in row.names.items() if not ours.startswith("encoder."))
+    known = {*names.values(), *row.tied}
+    unknown = [name for name in stored if name not in known and not name.startswith(heads)]
+    if unknown:
+        warnings.warn(f"{directory} has tensors that this model does not use: {', '.join(unknown)}", stacklevel=3)
+
+    tensors = {ours: stored[theirs][1]().to(dtype) for ours, theirs in names.items() if theirs in stored}
+    model.load_state_dict(tensors, strict=False, assign=True)
+    return model.eval()
+
+
+def save(model, directory):
+    """Write config.json and model.safetensors under HuggingFace's names."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    head = type(model).__name__
+    names = variants.hf_names(model.state_dict(), model.config, head)
+    tensors = {names[ours]: tensor.detach().contiguous() for ours, tensor in model.state_dict().items()}
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    architecture = variants.family(model.config.model_type).architectures[head]
+    config = {"architectures": [architecture], **variants.config_to_hf(model.config), "tie_word_embeddings": True}
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _stored(directory, allow_pickle):
+    """{name: (shape, function that reads the tensor)} of a directory's weights, whole or in shards."""
+    for whole, read, allowed in ((WEIGHTS, _safetensors, True), (PICKLED_WEIGHTS, _pickled, allow_pickle)):
+        index = directory / f"{whole}.index.json"
+        if not (directory / whole).exists() and not index.exists():
+            continue
+        if not allowed:
+            raise ValueError(
+                f"{directory} has no {WEIGHTS}, only {whole}, a pickle file: "
+                "pass allow_pickle=True to read its tensors (no code in it is run)"
+            )
+        if (directory / whole).exists():
+            return read(directory / whole)
+        try:
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"{index} cannot be read: {error!r}") from None
+        return {name: entry for shard in shards for name, entry in read(directory / shard).items()}
+    raise ValueError(f"{directory} has no weights: expected {WEIGHTS} or {WEIGHTS}.index.json")
+
+
+def _safetensors(path):
+    try:
+        file = safe_open(path, "pt")
+        # mapped, not read
+        return {
+            name: (torch.Size(file.get_slice(name).get_shape()), lambda name=name: file.get_tensor(name))
+            for name in file.keys()  # noqa: SIM118
+        }
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+def _pickled(path):
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} cannot be read as a file of tensors: {str(error).splitlines()[0]}") from None
+    return {name: (x.shape, lambda x=x: x) for name, x in tensors.items()}
+
+
+def _start_fresh(model, names):
+    """Initial weights for the parameters `names` of a model without memory."""
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        if hasattr(module, "reset_parameters"):
+            module.to_empty(device="cpu")
+            module.reset_parameters()
+            initialize(module, model.config)
+        else:
+            setattr(module, leaf, nn.Parameter(torch.zeros(getattr(module, leaf).shape)))
