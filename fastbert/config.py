@@ -15,6 +15,12 @@ class EncoderConfig:
     the weights of their group (None: each has its own), and a group has inner_group_num layers that run in turn.
     head_act: the masked-LM head's activation, None where it is hidden_act.
 
+    For the heads of tasks: pooler_act, the activation after the pooler's linear layer; the dropouts before that layer
+    (pooler_dropout, None: classifier_dropout), before the pair classifier, before a classifier (classifier_dropout,
+    None: hidden_dropout_prob) of sequences, tokens (token_dropout, None: classifier_dropout) and answers; num_labels,
+    labels (their names) and problem_type ("regression", "single_label_classification",
+    "multi_label_classification", None: by the labels).
+
     Raises ValueError with the offending value when fields contradict each other.
     """
 
@@ -37,6 +43,15 @@ class EncoderConfig:
     num_hidden_groups: int | None = None
     inner_group_num: int = 1
     head_act: str | None = None
+    pooler_act: str = "tanh"
+    pooler_dropout: float | None = 0.0
+    pair_dropout: float = 0.0
+    classifier_dropout: float | None = None
+    token_dropout: float | None = None
+    qa_dropout: float = 0.0
+    num_labels: int = 2
+    labels: tuple | None = None
+    problem_type: str | None = None
 
     def __post_init__(self):
         for name in (
@@ -55,8 +70,10 @@ class EncoderConfig:
         for act in (self.hidden_act, self.head_act or self.hidden_act):
             if act not in ACTIVATIONS:
                 raise ValueError(f"hidden_act is {act!r}: expected one of {', '.join(ACTIVATIONS)}")
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-            if not 0 <= getattr(self, name) < 1:
+        if self.labels is not None and len(self.labels) != self.num_labels:
+            raise ValueError(f"{len(self.labels)} labels have names: expected num_labels, {self.num_labels}")
+        for name in (field.name for field in dataclasses.fields(self) if "dropout" in field.name):
+            if not 0 <= (getattr(self, name) or 0) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected a probability below 1")
 
     @property

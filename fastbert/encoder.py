@@ -67,17 +67,18 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(max(config.layer_order) + 1))
         self.apply(lambda module: initialize(module, config))
 
-    def forward(self, batch, rows=None):
+    def forward(self, batch, rows=None, dropout=None):
         """Hidden states [T, D] of a packing.Batch; of the rows `rows` (int64 [M], ascending) only, [M, D], if given.
 
         With rows, the last layer's queries, feed-forward and norms run on these rows alone, which changes nothing in
-        their values. Raises ValueError when a sequence is longer than the model has positions.
+        their values. dropout: a Dropout that a head goes on drawing from. Raises ValueError when a sequence is longer
+        than the model has positions.
         """
         if batch.max_seqlen > self.config.max_length:
             raise ValueError(
                 f"a sequence of {batch.max_seqlen} tokens: the model has {self.config.max_length} positions"
             )
-        dropout = Dropout(self._seed(batch))
+        dropout = self.dropout(batch) if dropout is None else dropout
         layout = Layout(batch.cu_seqlens, batch.max_seqlen)
         x = self.embeddings(batch, dropout)
         *earlier, last = self.config.layer_order
@@ -85,12 +86,13 @@ class Encoder(nn.Module):
             x = self.blocks[i](x, layout, dropout)
         return self.blocks[last](x, layout if rows is None else layout.asking(rows), dropout)
 
-    def _seed(self, batch):
+    def dropout(self, batch):
+        """The Dropout of one pass over `batch`: none in evaluation, else from the batch's seed or a fresh one."""
         if not self.training:
-            return None
+            return Dropout(None)
         if batch.seed is not None:
-            return batch.seed
-        return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=batch.input_ids.device)
+            return Dropout(batch.seed)
+        return Dropout(torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=batch.input_ids.device))
 
 
 def initialize(module, config):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import ops, pretrained
+from . import ops, pretrained, reference
 from .encoder import Encoder, initialize
 from .layers import VocabularyTransform
 from .packing import Batch, pack, unpack
@@ -43,13 +43,35 @@ class MaskedLMOutput:
         return loss
 
 
-class MaskedLM(nn.Module):
-    """BERT with the masked-language-model head: transform, then the word table again as decoder, plus a bias."""
+class Model(nn.Module):
+    """An encoder, and what all heads share: directories in and out."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
+
+    @classmethod
+    def from_pretrained(cls, directory, *, allow_pickle=False, dtype=torch.float32, **changes):
+        """From a directory with config.json and model.safetensors (or its shards), HuggingFace's or ours.
+
+        allow_pickle: read a pytorch_model.bin where there is nothing else; only its tensors, no code in it is run.
+        dtype: of the weights in memory. changes: EncoderConfig fields to set, such as num_labels of a new head. A head
+        that the checkpoint lacks starts fresh, with a warning that names it. Raises ValueError when the encoder is
+        incomplete, when a shape disagrees with config.json, or when a file cannot be read.
+        """
+        return pretrained.load(cls, directory, allow_pickle=allow_pickle, dtype=dtype, **changes)
+
+    def save_pretrained(self, directory):
+        """Write config.json and model.safetensors under HuggingFace's names; transformers loads the directory."""
+        pretrained.save(self, directory)
+
+
+class MaskedLM(Model):
+    """With the masked-language-model head: transform, then the word table again as decoder, plus a bias."""
+
+    def __init__(self, config):
+        super().__init__(config)
         self.transform = VocabularyTransform(config)
         self.vocabulary_bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.transform.apply(lambda module: initialize(module, config))
@@ -76,24 +98,9 @@ class MaskedLM(nn.Module):
         )
         return MaskedLMOutput(loss_sum, count, correct)
 
-    @classmethod
-    def from_pretrained(cls, directory, *, allow_pickle=False, dtype=torch.float32):
-        """From a directory with config.json and model.safetensors (or its shards), HuggingFace's or ours.
-
-        allow_pickle: read a pytorch_model.bin where there is nothing else; only its tensors, no code in it is run.
-        dtype: of the weights in memory. A head that the checkpoint lacks starts fresh, with a warning that names it.
-        Raises ValueError when the encoder is incomplete, when a shape disagrees with config.json, or when a file cannot
-        be read.
-        """
-        return pretrained.load(cls, directory, allow_pickle=allow_pickle, dtype=dtype)
-
-    def save_pretrained(self, directory):
-        """Write config.json and model.safetensors under HuggingFace's names; transformers loads the directory."""
-        pretrained.save(self, directory)
-
 
 class Pretraining(MaskedLM):
-    """BERT with both pretraining heads: masked language model, and sentence pairs (NSP or SOP) from the first token."""
+    """With both pretraining heads: masked language model, and sentence pairs (NSP or SOP) from the first token."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -114,20 +121,22 @@ class Pretraining(MaskedLM):
         if next_sentence_label is not None:
             batch.pair_labels = next_sentence_label
         if batch.labels is None and batch.pair_labels is None:
-            hidden = self.encoder(batch)
+            dropout = self.encoder.dropout(batch)
+            hidden = self.encoder(batch, dropout=dropout)
             logits = ops.linear(self.transform(hidden), self.encoder.embeddings.word.weight, self.vocabulary_bias)
-            pair_logits = self._pair_logits(hidden[first_rows(batch)], batch)
+            pair_logits = self._pair_logits(hidden[first_rows(batch)], batch, dropout)
             return MaskedLMOutput(logits=restore(logits), pair_logits=pair_logits)
         picks = batch.picks if batch.labels is not None else batch.input_ids.new_empty(0)
         # one ascending list of the rows that either head reads, and where each of them stands in it
         rows, order = torch.sort(torch.cat((picks, first_rows(batch))), stable=True)
         place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        hidden = self.encoder(batch, rows=rows)[place]
+        dropout = self.encoder.dropout(batch)
+        hidden = self.encoder(batch, rows, dropout)[place]
         output = MaskedLMOutput()
         if batch.labels is not None:
             output = self._masked_lm(hidden[: len(picks)], batch)
         if batch.pair_labels is not None:
-            scores = self._pair_logits(hidden[len(picks) :], batch)
+            scores = self._pair_logits(hidden[len(picks) :], batch, dropout)
             known = batch.pair_labels != -100
             output.pair_loss_sum = F.cross_entropy(scores.float(), batch.pair_labels, reduction="sum")
             output.pair_count = known.sum()
@@ -138,9 +147,197 @@ class Pretraining(MaskedLM):
                 )
         return output
 
-    def _pair_logits(self, first, batch):
-        scores = self.pair_classifier(torch.tanh(self.pooler(first)))
+    def _pair_logits(self, first, batch, dropout):
+        pooled = dropped(torch.tanh(self.pooler(first)), self.config.pair_dropout, dropout)
+        scores = self.pair_classifier(pooled)
         return F.pad(scores, (0, 0, 0, len(batch.cu_seqlens) - 1 - len(scores)))  # a batch without a token has no first
+
+
+@dataclass
+class ClassifierOutput:
+    """loss_sum: fp32, over what had a label. count and correct: int64, how many those were, and were predicted right
+    (None in regression). logits: [B, labels] of sequences, [B, choices], or [B, S, labels] ([T, labels] for a Batch).
+    """
+
+    logits: torch.Tensor
+    loss_sum: torch.Tensor | None = None
+    count: torch.Tensor | None = None
+    correct: torch.Tensor | None = None
+
+    @property
+    def loss(self):
+        """The mean; 0 where nothing had a label."""
+        return None if self.loss_sum is None else self.loss_sum / self.count.clamp(min=1)
+
+
+@dataclass
+class AnswerOutput:
+    """start_logits, end_logits: [B, S], -inf at padding ([T] for a Batch). loss: the mean of both ends' losses."""
+
+    start_logits: torch.Tensor
+    end_logits: torch.Tensor
+    loss_sum: torch.Tensor | None = None
+    count: torch.Tensor | None = None
+
+    loss = ClassifierOutput.loss
+
+
+_ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "gelu": F.gelu}
+
+
+class SequenceClassifier(Model):
+    """A label, or several, or a number for each sequence or pair, from its first token: pooler, then a linear layer."""
+
+    OUTPUTS = None
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
+        self.classifier = nn.Linear(config.hidden_size, self.OUTPUTS or config.num_labels)
+        for module in (self.pooler, self.classifier):
+            initialize(module, config)
+
+    def forward(self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, labels=None):
+        """Logits [B, num_labels], and the loss when there are labels. Returns ClassifierOutput.
+
+        Either a packing.Batch, or HuggingFace's padded arguments, each [B, S]. labels: int64 [B], -100 for none; or
+        float [B, num_labels] in 0 .. 1, a probability of each label by itself; or float [B] (or [B, num_labels])
+        with problem_type "regression" or one label: squared error. The first token is the first that is not padding,
+        wherever it stands. Raises ValueError when labels do not fit.
+        """
+        batch, _ = pack_inputs(self.config, input_ids, attention_mask, token_type_ids, position_ids)
+        logits = self._scores(batch, self.config.pooler_dropout)
+        return ClassifierOutput(logits) if labels is None else _classified(logits, labels, self.config)
+
+    def _scores(self, batch, pooler_dropout):
+        config, dropout = self.config, self.encoder.dropout(batch)
+        hidden = first_hidden(self.encoder, batch, dropout)
+        classifier_dropout = config.hidden_dropout_prob
+        if config.classifier_dropout is not None:
+            classifier_dropout = config.classifier_dropout
+        hidden = dropped(hidden, classifier_dropout if pooler_dropout is None else pooler_dropout, dropout)
+        pooled = _ACTIVATIONS[config.pooler_act](ops.linear(hidden, self.pooler.weight, self.pooler.bias))
+        pooled = dropped(pooled, classifier_dropout, dropout)
+        return ops.linear(pooled, self.classifier.weight, self.classifier.bias)
+
+
+class MultipleChoice(SequenceClassifier):
+    """The right one of several choices: each is read with the question, and gets one score."""
+
+    OUTPUTS = 1
+
+    def forward(self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, labels=None):
+        """Logits [B, C] for arguments [B, C, S], and the loss for labels int64 [B]. Returns ClassifierOutput."""
+        if input_ids.dim() != 3:
+            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: expected [batch, choices, length]")
+        flat = (x if x is None else x.flatten(0, 1) for x in (attention_mask, token_type_ids, position_ids))
+        batch, _ = pack_inputs(self.config, input_ids.flatten(0, 1), *flat)
+        logits = self._scores(batch, self.config.pooler_dropout or 0.0).view(input_ids.shape[:2])
+        return ClassifierOutput(logits) if labels is None else _classified(logits, labels, None)
+
+
+class TokenClassifier(Model):
+    """A label for each token, such as the names of persons and places."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        initialize(self.classifier, config)
+
+    def forward(self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, labels=None):
+        """Logits [B, S, num_labels], 0 at padding, and the loss over the labels int64 [B, S] that are not -100.
+
+        Either a packing.Batch (logits [T, num_labels], its own labels) or HuggingFace's padded arguments. Returns
+        ClassifierOutput.
+        """
+        batch, restore = pack_inputs(self.config, input_ids, attention_mask, token_type_ids, position_ids, labels)
+        config, dropout = self.config, self.encoder.dropout(batch)
+        chain = (config.token_dropout, config.classifier_dropout, config.hidden_dropout_prob)
+        dropout_p = next(p for p in chain if p is not None)
+        hidden = dropped(self.encoder(batch, dropout=dropout), dropout_p, dropout)
+        logits = ops.linear(hidden, self.classifier.weight, self.classifier.bias)
+        if batch.labels is None:
+            return ClassifierOutput(restore(logits))
+        output = _classified(logits, batch.labels, None)
+        output.logits = restore(logits)
+        return output
+
+
+class QuestionAnswerer(Model):
+    """The span of the text that answers a question: a score for each token as its start, and as its end."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.classifier = nn.Linear(config.hidden_size, 2)
+        initialize(self.classifier, config)
+
+    def forward(
+        self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, start_positions=None,
+        end_positions=None,
+    ):  # fmt: skip
+        """Start and end logits [B, S] for HuggingFace's padded arguments, and the loss. Returns AnswerOutput.
+
+        start_positions, end_positions: int64 [B], columns of input_ids. One outside 0 .. S - 1, or at padding, is no
+        label. Padding takes no part: its logits are -inf.
+        """
+        batch, restore = pack_inputs(self.config, input_ids, attention_mask, token_type_ids, position_ids)
+        dropout = self.encoder.dropout(batch)
+        hidden = dropped(self.encoder(batch, dropout=dropout), self.config.qa_dropout, dropout)
+        logits = restore(ops.linear(hidden, self.classifier.weight, self.classifier.bias)).float()
+        is_token = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        logits = logits.masked_fill(~is_token.bool()[..., None], float("-inf"))
+        output = AnswerOutput(*logits.unbind(-1))
+        if start_positions is not None and end_positions is not None:
+            S, sums, counts = input_ids.shape[1], [], []
+            for scores, place in ((output.start_logits, start_positions), (output.end_logits, end_positions)):
+                inside = (place >= 0) & (place < S)
+                inside &= is_token.bool().gather(1, place.clamp(0, S - 1)[:, None])[:, 0]
+                losses = F.cross_entropy(scores.nan_to_num(neginf=-1e30), place.where(inside, -100), reduction="none")
+                sums.append(losses.sum())
+                counts.append(inside.sum())
+            # each end's mean counts half
+            output.count = torch.maximum(*counts)
+            output.loss_sum = sum(x * output.count / n.clamp(min=1) for x, n in zip(sums, counts)) / 2
+        return output
+
+
+def _classified(logits, labels, config):
+    """ClassifierOutput with the loss that the labels' type and shape, or config.problem_type, ask for."""
+    kind = config.problem_type if config is not None else "single_label_classification"
+    if kind is None:
+        kind = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+        if logits.shape[-1] == 1:
+            kind = "regression"
+    scores = logits.float()
+    if kind == "single_label_classification":
+        if labels.shape != logits.shape[:-1]:
+            raise ValueError(f"labels have shape {tuple(labels.shape)}: expected {tuple(logits.shape[:-1])}")
+        known = labels != -100
+        loss_sum = F.cross_entropy(scores, labels, reduction="sum")
+        return ClassifierOutput(logits, loss_sum, known.sum(), ((scores.argmax(-1) == labels) & known).sum())
+    labels = labels.float()
+    if labels.numel() != logits.numel():
+        raise ValueError(f"labels have shape {tuple(labels.shape)}: expected {tuple(logits.shape)} for {kind}")
+    labels, count = labels.view_as(scores), torch.tensor(labels.numel(), device=labels.device)
+    if kind == "regression":
+        return ClassifierOutput(logits, F.mse_loss(scores, labels, reduction="sum"), count)
+    loss_sum = F.binary_cross_entropy_with_logits(scores, labels, reduction="sum")
+    return ClassifierOutput(logits, loss_sum, count, ((scores > 0) == (labels > 0.5)).sum())
+
+
+def dropped(x, dropout_p, dropout):
+    """x [M, D] with elements dropped. Plain PyTorch everywhere: heads have few rows."""
+    options = dropout(dropout_p)
+    return reference.dropout(x, **options) if options else x
+
+
+def first_hidden(encoder, batch, dropout):
+    """Hidden states [B, D] of each sequence's first token; 0 for an empty sequence."""
+    hidden = encoder(batch, first_rows(batch), dropout)
+    B = len(batch.cu_seqlens) - 1
+    if len(hidden) < B:  # a batch without a token has no first
+        return hidden.new_zeros(B, hidden.shape[-1])
+    return hidden.masked_fill((batch.cu_seqlens.diff() == 0)[:, None], 0.0)
 
 
 def first_rows(batch):

@@ -16,10 +16,12 @@ from .encoder import initialize
 WEIGHTS, PICKLED_WEIGHTS = "model.safetensors", "pytorch_model.bin"
 
 
-def load(cls, directory, *, allow_pickle=False, dtype=torch.float32):
+def load(cls, directory, *, allow_pickle=False, dtype=torch.float32, **changes):
     """A model of class `cls` from a directory, in evaluation mode: see `MaskedLM.from_pretrained`."""
     directory = Path(directory)
-    config = variants.read_config(directory / "config.json")
+    if "num_labels" in changes:
+        changes.setdefault("labels", None)
+    config = variants.read_config(directory / "config.json").replace(**changes)
     stored = variants.from_hf_names(_stored(directory, allow_pickle), config)
     # no memory yet: each tensor is read once, into the model
     with torch.device("meta"):

@@ -51,6 +51,24 @@ def _encoder(prefix, **other):
     }
 
 
+def _heads(name, **others):
+    """transformers' classes for our heads, which most families name alike."""
+    return {
+        "MaskedLM": f"{name}ForMaskedLM",
+        "SequenceClassifier": f"{name}ForSequenceClassification",
+        "TokenClassifier": f"{name}ForTokenClassification",
+        "QuestionAnswerer": f"{name}ForQuestionAnswering",
+        "MultipleChoice": f"{name}ForMultipleChoice",
+        **others,
+    }
+
+
+_CLASSIFIERS = {"classifier": "classifier", "QuestionAnswerer.classifier": "qa_outputs"}
+_DENSE_CLASSIFIER = {
+    **_CLASSIFIERS,
+    "SequenceClassifier.pooler": "classifier.dense",
+    "SequenceClassifier.classifier": "classifier.out_proj",
+}
 _LM_HEAD = {
     "transform.dense": "lm_head.dense",
     "transform.norm": "lm_head.layer_norm",
@@ -62,11 +80,11 @@ _LM_HEAD_TIED = ("lm_head.decoder.weight", "lm_head.decoder.bias")
 def _roberta(name):
     return Family(
         prefix="roberta.",
-        names={**_encoder("roberta."), **_LM_HEAD},
-        architectures={"MaskedLM": f"{name}ForMaskedLM"},
+        names={**_encoder("roberta."), **_LM_HEAD, **_DENSE_CLASSIFIER, "pooler": "roberta.pooler.dense"},
+        architectures=_heads(name),
         tied=(*_LM_HEAD_TIED, "roberta.embeddings.position_ids"),
-        defaults=dict(pad_token_id=1, head_act="gelu"),
-        keys=dict(head_act=None),
+        defaults=dict(pad_token_id=1, head_act="gelu", pooler_dropout=None),
+        keys=dict(classifier_dropout="classifier_dropout"),
         positions_after_padding=True,
     )
 
@@ -84,8 +102,10 @@ FAMILIES = {
             "vocabulary_bias": "cls.predictions.bias",
             "pooler": "bert.pooler.dense",
             "pair_classifier": "cls.seq_relationship",
+            **_CLASSIFIERS,
         },
-        architectures={"MaskedLM": "BertForMaskedLM", "Pretraining": "BertForPreTraining"},
+        architectures=_heads("Bert", Pretraining="BertForPreTraining"),
+        keys=dict(classifier_dropout="classifier_dropout"),
         tied=("cls.predictions.decoder.weight", "cls.predictions.decoder.bias", "bert.embeddings.position_ids"),
     ),
     "roberta": _roberta("Roberta"),
@@ -112,15 +132,18 @@ FAMILIES = {
             "vocabulary_bias": "predictions.bias",
             "pooler": "albert.pooler",
             "pair_classifier": "sop_classifier.classifier",
+            **_CLASSIFIERS,
         },
-        architectures={"MaskedLM": "AlbertForMaskedLM", "Pretraining": "AlbertForPreTraining"},
+        architectures=_heads("Albert", Pretraining="AlbertForPreTraining"),
         tied=("predictions.decoder.weight", "predictions.decoder.bias", "albert.embeddings.position_ids"),
         defaults=dict(
             vocab_size=30000, embedding_size=128, hidden_size=4096, num_attention_heads=64, intermediate_size=16384,
             hidden_act="gelu_new", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_hidden_groups=1,
+            classifier_dropout=0.1, pair_dropout=0.1,
         ),
         keys=dict(
-            embedding_width="embedding_size", num_hidden_groups="num_hidden_groups", inner_group_num="inner_group_num"
+            embedding_width="embedding_size", num_hidden_groups="num_hidden_groups", inner_group_num="inner_group_num",
+            classifier_dropout="classifier_dropout_prob", pair_dropout="classifier_dropout_prob",
         ),
         projects_always=True,
     ),
@@ -132,13 +155,16 @@ FAMILIES = {
             "transform.dense": "generator_predictions.dense",
             "transform.norm": "generator_predictions.LayerNorm",
             "vocabulary_bias": "generator_lm_head.bias",
+            **_DENSE_CLASSIFIER,
+            "MultipleChoice.pooler": "sequence_summary.summary",
         },
-        architectures={"MaskedLM": "ElectraForMaskedLM"},
+        architectures=_heads("Electra"),
         tied=("generator_lm_head.weight", "electra.embeddings.position_ids"),
         defaults=dict(
-            embedding_size=128, hidden_size=256, num_attention_heads=4, intermediate_size=1024, head_act="gelu"
+            embedding_size=128, hidden_size=256, num_attention_heads=4, intermediate_size=1024, head_act="gelu",
+            pooler_act="gelu", pooler_dropout=None,
         ),
-        keys=dict(embedding_width="embedding_size", head_act=None),
+        keys=dict(embedding_width="embedding_size", classifier_dropout="classifier_dropout"),
     ),
     "distilbert": Family(
         prefix="distilbert.",
@@ -157,15 +183,20 @@ FAMILIES = {
             "transform.dense": "vocab_transform",
             "transform.norm": "vocab_layer_norm",
             "vocabulary_bias": "vocab_projector.bias",
+            "pooler": "pre_classifier",
+            **_CLASSIFIERS,
         },
-        architectures={"MaskedLM": "DistilBertForMaskedLM"},
+        architectures=_heads("DistilBert"),
         tied=("vocab_projector.weight", "distilbert.embeddings.position_ids"),
-        defaults=dict(num_hidden_layers=6, type_vocab_size=0),
+        defaults=dict(
+            num_hidden_layers=6, type_vocab_size=0, pooler_act="relu", classifier_dropout=0.2, qa_dropout=0.1
+        ),
         keys=dict(
             num_hidden_layers="n_layers", num_attention_heads="n_heads", hidden_size="dim",
             intermediate_size="hidden_dim", hidden_dropout_prob="dropout",
             attention_probs_dropout_prob="attention_dropout", hidden_act="activation", type_vocab_size=None,
-            layer_norm_eps=None,
+            layer_norm_eps=None, classifier_dropout="seq_classif_dropout", token_dropout="dropout",
+            qa_dropout="qa_dropout",
         ),
     ),
 }  # fmt: skip
@@ -216,13 +247,32 @@ def config_from_hf(values):
     fields = {ours: values[theirs] for ours, theirs in keys.items() if values.get(theirs) is not None}
     if "embedding_width" in fields:
         fields["embedding_size"] = fields.pop("embedding_width")
+    if "id2label" in values:
+        names = sorted(values["id2label"].items(), key=lambda item: int(item[0]))
+        fields["num_labels"] = len(names)
+        fields["labels"] = tuple(name for _, name in names)
+        if fields["labels"] == _unnamed(len(names)):
+            fields["labels"] = None
+    if values.get("problem_type") is not None:
+        fields["problem_type"] = values["problem_type"]
     return config_of(model_type, **fields)
+
+
+def _unnamed(num_labels):
+    return tuple(f"LABEL_{i}" for i in range(num_labels))
 
 
 def config_to_hf(config):
     """The contents of a HuggingFace config.json for `config`, without architectures."""
     keys = _keys(FAMILIES[config.model_type])
-    return {"model_type": config.model_type, **{theirs: getattr(config, ours) for ours, theirs in keys.items()}}
+    values = {"model_type": config.model_type, **{theirs: getattr(config, ours) for ours, theirs in keys.items()}}
+    if config.labels is not None or config.num_labels != 2:
+        labels = config.labels or _unnamed(config.num_labels)
+        values["id2label"] = {str(i): label for i, label in enumerate(labels)}
+        values["label2id"] = {label: i for i, label in enumerate(labels)}
+    if config.problem_type is not None:
+        values["problem_type"] = config.problem_type
+    return values
 
 
 def read_config(path):
