@@ -42,6 +42,8 @@ def _kernel(file, name):
             from .kernels import bias_gelu as module
         case "cross_entropy":
             from .kernels import cross_entropy as module
+        case "disentangled_attention":
+            from .kernels import disentangled_attention as module
         case "embedding":
             from .kernels import embedding as module
         case "gelu_layer_norm":
@@ -96,6 +98,19 @@ def attention(
         return _choose("attention", "attention", q, impl)(
             q, k, v, cu_seqlens, max_seqlen, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
             scale=scale, dropout_p=dropout_p, seed=seed, offset=offset,
+        )  # fmt: skip
+
+
+def disentangled_attention(
+    q, k, v, pos_key, pos_query, cu_seqlens, max_seqlen, *,
+    position_buckets=0, max_relative_positions, scale=None, dropout_p=0.0, seed=None, offset=0, impl=None,
+):  # fmt: skip
+    """DeBERTa's attention, with its scores of relative positions: see `reference.disentangled_attention`."""
+    q, k, v, pos_key, pos_query = _autocast(q, k, v, pos_key, pos_query)
+    with _no_autocast(q):
+        return _choose("disentangled_attention", "disentangled_attention", q, impl)(
+            q, k, v, pos_key, pos_query, cu_seqlens, max_seqlen, position_buckets=position_buckets,
+            max_relative_positions=max_relative_positions, scale=scale, dropout_p=dropout_p, seed=seed, offset=offset,
         )  # fmt: skip
 
 

@@ -258,6 +258,138 @@ class TakeFunction(torch.autograd.Function):
         return x.index_select(0, index).index_fill_(0, holes, 0)
 
 
+def disentangled_attention(
+    q, k, v, pos_key, pos_query, cu_seqlens, max_seqlen, *,
+    position_buckets=0, max_relative_positions, scale=None, dropout_p=0.0, seed=None, offset=0,
+):  # fmt: skip
+    """Attention that also scores relative positions, as all versions of DeBERTa do: softmax(s · scale) v with
+
+        s[i, j] = q_i · k_j + q_i · pos_key[d(i - j)] + k_j · pos_query[d(i - j)]
+
+    q, k, v, cu_seqlens, max_seqlen, dropout and result as in `attention`; all rows ask. pos_key and pos_query
+    [2 * span, H, K] are the projected embeddings of relative positions, None for a term that is absent. d(r) is the
+    position r, or its bucket, counted from -span and kept within the table: see `relative_index`. `scale` defaults to
+    (K * (1 + the number of position terms)) ** -0.5. Source: He et al. 2021, section 3.
+    """
+    tables = [x for x in (pos_key, pos_query) if x is not None]
+    scale = (q.shape[-1] * (1 + len(tables))) ** -0.5 if scale is None else scale
+    if k is not None:
+        q = torch.stack((q, *(k.unbind(1) if v is None else (k, v))), 1)
+    starts = tuple(cu_seqlens.tolist())
+    groups, places, _ = _groups(starts, starts, len(q), len(q), q.device)
+    outs = []
+    for group, qkv in zip(groups, _arrange(q, *places, groups, "length")):
+        L = group.length
+        index = relative_index(L, position_buckets, max_relative_positions).to(q.device)
+        key_table = None if pos_key is None else pos_key.index_select(0, index).transpose(0, 1)
+        query_table = None if pos_query is None else pos_query.index_select(0, index).transpose(0, 1) * scale
+        queries, keys, values = qkv.permute(2, 3, 0, 1, 4).contiguous().unbind(0)
+        row = group.start_q[:, None] + torch.arange(L, device=q.device)
+        parts = []
+        # as many heads at a time as have their scores in cache
+        at_once = max(_SCORES_AT_ONCE // (group.members * L * L), 1)
+        for head in torch.arange(q.shape[2], device=q.device).split(at_once):
+            heads = slice(head[0], head[-1] + 1)
+            scores = DisentangledScoresFunction.apply(
+                queries[heads] * scale, keys[heads], *(x if x is None else x[heads] for x in (key_table, query_table))
+            )
+            if group.mask is not None:
+                scores = scores.masked_fill_(~group.mask.transpose(0, 1), float("-inf"))
+            probabilities = torch.softmax(scores, dim=-1)
+            if dropout_p > 0.0:
+                keep = keep_mask(row, head[:, None, None], L, seed, offset, dropout_p)
+                probabilities = probabilities * keep * _keep_scale(dropout_p)
+            parts.append(probabilities @ values[heads])
+        outs.append(torch.cat(parts).permute(1, 2, 0, 3).flatten(0, 1))
+    rows = torch.cat(outs) if outs else q.new_zeros(0, *q.shape[-2:])
+    return TakeFunction.apply(rows, *reversed(places))
+
+
+# elements of [H, G, L, L], for what works on several such tensors in turn; rows of L that share a product with a table
+_SCORES_AT_ONCE, _RELATIVE_ROWS = 2**20, 64
+
+
+@functools.lru_cache(maxsize=64)
+def relative_index(length, position_buckets, max_relative_positions):
+    """int64 [2 * length - 1]: which row of a position table serves r = 1 - length, ..., length - 1.
+
+    With `position_buckets` of 0 or -1 (DeBERTa v1) that is r itself and span is `max_relative_positions`. Otherwise
+    (v2, v3) span is `position_buckets`, half of the buckets are single positions and the others widen with the
+    logarithm of |r|, in float32. Counted from -span, so that r = 0 is row `span`; clamped to the table.
+    """
+    r = torch.arange(1 - length, length)
+    span = max_relative_positions
+    if position_buckets > 0:
+        span, mid = position_buckets, position_buckets // 2
+        far = r.abs().clamp(min=mid)
+        steps = torch.log(far / mid) / torch.log(torch.tensor((max_relative_positions - 1) / mid)) * (mid - 1)
+        r = torch.where(r.abs() <= mid, r, (torch.ceil(steps) + mid).long() * r.sign())
+    return (r + span).clamp(0, 2 * span - 1)
+
+
+class DisentangledScoresFunction(torch.autograd.Function):
+    """q_i · k_j + q_i · key_table[i - j] + k_j · query_table[i - j], [H, G, L, L], for q and k [H, G, L, K].
+
+    Tables are [H, 2 L - 1, K], from i - j = 1 - L on, or None.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, key_table, query_table):
+        ctx.save_for_backward(q, k, key_table, query_table)
+        scores = q @ k.transpose(-1, -2)
+        if key_table is not None:
+            _add_relative(scores, q, key_table.flip(1))
+        if query_table is not None:
+            _add_relative(scores.transpose(-1, -2), k, query_table)
+        return scores
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dscores):
+        q, k, key_table, query_table = ctx.saved_tensors
+        dq, dk = dscores @ k, dscores.transpose(-1, -2) @ q
+        dkey_table = dquery_table = None
+        if key_table is not None:
+            dkey_table = _relative_gradient(dscores, q, key_table.flip(1), dq).flip(1)
+        if query_table is not None:
+            dquery_table = _relative_gradient(dscores.transpose(-1, -2), k, query_table, dk)
+        return dq, dk, dkey_table, dquery_table
+
+
+def _add_relative(scores, x, table):
+    """scores[i, j] += x_i · table[j - i + L - 1], for scores [H, G, L, L], x [H, G, L, K] and table [H, 2 L - 1, K]."""
+    H, G, L, K = x.shape
+    for rows, columns in _relative_blocks(L):
+        band = x[:, :, rows].reshape(H, -1, K) @ table[:, columns].transpose(1, 2)
+        scores[:, :, rows] += _skewed(band.unflatten(1, (G, -1)), L)
+
+
+def _relative_gradient(dscores, x, table, dx):
+    """The gradient of `table` in _add_relative; that of x is added to `dx`."""
+    H, G, L, K = x.shape
+    dtable = torch.zeros_like(table)
+    for rows, columns in _relative_blocks(L):
+        dband = x.new_zeros(H, G, rows.stop - rows.start, columns.stop - columns.start)
+        _skewed(dband, L).copy_(dscores[:, :, rows])
+        dband = dband.flatten(1, 2)
+        dx[:, :, rows] += (dband @ table[:, columns]).unflatten(1, (G, -1))
+        dtable[:, columns] += dband.transpose(1, 2) @ x[:, :, rows].reshape(H, -1, K)
+    return dtable
+
+
+def _relative_blocks(length):
+    """Slices of rows, and of the columns of a table that they need."""
+    for start in range(0, length, _RELATIVE_ROWS):
+        end = min(start + _RELATIVE_ROWS, length)
+        yield slice(start, end), slice(length - end, 2 * length - 1 - start)
+
+
+def _skewed(band, length):
+    """The view [..., R, length] of `band` [..., R, length + R - 1] in which each row begins one column further left."""
+    *others, stride, _ = band.stride()
+    return band.as_strided((*band.shape[:-1], length), (*others, stride - 1, 1), band.shape[-2] - 1)
+
+
 def layer_norm(x, weight, bias, *, residual=None, dropout_p=0.0, seed=None, offset=0, eps=1e-12):
     """LayerNorm(dropout(x) + residual). x and residual [T, D]; weight and bias [D]. Returns [T, D] in x's dtype.
 
