@@ -89,19 +89,38 @@ def dropout_threshold(dropout_p):
     return round(dropout_p * 65536)
 
 
+def _random_pieces(groups, row, head, seed, offset):
+    """int64 [..., groups, 8]: for int64 `row` and `head` that broadcast to [...], 16 random bits in each piece.
+
+    A group is one Philox call: its counter is (group, row, head, offset) and its key `seed` (an int64 tensor [1]). Its
+    pieces stand in order of word, low half first.
+    """
+    row, head = torch.broadcast_tensors(row.unsqueeze(-1), head.unsqueeze(-1))
+    group = torch.arange(groups, device=row.device).expand(*row.shape[:-1], -1)
+    counter = group, row & _UINT32, head & _UINT32, torch.full_like(group, offset & _UINT32)
+    words = philox(*counter, seed & _UINT32, (seed >> 32) & _UINT32)
+    return torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
+
+
 def keep_mask(row, head, columns, seed, offset, dropout_p):
     """The keep mask of one call: bool [..., columns] for int64 `row` and `head` that broadcast to [...].
 
-    Element (row, head, column) looks at 16 bits: piece `column % 8` of the eight that Philox makes from the counter
-    (column // 8, row, head, offset) and the key `seed` (an int64 tensor [1]). Pieces are in order of word, low half
-    first.
+    Element (row, head, column) looks at piece `column % 8` of group `column // 8` of `_random_pieces`.
     """
-    row, head = torch.broadcast_tensors(row.unsqueeze(-1), head.unsqueeze(-1))
-    group = torch.arange((columns + 7) // 8, device=row.device).expand(*row.shape[:-1], -1)
-    row, head = row & _UINT32, head & _UINT32
-    words = philox(group, row, head, torch.full_like(group, offset), seed & _UINT32, (seed >> 32) & _UINT32)
-    bits = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
+    bits = _random_pieces(-(-columns // 8), row, head, seed, offset)
     return bits.flatten(-2)[..., :columns] >= dropout_threshold(dropout_p)
+
+
+def attention_keep_mask(row, head, columns, seed, offset, dropout_p):
+    """The same with another order of the columns, in which a thread of a GPU holds attention's scores.
+
+    Bits 0, 3 and 4 of a column, in this order from the lowest, say which piece; the others say which group.
+    """
+    bits = _random_pieces(-(-columns // 32) * 4, row, head, seed, offset)
+    # bits 5 and above, bits 2 and 1, then the piece as bits 4, 3, 0
+    bits = bits.unflatten(-1, (2, 2, 2)).unflatten(-4, (-1, 4))
+    bits = bits.permute(*range(bits.dim() - 5), -5, -3, -2, -4, -1)
+    return bits.flatten(-5)[..., :columns] >= dropout_threshold(dropout_p)
 
 
 def dropout(x, dropout_p, seed, offset):
@@ -429,71 +448,294 @@ class MaskedCrossEntropyFunction(torch.autograd.Function):
     """Loss and gradients of the picked rows in one sweep over chunks of rows, so that [M, V] is never held.
 
     The last chunk's share of the weight gradient, mostly all of it, waits for the backward: until then it is smaller as
-    the gradient of the logits.
+    the gradient of the logits. TiledCrossEntropyFunction is the same in less memory.
     """
 
     ROWS = 1024
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, ignore_index, label_smoothing, wants):
-        has_label = labels != ignore_index
-        count = has_label.sum()
-        if count > 0.75 * len(labels):
-            # mostly picked rows: a constant number of them, as packed batches have, is worth more than the few saved
-            picked, rows, targets = slice(None), hidden.where(has_label[:, None], 0), labels
-        else:
-            picked = has_label.nonzero()[:, 0]
-            rows, targets, has_label = hidden[picked], labels[picked], has_label[picked]
-        wide = torch.promote_types(hidden.dtype, torch.float32)
+    def forward(ctx, hidden, weight, bias, labels, scale, max_picks, ignore_index, label_smoothing, z_loss, wants):
+        picked, labels, count, spoiled = _pick(labels, ignore_index, max_picks)
+        V, wide = len(weight), torch.promote_types(hidden.dtype, torch.float32)
         loss_sum = torch.zeros((), dtype=wide, device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-        dhidden, dweight, dbias = torch.zeros_like(hidden), None, torch.zeros_like(bias, dtype=wide)
-        last = (hidden.new_zeros(0, weight.shape[0]), hidden.new_zeros(0, weight.shape[1]))
-        for start in range(0, len(rows), MaskedCrossEntropyFunction.ROWS):
+        dbias, dscale = loss_sum.new_zeros(V), torch.zeros_like(loss_sum)
+        drows, earlier, last = [], None, (hidden.new_zeros(0, V), hidden.new_zeros(0, hidden.shape[1]))
+        for start in range(0, len(labels), MaskedCrossEntropyFunction.ROWS):
             chunk = slice(start, start + MaskedCrossEntropyFunction.ROWS)
-            logits = matmul(rows[chunk], weight.t(), bias).to(wide)
-            labelled = has_label[chunk]
-            target = targets[chunk].where(labelled, 0)
-            correct += ((logits.argmax(-1) == target) & labelled).sum()
-            log_p = logits.sub_(logits.logsumexp(-1, keepdim=True))
-            losses = (label_smoothing - 1) * log_p.gather(1, target[:, None])[:, 0]
-            if label_smoothing:
-                losses -= label_smoothing / weight.shape[0] * log_p.sum(-1)
-            loss_sum += losses.where(labelled, 0).sum()
-            if not wants:
+            rows, target, labelled = _labelled_rows(hidden, labels, picked, chunk, ignore_index)
+            losses, best, powers, maximum, total = _losses(
+                rows, target, weight, bias, scale, max(V, 1), label_smoothing, z_loss
+            )
+            loss_sum += losses.masked_fill(~labelled, 0).sum()
+            correct += ((best == target) & labelled).sum()
+            if not any(wants):
                 continue
-            dlogits = log_p.exp_().sub_(label_smoothing / weight.shape[0])
-            dlogits[torch.arange(len(target), device=target.device), target] -= 1 - label_smoothing
-            dlogits[~labelled] = 0
+            dlogits = _dlogits(powers, maximum, total, target, labelled, 0, V, label_smoothing, z_loss)
             dbias += dlogits.sum(0)
-            dlogits = dlogits.to(hidden.dtype)
-            dhidden[chunk if isinstance(picked, slice) else picked[chunk]] = matmul(dlogits, weight)
-            last = (dlogits, rows[chunk])
-            if chunk.stop < len(rows):
-                product = matmul(dlogits.t(), rows[chunk]).to(wide)
-                dweight = product if dweight is None else dweight.add_(product)
-        if wants:
-            ctx.save_for_backward(dhidden, dbias.to(bias.dtype), dweight, *last)
+            dlogits = dlogits if scale is not None else dlogits.to(rows.dtype)
+            drows.append(matmul(dlogits, weight.to(dlogits.dtype)).to(rows.dtype))
+            if wants[3]:
+                dscale += (rows * drows[-1]).sum(dtype=wide)
+            last = (dlogits, rows)
+            if chunk.stop < len(labels):
+                share = _word_sums(dlogits, rows).to(wide)
+                earlier = share if earlier is None else earlier.add_(share)
+        if any(wants):
+            drows = torch.cat(drows) if drows else last[1]
+            ctx.save_for_backward(picked, spoiled, scale, drows, dbias, dscale, earlier, *last)
+        ctx.wants, ctx.T = wants, len(hidden)
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(count, correct)
-        return loss_sum, count, correct
+        return loss_sum if spoiled is None else loss_sum + spoiled, count, correct
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss, dcount, dcorrect):
-        dhidden, dbias, earlier, dlogits, rows = ctx.saved_tensors
-        dweight = matmul(dlogits.t(), rows * dloss.to(rows.dtype))
-        if earlier is not None:
-            dweight = (earlier * dloss).add_(dweight).to(dweight.dtype)
-        return dhidden * dloss.to(dhidden.dtype), dweight, dbias * dloss.to(dbias.dtype), None, None, None, None
+        picked, spoiled, scale, drows, dbias, dscale, earlier, dlogits, rows = ctx.saved_tensors
+        dloss, factor = _factors(dloss, spoiled, scale)
+        weight_dtype, bias_dtype = ctx.dtypes
+        dhidden = dweight = None
+        if ctx.wants[0]:
+            dhidden = _put_back((drows * factor).to(drows.dtype), picked, ctx.T)
+        if ctx.wants[1]:
+            # the factor goes into the smaller tensor, unless fp16 might not hold it there
+            if rows.dtype == torch.float16:
+                dweight = _word_sums(dlogits, rows) * factor
+            else:
+                dweight = _word_sums(dlogits, rows * factor.to(rows.dtype))
+            dweight = (dweight if earlier is None else (earlier * factor).add_(dweight)).to(weight_dtype)
+        dbias = (dbias * dloss).to(bias_dtype) if ctx.wants[2] else None
+        dscale = dscale * dloss[0] if ctx.wants[3] else None
+        return dhidden, dweight, dbias, None, dscale, None, None, None, None, None
 
 
-def masked_cross_entropy(hidden, weight, bias, labels, *, ignore_index=-100, label_smoothing=0.0):
+class TiledCrossEntropyFunction(torch.autograd.Function):
+    """The low-memory mode: tiles of ROWS x COLUMNS logits, of which only each row's maximum and sum of powers are kept.
+
+    Backward makes each tile again. Words outside, rows inside: the weight gradient is finished tile by tile.
+    """
+
+    ROWS = 1024
+    COLUMNS = 1024
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, scale, max_picks, ignore_index, label_smoothing, z_loss, wants):
+        picked, labels, count, spoiled = _pick(labels, ignore_index, max_picks)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        loss_sum = torch.zeros((), dtype=wide, device=hidden.device)
+        correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
+        maxima, totals = (loss_sum.new_zeros(len(labels), 1) for _ in range(2))
+        for start in range(0, len(labels), TiledCrossEntropyFunction.ROWS):
+            chunk = slice(start, start + TiledCrossEntropyFunction.ROWS)
+            rows, target, labelled = _labelled_rows(hidden, labels, picked, chunk, ignore_index)
+            losses, best, _, maxima[chunk], totals[chunk] = _losses(
+                rows, target, weight, bias, scale, TiledCrossEntropyFunction.COLUMNS, label_smoothing, z_loss
+            )
+            loss_sum += losses.masked_fill(~labelled, 0).sum()
+            correct += ((best == target) & labelled).sum()
+        if any(wants):
+            ctx.save_for_backward(picked, spoiled, scale, hidden, weight, bias, labels, maxima, totals)
+        ctx.options = ignore_index, label_smoothing, z_loss, wants
+        ctx.mark_non_differentiable(count, correct)
+        return loss_sum if spoiled is None else loss_sum + spoiled, count, correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss, dcount, dcorrect):
+        picked, spoiled, scale, hidden, weight, bias, labels, maxima, totals = ctx.saved_tensors
+        ignore_index, label_smoothing, z_loss, wants = ctx.options
+        dloss, factor = _factors(dloss, spoiled, scale)
+        drows = maxima.new_zeros(len(labels), hidden.shape[1])
+        dweight = torch.zeros_like(weight) if wants[1] else None
+        dbias = torch.zeros_like(bias) if wants[2] else None
+        for first in range(0, len(weight), TiledCrossEntropyFunction.COLUMNS):
+            words = slice(first, first + TiledCrossEntropyFunction.COLUMNS)
+            word_sums, bias_sums = 0, 0
+            for start in range(0, len(labels), TiledCrossEntropyFunction.ROWS):
+                chunk = slice(start, start + TiledCrossEntropyFunction.ROWS)
+                rows, target, labelled = _labelled_rows(hidden, labels, picked, chunk, ignore_index)
+                powers = _logits(rows, weight, bias, scale, words).sub_(maxima[chunk]).exp_()
+                dlogits = _dlogits(
+                    powers, maxima[chunk], totals[chunk], target, labelled, first, len(weight), label_smoothing, z_loss
+                )
+                bias_sums += dlogits.sum(0)
+                dlogits = dlogits if scale is not None else dlogits.to(rows.dtype)
+                drows[chunk] += matmul(dlogits, weight[words].to(dlogits.dtype))
+                if wants[1]:
+                    word_sums += _word_sums(dlogits, rows).to(maxima.dtype)
+            if wants[1]:
+                dweight[words] = word_sums * factor
+            if wants[2]:
+                dbias[words] = bias_sums * dloss
+        dscale = None
+        if wants[3]:
+            everything = slice(0, len(labels))
+            dscale = (drows * _labelled_rows(hidden, labels, picked, everything, ignore_index)[0]).sum() * dloss[0]
+        dhidden = _put_back(drows.mul_(factor).to(hidden.dtype), picked, len(hidden)) if wants[0] else None
+        return dhidden, dweight, dbias, None, dscale, None, None, None, None, None
+
+
+def _pick(labels, ignore_index, max_picks):
+    """(picked, labels there, count, spoiled): the rows to compute, None for all, and how many have a label.
+
+    With max_picks the first rows with a label, and past the last of them row T, which no tensor has. spoiled is to be
+    added to the loss: nothing, or NaN when some labelled rows found no room.
+    """
+    has_label = labels != ignore_index
+    count = has_label.sum()
+    if max_picks is not None:
+        room = torch.arange(1, min(max_picks, len(labels)) + 1, device=labels.device)
+        picked = torch.searchsorted(has_label.cumsum(0), room)
+        spoiled = torch.zeros((), device=labels.device).masked_fill(count > len(room), float("nan"))
+        return picked, torch.cat((labels, labels.new_full((1,), ignore_index)))[picked], count, spoiled
+    # torch.compile cannot look at the count; and where most rows are picked, a constant number of them, as packed
+    # batches have, is worth more than the few saved
+    if torch.compiler.is_compiling() or count > 0.75 * len(labels):
+        return None, labels, count, None
+    picked = has_label.nonzero()[:, 0]
+    return picked, labels[picked], count, None
+
+
+def _labelled_rows(hidden, labels, picked, chunk, ignore_index):
+    """(rows, labels, which of them count) of a chunk of the picked rows; what counts nowhere is 0."""
+    rows = hidden[chunk] if picked is None else hidden[picked[chunk].clamp(max=len(hidden) - 1)]
+    labelled = labels[chunk] != ignore_index
+    return rows.where(labelled[:, None], 0), labels[chunk].long(), labelled
+
+
+def _logits(rows, weight, bias, scale, words):
+    """The logits of some words, a slice, in fp32 or wider: a scale would magnify what rounding left of them."""
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    bias = None if bias is None else bias[words]
+    if scale is None:
+        return matmul(rows, weight[words].t(), bias).to(wide)
+    logits = matmul(rows.to(wide), weight[words].to(wide).t()).mul_(scale)
+    return logits if bias is None else logits.add_(bias)
+
+
+def _losses(rows, target, weight, bias, scale, width, label_smoothing, z_loss):
+    """(losses, best words, powers, maxima, sums of powers): [rows], or [rows, 1] for the last two.
+
+    Goes over tiles of `width` words. Powers are exp(logits - maximum), of the last tile.
+    """
+    V, wide = len(weight), torch.promote_types(rows.dtype, torch.float32)
+    maximum = rows.new_full((len(rows), 1), torch.finfo(wide).min, dtype=wide)
+    # a label that no tile has leaves NaN
+    total, at_label, summed, powers = torch.zeros_like(maximum), torch.full_like(maximum, float("nan")), 0, None
+    best, target = torch.zeros_like(target)[:, None], target[:, None]
+    for first in range(0, V, width):
+        logits = _logits(rows, weight, bias, scale, slice(first, first + width))
+        place = logits.argmax(-1, keepdim=True)
+        top = logits.gather(1, place)
+        inside = (target >= first) & (target < first + logits.shape[1])
+        at_label = logits.gather(1, (target - first).where(inside, 0)).where(inside, at_label)
+        if label_smoothing:
+            summed = summed + logits.sum(-1, keepdim=True)
+        best = torch.where(top > maximum, first + place, best)
+        before, maximum = maximum, torch.maximum(maximum, top)
+        powers = logits.sub_(maximum).exp_()
+        total = total * (before - maximum).exp() + powers.sum(-1, keepdim=True)
+    # written relative to the maximum, the loss of a row of large logits keeps its digits
+    losses = total.log() + (1 - label_smoothing) * (maximum - at_label)
+    if label_smoothing:
+        losses += label_smoothing * (maximum - summed / V)
+    if z_loss:
+        losses += z_loss * (maximum + total.log()).square()
+    return losses[:, 0], best[:, 0], powers, maximum, total
+
+
+def _dlogits(powers, maximum, total, target, labelled, first, V, label_smoothing, z_loss):
+    """The gradient of a tile of logits from its powers, in their place; its first word is number `first` of V."""
+    labelled = labelled[:, None]
+    factor = labelled / total
+    if z_loss:
+        factor = factor * (1 + 2 * z_loss * (maximum + total.log()))
+    powers.mul_(factor)
+    if label_smoothing:
+        powers.sub_(label_smoothing / V * labelled)
+    place = target[:, None] - first
+    inside = labelled & (place >= 0) & (place < powers.shape[1])
+    return powers.scatter_add_(1, place.where(inside, 0), (label_smoothing - 1) * inside.to(powers.dtype))
+
+
+def _word_sums(dlogits, rows):
+    """dlogitsᵀ rows. In fp16, whose largest number a sum over thousands of rows may pass, as fp32."""
+    if rows.dtype == torch.float16:
+        dlogits, rows = dlogits.float(), rows.float()
+    return matmul(dlogits.t(), rows.to(dlogits.dtype))
+
+
+def _factors(dloss, spoiled, scale):
+    # of one dimension: in a product with halves, a tensor of none would first be rounded to them
+    dloss = (dloss if spoiled is None else dloss + spoiled).reshape(1)
+    return dloss, dloss if scale is None else dloss * scale
+
+
+def _put_back(drows, picked, T):
+    if picked is None:
+        return drows
+    # one row more, for places that hold none
+    return drows.new_zeros(T + 1, drows.shape[1]).index_copy_(0, picked, drows)[:T]
+
+
+def _cross_entropy(hidden, weight, bias, labels, scale, max_picks, ignore_index, label_smoothing, z_loss, low_memory):
+    # asked here: inside a Function gradients look disabled, and needs_input_grad knows nothing of no_grad
+    enabled = torch.is_grad_enabled()
+    wants = [enabled and x is not None and x.requires_grad for x in (hidden, weight, bias, scale)]
+    function = TiledCrossEntropyFunction if low_memory else MaskedCrossEntropyFunction
+    return function.apply(hidden, weight, bias, labels, scale, max_picks, ignore_index, label_smoothing, z_loss, wants)
+
+
+def masked_cross_entropy(
+    hidden, weight, bias, labels, *,
+    ignore_index=-100, label_smoothing=0.0, z_loss=0.0, max_picks=None, low_memory=False,
+):  # fmt: skip
     """Cross-entropy of `hidden @ weightᵀ + bias` against `labels`, over the rows whose label is not `ignore_index`.
 
-    hidden [M, D], weight [V, D], bias [V], labels int64 [M]. Returns `(loss_sum, count, correct)`, 0-dimensional: the
-    sum of the losses (fp32, natural log), how many rows had a label, and how many of those were predicted right
-    (int64). No row with a label gives 0, 0, 0 and zero gradients. Label smoothing as in F.cross_entropy.
+    hidden [M, D], weight [V, D], bias [V] or None, labels [M] int64 or int32, in 0 .. V - 1 or `ignore_index` (any other
+    makes the loss NaN). Returns `(loss_sum, count, correct)`, 0-dimensional: the sum of the losses (fp32, natural log),
+    how many rows had a label, and how many of those were predicted right (int64; of equal logits the first is the
+    prediction). No row with a label gives 0, 0, 0 and zero gradients.
+
+    label_smoothing: as in F.cross_entropy. z_loss: adds this times the square of the log-sum-exp to each row's loss.
+    max_picks: the rows with a label are gathered into this many places, a number that data cannot change, so that others
+    cost nothing; if they are more, loss and gradients are NaN. low_memory: a tile of logits is all that is ever held,
+    and the backward computes it again.
     """
-    # asked here: inside a Function gradients look disabled, and needs_input_grad knows nothing of no_grad
-    wants = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, weight, bias))
-    return MaskedCrossEntropyFunction.apply(hidden, weight, bias, labels, ignore_index, label_smoothing, wants)
+    return _cross_entropy(
+        hidden, weight, bias, labels, None, max_picks, ignore_index, label_smoothing, z_loss, low_memory
+    )
+
+
+def contrastive_cross_entropy(
+    query, document, labels=None, *, scale=1.0, symmetric=False, ignore_index=-100, low_memory=False
+):
+    """InfoNCE: the cross-entropy of `scale * query @ documentᵀ` over the documents, without keeping the scores.
+
+    query [B, D], document [N, D]; labels int64 [B]: the row of the document that belongs to each query, or
+    `ignore_index`; None: 0 .. B - 1. Every other document, of the batch or a hard negative, is a negative. scale: the
+    inverse temperature, a number or a 0-dimensional tensor, which gets a gradient. symmetric: the mean of this and of
+    the cross-entropy from each query's own document to all queries that have a label. Returns `(loss_sum, count,
+    correct)`: the sum of the losses (fp32), how many queries have a label, and how many of those score their own
+    document highest.
+    """
+    wide = torch.promote_types(query.dtype, torch.float32)
+    if not isinstance(scale, torch.Tensor):
+        scale = torch.full((), scale, dtype=wide, device=query.device)
+    scale, own, absent = scale.to(wide), None, None
+    if labels is None:
+        labels = torch.arange(len(query), device=query.device)
+        ignore_index, own = -1, document[: len(query)]
+    forward = _cross_entropy(query, document, None, labels, scale, None, ignore_index, 0.0, 0.0, low_memory)
+    if not symmetric:
+        return forward
+    targets = labels
+    if own is None:
+        picked = labels != ignore_index
+        targets = torch.arange(len(query), device=query.device).masked_fill(~picked, -1)
+        # a query without a label is nobody's negative
+        own, query = document[labels.masked_fill(~picked, 0)], query.masked_fill(~picked[:, None], 0.0)
+        absent = scale.new_zeros(len(query)).masked_fill(~picked, -float("inf"))
+    backward = _cross_entropy(own, query, absent, targets, scale, None, -1, 0.0, 0.0, low_memory)
+    return (forward[0] + backward[0]) / 2, *forward[1:]

@@ -62,6 +62,25 @@ def gelu_derivative(x, TANH: tl.constexpr):
 
 
 @triton.jit
+def row_start(row, stride, ALIGN: tl.constexpr):
+    """row * stride, where the caller knows that the stride is a multiple of ALIGN.
+
+    Triton itself only looks for multiples of 16, and would read 312 columns of bf16 two bytes at a time. What it sees
+    is a product with ALIGN: tl.multiple_of, on the offsets of a single row, crashes the compiler (3.7.1).
+    """
+    return row * (stride // ALIGN * ALIGN)
+
+
+@triton.jit
+def parameter(ptr, offs_d, mask):
+    """Columns `offs_d` of a parameter as a whole tile [R, BLOCK_D], fp32.
+
+    A [1, BLOCK_D] load would get a layout of its own, and the rows would cross shared memory to meet it.
+    """
+    return tl.load(tl.broadcast_to(ptr + offs_d, mask.shape), mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def row_sum(tiles):
     """[R]: the sums of R rows that are held as a tuple of [R, BLOCK_D] tiles."""
     total = tiles[0]
@@ -117,3 +136,50 @@ def keep_mask(row, head, column, seed, offset, threshold, BLOCK_C: tl.constexpr)
     even = tl.join(tl.join(w0 & 0xFFFF, w2 & 0xFFFF), tl.join(w1 & 0xFFFF, w3 & 0xFFFF))
     odd = tl.join(tl.join(w0 >> 16, w2 >> 16), tl.join(w1 >> 16, w3 >> 16))
     return tl.reshape(tl.join(even, odd), [row.shape[0], BLOCK_C]).to(tl.int32) >= threshold
+
+
+@triton.jit
+def philox(c0, c1, c2, c3, seed):
+    """Philox4x32-7: four random uint32 from a counter of four (which may broadcast) and an int64 seed.
+
+    As tl.philox, but for how it multiplies: one wide product, where that one makes the two halves by two products.
+    """
+    k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
+    k1 = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    for _ in tl.static_range(PHILOX_ROUNDS):
+        product_0 = c0.to(tl.uint64) * 0xD2511F53
+        product_2 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (product_2 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c2 = (product_0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1 = product_2.to(tl.uint32)
+        c3 = product_0.to(tl.uint32)
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
+        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def attention_keep_mask(row, head, column, seed, offset, threshold, BLOCK_C: tl.constexpr):
+    """The [R, BLOCK_C] tile of the keep mask of attention that `fastbert/reference.py` defines.
+
+    Arguments as for `keep_mask`, but `threshold` is 1 or more (0 drops nothing, and wants no mask), BLOCK_C is 16 or
+    more, and `column`, where the tile begins, a multiple of BLOCK_C or of 32.
+
+    One Philox call serves the eight columns that differ in bits 0, 3 and 4. In the accumulator of a tensor core a
+    thread has columns of all values in bits 0, 3, 4 and above, while bits 1 and 2 say which thread it is: each thread
+    draws the bits of its own columns, and none has to move. In other layouts it is as correct, and slower.
+    """
+    # dimensions: row; bits 4 and above of the column; bit 3; bits 2 and 1; bit 0
+    high = column // 16 + tl.arange(0, BLOCK_C // 16)[None, :, None, None, None]
+    bit_3 = tl.arange(0, 2)[None, None, :, None, None]
+    bits_21 = tl.arange(0, 4)[None, None, None, :, None]
+    bit_0 = tl.arange(0, 2)[None, None, None, None, :]
+    c0 = (high // 2 * 4 + bits_21).to(tl.uint32)
+    c1 = row.to(tl.uint32)[:, None, None, None, None]
+    zero = tl.zeros([1, 1, 1, 1, 1], tl.uint32)
+    w0, w1, w2, w3 = philox(c0, c1, zero + tl.cast(head, tl.uint32), zero + tl.cast(offset, tl.uint32), seed)
+    word = tl.where(high % 2 == 0, tl.where(bit_3 == 0, w0, w1), tl.where(bit_3 == 0, w2, w3))
+    # the high half reaches the threshold where the whole word passes what is just below it
+    least = tl.cast(threshold, tl.uint32)
+    keep = tl.where(bit_0 == 0, (word & 0xFFFF) >= least, word > tl.sub(least << 16, 1, sanitize_overflow=False))
+    return tl.reshape(keep, [row.shape[0], BLOCK_C])

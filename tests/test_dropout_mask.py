@@ -7,27 +7,60 @@ import triton.language as tl
 
 from fastbert import reference
 from fastbert.kernels._launch import dropout_constants
-from fastbert.kernels._math import keep_mask
+from fastbert.kernels._math import attention_keep_mask, keep_mask
 
 
 @triton.jit
-def _mask_kernel(seed_ptr, out_ptr, first_row, head, offset, threshold, columns, R: tl.constexpr, C: tl.constexpr):
+def _mask_kernel(
+    seed_ptr, out_ptr, first_row, head, offset, threshold, columns,
+    R: tl.constexpr, C: tl.constexpr, IS_ATTENTION: tl.constexpr,
+):  # fmt: skip
     row = first_row + tl.arange(0, R)
-    keep = keep_mask(row, head, tl.program_id(0) * C, tl.load(seed_ptr), offset, threshold, C)
+    if IS_ATTENTION:
+        keep = attention_keep_mask(row, head, tl.program_id(0) * C, tl.load(seed_ptr), offset, threshold, C)
+    else:
+        keep = keep_mask(row, head, tl.program_id(0) * C, tl.load(seed_ptr), offset, threshold, C)
     column = tl.program_id(0) * C + tl.arange(0, C)
     out = out_ptr + tl.arange(0, R)[:, None] * columns + column[None, :]
     tl.store(out, keep.to(tl.int8), mask=column[None, :] < columns)
 
 
+@pytest.mark.parametrize("mask, C", [("keep_mask", 32), ("attention_keep_mask", 16), ("attention_keep_mask", 64)])
 @pytest.mark.parametrize("seed", [0, 1, -7, 2**40 + 3, -(2**63)])
-@pytest.mark.parametrize("columns", [1, 8, 37, 96])
-def test_kernel_and_reference_masks_are_equal(seed, columns, device):
+@pytest.mark.parametrize("columns", [1, 8, 37, 150])
+def test_kernel_and_reference_masks_are_equal(mask, C, seed, columns, device):
     seed = torch.tensor([seed], device=device)
     out = torch.zeros(4, columns, dtype=torch.int8, device=device)
     threshold, _ = dropout_constants(0.3)
-    _mask_kernel[(triton.cdiv(columns, 32),)](seed, out, 1000, 5, 9, threshold, columns, R=4, C=32)
+    grid = (triton.cdiv(columns, C),)
+    _mask_kernel[grid](seed, out, 1000, 5, 9, threshold, columns, R=4, C=C, IS_ATTENTION=mask != "keep_mask")
     row = torch.arange(1000, 1004, device=device)
-    assert torch.equal(out.bool(), reference.keep_mask(row, torch.full_like(row, 5), columns, seed, 9, 0.3))
+    want = getattr(reference, mask)(row, torch.full_like(row, 5), columns, seed, 9, 0.3)
+    assert torch.equal(out.bool(), want)
+
+
+@pytest.mark.parametrize("threshold", [1, 65535, 65536])
+def test_attention_mask_at_the_ends(threshold, device):
+    """All but one of 65536 draws kept, all but one dropped, and every one dropped."""
+    seed = torch.tensor([3], device=device)
+    out = torch.zeros(16, 512, dtype=torch.int8, device=device)
+    _mask_kernel[(8,)](seed, out, 0, 0, 0, threshold, 512, R=16, C=64, IS_ATTENTION=True)
+    row = torch.arange(16, device=device)
+    assert torch.equal(out.bool(), reference.attention_keep_mask(row, row * 0, 512, seed, 0, threshold / 65536))
+    assert abs(out.double().mean() - (1 - threshold / 65536)) < 1e-3
+
+
+def test_the_two_masks_have_the_same_pieces_in_another_order():
+    row = torch.arange(40)
+    seed = torch.tensor([11])
+    one, other = (
+        mask(row, row * 0, 128, seed, 2, 0.4) for mask in (reference.keep_mask, reference.attention_keep_mask)
+    )
+    column = torch.arange(128)
+    group = column // 32 * 4 + column // 2 % 4
+    piece = column % 2 + 2 * (column // 8 % 2) + 4 * (column // 16 % 2)
+    assert torch.equal(other, one[:, group * 8 + piece])
+    assert sorted((group * 8 + piece).tolist()) == column.tolist()
 
 
 def test_masks_follow_the_published_philox():
