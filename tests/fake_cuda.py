@@ -2,7 +2,7 @@
 
     python tests/fake_cuda.py       runs every check below, and prints {name: "" or what went wrong} as its last line
 
-A torch that was built without CUDA refuses to differentiate such tensors. fake_cuda.cpp, compiled here in a few seconds,
+A torch that was built without CUDA refuses to differentiate such tensors. fake_cuda.cpp, compiled here in seconds,
 lets it; that is why this runs in a process of its own, started by test_fake_cuda.py.
 """
 
@@ -290,9 +290,7 @@ def check_the_instrument_sees_what_it_should():
         raise AssertionError("a mix of devices went unseen")
 
 
-CHECKS = {
-    name.removeprefix("check_"): function for name, function in list(globals().items()) if name.startswith("check_")
-}
+CHECKS = {name[6:]: function for name, function in list(globals().items()) if name.startswith("check_")}
 
 
 def main():
