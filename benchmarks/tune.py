@@ -1,0 +1,129 @@
+"""Time the launch settings that each kernel offers, and write the profile of this device.
+
+    python benchmarks/tune.py                     writes kernels/profiles/<device>.json: commit it
+    python benchmarks/tune.py --seconds 120       the classes that matter most first; the rest keep what they had
+
+Every op runs forward and backward at the shapes of BERT-base and -large, MiniLM and DeBERTa-base, in bf16 and fp32,
+with and without dropout, under the search of kernels/_launch.py. A class of shapes whose default is the fastest, or
+within the noise of it, gets no entry, so that a better default takes effect. Without a GPU it rehearses on tiny shapes
+in Triton's interpreter (TRITON_INTERPRET=1 FASTBERT_IMPL=triton).
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import machine
+import op_cases
+from op_cases import Case
+
+from fastbert.kernels import _launch
+
+PROFILES = _launch.PROFILES
+
+
+def cases(device):
+    """Every class of shapes once, the ones that matter most first."""
+    if device.type != "cuda":
+        return [Case(op, "tiny", (3, 8, 5), torch.float32) for op in op_cases.OPS if op != "disentangled_attention"]
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        for model in ("bert-base", "deberta-base", "bert-large", "minilm"):
+            for op in op_cases.OPS:
+                # without its attention, DeBERTa is BERT
+                if (op == "disentangled_attention") != (model == "deberta-base"):
+                    continue
+                by_length = op in ("attention", "disentangled_attention")
+                for S in (128, 512, 256, 64) if by_length else (128,):
+                    case = Case(op, model, tuple(op_cases.ragged_lengths(32768, S)), dtype)
+                    found.append(case)
+                    if op in op_cases.WITH_DROPOUT:
+                        found.append(replace(case, dropout_p=0.1))
+    return found
+
+
+def profile(old, facts):
+    """The profile's content: what was timed now, and what `old` knows of other classes of shapes."""
+    settings = {kernel: dict(classes) for kernel, classes in old.get("settings", {}).items()}
+    microseconds = {kernel: dict(classes) for kernel, classes in old.get("microseconds", {}).items()}
+    for kernel, classes in _launch.timings.items():
+        for key, timed in classes.items():
+            chosen = _launch.measured()[kernel][key]
+            default = timed[0][0]
+            times = dict((json.dumps(s), us) for s, us in timed)
+            microseconds.setdefault(kernel, {})[key] = [
+                None if us is None else round(us, 2) for us in (times[json.dumps(chosen)], timed[0][1])
+            ]
+            settings.setdefault(kernel, {}).pop(key, None)
+            if chosen != default:
+                settings[kernel][key] = chosen
+    settings = {kernel: classes for kernel, classes in settings.items() if classes}
+    return {**facts, "date": date.today().isoformat(), "settings": settings, "microseconds": microseconds}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--output", type=Path, help="default: kernels/profiles/<device>.json")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no further class after this time")
+    parser.add_argument("--op", nargs="+", choices=op_cases.OPS, default=op_cases.OPS)
+    parser.add_argument("--warm", metavar="I/N", help="only compile: the I-th of every N cases, and time nothing")
+    options = parser.parse_args()
+    end = time.monotonic() + options.seconds
+    device = machine.device()
+    _launch.AUTOTUNE = True
+    # searched anew, whatever is known already
+    nothing = tempfile.TemporaryDirectory()
+    _launch.PROFILES = Path(nothing.name)
+    todo = [case for case in cases(device) if case.op in options.op]
+    if options.warm:
+        i, n = map(int, options.warm.split("/"))
+        todo = todo[i::n]
+        _launch._microseconds = lambda call: call() or 0.0
+
+    folder = PROFILES if device.type == "cuda" else machine.folder(device)
+    output = options.output or folder / f"{_launch.device_name()}.json"
+    facts = machine.describe(device)
+    old = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
+    if old.get("triton") != facts["triton"]:
+        old = {}
+    failures = left_out = 0
+    for case in todo:
+        if time.monotonic() > end:
+            left_out += 1
+            continue
+        before = sum(map(len, _launch.timings.values()))
+        try:
+            arguments = case.arguments(device)
+            op_cases.results(op_cases.build(op_cases.variants(case.op)["fastbert"], arguments))
+        except Exception as failure:  # the other classes want their turn
+            failures += 1
+            print(f"{case.name}: FAILED: {type(failure).__name__}: {failure}", flush=True)
+            continue
+        if options.warm:
+            continue
+        new = sum(map(len, _launch.timings.values())) - before
+        print(f"{case.name}: {new} classes of shapes", flush=True)
+        content = profile(old, facts)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    nothing.cleanup()
+    if not options.warm:
+        pairs = [pair for classes in profile(old, facts)["microseconds"].values() for pair in classes.values()]
+        faster = [default / chosen for chosen, default in pairs if chosen and default and chosen < default]
+        print(f"{len(pairs)} classes measured, {len(faster)} faster than by default", end="")
+        print(f", the most {max(faster):.2f}x" if faster else "", end="")
+        print(f"; cases left out for want of time: {left_out}. Written to {output}")
+    sys.exit(bool(failures))
+
+
+if __name__ == "__main__":
+    main()
