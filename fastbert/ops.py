@@ -148,10 +148,36 @@ def embedding(
         )  # fmt: skip
 
 
-def masked_cross_entropy(hidden, weight, bias, labels, *, ignore_index=-100, label_smoothing=0.0, impl=None):
+def masked_cross_entropy(
+    hidden, weight, bias, labels, *,
+    ignore_index=-100, label_smoothing=0.0, z_loss=0.0, max_picks=None, low_memory=False, impl=None,
+):  # fmt: skip
     """Projection to the vocabulary and cross-entropy without the logits: see `reference.masked_cross_entropy`."""
     hidden, weight, bias = _autocast(hidden, weight, bias)
     with _no_autocast(hidden):
         return _choose("cross_entropy", "masked_cross_entropy", hidden, impl)(
-            hidden, weight, bias, labels, ignore_index=ignore_index, label_smoothing=label_smoothing
+            hidden, weight, bias, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
+            max_picks=max_picks, low_memory=low_memory,
+        )  # fmt: skip
+
+
+def contrastive_cross_entropy(
+    query, document, labels=None, *, scale=1.0, symmetric=False, ignore_index=-100, low_memory=False, impl=None
+):
+    """Each query's document against all others, without keeping the scores: see `reference.contrastive_cross_entropy`.
+
+    Raises ValueError when queries and documents have no common width, when labels are not one for each query, or when
+    there are none and a query has no document of its own.
+    """
+    shapes = f"query {list(query.shape)}, document {list(document.shape)}"
+    if query.dim() != 2 or document.dim() != 2 or query.shape[1] != document.shape[1]:
+        raise ValueError(f"{shapes}: expected [B, D] and [N, D]")
+    if labels is None and len(document) < len(query):
+        raise ValueError(f"{shapes}: expected a document for each query, or labels that say which one is whose")
+    if labels is not None and labels.shape != query.shape[:1]:
+        raise ValueError(f"{shapes}, labels {list(labels.shape)}: expected labels [B], one for each query")
+    query, document = _autocast(query, document)
+    with _no_autocast(query):
+        return _choose("cross_entropy", "contrastive_cross_entropy", query, impl)(
+            query, document, labels, scale=scale, symmetric=symmetric, ignore_index=ignore_index, low_memory=low_memory
         )

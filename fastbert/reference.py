@@ -693,13 +693,13 @@ def masked_cross_entropy(
 ):  # fmt: skip
     """Cross-entropy of `hidden @ weightᵀ + bias` against `labels`, over the rows whose label is not `ignore_index`.
 
-    hidden [M, D], weight [V, D], bias [V] or None, labels [M] int64 or int32, in 0 .. V - 1 or `ignore_index` (any other
-    makes the loss NaN). Returns `(loss_sum, count, correct)`, 0-dimensional: the sum of the losses (fp32, natural log),
-    how many rows had a label, and how many of those were predicted right (int64; of equal logits the first is the
+    hidden [M, D], weight [V, D], bias [V] or None, labels [M] int64 or int32, in 0 .. V - 1 or `ignore_index` (anything
+    else makes the loss NaN). Returns `(loss_sum, count, correct)`, 0-dimensional: the sum of the losses (fp32, natural
+    log), how many rows had a label, and how many of those were predicted right (int64; of equal logits the first is the
     prediction). No row with a label gives 0, 0, 0 and zero gradients.
 
     label_smoothing: as in F.cross_entropy. z_loss: adds this times the square of the log-sum-exp to each row's loss.
-    max_picks: the rows with a label are gathered into this many places, a number that data cannot change, so that others
+    max_picks: the rows with a label are gathered into this many places, a number that no data changes, so that others
     cost nothing; if they are more, loss and gradients are NaN. low_memory: a tile of logits is all that is ever held,
     and the backward computes it again.
     """

@@ -70,7 +70,9 @@ def cases(dtype):
         embedding_bwd(rows, ids, ids, ids, *tables, weight, weight, statistics, statistics, 0, dropout_p, seed, 3)
 
     def cross_entropy(label_smoothing):
-        masked_cross_entropy_fwd(full(9000, D), full(V, D), full(V), ids[:9000], -100, label_smoothing, True)
+        hidden, wants = full(9000, D), [True, True, True, False]
+        options = -100, label_smoothing, 0.0, False, wants
+        masked_cross_entropy_fwd(hidden, full(V, D), full(V), ids[:9000], None, None, *options)
 
     return {
         "attention-32": lambda: attention(32, 0.1),
