@@ -50,6 +50,8 @@ def _kernel(file, name):
             from .kernels import gelu_layer_norm as module
         case "layer_norm":
             from .kernels import layer_norm as module
+        case "pooling":
+            from .kernels import pooling as module
     return getattr(module, name)
 
 
@@ -75,6 +77,20 @@ def _autocast(x, *tensors):
         return x, *tensors
     dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(t if t is None else t.to(dtype) for t in (x, *tensors))
+
+
+def _wide_under_autocast(x, *others):
+    """The dtype that torch's own layer_norm (and sum, and norm) return under autocast; None without autocast.
+
+    On a GPU they are on autocast's list of ops that run in fp32. On a CPU they are on none, and return what they are
+    given: x, with `others` (None: absent) added to it.
+    """
+    if not torch.is_autocast_enabled(x.device.type):
+        return None
+    dtype = x.dtype if x.device.type == "cpu" else torch.promote_types(x.dtype, torch.float32)
+    for other in others:
+        dtype = dtype if other is None else torch.promote_types(dtype, other.dtype)
+    return dtype
 
 
 def _no_autocast(x):
@@ -114,11 +130,12 @@ def disentangled_attention(
         )  # fmt: skip
 
 
-def layer_norm(x, weight, bias, *, residual=None, dropout_p=0.0, seed=None, offset=0, eps=1e-12, impl=None):
+def layer_norm(x, weight, bias, *, residual=None, dropout_p=0.0, seed=None, offset=0, eps=1e-12, dtype=None, impl=None):
     """LayerNorm(dropout(x) + residual) in one pass: see `reference.layer_norm`."""
+    dtype = dtype or _wide_under_autocast(x, residual)
     with _no_autocast(x):
         return _choose("layer_norm", "layer_norm", x, impl)(
-            x, weight, bias, residual=residual, dropout_p=dropout_p, seed=seed, offset=offset, eps=eps
+            x, weight, bias, residual=residual, dropout_p=dropout_p, seed=seed, offset=offset, eps=eps, dtype=dtype
         )
 
 
@@ -128,24 +145,36 @@ def bias_gelu(x, bias, *, approximate="none", impl=None):
         return _choose("bias_gelu", "bias_gelu", x, impl)(x, bias, approximate=approximate)
 
 
-def gelu_layer_norm(x, bias, weight, ln_bias, *, approximate="none", eps=1e-12, impl=None):
+def gelu_layer_norm(x, bias, weight, ln_bias, *, approximate="none", eps=1e-12, dtype=None, impl=None):
     """LayerNorm(GELU(x + bias)) in one pass: see `reference.gelu_layer_norm`."""
+    dtype = dtype or _wide_under_autocast(x)
     with _no_autocast(x):
         return _choose("gelu_layer_norm", "gelu_layer_norm", x, impl)(
-            x, bias, weight, ln_bias, approximate=approximate, eps=eps
+            x, bias, weight, ln_bias, approximate=approximate, eps=eps, dtype=dtype
         )
 
 
 def embedding(
     input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, *,
-    padding_idx=-1, eps=1e-12, dropout_p=0.0, seed=None, offset=0, impl=None,
+    padding_idx=-1, eps=1e-12, dropout_p=0.0, seed=None, offset=0, dtype=None, impl=None,
 ):  # fmt: skip
     """Three lookups, their sum, LayerNorm and dropout in one pass: see `reference.embedding`."""
+    dtype = dtype or _wide_under_autocast(word, position, token_type)
     with _no_autocast(word):
         return _choose("embedding", "embedding", word, impl)(
             input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias,
-            padding_idx=padding_idx, eps=eps, dropout_p=dropout_p, seed=seed, offset=offset,
+            padding_idx=padding_idx, eps=eps, dropout_p=dropout_p, seed=seed, offset=offset, dtype=dtype,
         )  # fmt: skip
+
+
+def pooling(hidden, cu_seqlens, *, mode="mean", normalize=False, eps=1e-12, dtype=None, impl=None):
+    """One vector for each packed sequence, with L2 normalisation, in one pass: see `reference.pooling`."""
+    if normalize or mode in ("mean", "mean_sqrt_len_tokens", "weightedmean"):
+        dtype = dtype or _wide_under_autocast(hidden)
+    with _no_autocast(hidden):
+        return _choose("pooling", "pooling", hidden, impl)(
+            hidden, cu_seqlens, mode=mode, normalize=normalize, eps=eps, dtype=dtype
+        )
 
 
 def masked_cross_entropy(

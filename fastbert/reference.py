@@ -409,39 +409,91 @@ def _skewed(band, length):
     return band.as_strided((*band.shape[:-1], length), (*others, stride - 1, 1), band.shape[-2] - 1)
 
 
-def layer_norm(x, weight, bias, *, residual=None, dropout_p=0.0, seed=None, offset=0, eps=1e-12):
-    """LayerNorm(dropout(x) + residual). x and residual [T, D]; weight and bias [D]. Returns [T, D] in x's dtype.
+def layer_norm(x, weight, bias, *, residual=None, dropout_p=0.0, seed=None, offset=0, eps=1e-12, dtype=None):
+    """LayerNorm(dropout(x) + residual). x and residual [T, D]; weight and bias [D], or None for ones and zeros.
 
-    Source: Ba et al. 2016; post-norm residual of Vaswani et al. 2017, section 5.4.
+    Returns [T, D] in `dtype`, or x's. Under autocast the op of `ops.py` returns what torch's layer_norm does there,
+    unless `dtype` says otherwise. Source: Ba et al. 2016; post-norm residual of Vaswani et al. 2017, section 5.4.
     """
     z = dropout(x, dropout_p, seed, offset)
     if residual is not None:
         z = z + residual
-    return F.layer_norm(z, z.shape[-1:], weight.to(z.dtype), bias.to(z.dtype), eps).to(x.dtype)
+    wanted = dtype or x.dtype
+    # statistics are fp32 inside F.layer_norm, but its result has its argument's dtype
+    z = z.to(torch.promote_types(z.dtype, wanted))
+    weight, bias = (None if p is None else p.to(z.dtype) for p in (weight, bias))
+    return F.layer_norm(z, z.shape[-1:], weight, bias, eps).to(wanted)
 
 
 def bias_gelu(x, bias, *, approximate="none"):
-    """GELU(x + bias), exact (`"none"`) or `"tanh"`. x [T, F], bias [F]. Source: Hendrycks & Gimpel 2016."""
-    return F.gelu(x + bias.to(x.dtype), approximate=approximate)
+    """GELU(x + bias), exact (`"none"`) or `"tanh"`. x [T, F], bias [F] or None. Returns [T, F] in x's dtype.
+
+    Source: Hendrycks & Gimpel 2016.
+    """
+    return F.gelu(x if bias is None else x + bias.to(x.dtype), approximate=approximate)
 
 
-def gelu_layer_norm(x, bias, weight, ln_bias, *, approximate="none", eps=1e-12):
-    """LayerNorm(GELU(x + bias)), what the masked-LM head does after its linear layer. x [T, D]; the rest [D]."""
-    return layer_norm(bias_gelu(x, bias, approximate=approximate), weight, ln_bias, eps=eps)
+def gelu_layer_norm(x, bias, weight, ln_bias, *, approximate="none", eps=1e-12, dtype=None):
+    """LayerNorm(GELU(x + bias)), what the masked-LM head does after its linear layer. x [T, D]; weight [D]; bias and
+    ln_bias [D] or None. Returns [T, D] in `dtype`, or x's (under autocast: see layer_norm).
+    """
+    return layer_norm(bias_gelu(x, bias, approximate=approximate), weight, ln_bias, eps=eps, dtype=dtype)
 
 
 def embedding(
     input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, *,
-    padding_idx=-1, eps=1e-12, dropout_p=0.0, seed=None, offset=0,
+    padding_idx=-1, eps=1e-12, dropout_p=0.0, seed=None, offset=0, dtype=None,
 ):  # fmt: skip
     """dropout(LayerNorm(word[input_ids] + position[position_ids] + token_type[token_type_ids])).
 
-    Ids int64 [T]; tables [V, D], [P, D], [types, D]; weight and bias [D]. Row `padding_idx` of `word` gets no gradient
-    (-1: every row does). Returns [T, D] in the dtype of the tables. Source: Devlin et al. 2019, figure 2.
+    Ids int64 [T]; tables [V, D], [P, D], [types, D]; weight [D]; bias [D] or None. A table of positions or types may be
+    None with its ids: such models have none. Row `padding_idx` of `word` gets no gradient (-1: every row does). Returns
+    [T, D] in `dtype`, or the word table's (under autocast: see layer_norm). Source: Devlin et al. 2019, figure 2.
     """
     z = F.embedding(input_ids, word, padding_idx if padding_idx >= 0 else None)
-    z = z + F.embedding(token_type_ids, token_type) + F.embedding(position_ids, position)
-    return dropout(layer_norm(z, weight, bias, eps=eps), dropout_p, seed, offset)
+    if token_type is not None:
+        z = z + F.embedding(token_type_ids, token_type)
+    if position is not None:
+        z = z + F.embedding(position_ids, position)
+    return dropout(layer_norm(z, weight, bias, eps=eps, dtype=dtype or word.dtype), dropout_p, seed, offset)
+
+
+def pooling(hidden, cu_seqlens, *, mode="mean", normalize=False, eps=1e-12, dtype=None):
+    """One vector for each sequence. `mode`, by sentence-transformers' names: its first token ("cls"), its last
+    ("lasttoken"), the "max" of each column, the "mean", the sum over the root of the length ("mean_sqrt_len_tokens"),
+    or the mean with the weights 1, 2, 3 ... ("weightedmean").
+
+    hidden [T, D]; sequence b owns rows cu_seqlens[b] to cu_seqlens[b+1] (int32 [B+1]); rows past the last one are not
+    read and get no gradient. An empty sequence gives 0, and so does its gradient. With `normalize` each vector is
+    divided by its L2 norm, or by `eps` where that is more, as F.normalize does. Of equal maxima the first gets the
+    gradient, as in torch.max(dim), which sentence-transformers calls; torch.amax would share it out. Returns [B, D] in
+    `dtype`, or hidden's; what is added up is added in fp32. Source: Reimers & Gurevych 2019, section 3.
+    """
+    lengths = cu_seqlens.diff().tolist()
+    rows = hidden[: sum(lengths)].to(torch.promote_types(hidden.dtype, torch.float32)).split(lengths)
+    pooled = [_pool(r, mode) if len(r) else r.sum(0) for r in rows]
+    pooled = torch.stack(pooled) if pooled else hidden.new_zeros(0, hidden.shape[1])
+    if normalize:
+        pooled = F.normalize(pooled, dim=-1, eps=eps)
+    return pooled.to(dtype or hidden.dtype)
+
+
+def _pool(rows, mode):
+    match mode:
+        case "cls":
+            return rows[0]
+        case "lasttoken":
+            return rows[-1]
+        case "max":
+            return rows.max(0).values
+        case "mean":
+            return rows.mean(0)
+        case "mean_sqrt_len_tokens":
+            return rows.sum(0) / len(rows) ** 0.5
+        case "weightedmean":
+            weights = torch.arange(1, len(rows) + 1, dtype=rows.dtype, device=rows.device)
+            return weights @ rows / weights.sum()
+    raise ValueError(f"mode={mode!r}: expected cls, lasttoken, max, mean, mean_sqrt_len_tokens or weightedmean")
 
 
 class MaskedCrossEntropyFunction(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -173,23 +174,79 @@ def unit_columns(x):
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def empty_like(argument, x):
+    """Room for an argument's gradient, contiguous, in its dtype. Without that argument (None): nothing, beside x."""
+    if argument is None:
+        return torch.empty(0, dtype=x.dtype, device=x.device)
+    return torch.empty(argument.shape, dtype=argument.dtype, device=argument.device)
+
+
+# a row is held in registers whole; beyond this they overflow, in one kernel or another
+MOST_COLUMNS = 8192
+
+
 def row_tiles(D, itemsize):
     """Launch settings of a kernel that holds whole rows: BLOCK_T rows as TILES tiles [BLOCK_T, BLOCK_D].
 
     A thread holds 16 bytes of a tile, neighbouring columns: up to 256 columns of half precision, a warp has a row to
-    itself and no reduction leaves the warp. 768 is 3 x 256 and 384 is 3 x 128: no lane idles.
+    itself and no reduction leaves the warp. 768 is 3 x 256 and 384 is 3 x 128: no lane idles. Raises ValueError for
+    rows of more than MOST_COLUMNS.
     """
+    if D > MOST_COLUMNS:
+        raise ValueError(f"rows of {D} columns: the kernels hold at most {MOST_COLUMNS}; impl='reference' takes any")
     whole = triton.next_power_of_2(max(D, 16))
     largest = max(min(whole, 256), whole // 4)
     BLOCK_D = min(largest, largest // 2, key=lambda block: (triton.cdiv(D, block) * block, -block))
     BLOCK_T = max(1024 // BLOCK_D, 1)
     TILES = triton.cdiv(D, BLOCK_D)
-    return dict(BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D, TILES=TILES, num_warps=BLOCK_T * BLOCK_D * itemsize // 512)
+    num_warps = min(BLOCK_T * BLOCK_D * itemsize // 512, 16)
+    return dict(BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D, TILES=TILES, num_warps=num_warps)
 
 
-def row_programs(T, BLOCK_T):
-    """How many programs share T rows, for a kernel that holds whole rows and keeps partial sums of the columns.
+@functools.cache
+def row_settings(D, itemsize, **more):
+    """(default, candidates) for `launch`: row_tiles and `more`; beside it, as many rows on more or on fewer warps, and
+    half or twice as many rows on half or twice as many warps."""
+    default = {**row_tiles(D, itemsize), **more}
+    BLOCK_T, num_warps = default["BLOCK_T"], default["num_warps"]
+    sizes = [(BLOCK_T, 2 * num_warps), (BLOCK_T, num_warps // 2), (2 * BLOCK_T, 2 * num_warps)]
+    sizes += [(BLOCK_T // 2, num_warps // 2), (BLOCK_T // 4, num_warps // 4)]
+    others = [{**default, "BLOCK_T": rows, "num_warps": warps} for rows, warps in sizes if rows and 1 <= warps <= 16]
+    return default, (default, *others)
 
-    Two for each multiprocessor: their registers allow no third everywhere, and a second wave would double the time.
+
+@functools.cache
+def walk_settings(D, itemsize, PROGRAMS, **more):
+    """row_settings of a kernel whose programs walk over the rows, PROGRAMS of them for each multiprocessor; with fewer
+    rows in a program, more programs. Also tried: fewer or more programs of the same kind, and loads that run ahead of
+    the arithmetic by a stage or two."""
+    default, sizes = row_settings(D, itemsize, STAGES=1, **more)
+    sizes = [{**s, "PROGRAMS": max(PROGRAMS * default["BLOCK_T"] // s["BLOCK_T"], 1)} for s in sizes]
+    default = sizes[0]
+    programs = ({**default, "PROGRAMS": n} for n in (1, 3, 4) if n != PROGRAMS)
+    return default, (*sizes, *programs, *({**default, "STAGES": n} for n in (2, 3)))
+
+
+def shape_key(x, *sizes):
+    """The key of `launch` for a kernel whose settings depend on x's dtype and on `sizes`: "bfloat16 768"."""
+    return " ".join((str(x.dtype).removeprefix("torch."), *map(str, sizes)))
+
+
+def row_align(*tensors):
+    """The largest power of two, up to 16, that divides the row stride of every tensor (None: does not count)."""
+    return math.gcd(16, *(x.stride(0) for x in tensors if x is not None))
+
+
+def row_stride(x):
+    return 0 if x is None else x.stride(0)
+
+
+def row_programs(T, BLOCK_T, most):
+    """How many programs share T rows, for a kernel that keeps partial sums of the columns: at most `most` for each
+    multiprocessor, so that all run at once.
+
+    Few rows get one a multiprocessor, and more only where each has four blocks to walk: partial sums are written and
+    read again, and would outweigh the rows.
     """
-    return min(triton.cdiv(T, BLOCK_T), 2 * multiprocessors())
+    blocks, places = triton.cdiv(T, BLOCK_T), multiprocessors()
+    return min(blocks, most * places, max(places, triton.cdiv(blocks, 4)))

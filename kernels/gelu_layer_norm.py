@@ -1,6 +1,6 @@
 """Bias, GELU and LayerNorm in one pass, forward and backward: the masked-LM head's transform after its linear layer.
 
-    h = gelu(x + bias)
+    h = gelu(x + bias)      (bias and ln_bias may be absent)
     y = (h - mean(h)) * rstd(h) * weight + ln_bias
 
 Plain PyTorch, forward: read x, write x + bias, read it, write h, read h, write y, 6 T D elements. Fused: read x, write
@@ -17,10 +17,21 @@ T rows, D hidden size.
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
-from ._launch import register, row_programs, row_tiles, unit_columns
-from ._math import gelu, gelu_derivative, layer_norm_dz, row_moments
+from ._column_sums import column_sums
+from ._launch import (
+    differentiable_once,
+    empty_like,
+    launch,
+    register,
+    row_align,
+    row_programs,
+    row_settings,
+    shape_key,
+    unit_columns,
+    walk_settings,
+)
+from ._math import gelu, gelu_derivative, layer_norm_dz, parameter, row_moments, row_start
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -28,7 +39,8 @@ def _gelu_layer_norm_fwd_kernel(
     x_ptr, bias_ptr, weight_ptr, ln_bias_ptr,
     y_ptr, mean_ptr, rstd_ptr,
     T, stride_xt, eps,
-    D: tl.constexpr, TANH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, TILES: tl.constexpr,
+    D: tl.constexpr, ALIGN: tl.constexpr, TANH: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LN_BIAS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     # rows are int64: T * D passes 2^31 on long runs
     offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -39,10 +51,10 @@ def _gelu_layer_norm_fwd_kernel(
     for i in tl.static_range(TILES):
         offs_d = i * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
         mask = mask_t & (offs_d < D)
-        x = tl.load(x_ptr + row * stride_xt + offs_d, mask=mask, other=0.0).to(tl.float32)
-        # parameters are read as whole tiles: a [1, BLOCK_D] load would get a layout of its own and cross shared memory
-        bias = tl.load(tl.broadcast_to(bias_ptr + offs_d, mask.shape), mask=mask, other=0.0).to(tl.float32)
-        h = h + (gelu(x + bias, TANH),)
+        u = tl.load(x_ptr + row_start(row, stride_xt, ALIGN) + offs_d, mask=mask, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            u += parameter(bias_ptr, offs_d, mask)
+        h = h + (gelu(u, TANH),)
 
     mean, rstd = row_moments(h, eps, D, BLOCK_D)
     tl.store(mean_ptr + offs_t, mean, mask=offs_t < T)
@@ -51,21 +63,22 @@ def _gelu_layer_norm_fwd_kernel(
     for i in tl.static_range(TILES):
         offs_d = i * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
         mask = mask_t & (offs_d < D)
-        weight = tl.load(tl.broadcast_to(weight_ptr + offs_d, mask.shape), mask=mask, other=0.0).to(tl.float32)
-        ln_bias = tl.load(tl.broadcast_to(ln_bias_ptr + offs_d, mask.shape), mask=mask, other=0.0).to(tl.float32)
-        y = (h[i] - mean[:, None]) * rstd[:, None] * weight + ln_bias
+        y = (h[i] - mean[:, None]) * rstd[:, None] * parameter(weight_ptr, offs_d, mask)
+        if HAS_LN_BIAS:
+            y += parameter(ln_bias_ptr, offs_d, mask)
         tl.store(y_ptr + row * D + offs_d, y, mask=mask)
 
 
 @triton.jit(do_not_specialize=["T"])
 def _gelu_layer_norm_bwd_kernel(
     dy_ptr, x_ptr, bias_ptr, weight_ptr, mean_ptr, rstd_ptr,
-    dx_ptr, dbias_ptr, dweight_ptr, dln_bias_ptr,
+    dx_ptr, partials_ptr,
     T, stride_dyt, stride_xt,
-    D: tl.constexpr, TANH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, TILES: tl.constexpr,
+    D: tl.constexpr, ALIGN: tl.constexpr, TANH: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LN_BIAS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    # the parameter gradients are [programs, D] fp32. Until the end each row of the block has its own share, so that
-    # nothing crosses warps inside the loop
+    # partials, fp32: for each program dweight [D], then dbias, then dln_bias. Until the end each row of the block has
+    # its own share, so that nothing crosses warps inside the loop
     dbias, dweight, dln_bias = (), (), ()
     for _ in tl.static_range(TILES):
         dbias = dbias + (tl.zeros([BLOCK_T, BLOCK_D], tl.float32),)
@@ -73,7 +86,7 @@ def _gelu_layer_norm_bwd_kernel(
         dln_bias = dln_bias + (tl.zeros([BLOCK_T, BLOCK_D], tl.float32),)
 
     pid = tl.program_id(0).to(tl.int64)
-    for start in range(pid * BLOCK_T, T, tl.num_programs(0) * BLOCK_T):
+    for start in tl.range(pid * BLOCK_T, T, tl.num_programs(0) * BLOCK_T, num_stages=STAGES):
         offs_t = start + tl.arange(0, BLOCK_T)
         row = offs_t[:, None]
         mask_t = row < T
@@ -84,14 +97,14 @@ def _gelu_layer_norm_bwd_kernel(
         for i in tl.static_range(TILES):
             offs_d = i * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
             mask = mask_t & (offs_d < D)
-            dy = tl.load(dy_ptr + row * stride_dyt + offs_d, mask=mask, other=0.0).to(tl.float32)
-            x = tl.load(x_ptr + row * stride_xt + offs_d, mask=mask, other=0.0).to(tl.float32)
-            bias = tl.load(tl.broadcast_to(bias_ptr + offs_d, mask.shape), mask=mask, other=0.0).to(tl.float32)
-            weight = tl.load(tl.broadcast_to(weight_ptr + offs_d, mask.shape), mask=mask, other=0.0).to(tl.float32)
-            h = tl.where(mask, (gelu(x + bias, TANH) - mean[:, None]) * rstd[:, None], 0.0)
-            g = g + (dy * weight,)
+            dy = tl.load(dy_ptr + row_start(row, stride_dyt, ALIGN) + offs_d, mask=mask, other=0.0).to(tl.float32)
+            u = tl.load(x_ptr + row_start(row, stride_xt, ALIGN) + offs_d, mask=mask, other=0.0).to(tl.float32)
+            if HAS_BIAS:
+                u += parameter(bias_ptr, offs_d, mask)
+            h = tl.where(mask, (gelu(u, TANH) - mean[:, None]) * rstd[:, None], 0.0)
+            g = g + (dy * parameter(weight_ptr, offs_d, mask),)
             h_hat = h_hat + (h,)
-            slope = slope + (gelu_derivative(x + bias, TANH),)
+            slope = slope + (gelu_derivative(u, TANH),)
             new_dweight = new_dweight + (dweight[i] + dy * h,)
             new_dln_bias = new_dln_bias + (dln_bias[i] + dy,)
         dweight, dln_bias = new_dweight, new_dln_bias
@@ -108,93 +121,108 @@ def _gelu_layer_norm_bwd_kernel(
 
     for i in tl.static_range(TILES):
         offs_d = i * BLOCK_D + tl.arange(0, BLOCK_D)
-        tl.store(dbias_ptr + pid * D + offs_d, tl.sum(dbias[i], 0), mask=offs_d < D)
-        tl.store(dweight_ptr + pid * D + offs_d, tl.sum(dweight[i], 0), mask=offs_d < D)
-        tl.store(dln_bias_ptr + pid * D + offs_d, tl.sum(dln_bias[i], 0), mask=offs_d < D)
+        out = partials_ptr + pid * (1 + HAS_BIAS + HAS_LN_BIAS) * D + offs_d
+        tl.store(out, tl.sum(dweight[i], 0), mask=offs_d < D)
+        if HAS_BIAS:
+            tl.store(out + D, tl.sum(dbias[i], 0), mask=offs_d < D)
+        if HAS_LN_BIAS:
+            tl.store(out + (1 + HAS_BIAS) * D, tl.sum(dln_bias[i], 0), mask=offs_d < D)
 
 
-def gelu_layer_norm_fwd(x, bias, weight, ln_bias, approximate, eps):
-    """(y [T, D] in x's dtype, mean [T] fp32, rstd [T] fp32)."""
+def _empty_fwd(x, bias, weight, ln_bias, approximate, eps, dtype=None):
+    """The results of gelu_layer_norm_fwd before anything is written to them; what torch.compile must know of them."""
+    mean, rstd = (torch.empty(x.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
+    return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device), mean, rstd
+
+
+def gelu_layer_norm_fwd(x, bias, weight, ln_bias, approximate, eps, dtype=None):
+    """(y [T, D] in `dtype`, mean [T] fp32, rstd [T] fp32)."""
     T, D = x.shape
-    y = torch.empty((T, D), dtype=x.dtype, device=x.device)
-    mean, rstd = (torch.empty(T, dtype=torch.float32, device=x.device) for _ in range(2))
+    y, mean, rstd = _empty_fwd(x, bias, weight, ln_bias, approximate, eps, dtype)
+    default, candidates = row_settings(D, x.element_size())
     if T == 0:
         return y, mean, rstd
-    x = unit_columns(x)
-    settings = row_tiles(D, x.element_size())
-    _gelu_layer_norm_fwd_kernel[(triton.cdiv(T, settings["BLOCK_T"]),)](
-        x, bias.contiguous(), weight.contiguous(), ln_bias.contiguous(), y, mean, rstd, T, x.stride(0), eps,
-        D=D, TANH=approximate == "tanh", **settings,
-    )  # fmt: skip
+    x, weight = unit_columns(x), weight.contiguous()
+    bias, ln_bias = (None if p is None else p.contiguous() for p in (bias, ln_bias))
+
+    def run(settings):
+        _gelu_layer_norm_fwd_kernel[(triton.cdiv(T, settings["BLOCK_T"]),)](
+            x, bias, weight, ln_bias, y, mean, rstd, T, x.stride(0), eps,
+            D=D, ALIGN=row_align(x), TANH=approximate == "tanh", HAS_BIAS=bias is not None,
+            HAS_LN_BIAS=ln_bias is not None, **settings,
+        )  # fmt: skip
+
+    launch(run, "gelu_layer_norm_fwd", shape_key(x, D), default, candidates)
     return y, mean, rstd
 
 
+def _empty_bwd(dy, x, bias, weight, ln_bias, mean, rstd, approximate):
+    """The results of gelu_layer_norm_bwd before anything is written to them; what torch.compile must know of them."""
+    return tuple(empty_like(t, x) for t in (x, bias, weight, ln_bias))
+
+
 def gelu_layer_norm_bwd(dy, x, bias, weight, ln_bias, mean, rstd, approximate):
-    """(dx, dbias, dweight, dln_bias)."""
+    """(dx, dbias, dweight, dln_bias); dbias and dln_bias are empty without a bias or an ln_bias."""
     T, D = x.shape
-    dx = torch.empty((T, D), dtype=x.dtype, device=x.device)
-    settings = row_tiles(D, x.element_size())
-    programs = row_programs(T, settings["BLOCK_T"])
-    dbias, dweight, dln_bias = (torch.empty((programs, D), dtype=torch.float32, device=x.device) for _ in range(3))
-    if T:
-        dy, x = unit_columns(dy), unit_columns(x)
-        _gelu_layer_norm_bwd_kernel[(programs,)](
-            dy, x, bias.contiguous(), weight.contiguous(), mean, rstd, dx, dbias, dweight, dln_bias,
-            T, dy.stride(0), x.stride(0),
-            D=D, TANH=approximate == "tanh", **settings,
-        )  # fmt: skip
-    return (
-        dx,
-        dbias.sum(0).to(bias.dtype),
-        dweight.sum(0).to(weight.dtype),
-        dln_bias.sum(0).to(ln_bias.dtype),
-    )
+    dx, dbias, dweight, dln_bias = _empty_bwd(dy, x, bias, weight, ln_bias, mean, rstd, approximate)
+    dy, x, weight = unit_columns(dy), unit_columns(x), weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    sums = [dweight, *(d for d, p in ((dbias, bias), (dln_bias, ln_bias)) if p is not None)]
 
+    def run(settings):
+        constants = dict(settings)
+        programs = row_programs(T, constants["BLOCK_T"], constants.pop("PROGRAMS"))
+        partials = torch.empty((programs, len(sums), D), dtype=torch.float32, device=x.device)
+        if T:
+            _gelu_layer_norm_bwd_kernel[(programs,)](
+                dy, x, bias, weight, mean, rstd, dx, partials, T, dy.stride(0), x.stride(0),
+                D=D, ALIGN=row_align(dy, x), TANH=approximate == "tanh", HAS_BIAS=bias is not None,
+                HAS_LN_BIAS=ln_bias is not None, **constants,
+            )  # fmt: skip
+        column_sums(partials, sums)
 
-def _fake_fwd(x, bias, weight, ln_bias, approximate, eps):
-    statistics = x.new_empty(x.shape[0], dtype=torch.float32)
-    return x.new_empty(x.shape), statistics, torch.empty_like(statistics)
-
-
-def _fake_bwd(dy, x, bias, weight, ln_bias, mean, rstd, approximate):
-    return tuple(t.new_empty(t.shape) for t in (x, bias, weight, ln_bias))
+    launch(run, "gelu_layer_norm_bwd", shape_key(x, D), *walk_settings(D, x.element_size(), 2))
+    return dx, dbias, dweight, dln_bias
 
 
 _fwd = register(
-    "gelu_layer_norm_fwd(Tensor x, Tensor bias, Tensor weight, Tensor ln_bias, str approximate, float eps) "
-    "-> (Tensor, Tensor, Tensor)",
+    "gelu_layer_norm_fwd(Tensor x, Tensor? bias, Tensor weight, Tensor? ln_bias, str approximate, float eps, "
+    "ScalarType? dtype=None) -> (Tensor, Tensor, Tensor)",
     gelu_layer_norm_fwd,
-    _fake_fwd,
+    _empty_fwd,
 )
 _bwd = register(
-    "gelu_layer_norm_bwd(Tensor dy, Tensor x, Tensor bias, Tensor weight, Tensor ln_bias, Tensor mean, Tensor rstd, "
+    "gelu_layer_norm_bwd(Tensor dy, Tensor x, Tensor? bias, Tensor weight, Tensor? ln_bias, Tensor mean, Tensor rstd, "
     "str approximate) -> (Tensor, Tensor, Tensor, Tensor)",
     gelu_layer_norm_bwd,
-    _fake_bwd,
+    _empty_bwd,
 )
 
 
 class GeluLayerNormFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, bias, weight, ln_bias, approximate, eps):
-        y, mean, rstd = _fwd(x, bias, weight, ln_bias, approximate, eps)
+    def forward(ctx, x, bias, weight, ln_bias, approximate, eps, dtype):
+        y, mean, rstd = _fwd(x, bias, weight, ln_bias, approximate, eps, dtype)
         ctx.save_for_backward(x, bias, weight, ln_bias, mean, rstd)
         ctx.approximate = approximate
         return y
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("gelu_layer_norm")
     def backward(ctx, dy):
-        return *_bwd(dy, *ctx.saved_tensors, ctx.approximate), None, None
+        x, bias, weight, ln_bias, mean, rstd = ctx.saved_tensors
+        dx, dbias, dweight, dln_bias = _bwd(dy, x, bias, weight, ln_bias, mean, rstd, ctx.approximate)
+        dbias, dln_bias = (None if p is None else d for p, d in ((bias, dbias), (ln_bias, dln_bias)))
+        return dx, dbias, dweight, dln_bias, None, None, None
 
 
-def gelu_layer_norm(x, bias, weight, ln_bias, *, approximate="none", eps=1e-12):
-    """LayerNorm(GELU(x + bias)), see `fastbert/reference.py`. x [T, D], any strides; bias, weight, ln_bias [D];
-    approximate "none" (erf) or "tanh".
+def gelu_layer_norm(x, bias, weight, ln_bias, *, approximate="none", eps=1e-12, dtype=None):
+    """LayerNorm(GELU(x + bias)), see `fastbert/reference.py`. x [T, D], any strides; weight [D]; bias and ln_bias [D] or
+    None; approximate "none" (erf) or "tanh".
 
-    Returns [T, D] in x's dtype. Dtypes may differ between the arguments; each gradient comes in its argument's.
-    Differentiable once. Raises ValueError for another `approximate`.
+    Returns [T, D] in `dtype`, or x's. Dtypes may differ between the arguments; each gradient comes in its argument's.
+    Differentiable once. Raises ValueError for another `approximate`, and for rows of more than 8192 columns.
     """
     if approximate not in ("none", "tanh"):
         raise ValueError(f"approximate={approximate!r}: expected 'none' or 'tanh'")
-    return GeluLayerNormFunction.apply(x, bias, weight, ln_bias, approximate, eps)
+    return GeluLayerNormFunction.apply(x, bias, weight, ln_bias, approximate, eps, dtype)

@@ -20,10 +20,23 @@ T tokens, D hidden size.
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
-from ._launch import dropout_constants, register, row_programs, row_tiles, unit_columns
-from ._math import keep_mask, layer_norm_dz, row_moments
+from ._column_sums import column_sums
+from ._launch import (
+    differentiable_once,
+    dropout_constants,
+    empty_like,
+    launch,
+    register,
+    row_align,
+    row_programs,
+    row_settings,
+    row_stride,
+    shape_key,
+    unit_columns,
+    walk_settings,
+)
+from ._math import keep_mask, layer_norm_dz, parameter, row_moments, row_start
 
 
 @triton.jit(do_not_specialize=["T", "offset"])
@@ -31,7 +44,8 @@ def _layer_norm_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, seed_ptr,
     y_ptr, mean_ptr, rstd_ptr,
     T, stride_xt, stride_rt, offset, threshold, scale, eps,
-    D: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    D: tl.constexpr, ALIGN: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     # rows are int64: T * D passes 2^31 on long runs
@@ -43,12 +57,14 @@ def _layer_norm_fwd_kernel(
     for i in tl.static_range(TILES):
         offs_d = i * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
         mask = mask_t & (offs_d < D)
-        tile = tl.load(x_ptr + row * stride_xt + offs_d, mask=mask, other=0.0).to(tl.float32)
+        tile = tl.load(x_ptr + row_start(row, stride_xt, ALIGN) + offs_d, mask=mask, other=0.0).to(tl.float32)
         if HAS_DROPOUT:
             keep = keep_mask(offs_t, 0, i * BLOCK_D, tl.load(seed_ptr), offset, threshold, BLOCK_D)
             tile = tl.where(keep, tile * scale, 0.0)
         if HAS_RESIDUAL:
-            tile += tl.load(residual_ptr + row * stride_rt + offs_d, mask=mask, other=0.0).to(tl.float32)
+            tile += tl.load(residual_ptr + row_start(row, stride_rt, ALIGN) + offs_d, mask=mask, other=0.0).to(
+                tl.float32
+            )
         z = z + (tile,)
 
     mean, rstd = row_moments(z, eps, D, BLOCK_D)
@@ -58,29 +74,32 @@ def _layer_norm_fwd_kernel(
     for i in tl.static_range(TILES):
         offs_d = i * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
         mask = mask_t & (offs_d < D)
-        weight = tl.load(tl.broadcast_to(weight_ptr + offs_d, mask.shape), mask=mask, other=0.0).to(tl.float32)
-        bias = tl.load(tl.broadcast_to(bias_ptr + offs_d, mask.shape), mask=mask, other=0.0).to(tl.float32)
-        y = (z[i] - mean[:, None]) * rstd[:, None] * weight + bias
+        y = (z[i] - mean[:, None]) * rstd[:, None]
+        if HAS_WEIGHT:
+            y *= parameter(weight_ptr, offs_d, mask)
+        if HAS_BIAS:
+            y += parameter(bias_ptr, offs_d, mask)
         tl.store(y_ptr + row * D + offs_d, y, mask=mask)
 
 
 @triton.jit(do_not_specialize=["T", "offset"])
 def _layer_norm_bwd_kernel(
     dy_ptr, x_ptr, residual_ptr, weight_ptr, seed_ptr, mean_ptr, rstd_ptr,
-    dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr,
+    dx_ptr, dresidual_ptr, partials_ptr,
     T, stride_dyt, stride_xt, stride_rt, offset, threshold, scale,
-    D: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_DROPOUT: tl.constexpr, WRITE_DRESIDUAL: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, TILES: tl.constexpr,
+    D: tl.constexpr, ALIGN: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, WRITE_DRESIDUAL: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    # dweight and dbias are [programs, D] fp32. Until the end each row of the block has its own share, so that nothing
-    # crosses warps inside the loop
+    # partials, fp32: for each program dweight [D], then dbias [D]. Until the end each row of the block has its own
+    # share, so that nothing crosses warps inside the loop
     dweight, dbias = (), ()
     for _ in tl.static_range(TILES):
         dweight = dweight + (tl.zeros([BLOCK_T, BLOCK_D], tl.float32),)
         dbias = dbias + (tl.zeros([BLOCK_T, BLOCK_D], tl.float32),)
 
     pid = tl.program_id(0).to(tl.int64)
-    for start in range(pid * BLOCK_T, T, tl.num_programs(0) * BLOCK_T):
+    for start in tl.range(pid * BLOCK_T, T, tl.num_programs(0) * BLOCK_T, num_stages=STAGES):
         offs_t = start + tl.arange(0, BLOCK_T)
         row = offs_t[:, None]
         mask_t = row < T
@@ -91,20 +110,23 @@ def _layer_norm_bwd_kernel(
         for i in tl.static_range(TILES):
             offs_d = i * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
             mask = mask_t & (offs_d < D)
-            dy = tl.load(dy_ptr + row * stride_dyt + offs_d, mask=mask, other=0.0).to(tl.float32)
-            z = tl.load(x_ptr + row * stride_xt + offs_d, mask=mask, other=0.0).to(tl.float32)
+            dy = tl.load(dy_ptr + row_start(row, stride_dyt, ALIGN) + offs_d, mask=mask, other=0.0).to(tl.float32)
+            z = tl.load(x_ptr + row_start(row, stride_xt, ALIGN) + offs_d, mask=mask, other=0.0).to(tl.float32)
             if HAS_DROPOUT:
                 keep = keep_mask(offs_t, 0, i * BLOCK_D, tl.load(seed_ptr), offset, threshold, BLOCK_D)
                 z = tl.where(keep, z * scale, 0.0)
                 keeps = keeps + (keep,)
             if HAS_RESIDUAL:
-                z += tl.load(residual_ptr + row * stride_rt + offs_d, mask=mask, other=0.0).to(tl.float32)
+                z += tl.load(residual_ptr + row_start(row, stride_rt, ALIGN) + offs_d, mask=mask, other=0.0).to(
+                    tl.float32
+                )
             z = tl.where(mask, (z - mean[:, None]) * rstd[:, None], 0.0)
-            weight = tl.load(tl.broadcast_to(weight_ptr + offs_d, mask.shape), mask=mask, other=0.0).to(tl.float32)
-            g = g + (dy * weight,)
             z_hat = z_hat + (z,)
             new_dweight = new_dweight + (dweight[i] + dy * z,)
             new_dbias = new_dbias + (dbias[i] + dy,)
+            if HAS_WEIGHT:
+                dy *= parameter(weight_ptr, offs_d, mask)
+            g = g + (dy,)
         dweight, dbias = new_dweight, new_dbias
 
         dz = layer_norm_dz(g, z_hat, rstd, D)
@@ -120,25 +142,39 @@ def _layer_norm_bwd_kernel(
 
     for i in tl.static_range(TILES):
         offs_d = i * BLOCK_D + tl.arange(0, BLOCK_D)
-        tl.store(dweight_ptr + pid * D + offs_d, tl.sum(dweight[i], 0), mask=offs_d < D)
-        tl.store(dbias_ptr + pid * D + offs_d, tl.sum(dbias[i], 0), mask=offs_d < D)
+        out = partials_ptr + pid * (HAS_WEIGHT + HAS_BIAS) * D + offs_d
+        if HAS_WEIGHT:
+            tl.store(out, tl.sum(dweight[i], 0), mask=offs_d < D)
+        if HAS_BIAS:
+            tl.store(out + HAS_WEIGHT * D, tl.sum(dbias[i], 0), mask=offs_d < D)
 
 
-def layer_norm_fwd(x, weight, bias, residual, dropout_p, seed, offset, eps):
-    """(y [T, D] in x's dtype, mean [T] fp32, rstd [T] fp32)."""
+def _empty_fwd(x, weight, bias, residual, dropout_p, seed, offset, eps, dtype=None):
+    """The results of layer_norm_fwd before anything is written to them; what torch.compile needs to know of them."""
+    mean, rstd = (torch.empty(x.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
+    return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device), mean, rstd
+
+
+def layer_norm_fwd(x, weight, bias, residual, dropout_p, seed, offset, eps, dtype=None):
+    """(y [T, D] in `dtype`, mean [T] fp32, rstd [T] fp32)."""
     T, D = x.shape
-    y = torch.empty((T, D), dtype=x.dtype, device=x.device)
-    mean, rstd = (torch.empty(T, dtype=torch.float32, device=x.device) for _ in range(2))
+    y, mean, rstd = _empty_fwd(x, weight, bias, residual, dropout_p, seed, offset, eps, dtype)
+    default, candidates = row_settings(D, x.element_size())
     if T == 0:
         return y, mean, rstd
     x = unit_columns(x)
     residual = None if residual is None else unit_columns(residual)
-    settings = row_tiles(D, x.element_size())
-    _layer_norm_fwd_kernel[(triton.cdiv(T, settings["BLOCK_T"]),)](
-        x, residual, weight.contiguous(), bias.contiguous(), seed, y, mean, rstd,
-        T, x.stride(0), 0 if residual is None else residual.stride(0), offset, *dropout_constants(dropout_p), eps,
-        D=D, HAS_RESIDUAL=residual is not None, HAS_DROPOUT=dropout_p > 0.0, **settings,
-    )  # fmt: skip
+    weight, bias = (None if p is None else p.contiguous() for p in (weight, bias))
+
+    def run(settings):
+        _layer_norm_fwd_kernel[(triton.cdiv(T, settings["BLOCK_T"]),)](
+            x, residual, weight, bias, seed, y, mean, rstd,
+            T, x.stride(0), row_stride(residual), offset, *dropout_constants(dropout_p), eps,
+            D=D, ALIGN=row_align(x, residual), HAS_RESIDUAL=residual is not None, HAS_DROPOUT=dropout_p > 0.0,
+            HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, **settings,
+        )  # fmt: skip
+
+    launch(run, "layer_norm_fwd", shape_key(x, D), default, candidates)
     return y, mean, rstd
 
 
@@ -147,76 +183,80 @@ def _has_own_gradient(residual, x, dropout_p):
     return residual is not None and (dropout_p > 0.0 or residual.dtype != x.dtype)
 
 
+def _empty_bwd(dy, x, weight, bias, residual, mean, rstd, dropout_p, seed, offset):
+    """The results of layer_norm_bwd before anything is written to them; what torch.compile needs to know of them."""
+    own = residual if _has_own_gradient(residual, x, dropout_p) else None
+    return empty_like(x, x), empty_like(own, x), empty_like(weight, x), empty_like(bias, x)
+
+
 def layer_norm_bwd(dy, x, weight, bias, residual, mean, rstd, dropout_p, seed, offset):
-    """(dx, dresidual, dweight, dbias). dresidual is empty when dx serves for it, or when there is no residual."""
+    """(dx, dresidual, dweight, dbias). dresidual is empty when dx serves for it, or when there is no residual; dweight
+    and dbias are empty without a weight or a bias."""
     T, D = x.shape
+    dx, dresidual, dweight, dbias = _empty_bwd(dy, x, weight, bias, residual, mean, rstd, dropout_p, seed, offset)
     write_dresidual = _has_own_gradient(residual, x, dropout_p)
-    dx = torch.empty((T, D), dtype=x.dtype, device=x.device)
-    dresidual = torch.empty(
-        (T, D) if write_dresidual else 0, dtype=residual.dtype if write_dresidual else x.dtype, device=x.device
-    )
-    settings = row_tiles(D, x.element_size())
-    programs = row_programs(T, settings["BLOCK_T"])
-    dweight, dbias = (torch.empty((programs, D), dtype=torch.float32, device=x.device) for _ in range(2))
-    if T:
-        dy, x = unit_columns(dy), unit_columns(x)
-        residual = None if residual is None else unit_columns(residual)
-        _layer_norm_bwd_kernel[(programs,)](
-            dy, x, residual, weight.contiguous(), seed, mean, rstd, dx, dresidual, dweight, dbias,
-            T, dy.stride(0), x.stride(0), 0 if residual is None else residual.stride(0), offset,
-            *dropout_constants(dropout_p),
-            D=D, HAS_RESIDUAL=residual is not None, HAS_DROPOUT=dropout_p > 0.0, WRITE_DRESIDUAL=write_dresidual,
-            **settings,
-        )  # fmt: skip
-    return dx, dresidual, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(bias.dtype)
+    dy, x = unit_columns(dy), unit_columns(x)
+    residual = None if residual is None else unit_columns(residual)
+    parameters = [p for p in (weight, bias) if p is not None]
+    weight = None if weight is None else weight.contiguous()
 
+    def run(settings):
+        constants = dict(settings)
+        programs = row_programs(T, constants["BLOCK_T"], constants.pop("PROGRAMS"))
+        partials = torch.empty((programs, len(parameters), D), dtype=torch.float32, device=x.device)
+        if T:
+            _layer_norm_bwd_kernel[(programs,)](
+                dy, x, residual, weight, seed, mean, rstd, dx, dresidual, partials,
+                T, dy.stride(0), x.stride(0), row_stride(residual), offset, *dropout_constants(dropout_p),
+                D=D, ALIGN=row_align(dy, x, residual), HAS_RESIDUAL=residual is not None, HAS_DROPOUT=dropout_p > 0.0,
+                HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, WRITE_DRESIDUAL=write_dresidual, **constants,
+            )  # fmt: skip
+        if parameters:
+            column_sums(partials, [d for d, p in ((dweight, weight), (dbias, bias)) if p is not None])
 
-def _fake_fwd(x, weight, bias, residual, dropout_p, seed, offset, eps):
-    statistics = x.new_empty(x.shape[0], dtype=torch.float32)
-    return x.new_empty(x.shape), statistics, torch.empty_like(statistics)
-
-
-def _fake_bwd(dy, x, weight, bias, residual, mean, rstd, dropout_p, seed, offset):
-    dresidual = residual.new_empty(x.shape) if _has_own_gradient(residual, x, dropout_p) else x.new_empty(0)
-    return x.new_empty(x.shape), dresidual, weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+    launch(run, "layer_norm_bwd", shape_key(x, D), *walk_settings(D, x.element_size(), 2))
+    return dx, dresidual, dweight, dbias
 
 
 _fwd = register(
-    "layer_norm_fwd(Tensor x, Tensor weight, Tensor bias, Tensor? residual, float dropout_p, Tensor? seed, int offset, "
-    "float eps) -> (Tensor, Tensor, Tensor)",
+    "layer_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float dropout_p, Tensor? seed, "
+    "int offset, float eps, ScalarType? dtype=None) -> (Tensor, Tensor, Tensor)",
     layer_norm_fwd,
-    _fake_fwd,
+    _empty_fwd,
 )
 _bwd = register(
-    "layer_norm_bwd(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor? residual, Tensor mean, Tensor rstd, "
+    "layer_norm_bwd(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor mean, Tensor rstd, "
     "float dropout_p, Tensor? seed, int offset) -> (Tensor, Tensor, Tensor, Tensor)",
     layer_norm_bwd,
-    _fake_bwd,
+    _empty_bwd,
 )
 
 
 class LayerNormFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, dropout_p, seed, offset, eps):
-        y, mean, rstd = _fwd(x, weight, bias, residual, dropout_p, seed, offset, eps)
+    def forward(ctx, x, weight, bias, residual, dropout_p, seed, offset, eps, dtype):
+        y, mean, rstd = _fwd(x, weight, bias, residual, dropout_p, seed, offset, eps, dtype)
         ctx.save_for_backward(x, weight, bias, residual, seed, mean, rstd)
         ctx.dropout_p, ctx.offset = dropout_p, offset
         return y
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("layer_norm")
     def backward(ctx, dy):
         x, weight, bias, residual, seed, mean, rstd = ctx.saved_tensors
         dx, dresidual, dweight, dbias = _bwd(dy, x, weight, bias, residual, mean, rstd, ctx.dropout_p, seed, ctx.offset)
         if not _has_own_gradient(residual, x, ctx.dropout_p):
             dresidual = None if residual is None else dx
-        return dx, dweight, dbias, dresidual, None, None, None, None
+        dweight, dbias = (None if p is None else d for p, d in ((weight, dweight), (bias, dbias)))
+        return dx, dweight, dbias, dresidual, None, None, None, None, None
 
 
-def layer_norm(x, weight, bias, *, residual=None, dropout_p=0.0, seed=None, offset=0, eps=1e-12):
-    """LayerNorm(dropout(x) + residual), see `fastbert/reference.py`. x, residual [T, D], any strides; weight, bias [D].
+def layer_norm(x, weight, bias, *, residual=None, dropout_p=0.0, seed=None, offset=0, eps=1e-12, dtype=None):
+    """LayerNorm(dropout(x) + residual), see `fastbert/reference.py`. x, residual [T, D], any strides; weight, bias [D],
+    either may be None.
 
-    Returns [T, D] in x's dtype. Dtypes may differ between the arguments; each gradient comes in its argument's.
-    `seed` is an int64 tensor [1] on x's device, needed when `dropout_p` is over 0. Differentiable once.
+    Returns [T, D] in `dtype`, or x's. Dtypes may differ between the arguments; each gradient comes in its argument's.
+    `seed` is an int64 tensor [1] on x's device, needed when `dropout_p` is over 0. Differentiable once. Raises
+    ValueError for rows of more than 8192 columns.
     """
-    return LayerNormFunction.apply(x, weight, bias, residual, dropout_p, seed, offset, eps)
+    return LayerNormFunction.apply(x, weight, bias, residual, dropout_p, seed, offset, eps, dtype)

@@ -139,5 +139,5 @@ def test_second_derivatives_are_refused(device):
     x, bias = make(5, 37, device)
     x.requires_grad_()
     (dx,) = torch.autograd.grad(bias_gelu(x, bias).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="has no second derivative"):
         dx.sum().backward()

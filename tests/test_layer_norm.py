@@ -182,5 +182,5 @@ def test_second_derivatives_are_refused(device):
     x, weight, bias, _ = make(5, 37, device)
     x.requires_grad_()
     (dx,) = torch.autograd.grad(layer_norm(x, weight, bias).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="has no second derivative"):
         dx.sum().backward()
