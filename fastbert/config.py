@@ -11,15 +11,24 @@ class EncoderConfig:
     """Shape and constants of an encoder. Field names and defaults are those of HuggingFace's BertConfig.
 
     embedding_size: width of the embedding tables where a projection to hidden_size follows, None where none does.
-    position_offset: the row of the position table that a sequence's first token takes. num_hidden_groups: layers share
-    the weights of their group (None: each has its own), and a group has inner_group_num layers that run in turn.
-    head_act: the masked-LM head's activation, None where it is hidden_act.
+    position_biased_input: there is a table of positions; position_offset: its row for a sequence's first token.
+    num_hidden_groups: layers share the weights of their group (None: each has its own), and a group has
+    inner_group_num layers that run in turn. attention: the class in the attention slot, see `layers.ATTENTIONS`.
 
-    For the heads of tasks: pooler_act, the activation after the pooler's linear layer; the dropouts before that layer
-    (pooler_dropout, None: classifier_dropout), before the pair classifier, before a classifier (classifier_dropout,
-    None: hidden_dropout_prob) of sequences, tokens (token_dropout, None: classifier_dropout) and answers; num_labels,
-    labels (their names) and problem_type ("regression", "single_label_classification",
-    "multi_label_classification", None: by the labels).
+    DeBERTa: position_buckets (0: none), max_relative_positions, pos_att_type (of "c2p" and "p2c"), share_att_key,
+    norm_rel_ebd (the table of relative positions has a LayerNorm), conv_kernel_size (0: none), conv_act.
+
+    pre_norm: norms stand before attention and feed-forward, which is gated then. windows: how far each layer sees to
+    both sides (None: all the way, also for all layers). rope_thetas: the rotary base of each layer. attention_bias,
+    mlp_bias, norm_bias: these have biases. output_dropout: after attention's output projection; mlp_dropout: after the
+    gate. head_act: the masked-LM head's activation, None where it is hidden_act; head_bias: of its linear layer.
+
+    For the heads of tasks: pooler_act, the activation after the pooler's linear layer, or "transform" where the
+    masked-LM head's transform stands before every classifier; head_pooling, what a sequence is known by, its first
+    token ("cls") or "mean"; the dropouts before the pooler's layer (pooler_dropout, None: classifier_dropout), before
+    the pair classifier, and before the classifier of sequences (classifier_dropout, None: hidden_dropout_prob), of
+    tokens (token_dropout, None: classifier_dropout) and of answers; num_labels, labels (their names) and problem_type
+    ("regression", "single_label_classification", "multi_label_classification", None: by the labels).
 
     Raises ValueError with the offending value when fields contradict each other.
     """
@@ -39,10 +48,29 @@ class EncoderConfig:
     layer_norm_eps: float = 1e-12
     pad_token_id: int = 0
     embedding_size: int | None = None
+    position_biased_input: bool = True
     position_offset: int = 0
     num_hidden_groups: int | None = None
     inner_group_num: int = 1
+    attention: str = "softmax"
+    pre_norm: bool = False
+    windows: tuple | None = None
+    rope_thetas: tuple | None = None
+    position_buckets: int = 0
+    max_relative_positions: int = 0
+    pos_att_type: tuple = ()
+    share_att_key: bool = False
+    norm_rel_ebd: bool = False
+    conv_kernel_size: int = 0
+    conv_act: str = "tanh"
+    attention_bias: bool = True
+    mlp_bias: bool = True
+    norm_bias: bool = True
+    mlp_dropout: float = 0.0
+    output_dropout: float = 0.0
     head_act: str | None = None
+    head_bias: bool = True
+    head_pooling: str = "cls"
     pooler_act: str = "tanh"
     pooler_dropout: float | None = 0.0
     pair_dropout: float = 0.0
@@ -96,7 +124,9 @@ class EncoderConfig:
 
     @property
     def max_length(self):
-        """Tokens of the longest sequence that the position table allows."""
+        """Tokens of the longest sequence that the position table allows; without one, there is no longest."""
+        if not self.position_biased_input:
+            return 2**31 - 1
         return self.max_position_embeddings - self.position_offset
 
     @property

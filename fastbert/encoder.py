@@ -1,19 +1,36 @@
 """The encoder: embeddings, then the loop over layers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
-from .layers import AddNorm, Embeddings, FeedForward, SelfAttention
+from .layers import (
+    ATTENTIONS,
+    AddNorm,
+    Convolution,
+    Embeddings,
+    FeedForward,
+    GatedFeedForward,
+    Norm,
+    RelativePositions,
+    dropped,
+)
 
 
 @dataclass
 class Layout:
-    """Which rows belong together, for attention. `rows`: the rows of x that ask (None: all of them)."""
+    """Which rows belong together, for attention. `rows`: the rows of x that ask (None: all of them).
+
+    position_ids: int64 [T], from 0 in each sequence. columns: see packing.Batch. shared: what attention makes once a
+    pass, for all its layers.
+    """
 
     cu_seqlens: torch.Tensor
     max_seqlen: int
+    position_ids: torch.Tensor
+    columns: torch.Tensor | None = None
+    shared: dict = field(default_factory=dict)
     rows: torch.Tensor | None = None
     cu_seqlens_q: torch.Tensor | None = None
     max_seqlen_q: int | None = None
@@ -21,7 +38,7 @@ class Layout:
     def asking(self, rows):
         """The same sequences, where only `rows` (ascending, int64 [M]) ask."""
         cu_seqlens_q = torch.searchsorted(rows, self.cu_seqlens.to(rows.dtype)).to(torch.int32)
-        return Layout(self.cu_seqlens, self.max_seqlen, rows, cu_seqlens_q, min(self.max_seqlen, len(rows)))
+        return replace(self, rows=rows, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=min(self.max_seqlen, len(rows)))
 
 
 class Dropout:
@@ -40,9 +57,9 @@ class Dropout:
 class Block(nn.Module):
     """One post-norm transformer layer (Vaswani et al. 2017, Devlin et al. 2019)."""
 
-    def __init__(self, config):
+    def __init__(self, config, i):
         super().__init__()
-        self.attention = SelfAttention(config)
+        self.attention = ATTENTIONS[config.attention](config, i)
         self.attention_norm = AddNorm(config)
         self.feed_forward = FeedForward(config)
         self.feed_forward_norm = AddNorm(config)
@@ -52,6 +69,25 @@ class Block(nn.Module):
         attended = self.attention(x, layout, dropout)
         x = self.attention_norm(attended, x if layout.rows is None else x[layout.rows], dropout)
         return self.feed_forward_norm(self.feed_forward(x), x, dropout)
+
+
+class PreNormBlock(nn.Module):
+    """One layer with its norms in front, as in ModernBERT (Warner et al. 2024); the first has none for attention."""
+
+    def __init__(self, config, i):
+        super().__init__()
+        self.attention_norm = Norm(config) if i > 0 else None
+        self.attention = ATTENTIONS[config.attention](config, i)
+        self.feed_forward_norm = Norm(config)
+        self.feed_forward = GatedFeedForward(config)
+        self.output_dropout = config.output_dropout
+
+    def forward(self, x, layout, dropout):
+        """x [T, D] -> [T, D], or [M, D] when the layout asks for some rows only."""
+        attended = self.attention(x if self.attention_norm is None else self.attention_norm(x), layout, dropout)
+        attended = dropped(attended, self.output_dropout, dropout)
+        x = attended + (x if layout.rows is None else x[layout.rows])
+        return x + self.feed_forward(self.feed_forward_norm(x), dropout)
 
 
 class Encoder(nn.Module):
@@ -64,7 +100,11 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = Embeddings(config)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(max(config.layer_order) + 1))
+        block = PreNormBlock if config.pre_norm else Block
+        self.blocks = nn.ModuleList(block(config, i) for i in range(max(config.layer_order) + 1))
+        self.final_norm = Norm(config) if config.pre_norm else None
+        self.relative = RelativePositions(config) if config.pos_att_type else None
+        self.convolution = Convolution(config) if config.conv_kernel_size else None
         self.apply(lambda module: initialize(module, config))
 
     def forward(self, batch, rows=None, dropout=None):
@@ -79,12 +119,18 @@ class Encoder(nn.Module):
                 f"a sequence of {batch.max_seqlen} tokens: the model has {self.config.max_length} positions"
             )
         dropout = self.dropout(batch) if dropout is None else dropout
-        layout = Layout(batch.cu_seqlens, batch.max_seqlen)
+        layout = Layout(batch.cu_seqlens, batch.max_seqlen, batch.position_ids, batch.columns)
         x = self.embeddings(batch, dropout)
+        if self.relative is not None:
+            layout.shared["relative"] = self.relative()
+        embedded = x
         *earlier, last = self.config.layer_order
-        for i in earlier:
+        for n, i in enumerate(earlier):
             x = self.blocks[i](x, layout, dropout)
-        return self.blocks[last](x, layout if rows is None else layout.asking(rows), dropout)
+            if n == 0 and self.convolution is not None:
+                x = self.convolution(embedded, x, layout, dropout)
+        x = self.blocks[last](x, layout if rows is None else layout.asking(rows), dropout)
+        return x if self.final_norm is None else self.final_norm(x)
 
     def dropout(self, batch):
         """The Dropout of one pass over `batch`: none in evaluation, else from the batch's seed or a fresh one."""
@@ -99,7 +145,7 @@ def initialize(module, config):
     """BERT's initial weights for one module."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=config.initializer_range)
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
     if isinstance(module, nn.Embedding) and module.padding_idx is not None:
         with torch.no_grad():

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import ops, pretrained, reference
+from . import ops, pretrained
 from .encoder import Encoder, initialize
-from .layers import VocabularyTransform
+from .layers import VocabularyTransform, dropped
 from .packing import Batch, pack, unpack
 
 
@@ -192,10 +192,11 @@ class SequenceClassifier(Model):
 
     def __init__(self, config):
         super().__init__(config)
-        self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
-        self.classifier = nn.Linear(config.hidden_size, self.OUTPUTS or config.num_labels)
+        D = config.hidden_size
+        self.pooler = VocabularyTransform(config) if config.pooler_act == "transform" else nn.Linear(D, D)
+        self.classifier = nn.Linear(D, self.OUTPUTS or config.num_labels)
         for module in (self.pooler, self.classifier):
-            initialize(module, config)
+            module.apply(lambda module: initialize(module, config))
 
     def forward(self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, labels=None):
         """Logits [B, num_labels], and the loss when there are labels. Returns ClassifierOutput.
@@ -211,12 +212,18 @@ class SequenceClassifier(Model):
 
     def _scores(self, batch, pooler_dropout):
         config, dropout = self.config, self.encoder.dropout(batch)
-        hidden = first_hidden(self.encoder, batch, dropout)
+        if config.head_pooling == "cls":
+            hidden = first_hidden(self.encoder, batch, dropout)
+        else:
+            hidden = ops.pooling(self.encoder(batch, dropout=dropout), batch.cu_seqlens, mode=config.head_pooling)
         classifier_dropout = config.hidden_dropout_prob
         if config.classifier_dropout is not None:
             classifier_dropout = config.classifier_dropout
         hidden = dropped(hidden, classifier_dropout if pooler_dropout is None else pooler_dropout, dropout)
-        pooled = _ACTIVATIONS[config.pooler_act](ops.linear(hidden, self.pooler.weight, self.pooler.bias))
+        if config.pooler_act == "transform":
+            pooled = self.pooler(hidden)
+        else:
+            pooled = _ACTIVATIONS[config.pooler_act](ops.linear(hidden, self.pooler.weight, self.pooler.bias))
         pooled = dropped(pooled, classifier_dropout, dropout)
         return ops.linear(pooled, self.classifier.weight, self.classifier.bias)
 
@@ -236,13 +243,29 @@ class MultipleChoice(SequenceClassifier):
         return ClassifierOutput(logits) if labels is None else _classified(logits, labels, None)
 
 
-class TokenClassifier(Model):
+class _TokenScores(Model):
+    """Some numbers for each token: what labels and answers have in common."""
+
+    def __init__(self, config, outputs):
+        super().__init__(config)
+        self.transform = VocabularyTransform(config) if config.pooler_act == "transform" else None
+        self.classifier = nn.Linear(config.hidden_size, outputs)
+        self.classifier.apply(lambda module: initialize(module, config))
+        if self.transform is not None:
+            self.transform.apply(lambda module: initialize(module, config))
+
+    def _scores(self, batch, dropout_p):
+        dropout = self.encoder.dropout(batch)
+        hidden = self.encoder(batch, dropout=dropout)
+        hidden = hidden if self.transform is None else self.transform(hidden)
+        return ops.linear(dropped(hidden, dropout_p, dropout), self.classifier.weight, self.classifier.bias)
+
+
+class TokenClassifier(_TokenScores):
     """A label for each token, such as the names of persons and places."""
 
     def __init__(self, config):
-        super().__init__(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        initialize(self.classifier, config)
+        super().__init__(config, config.num_labels)
 
     def forward(self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, labels=None):
         """Logits [B, S, num_labels], 0 at padding, and the loss over the labels int64 [B, S] that are not -100.
@@ -251,11 +274,9 @@ class TokenClassifier(Model):
         ClassifierOutput.
         """
         batch, restore = pack_inputs(self.config, input_ids, attention_mask, token_type_ids, position_ids, labels)
-        config, dropout = self.config, self.encoder.dropout(batch)
+        config = self.config
         chain = (config.token_dropout, config.classifier_dropout, config.hidden_dropout_prob)
-        dropout_p = next(p for p in chain if p is not None)
-        hidden = dropped(self.encoder(batch, dropout=dropout), dropout_p, dropout)
-        logits = ops.linear(hidden, self.classifier.weight, self.classifier.bias)
+        logits = self._scores(batch, next(p for p in chain if p is not None))
         if batch.labels is None:
             return ClassifierOutput(restore(logits))
         output = _classified(logits, batch.labels, None)
@@ -263,13 +284,11 @@ class TokenClassifier(Model):
         return output
 
 
-class QuestionAnswerer(Model):
+class QuestionAnswerer(_TokenScores):
     """The span of the text that answers a question: a score for each token as its start, and as its end."""
 
     def __init__(self, config):
-        super().__init__(config)
-        self.classifier = nn.Linear(config.hidden_size, 2)
-        initialize(self.classifier, config)
+        super().__init__(config, 2)
 
     def forward(
         self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, start_positions=None,
@@ -281,9 +300,7 @@ class QuestionAnswerer(Model):
         label. Padding takes no part: its logits are -inf.
         """
         batch, restore = pack_inputs(self.config, input_ids, attention_mask, token_type_ids, position_ids)
-        dropout = self.encoder.dropout(batch)
-        hidden = dropped(self.encoder(batch, dropout=dropout), self.config.qa_dropout, dropout)
-        logits = restore(ops.linear(hidden, self.classifier.weight, self.classifier.bias)).float()
+        logits = restore(self._scores(batch, self.config.qa_dropout)).float()
         is_token = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         logits = logits.masked_fill(~is_token.bool()[..., None], float("-inf"))
         output = AnswerOutput(*logits.unbind(-1))
@@ -323,12 +340,6 @@ def _classified(logits, labels, config):
         return ClassifierOutput(logits, F.mse_loss(scores, labels, reduction="sum"), count)
     loss_sum = F.binary_cross_entropy_with_logits(scores, labels, reduction="sum")
     return ClassifierOutput(logits, loss_sum, count, ((scores > 0) == (labels > 0.5)).sum())
-
-
-def dropped(x, dropout_p, dropout):
-    """x [M, D] with elements dropped. Plain PyTorch everywhere: heads have few rows."""
-    options = dropout(dropout_p)
-    return reference.dropout(x, **options) if options else x
 
 
 def first_hidden(encoder, batch, dropout):

@@ -6,7 +6,7 @@ Letters: T packed tokens, D hidden size, F feed-forward size, H heads, K head si
 import torch
 from torch import nn
 
-from . import ops
+from . import gaps, ops, reference
 
 
 class Embeddings(nn.Module):
@@ -17,21 +17,22 @@ class Embeddings(nn.Module):
         self.config = config
         D, width = config.hidden_size, config.embedding_width
         self.word = nn.Embedding(config.vocab_size, width, padding_idx=config.pad_token_id)
-        self.position = nn.Embedding(config.max_position_embeddings, width)
+        self.position = nn.Embedding(config.max_position_embeddings, width) if config.position_biased_input else None
         self.token_type = nn.Embedding(config.type_vocab_size, width) if config.type_vocab_size else None
-        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps, bias=config.norm_bias)
         self.project = nn.Linear(width, D) if config.embedding_size is not None else None
 
     def forward(self, batch, dropout):
-        token_type_ids, token_type = None, None
+        token_type_ids, token_type, position_ids, position = None, None, None, None
         if self.token_type is not None:
             token_type_ids, token_type = batch.token_type_ids, self.token_type.weight
-        position_ids = batch.position_ids
-        if self.config.position_offset:
-            position_ids = position_ids + self.config.position_offset
+        if self.position is not None:
+            position_ids, position = batch.position_ids, self.position.weight
+            if self.config.position_offset:
+                position_ids = position_ids + self.config.position_offset
         x = ops.embedding(
-            batch.input_ids, position_ids, token_type_ids,
-            self.word.weight, self.position.weight, token_type, self.norm.weight, self.norm.bias,
+            batch.input_ids, position_ids, token_type_ids, self.word.weight, position, token_type,
+            self.norm.weight, self.norm.bias,
             padding_idx=self.config.pad_token_id, eps=self.norm.eps, **dropout(self.config.hidden_dropout_prob),
         )  # fmt: skip
         return x if self.project is None else ops.linear(x, self.project.weight, self.project.bias)
@@ -40,7 +41,7 @@ class Embeddings(nn.Module):
 class SelfAttention(nn.Module):
     """Queries, keys and values in one product, attention over each sequence, and the output projection."""
 
-    def __init__(self, config):
+    def __init__(self, config, i):
         super().__init__()
         self.config = config
         D = config.hidden_size
@@ -69,6 +70,177 @@ class SelfAttention(nn.Module):
         return ops.linear(x, weight, torch.cat([linear.bias for linear in linears]))
 
 
+class RotaryAttention(nn.Module):
+    """The same with rotary positions (Su et al. 2021), and in some layers a window: ModernBERT's."""
+
+    def __init__(self, config, i):
+        super().__init__()
+        self.config = config
+        self.window, self.theta = config.windows[i], config.rope_thetas[i]
+        D = config.hidden_size
+        self.qkv = nn.Linear(D, 3 * D, bias=config.attention_bias)
+        self.output = nn.Linear(D, D, bias=config.attention_bias)
+
+    def forward(self, x, layout, dropout):
+        """x [T, D] -> [T, D], or [M, D] when the layout asks for some rows only."""
+        H, K = self.config.num_attention_heads, self.config.head_size
+        qkv = ops.linear(x, self.qkv.weight, self.qkv.bias).view(-1, 3, H, K)
+        q, k = self._rotated(qkv[:, :2], layout).unbind(1)
+        if self.window is not None and layout.columns is not None:
+            out = gaps.attention(
+                q, k, qkv[:, 2], layout.cu_seqlens, layout.columns, window=self.window,
+                **dropout(self.config.attention_probs_dropout_prob),
+            )  # fmt: skip
+            return self._output(out, layout.rows)
+        # which rows ask matters to a window, so there all do
+        rows = layout.rows if self.window is None else None
+        asking = dict(cu_seqlens_q=layout.cu_seqlens_q, max_seqlen_q=layout.max_seqlen_q) if rows is not None else {}
+        out = ops.attention(
+            q if rows is None else q[rows], k, qkv[:, 2], layout.cu_seqlens, layout.max_seqlen, window=self.window,
+            **asking, **dropout(self.config.attention_probs_dropout_prob),
+        )  # fmt: skip
+        return self._output(out, layout.rows if rows is None else None)
+
+    def _output(self, out, rows):
+        out = out.flatten(1) if rows is None else out[rows].flatten(1)
+        return ops.linear(out, self.output.weight, self.output.bias)
+
+    def _rotated(self, x, layout):
+        """x [T, 2, H, K], whose two halves of a head are the coordinates that turn."""
+        key = ("rotation", self.theta)
+        if key not in layout.shared:
+            K = x.shape[-1]
+            frequencies = 1.0 / (self.theta ** (torch.arange(0, K, 2, dtype=torch.float32, device=x.device) / K))
+            angle = layout.position_ids[:, None].float() * frequencies
+            layout.shared[key] = tuple(f(angle).to(x.dtype)[:, None, None, :] for f in (torch.cos, torch.sin))
+        cos, sin = layout.shared[key]
+        a, b = x.float().chunk(2, -1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+
+
+class RelativePositions(nn.Module):
+    """DeBERTa's embeddings of relative positions, one table for all layers."""
+
+    def __init__(self, config):
+        super().__init__()
+        span = config.position_buckets or config.max_relative_positions
+        self.table = nn.Embedding(2 * span, config.hidden_size)
+        self.norm = Norm(config) if config.norm_rel_ebd else None
+
+    def forward(self):
+        """[2 * span, D]."""
+        return self.table.weight if self.norm is None else self.norm(self.table.weight)
+
+
+class DisentangledAttention(nn.Module):
+    """Attention to content and to relative positions (He et al. 2021): DeBERTa v2's and v3's."""
+
+    def __init__(self, config, i):
+        super().__init__()
+        self.config = config
+        D = config.hidden_size
+        self.query, self.key, self.value, self.output = (nn.Linear(D, D) for _ in range(4))
+        own = () if config.share_att_key else config.pos_att_type
+        self.pos_key = nn.Linear(D, D) if "c2p" in own else None
+        self.pos_query = nn.Linear(D, D) if "p2c" in own else None
+
+    def forward(self, x, layout, dropout):
+        """x [T, D] -> [T, D], or [M, D] when the layout asks for some rows only."""
+        qkv = SelfAttention._project(x, self.query, self.key, self.value)
+        return self._attend(
+            qkv.view(-1, 3, self.config.num_attention_heads, self.config.head_size), None, None,
+            self.key if self.config.share_att_key else self.pos_key,
+            self.query if self.config.share_att_key else self.pos_query,
+            layout, dropout,
+        )  # fmt: skip
+
+    def _attend(self, q, k, v, pos_key, pos_query, layout, dropout):
+        config = self.config
+        relative = dropped(layout.shared["relative"], config.hidden_dropout_prob, dropout)
+        positions = [
+            ops.linear(relative, linear.weight, linear.bias).view(-1, config.num_attention_heads, config.head_size)
+            if term in config.pos_att_type
+            else None
+            for term, linear in (("c2p", pos_key), ("p2c", pos_query))
+        ]
+        buckets, furthest = config.position_buckets, config.max_relative_positions
+        options = dropout(config.attention_probs_dropout_prob)
+        if layout.columns is None:
+            out = ops.disentangled_attention(
+                q, k, v, *positions, layout.cu_seqlens, layout.max_seqlen,
+                position_buckets=buckets, max_relative_positions=furthest, **options,
+            )  # fmt: skip
+        else:
+            length = int(layout.columns.max()) + 1
+            rows = reference.relative_index(length, buckets, furthest).to(q.device)
+            scores = gaps.relative_scores(*positions, lambda distance: rows[distance + length - 1])
+            q, k, v = (q, k, v) if k is not None else q.unbind(1)
+            scale = (config.head_size * (1 + len(config.pos_att_type))) ** -0.5
+            out = gaps.attention(
+                q, k, v, layout.cu_seqlens, layout.columns, position_scores=scores, scale=scale, **options
+            )
+        out = out.flatten(1)
+        return ops.linear(out if layout.rows is None else out[layout.rows], self.output.weight, self.output.bias)
+
+
+class PackedDisentangledAttention(DisentangledAttention):
+    """DeBERTa v1's: one projection, in which each head's query, key and value are neighbours, and no bias for keys."""
+
+    def __init__(self, config, i):
+        nn.Module.__init__(self)
+        self.config = config
+        D = config.hidden_size
+        self.in_proj = nn.Linear(D, 3 * D, bias=False)
+        self.q_bias, self.v_bias = (nn.Parameter(torch.zeros(D)) for _ in range(2))
+        self.pos_key = nn.Linear(D, D, bias=False) if "c2p" in config.pos_att_type else None
+        self.pos_query = nn.Linear(D, D) if "p2c" in config.pos_att_type else None
+        self.output = nn.Linear(D, D)
+
+    def forward(self, x, layout, dropout):
+        H, K = self.config.num_attention_heads, self.config.head_size
+        q_bias, v_bias = self.q_bias.view(H, K), self.v_bias.view(H, K)
+        bias = torch.stack((q_bias, torch.zeros_like(q_bias), v_bias), 1).flatten()
+        q, k, v = ops.linear(x, self.in_proj.weight, bias).view(-1, H, 3, K).unbind(2)
+        return self._attend(q, k, v, self.pos_key, self.pos_query, layout, dropout)
+
+
+class Convolution(nn.Module):
+    """What DeBERTa v2 xlarge adds to its first layer: LayerNorm(x + activation(convolution of the embeddings))."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, width = config.hidden_size, config.conv_kernel_size
+        self.conv = nn.Conv1d(D, D, width, padding=width // 2)
+        self.norm = Norm(config)
+        self.activation = {"tanh": torch.tanh, "gelu": nn.functional.gelu}[config.conv_act]
+        self.dropout_p = config.hidden_dropout_prob
+
+    def forward(self, embeddings, x, layout, dropout):
+        """embeddings, x [T, D] -> [T, D]: a sequence sees nothing of its neighbours."""
+        T, width = len(x), self.conv.kernel_size[0]
+        rows = torch.arange(T, device=x.device)
+        sequence = torch.searchsorted(layout.cu_seqlens[1:], rows.to(torch.int32), right=True)
+        columns = []
+        for shift in range(-(width // 2), width // 2 + 1):
+            there = (rows + shift).clamp(0, T - 1)
+            inside = (rows + shift == there) & (sequence[there] == sequence)
+            if layout.columns is not None:
+                inside &= layout.columns[there] - layout.columns == shift
+            columns.append(embeddings[there] * inside[:, None])
+        weight = self.conv.weight.transpose(1, 2).flatten(1)
+        y = dropped(ops.linear(torch.cat(columns, 1), weight, self.conv.bias), self.dropout_p, dropout)
+        return self.norm(x + self.activation(y))
+
+
+# EncoderConfig.attention -> the class
+ATTENTIONS = {
+    "softmax": SelfAttention,
+    "rotary": RotaryAttention,
+    "disentangled": DisentangledAttention,
+    "packed disentangled": PackedDisentangledAttention,
+}
+
+
 class FeedForward(nn.Module):
     """Up to F, GELU, down to D. The first bias is added inside the GELU's kernel."""
 
@@ -83,6 +255,38 @@ class FeedForward(nn.Module):
         return ops.linear(x, self.down.weight, self.down.bias)
 
 
+class GatedFeedForward(nn.Module):
+    """Up to 2 F, of which one half through GELU gates the other, and down (Shazeer 2020)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x, dropout):
+        x, gate = ops.linear(x, self.up.weight, self.up.bias).chunk(2, -1)
+        x = ops.bias_gelu(x, None, approximate=self.config.approximate) * gate
+        return ops.linear(dropped(x, self.config.mlp_dropout, dropout), self.down.weight, self.down.bias)
+
+
+class Norm(nn.LayerNorm):
+    """LayerNorm alone."""
+
+    def __init__(self, config):
+        super().__init__(config.hidden_size, eps=config.layer_norm_eps, bias=config.norm_bias)
+
+    def forward(self, x):
+        # dtype: see AddNorm
+        return ops.layer_norm(x, self.weight, self.bias, eps=self.eps, dtype=x.dtype)
+
+
+def dropped(x, dropout_p, dropout):
+    """x [M, D] with elements dropped, in plain PyTorch everywhere: where no kernel has a dropout inside."""
+    options = dropout(dropout_p)
+    return reference.dropout(x, **options) if options else x
+
+
 class AddNorm(nn.LayerNorm):
     """LayerNorm(dropout(x) + residual)."""
 
@@ -91,7 +295,10 @@ class AddNorm(nn.LayerNorm):
         self.dropout_p = config.hidden_dropout_prob
 
     def forward(self, x, residual, dropout):
-        return ops.layer_norm(x, self.weight, self.bias, residual=residual, eps=self.eps, **dropout(self.dropout_p))
+        # dtype: under autocast the op would give fp32, as torch's does, and whatever reads it would move twice as much
+        return ops.layer_norm(
+            x, self.weight, self.bias, residual=residual, eps=self.eps, dtype=x.dtype, **dropout(self.dropout_p)
+        )
 
 
 class VocabularyTransform(nn.Module):
@@ -100,11 +307,14 @@ class VocabularyTransform(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.dense = nn.Linear(config.hidden_size, config.embedding_width)
-        self.norm = nn.LayerNorm(config.embedding_width, eps=config.layer_norm_eps)
+        width = config.embedding_width
+        self.dense = nn.Linear(config.hidden_size, width, bias=config.head_bias)
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps, bias=config.norm_bias)
 
     def forward(self, x):
+        x = ops.linear(x, self.dense.weight)
+        # dtype: see AddNorm
         return ops.gelu_layer_norm(
-            ops.linear(x, self.dense.weight), self.dense.bias, self.norm.weight, self.norm.bias,
-            approximate=self.config.head_approximate, eps=self.norm.eps,
+            x, self.dense.bias, self.norm.weight, self.norm.bias,
+            approximate=self.config.head_approximate, eps=self.norm.eps, dtype=x.dtype,
         )  # fmt: skip

@@ -19,7 +19,8 @@ class Batch:
     int64 [T]. cu_seqlens: int32 [B + 1], where each sequence starts, and the
     end. max_seqlen: an int, no sequence is longer. labels: int64 [T], -100 where nothing is to be predicted. picks:
     int64 [M], ascending, the rows of T that have a label. pair_labels: int64 [B], 1 where a pair is false (NSP: random
-    second segment, SOP: swapped). seed: int64 [1], the dropout seed of this step.
+    second segment, SOP: swapped). columns: int64 [T], where each token stood in its padded row, if
+    some row had padding between its tokens. seed: int64 [1], the dropout seed of this step.
 
     A batch may be filled up to a fixed capacity: tokens past cu_seqlens[-1] belong to no sequence, sequences at the end
     may be empty (pair label -100), and picks at the end may be the last row again and again, which has no label then.
@@ -33,6 +34,7 @@ class Batch:
     labels: torch.Tensor | None = None
     picks: torch.Tensor | None = None
     pair_labels: torch.Tensor | None = None
+    columns: torch.Tensor | None = None
     seed: torch.Tensor | None = None
 
     def _map(self, f):
@@ -51,8 +53,7 @@ def pack(input_ids, attention_mask=None, token_type_ids=None, position_ids=None,
 
     attention_mask: [B, S], 1 for real tokens; padding may be right, left or in the middle. Position ids default to the
     column, as in HuggingFace's BERT, so left-padded tokens keep the position that the column gives them. `indices`
-    (int64 [T]) are the places of the packed tokens in the flattened [B * S], what `unpack` wants. Waits for the device
-    once.
+    (int64 [T]) are the places of the packed tokens in the flattened [B * S], what `unpack` wants. Waits for the device.
     """
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: expected [batch, length]")
@@ -79,6 +80,10 @@ def pack(input_ids, attention_mask=None, token_type_ids=None, position_ids=None,
     batch = Batch(
         packed(input_ids), packed(position_ids), packed(token_type_ids), cu_seqlens, int(lengths.max()) if B else 0
     )
+    columns = indices % S
+    widths = (kept * torch.arange(S, device=kept.device)).amax(1) - kept.int().argmax(1) + 1 if S else lengths
+    if bool(((widths != lengths) & (lengths > 0)).any()):
+        batch.columns = columns
     if labels is not None:
         batch.labels = packed(labels)
         batch.picks = (batch.labels != -100).nonzero()[:, 0]

@@ -63,8 +63,16 @@ def save(model, directory):
     names = variants.hf_names(model.state_dict(), model.config, head)
     tensors = {names[ours]: tensor.detach().contiguous() for ours, tensor in model.state_dict().items()}
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
-    architecture = variants.family(model.config.model_type).architectures[head]
-    config = {"architectures": [architecture], **variants.config_to_hf(model.config), "tie_word_embeddings": True}
+    architectures = variants.family(model.config.model_type).architectures
+    if head not in architectures:
+        raise ValueError(
+            f"a {model.config.model_type} has no {head} in transformers: expected {', '.join(architectures)}"
+        )
+    config = {
+        "architectures": [architectures[head]],
+        **variants.config_to_hf(model.config),
+        "tie_word_embeddings": True,
+    }
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,6 +1,7 @@
 """The models of the family as rows of data: published sizes, and how HuggingFace names their parts and numbers."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +19,9 @@ class Family:
     defaults: EncoderConfig fields whose default is not BERT's. keys: EncoderConfig field -> their key in config.json,
     where it has another name or is not BERT's too; None where they have none. positions_after_padding: the first rows
     of the position table, up to that of the padding token's id, belong to no token. projects_always: the embeddings
-    have a projection even where they are as wide as the hidden states.
+    have a projection even where they are as wide as the hidden states. renamed: beginnings of names in published
+    checkpoints -> today's. read, write: EncoderConfig fields from a whole
+    config.json, and back, where it is more than a name.
     """
 
     prefix: str
@@ -29,6 +32,9 @@ class Family:
     keys: dict = field(default_factory=dict)
     positions_after_padding: bool = False
     projects_always: bool = False
+    renamed: dict = field(default_factory=dict)
+    read: Callable = lambda values: {}
+    write: Callable = lambda config: {}
 
 
 def _encoder(prefix, **other):
@@ -89,6 +95,101 @@ def _roberta(name):
     )
 
 
+def _read_modernbert(values):
+    """Windows and rotary bases of the layers, in today's words or those of the published checkpoints."""
+    layers, every = values.get("num_hidden_layers", 22), values.get("global_attn_every_n_layers", 3)
+    kinds = values.get("layer_types") or ["sliding_attention" if i % every else "full_attention" for i in range(layers)]
+    ropes = values.get("rope_parameters") or {}
+    thetas = {
+        kind: (ropes.get(kind) or {}).get("rope_theta") or values.get(old) or default
+        for kind, old, default in (
+            ("full_attention", "global_rope_theta", 160000.0),
+            ("sliding_attention", "local_rope_theta", 10000.0),
+        )
+    }
+    for kind, rope in ropes.items():
+        if isinstance(rope, dict) and rope.get("rope_type", "default") != "default":
+            raise ValueError(f"rope_parameters of {kind} are of type {rope['rope_type']!r}: expected 'default'")
+    if not values.get("decoder_bias", True):
+        raise ValueError("decoder_bias is false: expected true")
+    window = values.get("local_attention", 128) // 2
+    return dict(
+        windows=tuple(window if kind == "sliding_attention" else None for kind in kinds),
+        rope_thetas=tuple(thetas[kind] for kind in kinds),
+    )
+
+
+def _write_modernbert(config):
+    kinds = ["full_attention" if window is None else "sliding_attention" for window in config.windows]
+    thetas = {kind: dict(rope_type="default", rope_theta=theta) for kind, theta in zip(kinds, config.rope_thetas)}
+    windows = [window for window in config.windows if window is not None]
+    return dict(layer_types=kinds, rope_parameters=thetas, local_attention=2 * windows[0] if windows else 128)
+
+
+def _read_deberta(values):
+    """What both of DeBERTa's model types have beside BERT's numbers."""
+    if values.get("talking_head"):
+        raise ValueError("talking_head is true: expected false")
+    for name, expected in (("embedding_size", values.get("hidden_size")), ("conv_groups", 1)):
+        if values.get(name, expected) != expected:
+            raise ValueError(f"{name} is {values[name]}: expected {expected}")
+    terms = values.get("pos_att_type") or ()
+    terms = terms.lower().split("|") if isinstance(terms, str) else terms
+    furthest = values.get("max_relative_positions", -1)
+    is_relative = values.get("relative_attention", False)
+    is_packed = values.get("model_type") == "deberta"
+    return dict(
+        attention="packed disentangled" if is_packed else "disentangled" if is_relative else "softmax",
+        pos_att_type=tuple(term.strip() for term in terms) if is_relative else (),
+        position_buckets=0 if is_packed else max(values.get("position_buckets", -1), 0),
+        max_relative_positions=furthest if furthest > 0 else values.get("max_position_embeddings", 512),
+        norm_rel_ebd="layer_norm" in str(values.get("norm_rel_ebd", "none")).lower(),
+    )
+
+
+def _write_deberta(config):
+    values = dict(
+        relative_attention=bool(config.pos_att_type), pos_att_type=list(config.pos_att_type),
+        max_relative_positions=config.max_relative_positions,
+    )  # fmt: skip
+    if config.model_type == "deberta-v2":
+        values["position_buckets"] = config.position_buckets or -1
+        values["norm_rel_ebd"] = "layer_norm" if config.norm_rel_ebd else "none"
+    return values
+
+
+def _deberta(**names):
+    return dict(
+        prefix="deberta.",
+        names={
+            **_encoder("deberta."),
+            "encoder.relative.table": "deberta.encoder.rel_embeddings",
+            "transform.dense": "cls.predictions.transform.dense",
+            "transform.norm": "cls.predictions.transform.LayerNorm",
+            "vocabulary_bias": "cls.predictions.bias",
+            "pooler": "pooler.dense",
+            **_CLASSIFIERS,
+            **names,
+        },
+        tied=("cls.predictions.decoder.weight", "cls.predictions.decoder.bias", "deberta.embeddings.position_ids"),
+        renamed={
+            # the names of the published checkpoints
+            "lm_predictions.lm_head.dense.": "cls.predictions.transform.dense.",
+            "lm_predictions.lm_head.LayerNorm.": "cls.predictions.transform.LayerNorm.",
+            "lm_predictions.lm_head.bias": "cls.predictions.bias",
+        },
+        read=_read_deberta,
+        write=_write_deberta,
+    )
+
+
+_DEBERTA_DEFAULTS = dict(type_vocab_size=0, layer_norm_eps=1e-7, pooler_act="gelu")
+_DEBERTA_KEYS = dict(
+    position_biased_input="position_biased_input", pooler_act="pooler_hidden_act", pooler_dropout="pooler_dropout",
+    classifier_dropout="cls_dropout",
+)  # fmt: skip
+_DEBERTA_SELF = "deberta.encoder.layer.{i}.attention.self."
+_MODERNBERT_LAYER = "model.layers.{i}."
 _ALBERT_LAYER = "albert.encoder.albert_layer_groups.{g}.albert_layers.{j}."
 _DISTILBERT_LAYER = "distilbert.transformer.layer.{i}."
 
@@ -189,7 +290,8 @@ FAMILIES = {
         architectures=_heads("DistilBert"),
         tied=("vocab_projector.weight", "distilbert.embeddings.position_ids"),
         defaults=dict(
-            num_hidden_layers=6, type_vocab_size=0, pooler_act="relu", classifier_dropout=0.2, qa_dropout=0.1
+            num_hidden_layers=6, type_vocab_size=0, pooler_act="relu", classifier_dropout=0.2, token_dropout=0.1,
+            qa_dropout=0.1,
         ),
         keys=dict(
             num_hidden_layers="n_layers", num_attention_heads="n_heads", hidden_size="dim",
@@ -198,6 +300,76 @@ FAMILIES = {
             layer_norm_eps=None, classifier_dropout="seq_classif_dropout", token_dropout="dropout",
             qa_dropout="qa_dropout",
         ),
+    ),
+    "deberta": Family(
+        **_deberta(**{
+            "encoder.blocks.{i}.attention.in_proj": _DEBERTA_SELF + "in_proj",
+            "encoder.blocks.{i}.attention.q_bias": _DEBERTA_SELF + "q_bias",
+            "encoder.blocks.{i}.attention.v_bias": _DEBERTA_SELF + "v_bias",
+            "encoder.blocks.{i}.attention.pos_key": _DEBERTA_SELF + "pos_proj",
+            "encoder.blocks.{i}.attention.pos_query": _DEBERTA_SELF + "pos_q_proj",
+        }),
+        architectures={head: name for head, name in _heads("Deberta").items() if head != "MultipleChoice"},
+        defaults=dict(vocab_size=50265, **_DEBERTA_DEFAULTS),
+        keys=_DEBERTA_KEYS,
+    ),
+    "deberta-v2": Family(
+        **_deberta(**{
+            "encoder.blocks.{i}.attention.query": _DEBERTA_SELF + "query_proj",
+            "encoder.blocks.{i}.attention.key": _DEBERTA_SELF + "key_proj",
+            "encoder.blocks.{i}.attention.value": _DEBERTA_SELF + "value_proj",
+            "encoder.blocks.{i}.attention.pos_key": _DEBERTA_SELF + "pos_key_proj",
+            "encoder.blocks.{i}.attention.pos_query": _DEBERTA_SELF + "pos_query_proj",
+            "encoder.relative.norm": "deberta.encoder.LayerNorm",
+            "encoder.convolution.conv": "deberta.encoder.conv.conv",
+            "encoder.convolution.norm": "deberta.encoder.conv.LayerNorm",
+        }),
+        architectures=_heads("DebertaV2"),
+        defaults=dict(
+            vocab_size=128100, num_hidden_layers=24, hidden_size=1536, num_attention_heads=24, intermediate_size=6144,
+            **_DEBERTA_DEFAULTS,
+        ),
+        keys=dict(
+            share_att_key="share_att_key", conv_kernel_size="conv_kernel_size", conv_act="conv_act", **_DEBERTA_KEYS
+        ),
+    ),
+    "modernbert": Family(
+        prefix="model.",
+        names={
+            "encoder.embeddings.word": "model.embeddings.tok_embeddings",
+            "encoder.embeddings.norm": "model.embeddings.norm",
+            "encoder.blocks.{i}.attention_norm": _MODERNBERT_LAYER + "attn_norm",
+            "encoder.blocks.{i}.attention.qkv": _MODERNBERT_LAYER + "attn.Wqkv",
+            "encoder.blocks.{i}.attention.output": _MODERNBERT_LAYER + "attn.Wo",
+            "encoder.blocks.{i}.feed_forward_norm": _MODERNBERT_LAYER + "mlp_norm",
+            "encoder.blocks.{i}.feed_forward.up": _MODERNBERT_LAYER + "mlp.Wi",
+            "encoder.blocks.{i}.feed_forward.down": _MODERNBERT_LAYER + "mlp.Wo",
+            "encoder.final_norm": "model.final_norm",
+            "transform.dense": "head.dense",
+            "transform.norm": "head.norm",
+            "vocabulary_bias": "decoder.bias",
+            "pooler.dense": "head.dense",
+            "pooler.norm": "head.norm",
+            "classifier": "classifier",
+        },
+        architectures=_heads("ModernBert"),
+        tied=("decoder.weight",),
+        defaults=dict(
+            vocab_size=50368, num_hidden_layers=22, intermediate_size=1152, max_position_embeddings=8192,
+            layer_norm_eps=1e-5, pad_token_id=50283, type_vocab_size=0, position_biased_input=False, pre_norm=True,
+            attention="rotary", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, attention_bias=False,
+            mlp_bias=False, norm_bias=False, head_bias=False, pooler_act="transform", classifier_dropout=0.0,
+        ),
+        keys=dict(
+            hidden_act="hidden_activation", head_act="classifier_activation", hidden_dropout_prob="embedding_dropout",
+            attention_probs_dropout_prob="attention_dropout", output_dropout="attention_dropout",
+            mlp_dropout="mlp_dropout", layer_norm_eps="norm_eps", norm_bias="norm_bias",
+            attention_bias="attention_bias", mlp_bias="mlp_bias", head_bias="classifier_bias",
+            head_pooling="classifier_pooling", classifier_dropout="classifier_dropout", qa_dropout="classifier_dropout",
+            type_vocab_size=None,
+        ),
+        read=_read_modernbert,
+        write=_write_modernbert,
     ),
 }  # fmt: skip
 
@@ -255,7 +427,7 @@ def config_from_hf(values):
             fields["labels"] = None
     if values.get("problem_type") is not None:
         fields["problem_type"] = values["problem_type"]
-    return config_of(model_type, **fields)
+    return config_of(model_type, **fields, **family(model_type).read(values))
 
 
 def _unnamed(num_labels):
@@ -270,6 +442,7 @@ def config_to_hf(config):
         labels = config.labels or _unnamed(config.num_labels)
         values["id2label"] = {str(i): label for i, label in enumerate(labels)}
         values["label2id"] = {label: i for i, label in enumerate(labels)}
+    values |= FAMILIES[config.model_type].write(config)
     if config.problem_type is not None:
         values["problem_type"] = config.problem_type
     return values
@@ -312,6 +485,9 @@ def from_hf_names(tensors, config):
     heads = tuple({name.split(".")[0] + "." for name in (*row.names.values(), *row.tied)})
     renewed = {}
     for name, tensor in tensors.items():
+        for old, new in row.renamed.items():
+            if name.startswith(old):
+                name = new + name[len(old) :]
         for old, new in _LEGACY.items():
             if name.endswith(old):
                 name = name[: -len(old)] + new
@@ -334,6 +510,25 @@ def _sized(model_type, layers, hidden, heads=None, **changes):
     )  # fmt: skip
 
 
+def _modernbert(layers, hidden, intermediate):
+    return config_from_hf(
+        dict(
+            model_type="modernbert", num_hidden_layers=layers, hidden_size=hidden, num_attention_heads=hidden // 64,
+            intermediate_size=intermediate,
+        )
+    )  # fmt: skip
+
+
+def _disentangled(model_type, layers, hidden, **values):
+    return config_from_hf(
+        dict(
+            model_type=model_type, num_hidden_layers=layers, hidden_size=hidden, num_attention_heads=hidden // 64,
+            intermediate_size=4 * hidden, relative_attention=True, position_biased_input=False, **values,
+        )
+    )  # fmt: skip
+
+
+_V2 = dict(position_buckets=256, share_att_key=True, norm_rel_ebd="layer_norm", pos_att_type=["p2c", "c2p"])
 _LIU = dict(max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5)
 
 PRESETS = {
@@ -358,6 +553,18 @@ PRESETS = {
     "electra-small": _sized("electra", 12, 256),
     "electra-base": _sized("electra", 12, 768, embedding_size=768),
     "electra-large": _sized("electra", 24, 1024, embedding_size=1024),
+    # He et al. 2021 (v1, v2); He et al. 2023 (v3)
+    "deberta-base": _disentangled("deberta", 12, 768, pos_att_type=["c2p", "p2c"]),
+    "deberta-large": _disentangled("deberta", 24, 1024, pos_att_type=["c2p", "p2c"]),
+    "deberta-v2-xlarge": _disentangled("deberta-v2", 24, 1536, **_V2, conv_kernel_size=3, conv_act="gelu"),
+    "deberta-v2-xxlarge": _disentangled("deberta-v2", 48, 1536, **_V2, conv_kernel_size=3, conv_act="gelu"),
+    "deberta-v3-xsmall": _disentangled("deberta-v2", 12, 384, **_V2),
+    "deberta-v3-small": _disentangled("deberta-v2", 6, 768, **_V2),
+    "deberta-v3-base": _disentangled("deberta-v2", 12, 768, **_V2),
+    "deberta-v3-large": _disentangled("deberta-v2", 24, 1024, **_V2),
+    # Warner et al. 2024
+    "modernbert-base": _modernbert(22, 768, 1152),
+    "modernbert-large": _modernbert(28, 1024, 2624),
     # Sanh et al. 2019
     "distilbert-base": _sized("distilbert", 6, 768),
 }
