@@ -284,6 +284,36 @@ class TokenClassifier(_TokenScores):
         return output
 
 
+class ReplacedTokenDetector(Model):
+    """ELECTRA's discriminator: which tokens are not those of the text, but a generator's (Clark et al. 2020)."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.classifier = nn.Linear(config.hidden_size, 1)
+        for module in (self.dense, self.classifier):
+            initialize(module, config)
+
+    def forward(self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, labels=None):
+        """Logits [B, S], above 0 where a token looks replaced, 0 at padding; and the loss for labels int64 [B, S].
+
+        labels: 1 where a token was replaced, 0 where not, -100 where nobody asks. Either a packing.Batch (logits [T],
+        its own labels) or HuggingFace's padded arguments. Returns ClassifierOutput.
+        """
+        batch, restore = pack_inputs(self.config, input_ids, attention_mask, token_type_ids, position_ids, labels)
+        hidden = ops.linear(self.encoder(batch), self.dense.weight)
+        hidden = ops.bias_gelu(hidden, self.dense.bias, approximate=self.config.approximate)
+        logits = ops.linear(hidden, self.classifier.weight, self.classifier.bias)[:, 0]
+        output = ClassifierOutput(restore(logits))
+        if batch.labels is not None:
+            known = batch.labels != -100
+            targets = batch.labels.where(known, 0).to(torch.float32)
+            losses = F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none")
+            output.loss_sum, output.count = losses.where(known, 0).sum(), known.sum()
+            output.correct = (((logits > 0) == (targets > 0.5)) & known).sum()
+        return output
+
+
 class QuestionAnswerer(_TokenScores):
     """The span of the text that answers a question: a score for each token as its start, and as its end."""
 
@@ -364,6 +394,17 @@ def pack_inputs(config, input_ids, attention_mask=None, token_type_ids=None, pos
     B, S = input_ids.shape
     if config.max_length < S and position_ids is None:
         raise ValueError(f"input_ids are {S} tokens long: the model has {config.max_length} positions")
+    limits = [("input_ids", input_ids, config.vocab_size)]
+    if config.type_vocab_size:
+        limits.append(("token_type_ids", token_type_ids, config.type_vocab_size))
+    if config.position_biased_input:
+        limits.append(("position_ids", position_ids, config.max_position_embeddings))
+    for name, ids, rows in limits:
+        if ids is not None and ids.numel() and not torch.compiler.is_compiling():
+            lowest, highest = (int(x) for x in torch.aminmax(ids))
+            if lowest < 0 or highest >= rows:
+                outside = lowest if lowest < 0 else highest
+                raise ValueError(f"{name} holds {outside}: the model's table has rows 0 to {rows - 1}")
     if config.position_offset:
         if position_ids is None:
             # RoBERTa's rule: only what is not the padding token counts

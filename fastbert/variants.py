@@ -258,8 +258,10 @@ FAMILIES = {
             "vocabulary_bias": "generator_lm_head.bias",
             **_DENSE_CLASSIFIER,
             "MultipleChoice.pooler": "sequence_summary.summary",
+            "dense": "discriminator_predictions.dense",
+            "ReplacedTokenDetector.classifier": "discriminator_predictions.dense_prediction",
         },
-        architectures=_heads("Electra"),
+        architectures=_heads("Electra", ReplacedTokenDetector="ElectraForPreTraining"),
         tied=("generator_lm_head.weight", "electra.embeddings.position_ids"),
         defaults=dict(
             embedding_size=128, hidden_size=256, num_attention_heads=4, intermediate_size=1024, head_act="gelu",

@@ -4,6 +4,8 @@ A family is a row of CASES: a transformers config of odd sizes, in which nothing
 """
 
 import json
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -16,6 +18,7 @@ from fastbert.heads import (
     MultipleChoice,
     Pretraining,
     QuestionAnswerer,
+    ReplacedTokenDetector,
     SequenceClassifier,
     TokenClassifier,
     pack_inputs,
@@ -234,6 +237,16 @@ def test_question_answerer(case, tmp_path):
     assert_outputs_equal(got, expected, ours, theirs, ["start_logits", "end_logits"])
 
 
+def test_replaced_token_detector(tmp_path):
+    ours, theirs = loaded("electra", ReplacedTokenDetector, "ForPreTraining", tmp_path)
+    inputs = inputs_of(ours.config, "holes")
+    real = inputs["attention_mask"].bool()
+    inputs["labels"] = torch.randint(0, 2, (B, S)).masked_fill(~real, -100)
+    got, expected = ours(**inputs), theirs(**inputs)
+    got.logits, expected.logits = got.logits[real], expected.logits[real]
+    assert_outputs_equal(got, expected, ours, theirs, ["logits"])
+
+
 @pytest.mark.parametrize("case", ["bert", "albert"])
 def test_pretraining(case, tmp_path):
     ours, theirs = loaded(case, Pretraining, "ForPreTraining", tmp_path)
@@ -292,3 +305,66 @@ def test_presets_have_the_published_sizes(name):
     assert sum(x.numel() for x in ours.parameters()) == sum(x.numel() for x in head.parameters())
     if name in MILLIONS:
         assert round(sum(x.numel() for x in base.parameters()) / 1e6, 2) == MILLIONS[name]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (dict(input_ids=torch.tensor([[5, 99]])), "input_ids holds 99: the model's table has rows 0 to 98"),
+        (dict(input_ids=torch.tensor([[5, -1]])), "input_ids holds -1"),
+        (dict(token_type_ids=torch.tensor([[0, 2]])), "token_type_ids holds 2"),
+        (dict(position_ids=torch.tensor([[0, 40]])), "position_ids holds 40"),
+        (dict(input_ids=torch.ones(1, 41, dtype=torch.int64)), "41 tokens long: the model has 40 positions"),
+    ],
+    ids=["too large", "negative", "segment", "position", "too long"],
+)
+def test_ids_out_of_range_are_refused(inputs, message):
+    model = MaskedLM(variants.config_of("bert", **SIZES))
+    with pytest.raises(ValueError, match=message):
+        model(**{"input_ids": torch.tensor([[5, 6]]), **inputs})
+
+
+def test_shards_and_pickles(tmp_path):
+    theirs = theirs_of("roberta", "ForMaskedLM")
+    theirs.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    ours = MaskedLM.from_pretrained(tmp_path / "sharded")
+    assert torch.equal(ours.encoder.embeddings.word.weight, theirs.roberta.embeddings.word_embeddings.weight)
+
+    (tmp_path / "pickled").mkdir()
+    theirs.config.save_pretrained(tmp_path / "pickled")
+    torch.save(theirs.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="only pytorch_model.bin, a pickle file: pass allow_pickle=True"):
+        MaskedLM.from_pretrained(tmp_path / "pickled")
+    loaded = MaskedLM.from_pretrained(tmp_path / "pickled", allow_pickle=True)
+    assert all(torch.equal(x, loaded.state_dict()[name]) for name, x in ours.state_dict().items())
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "executed"), "w"))
+
+    torch.save({"roberta.embeddings.word_embeddings.weight": Evil()}, tmp_path / "pickled" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="cannot be read as a file of tensors"):
+        MaskedLM.from_pretrained(tmp_path / "pickled", allow_pickle=True)
+    assert not (tmp_path / "executed").exists()
+    index = tmp_path / "sharded" / "model.safetensors.index.json"
+    index.write_text("{}")
+    with pytest.raises(ValueError, match="index.json cannot be read"):
+        MaskedLM.from_pretrained(tmp_path / "sharded")
+
+
+def test_loading_holds_one_copy(tmp_path):
+    """In a process of its own: the peak above the weights is less than half of them."""
+    config = variants.config_of("bert", **{**SIZES, "vocab_size": 50000, "hidden_size": 600, "num_attention_heads": 10})
+    MaskedLM(config).save_pretrained(tmp_path)
+    code = f"""
+import resource, torch
+from fastbert import MaskedLM
+import fastbert.heads
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+model = MaskedLM.from_pretrained({str(tmp_path)!r})
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    assert int(done.stdout) < 1.5 * size
