@@ -216,15 +216,15 @@ def row_settings(D, itemsize, **more):
 
 
 @functools.cache
-def walk_settings(D, itemsize, PROGRAMS, **more):
+def walk_settings(D, itemsize, PROGRAMS, STAGES=1):
     """row_settings of a kernel whose programs walk over the rows, PROGRAMS of them for each multiprocessor; with fewer
     rows in a program, more programs. Also tried: fewer or more programs of the same kind, and loads that run ahead of
     the arithmetic by a stage or two."""
-    default, sizes = row_settings(D, itemsize, STAGES=1, **more)
+    default, sizes = row_settings(D, itemsize, STAGES=STAGES)
     sizes = [{**s, "PROGRAMS": max(PROGRAMS * default["BLOCK_T"] // s["BLOCK_T"], 1)} for s in sizes]
     default = sizes[0]
     programs = ({**default, "PROGRAMS": n} for n in (1, 3, 4) if n != PROGRAMS)
-    return default, (*sizes, *programs, *({**default, "STAGES": n} for n in (2, 3)))
+    return default, (*sizes, *programs, *({**default, "STAGES": n} for n in (1, 2, 3) if n != STAGES))
 
 
 def shape_key(x, *sizes):
