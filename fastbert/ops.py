@@ -97,6 +97,14 @@ def _no_autocast(x):
     return torch.autocast(x.device.type, enabled=False)
 
 
+def _check_dropout(dropout_p, seed):
+    """Dropout that cannot be drawn raises: it is never left out silently."""
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p is {dropout_p}: expected a probability, 0 to 1")
+    if dropout_p > 0.0 and seed is None:
+        raise ValueError(f"dropout_p is {dropout_p} and seed is None: expected an int64 tensor [1]")
+
+
 def linear(x, weight, bias=None):
     """x @ weightᵀ + bias for x [T, D], by the device's own matrix library: see `reference.linear`."""
     if x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
@@ -109,6 +117,7 @@ def attention(
     cu_seqlens_q=None, max_seqlen_q=None, scale=None, dropout_p=0.0, seed=None, offset=0, impl=None,
 ):  # fmt: skip
     """Packed bidirectional softmax attention with dropout: see `reference.attention`."""
+    _check_dropout(dropout_p, seed)
     q, k, v = _autocast(q, k, v)
     with _no_autocast(q):
         return _choose("attention", "attention", q, impl)(
@@ -122,6 +131,7 @@ def disentangled_attention(
     position_buckets=0, max_relative_positions, scale=None, dropout_p=0.0, seed=None, offset=0, impl=None,
 ):  # fmt: skip
     """DeBERTa's attention, with its scores of relative positions: see `reference.disentangled_attention`."""
+    _check_dropout(dropout_p, seed)
     q, k, v, pos_key, pos_query = _autocast(q, k, v, pos_key, pos_query)
     with _no_autocast(q):
         return _choose("disentangled_attention", "disentangled_attention", q, impl)(
@@ -132,6 +142,7 @@ def disentangled_attention(
 
 def layer_norm(x, weight, bias, *, residual=None, dropout_p=0.0, seed=None, offset=0, eps=1e-12, dtype=None, impl=None):
     """LayerNorm(dropout(x) + residual) in one pass: see `reference.layer_norm`."""
+    _check_dropout(dropout_p, seed)
     dtype = dtype or _wide_under_autocast(x, residual)
     with _no_autocast(x):
         return _choose("layer_norm", "layer_norm", x, impl)(
@@ -159,6 +170,7 @@ def embedding(
     padding_idx=-1, eps=1e-12, dropout_p=0.0, seed=None, offset=0, dtype=None, impl=None,
 ):  # fmt: skip
     """Three lookups, their sum, LayerNorm and dropout in one pass: see `reference.embedding`."""
+    _check_dropout(dropout_p, seed)
     dtype = dtype or _wide_under_autocast(word, position, token_type)
     with _no_autocast(word):
         return _choose("embedding", "embedding", word, impl)(
