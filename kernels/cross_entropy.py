@@ -43,8 +43,23 @@ COLUMNS = 4096
 # Rows that one program of the backward kernel walks, and leaves one fp32 partial sum of dbias for, per column.
 ROW_GROUP = 128
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
 # From torch 2.10 on addmm(out_dtype=) takes an fp32 sum to add to.
 _ADDS_TO_FP32 = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
+
+
+@triton.jit
+def _joined(x, group, maximum, total, best):
+    """(maximum, sum of exp(x - maximum), first word of the first group with it) of what each lane saw, x joined.
+
+    x [lanes, GROUP], fp32; the others [lanes]. exp2, since exp would guard against subnormal results: 5 instructions
+    for 1. The difference is taken before the product by log2(e), so that large logits keep their digits.
+    """
+    top = tl.max(x, 1)
+    larger = tl.maximum(maximum, top)
+    total = total * tl.exp2((maximum - larger) * LOG2_E) + tl.sum(tl.exp2((x - larger[:, None]) * LOG2_E), 1)
+    return larger, total, tl.where(top > maximum, group, best)
 
 
 @triton.jit
@@ -59,6 +74,7 @@ def _masked_cross_entropy_fwd_kernel(
     HAS_Z_LOSS: tl.constexpr,
     IS_FIRST: tl.constexpr,
     IS_LAST: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -69,50 +85,62 @@ def _masked_cross_entropy_fwd_kernel(
     if HAS_SCALE:
         scale = tl.load(scale_ptr)
 
-    # the label's logit, from the tile that has it; a label that no tile has leaves NaN
+    # Every lane follows groups of GROUP neighbouring words, 16 bytes, and the lanes are joined at the end: no reduction
+    # inside the loop leaves a thread. A finite start keeps -inf logits, banned words, from making inf - inf.
+    R: tl.constexpr = BLOCK_V // GROUP
+    maximum = tl.full([R], -3.0e38, tl.float32)
+    total = tl.zeros([R], tl.float32)
+    best = tl.zeros([R], tl.int32)
+    summed = tl.zeros([R], tl.float32)
+    offs_r = tl.arange(0, R) * GROUP
+    offs_v = offs_r[:, None] + tl.arange(0, GROUP)[None, :]
+    whole = width // BLOCK_V * BLOCK_V
+    for start in range(0, whole, BLOCK_V):
+        x = tl.load(logits_ptr + start + offs_v).to(tl.float32) * scale
+        if HAS_BIAS:
+            x += tl.load(bias_ptr + start + offs_v).to(tl.float32)
+        if HAS_SMOOTHING:
+            summed += tl.sum(x, 1)
+        maximum, total, best = _joined(x, start + offs_r, maximum, total, best)
+    for start in range(whole, width, BLOCK_V):
+        # a mask at the row's padded end, a multiple of 64, leaves loads of 16 bytes whole; at width it would split them
+        mask = start + offs_v < padded
+        x = tl.load(logits_ptr + start + offs_v, mask=mask).to(tl.float32) * scale
+        if HAS_BIAS:
+            x += tl.load(bias_ptr + start + offs_v, mask=mask).to(tl.float32)
+        if HAS_SMOOTHING:
+            summed += tl.sum(tl.where(start + offs_v < width, x, 0.0), 1)
+        x = tl.where(start + offs_v < width, x, -float("inf"))
+        maximum, total, best = _joined(x, start + offs_r, maximum, total, best)
+
+    row_maximum = tl.max(maximum, 0)
+    row_total = tl.sum(total * tl.exp2((maximum - row_maximum) * LOG2_E), 0)
+    row_sum = tl.sum(summed, 0)
+    # Read again: the first group with the maximum, whose first maximum is the prediction, as in torch.argmax,
+    # and the label's logit, from the tile that has it; a label that no tile has leaves NaN.
+    group = tl.min(tl.where(maximum == row_maximum, best, V), 0)
     column = label - first
     here = picked & (column >= 0) & (column < width)
-    at_label = tl.load(logits_ptr + column, mask=here, other=0.0).to(tl.float32) * scale
+    offs_g = tl.arange(0, 2 * GROUP)
+    in_group = (offs_g < GROUP) & (group + offs_g < width)
+    at = tl.where(offs_g < GROUP, group + offs_g, column)
+    mask = in_group | ((offs_g == GROUP) & here)
+    x = tl.load(logits_ptr + at, mask=mask, other=0.0).to(tl.float32) * scale
     if HAS_BIAS:
-        at_label += tl.load(bias_ptr + column, mask=here, other=0.0).to(tl.float32)
+        x += tl.load(bias_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    at_label = tl.sum(tl.where(offs_g == GROUP, x, 0.0), 0)
+    x = tl.where(in_group, x, -float("inf"))
+    prediction = first + tl.min(tl.where(in_group & (x == tl.max(x, 0)), group + offs_g, V), 0)
     elsewhere = float("nan")
     if not IS_FIRST:
         elsewhere = tl.load(loss_ptr + row)
     at_label = tl.where(here, at_label, elsewhere)
-
-    # Every lane follows its own columns and the lanes are joined at the end: no reduction inside the loop. Of the two
-    # factors exp(maximum - new maximum) and exp(x - new maximum) one is always 1, so each logit costs one exponential.
-    # A finite start keeps -inf logits, banned words, from making inf - inf.
-    maximum = tl.full([BLOCK_V], -3.0e38, tl.float32)
-    total = tl.zeros([BLOCK_V], tl.float32)
-    best = tl.zeros([BLOCK_V], tl.int32)
-    summed = tl.zeros([BLOCK_V], tl.float32)
-    for start in range(0, width, BLOCK_V):
-        offs_v = start + tl.arange(0, BLOCK_V)
-        # a mask at the row's padded end, a multiple of 64, leaves loads of 16 bytes whole; at width it would split them
-        mask = offs_v < padded
-        x = tl.load(logits_ptr + offs_v, mask=mask).to(tl.float32) * scale
-        if HAS_BIAS:
-            x += tl.load(bias_ptr + offs_v, mask=mask).to(tl.float32)
-        x = tl.where(offs_v < width, x, -float("inf"))
-        above = x > maximum
-        smaller = tl.exp(-tl.abs(x - maximum))
-        total = tl.where(above, total * smaller + 1.0, total + smaller)
-        best = tl.where(above, first + offs_v, best)
-        maximum = tl.where(above, x, maximum)
-        if HAS_SMOOTHING:
-            summed += tl.where(offs_v < width, x, 0.0)
-
-    row_maximum = tl.max(maximum, 0)
-    row_total = tl.sum(total * tl.exp(maximum - row_maximum), 0)
-    # of equal maxima the first counts, as in torch.argmax
-    prediction = tl.min(tl.where(maximum == row_maximum, best, V), 0)
-    row_sum = tl.sum(summed, 0)
     if not IS_FIRST:
         before = tl.load(maximum_ptr + row)
         prediction = tl.where(row_maximum > before, prediction, tl.load(correct_ptr + row))
         larger = tl.maximum(row_maximum, before)
-        row_total = row_total * tl.exp(row_maximum - larger) + tl.load(total_ptr + row) * tl.exp(before - larger)
+        row_total = row_total * tl.exp2((row_maximum - larger) * LOG2_E)
+        row_total += tl.load(total_ptr + row) * tl.exp2((before - larger) * LOG2_E)
         row_maximum = larger
         if HAS_SMOOTHING:
             row_sum += tl.load(sum_ptr + row)
@@ -174,7 +202,7 @@ def _masked_cross_entropy_bwd_kernel(
         x = tl.load(logits_ptr + offs_m[:, None] * stride_logits + offs_v[None, :], mask=mask).to(tl.float32) * scale
         if HAS_BIAS:
             x += bias[None, :]
-        dlogits = tl.exp(x - maximum[:, None]) * factor[:, None] - label_smoothing / V
+        dlogits = tl.exp2((x - maximum[:, None]) * LOG2_E) * factor[:, None] - label_smoothing / V
         dlogits = tl.where((first + offs_v)[None, :] == label[:, None], dlogits - (1.0 - label_smoothing), dlogits)
         # a select, not a product: whatever an ignored row holds, its gradient is 0
         dlogits = tl.where((label != ignore_index)[:, None], dlogits, 0.0)
@@ -197,7 +225,7 @@ def _fwd_tile(tile, scale, bias, labels, state, first, V, options):
             first, width, triton.cdiv(width, 64) * 64, V, tile.stride(0), *options,
             HAS_SCALE=scale is not None, HAS_BIAS=bias is not None,
             HAS_SMOOTHING=options[1] != 0.0, HAS_Z_LOSS=options[2] != 0.0,
-            IS_FIRST=first == 0, IS_LAST=first + width == V, **settings,
+            IS_FIRST=first == 0, IS_LAST=first + width == V, GROUP=16 // tile.element_size(), **settings,
         )  # fmt: skip
 
     launch(
@@ -388,7 +416,7 @@ def masked_cross_entropy_bwd(
 def _masked_cross_entropy_fwd_fake(
     hidden, weight, bias, labels, rows, scale, ignore_index, label_smoothing, z_loss, low_memory, wants
 ):
-    wide, M = dict(dtype=torch.float32), len(labels)
+    wide, M = dict(dtype=torch.float32), labels.shape[0]
     for_hidden, for_weight, for_bias, for_scale = (wanted and not low_memory for wanted in wants)
     return (
         hidden.new_empty((), **wide), hidden.new_empty((), dtype=torch.int64),
@@ -405,7 +433,7 @@ def _masked_cross_entropy_bwd_fake(
 ):
     for_hidden, for_weight, for_bias, for_scale = wants
     return (
-        hidden.new_empty((len(labels), hidden.shape[1]) if for_hidden else 0),
+        hidden.new_empty((labels.shape[0], hidden.shape[1]) if for_hidden else 0),
         weight.new_empty(weight.shape if for_weight else 0),
         hidden.new_empty(len(weight) if for_bias else 0, dtype=torch.float32 if bias is None else bias.dtype),
         hidden.new_empty(() if for_scale else 0, dtype=torch.float32),
