@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 INSTALLED := $(VENV)/.installed
 DEMO_TEXT := $(VENV)/.demo-text
 
-.PHONY: demo test bench lint
+.PHONY: demo test bench gpu lint
 
 # watch a BERT learn English from raw text: about seven minutes on two cores
 demo: $(INSTALLED) $(DEMO_TEXT)
@@ -28,6 +28,14 @@ test: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks/bench_ops.py --benchmark-columns=median,iqr,rounds
 	$(BIN)/python benchmarks/bench_training_step.py
+
+# everything that wants a GPU, in ten minutes, without network: tests, tuning, benchmarks, with the first Python that sees
+# a GPU and has torch, triton and pytest. Without any, a rehearsal in Triton's interpreter
+gpu:
+	@for python in $(BIN)/python $(PYTHON); do \
+		if $$python benchmarks/gpu.py --can-run 2>/dev/null; then exec $$python benchmarks/gpu.py; fi; \
+	done; \
+	$(MAKE) --no-print-directory $(INSTALLED) && exec $(BIN)/python benchmarks/gpu.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -46,7 +46,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "cpu" / "training_step.json"
 def padded_batch(lengths, share=0.15):
     """HuggingFace's arguments for sequences of these lengths: random words, `share` of the real ones picked."""
     generator = torch.Generator().manual_seed(0)
-    attention_mask = (torch.arange(LENGTH) < torch.tensor(lengths)[:, None]).long()
+    attention_mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
     ids = torch.randint(1000, VOCABULARY, attention_mask.shape, generator=generator) * attention_mask
     picked = (torch.rand(ids.shape, generator=generator) < share) & attention_mask.bool()
     return {

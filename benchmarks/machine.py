@@ -1,13 +1,21 @@
-"""The device that a benchmark runs on: its name, its versions, its ceilings, and a clock for it. It is no script."""
+"""The device that a benchmark runs on: its name, its versions, its ceilings, and a clock for it.
 
+python benchmarks/machine.py          writes machine.json to benchmarks/results/<device>
+"""
+
+import argparse
+import json
 import platform
 import shutil
 import statistics
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fastbert.report import versions
 
@@ -127,3 +135,22 @@ def gib_per_call(device, call):
     call()
     torch.cuda.synchronize(device)
     return (torch.cuda.max_memory_allocated(device) - before) / 2**30
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/<device>")
+    options = parser.parse_args()
+    here = device()
+    output = options.output or folder(here)
+    facts, rates = describe(here), ceilings(here)
+    for name, value in facts.items():
+        print(f"{name}: {value}")
+    print(f"copy: {rates['copy'] / 1e12:.3f} TB/s read and written")
+    print(f"bf16 matrix product: {rates['product'] / 1e12:.1f} TFLOP/s")
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "machine.json").write_text(json.dumps({**facts, "ceilings": rates}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""One training step of BERT-base on a GPU: fastbert's MaskedLM against transformers' BertForMaskedLM.
+
+    python benchmarks/bench_training_step_gpu.py          part of make gpu
+
+A step is forward, backward and AdamW, in bf16 autocast, with BERT's dropout of 0.1, on 65,536 tokens of padded
+rectangle: 512 sequences of at most 128 tokens, or 128 of at most 512, of text of uneven length (60 % fill) and without
+padding. transformers attends with sdpa, eager and compiled. "fastbert" gets the same padded batch and packs it in every
+step; "fastbert, packed" gets the batch packed, as fastbert's own loader makes it. All start from the same weights, and
+their losses without dropout are compared before any clock starts. Steps take turns. Model FLOPs count real tokens and
+picked rows of the vocabulary head, whatever a library computes.
+
+Writes training_step.json and training_step.md. Without a GPU it rehearses with a tiny model on the CPU.
+"""
+
+import argparse
+import functools
+import gc
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import bench_training_step as on_cpu
+import machine
+import op_cases
+
+from fastbert.packing import pack
+
+TINY = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=40, vocab_size=1100)
+LIBRARIES = ("transformers", "transformers, compiled", "fastbert", "fastbert, packed")
+
+
+def save_weights(directory, device):
+    """BERT-base, or in a rehearsal a tiny one, with random weights, as a HuggingFace directory; its config."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    torch.manual_seed(0)
+    config = BertConfig() if device.type == "cuda" else BertConfig(**TINY)
+    BertForMaskedLM(config).save_pretrained(directory)
+    return config
+
+
+def cases(device):
+    """{name: lengths}."""
+    if device.type != "cuda":
+        return {"S=8, text": (3, 8, 5, 8, 2)}
+    tokens = 65536 if torch.cuda.mem_get_info(device)[0] > 100 * 2**30 else 16384
+    found = {}
+    for S in (128, 512):
+        # as many sequences as fill the rectangle
+        found[f"S={S}, text"] = tuple(op_cases.ragged_lengths(2 * tokens, S)[: tokens // S])
+        found[f"S={S}, no padding"] = tuple(op_cases.full_lengths(tokens, S))
+    return found
+
+
+def batch_of(library, lengths, vocabulary, device):
+    padded = on_cpu.padded_batch(lengths)
+    padded = {name: x.clamp(max=vocabulary - 1).to(device) for name, x in padded.items()}
+    if library != "fastbert, packed":
+        return padded
+    return {"input_ids": pack(padded["input_ids"], padded["attention_mask"], labels=padded["labels"])[0]}
+
+
+def load(library, directory, device):
+    """(model, optimizer), in training mode."""
+    model, _ = on_cpu.load(library.partition(",")[0], directory)
+    model = model.to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.01, fused=True)
+    if library.endswith("compiled"):
+        model = torch.compile(model, dynamic=False)
+    return model, optimizer
+
+
+def loss_of(model, batch, device):
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        return model(**batch).loss
+
+
+def step(model, optimizer, batch, device):
+    loss = loss_of(model, batch, device)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.item()
+
+
+def model_flops(config, lengths, picked):
+    """FLOPs of a step that computes what the loss depends on, without the last layer's rows that nobody reads."""
+    D, L, F = config.hidden_size, config.num_hidden_layers, config.intermediate_size
+    linear = sum(lengths) * L * (8 * D * D + 4 * D * F)
+    attention = L * 4 * D * sum(n * n for n in lengths)
+    head = picked * (2 * D * D + 2 * D * config.vocab_size)
+    return 3 * (linear + attention + head)
+
+
+def run_case(name, lengths, models, config, device, ceiling, rounds, end):
+    batches = {library: batch_of(library, lengths, config.vocab_size, device) for library in models}
+    losses, failed = {}, {}
+    with torch.no_grad():
+        for library, (model, _) in list(models.items()):
+            if library.endswith("compiled"):
+                continue  # the same function; an evaluation would compile it once more
+            model.eval()
+            losses[library] = loss_of(model, batches[library], device).item()
+            model.train()
+    difference = max(losses.values()) - min(losses.values())
+    if difference > (0.02 if device.type == "cuda" else 1e-4):
+        raise AssertionError(f"{name}: the losses differ by {difference:.1e}: {losses}")
+    seconds = {library: [] for library in models}
+    gib = {}
+    for i in range(-2, rounds):
+        if i > 4 and time.monotonic() > end:
+            break
+        for library in list(models)[:: 1 if i % 2 else -1]:
+            if library in failed:
+                continue
+            one = functools.partial(step, *models[library], batches[library], device)
+            try:
+                if i == -1 and device.type == "cuda":
+                    gib[library] = machine.gib_per_call(device, one)
+                start = time.perf_counter()
+                one()
+                if i >= 0:
+                    seconds[library].append(time.perf_counter() - start)
+            except Exception as failure:
+                if library.startswith("fastbert"):
+                    raise
+                failed[library] = f"{type(failure).__name__}: {failure}".partition("\n")[0][:200]
+                models[library][1].zero_grad(set_to_none=True)
+    real = sum(lengths)
+    picked = int((batches["fastbert"]["labels"] != -100).sum())
+    flops = model_flops(config, lengths, picked)
+    row = {
+        "case": name, "tokens_real": real, "tokens_padded": len(lengths) * max(lengths), "picked": picked,
+        "loss_difference": difference, "failed": failed,
+    }  # fmt: skip
+    for library, times in seconds.items():
+        if times:
+            median = statistics.median(times)
+            low, _, high = statistics.quantiles(times, n=4, method="inclusive")
+            row[library] = {
+                "median_ms": round(median * 1e3, 2), "quartiles_ms": [round(low * 1e3, 2), round(high * 1e3, 2)],
+                "real_tokens_per_s": round(real / median), "tflop_per_s": round(flops / median / 1e12, 2),
+                "percent_of_product": round(100 * flops / median / ceiling, 2), "steps": len(times),
+                "gib_of_a_step": gib.get(library),
+            }  # fmt: skip
+    return row
+
+
+def markdown(result):
+    facts = result["machine"]
+    heading = f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}, {result['date']}"
+    if "rehearsal" in facts:
+        heading = f"REHEARSAL, times mean nothing: {heading}"
+    lines = [
+        "# A training step of BERT-base" + (" (rehearsal: a tiny model)" if "rehearsal" in facts else ""),
+        "",
+        f"{heading}. Medians of steps taken in turn; % of the measured rate of a bf16 product, "
+        f"{result['ceilings']['product'] / 1e12:.0f} TFLOP/s.",
+        "",
+        "| batch | library | ms | real tokens/s | TFLOP/s | % | GiB beyond weights | speed |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for case in result["cases"]:
+        rows = {library: case[library] for library in LIBRARIES if library in case}
+        slowest = rows.get("transformers", next(iter(rows.values())))["median_ms"]
+        for library, row in rows.items():
+            memory = "" if row["gib_of_a_step"] is None else f"{row['gib_of_a_step']:.1f}"
+            lines.append(
+                f"| {case['case']} | {library} | {row['median_ms']} | {row['real_tokens_per_s']:,} "
+                f"| {row['tflop_per_s']} | {row['percent_of_product']} | {memory} "
+                f"| {slowest / row['median_ms']:.2f}x |"
+            )
+        lines += [f"| {case['case']} | {library} | {reason} | | | | | |" for library, reason in case["failed"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/<device>")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no further case after this time")
+    parser.add_argument("--rounds", type=int, default=15, help="timed steps of each library")
+    parser.add_argument("--warm", action="store_true", help="only compile, and time nothing")
+    options = parser.parse_args()
+    end = time.monotonic() + options.seconds
+    device = machine.device()
+    folder = options.output or machine.folder(device)
+    libraries = [library for library in LIBRARIES if device.type == "cuda" or not library.endswith("compiled")]
+    with tempfile.TemporaryDirectory() as directory:
+        config = save_weights(directory, device)
+        if options.warm:
+            for lengths in cases(device).values():
+                for library in libraries:
+                    batch = batch_of(library, lengths, config.vocab_size, device)
+                    step(*load(library, directory, device), batch, device)
+            return
+        result = {
+            "what": "BERT-base masked-LM training step: forward, backward, AdamW; bf16 autocast, dropout 0.1",
+            "machine": machine.describe(device), "date": date.today().isoformat(),
+            "ceilings": machine.ceilings(device), "cases": [], "left_out": [],
+        }  # fmt: skip
+        for name, lengths in cases(device).items():
+            if time.monotonic() > end:
+                result["left_out"].append(name)
+                continue
+            models = {library: load(library, directory, device) for library in libraries}
+            row = run_case(name, lengths, models, config, device, result["ceilings"]["product"], options.rounds, end)
+            result["cases"].append(row)
+            del models
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "training_step.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            (folder / "training_step.md").write_text(markdown(result), encoding="utf-8")
+    print(markdown(result))
+    print(f"written to {folder}" + (f"; left out for want of time: {result['left_out']}" if result["left_out"] else ""))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,280 @@
+"""Everything that wants a GPU, in one command of at most ten minutes: `make gpu`.
+
+    python benchmarks/gpu.py              with a GPU: tests, races, tuning, benchmarks, results to commit
+    python benchmarks/gpu.py              without: the same in Triton's interpreter on tiny shapes, a rehearsal
+    python benchmarks/gpu.py --can-run    exit code 0 where this Python sees a GPU and has what is needed
+
+It needs no network, installs nothing, and runs from the repository with any Python that has torch, triton and pytest. A
+step that fails does not stop the next; the exit code says whether all passed. Logs go to runs/gpu, results to
+benchmarks/results/<device>, the launch settings found to kernels/profiles. A rehearsal writes to
+benchmarks/results/rehearsal alone, which git ignores.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).resolve().parent.parent
+NEEDED = ("torch", "triton", "numpy", "safetensors", "tokenizers", "click", "rich", "pytest")
+SECONDS = 585
+# tests that want the device for themselves: its memory, or its time
+ALONE = "repeats or beyond_two_to_the_31 or current_stream"
+
+
+@dataclass
+class Step:
+    """A step of the command. seconds: what it may take at least; what others leave is added."""
+
+    name: str
+    seconds: int
+    script: str | None = None  # of benchmarks/; None: pytest
+    result: str | None = None  # the file it writes among the results
+    pytest: tuple = ()
+
+
+def missing():
+    return [name for name in NEEDED if importlib.util.find_spec(name) is None]
+
+
+def sees_gpu():
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def tests_on_a_device():
+    """The test files that take the `device` fixture, which is the GPU where there is one."""
+    takes = re.compile(r"^def \w+\([^)]*\bdevice\b", re.MULTILINE)
+    files = sorted((ROOT / "tests").glob("test_*.py"))
+    return [str(path.relative_to(ROOT)) for path in files if takes.search(path.read_text(encoding="utf-8"))]
+
+
+def plan(on_gpu):
+    here = ("tests/test_gpu.py", "tests/test_launch.py")
+    together = [*(tests_on_a_device() if on_gpu else here), "-k", f"not ({ALONE})"]
+    if on_gpu and importlib.util.find_spec("xdist"):
+        together += ["-n", str(workers())]
+    return [
+        Step("device", 25, "machine.py", "machine.json"),
+        Step("tests", 175, None, "tests.json", tuple(together)),
+        Step("races", 70, None, "races.json", ("tests/test_gpu.py", "-k", ALONE)),
+        Step("tuning", 105, "tune.py"),
+        Step("ops", 135, "bench_ops.py", "ops.json"),
+        Step("training step", 75, "bench_training_step_gpu.py", "training_step.json"),
+    ]
+
+
+def workers():
+    """Processes that share the GPU, each with some gigabytes."""
+    import torch
+
+    gib = torch.cuda.get_device_properties(0).total_memory // 2**30
+    return max(1, min(8, (os.cpu_count() or 2) // 2, gib // 16))
+
+
+class Background:
+    """Compiles what the later steps time, into the caches on disk, while the tests run."""
+
+    def __init__(self, environment, logs):
+        n = workers()
+        # each process would otherwise start as many compilers as there are cores
+        environment = {**environment, "TORCHINDUCTOR_COMPILE_THREADS": "2"}
+        commands = [["benchmarks/bench_training_step_gpu.py", "--warm"]]
+        commands += [
+            [f"benchmarks/{script}.py", "--warm", f"{i}/{n}"] for script in ("tune", "bench_ops") for i in range(n)
+        ]
+        self.processes = [start([sys.executable, *command], logs / "compile.log", environment) for command in commands]
+
+    def wait(self, until):
+        """Wait for them, not past `until`; then end those that are still at it."""
+        while any(process.poll() is None for process in self.processes) and time.monotonic() < until:
+            time.sleep(0.2)
+        for process in self.processes:
+            end(process)
+
+
+def start(command, log, environment):
+    with open(log, "a", encoding="utf-8") as file:
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+
+def end(process):
+    """End a process and what it started."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def run(step, seconds, environment, logs, rehearsal=None):
+    """Run a step. (how it ended, how long it took, the last line that it said). rehearsal: where its results go."""
+    log = logs / f"{step.name.replace(' ', '_')}.log"
+    log.unlink(missing_ok=True)
+    if step.script:
+        command = [sys.executable, f"benchmarks/{step.script}"]
+        if step.name != "device":
+            command += ["--seconds", str(int(seconds * 0.85))]
+        if rehearsal:
+            # settings of the interpreter are of no use to anybody
+            command += ["--output", str(rehearsal / "profile.json" if step.name == "tuning" else rehearsal)]
+            command += ["--rounds", "2"] * (step.name in ("ops", "training step"))
+    else:
+        xml = logs / f"{step.name}.xml"
+        command = [sys.executable, "-m", "pytest", "-rfE", "--tb=short", f"--junit-xml={xml}", *step.pytest]
+    began = time.monotonic()
+    process = start(command, log, environment)
+    said = 0
+    try:
+        while process.poll() is None and time.monotonic() - began < seconds:
+            time.sleep(0.2)
+            said = echo(log, said, step)
+        late = process.poll() is None
+    finally:
+        end(process)
+    echo(log, said, step)
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    status = "out of time" if late else "passed" if process.returncode == 0 else "FAILED"
+    return status, time.monotonic() - began, lines[-1] if lines else ""
+
+
+def echo(log, said, step):
+    """Show the lines of a benchmark as they come; a test's log is long, and only told about at its end."""
+    if not step.script:
+        return said
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    for line in lines[said:-1]:
+        if line.strip():
+            print(f"    {line[:160]}", flush=True)
+    return len(lines) - 1
+
+
+def counts(xml, file):
+    """Write how many tests passed, and which did not."""
+    if not xml.exists():
+        return
+    cases = list(ElementTree.parse(xml).iter("testcase"))
+    bad = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
+    skipped = [case for case in cases if case.find("skipped") is not None]
+    content = {
+        "passed": len(cases) - len(bad) - len(skipped), "skipped": len(skipped), "failed": len(bad),
+        "failures": [f"{case.get('classname')}::{case.get('name')}" for case in bad],
+    }  # fmt: skip
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def highlights(results):
+    """Lines on what was measured, from the result files that are there."""
+
+    def read(name):
+        file = results / name
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+    ops, step = read("ops.json"), read("training_step.json")
+    lines = []
+    if ops:
+        cases = {}
+        for row in ops["rows"]:
+            cases.setdefault(row["case"], []).append(row)
+        for name, (ours, *others) in cases.items():
+            best = min(others, key=lambda row: row["both_us"], default=None)
+            against = f"{best['times_fastbert']}x against the best other, {best['variant']}" if best else "no other"
+            lines.append(
+                f"{name}: {ours['forward_percent_of_ceiling']} % and {ours['backward_percent_of_ceiling']} % of the "
+                f"ceiling, forward and backward; {against}"
+            )
+    for case in step["cases"] if step else ():
+        packed = case.get("fastbert, packed")
+        others = [case[library] for library in ("transformers", "transformers, compiled") if library in case]
+        if packed and others:
+            times = min(row["median_ms"] for row in others) / packed["median_ms"]
+            lines.append(
+                f"training step, {case['case']}: {packed['real_tokens_per_s']:,} real tokens/s, "
+                f"{packed['percent_of_product']} % of the product's rate, {times:.2f}x transformers"
+            )
+    return lines
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--can-run", action="store_true", help="only say whether this Python will do for a GPU")
+    names = [step.name for step in plan(False)]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="these steps")
+    parser.add_argument("--output", type=Path, help="results of a rehearsal; default: benchmarks/results/rehearsal")
+    options = parser.parse_args()
+    lacking = missing()
+    if options.can_run:
+        sys.exit(bool(lacking) or not sees_gpu())
+    if lacking:
+        sys.exit(f"{sys.executable} lacks {', '.join(lacking)}")
+
+    began = time.monotonic()
+    on_gpu = sees_gpu()
+    if on_gpu and options.output:
+        parser.error("--output is for rehearsals: results of a GPU go where they are committed")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("FASTBERT_")}
+    environment |= {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    rehearsal = None
+    if on_gpu:
+        environment.pop("TRITON_INTERPRET", None)
+        import torch
+
+        name = torch.cuda.get_device_name().lower().replace(" ", "_").replace("/", "_")
+        results, logs = ROOT / "benchmarks" / "results" / name, ROOT / "runs" / "gpu"
+        print(f"{name}: results go to {results}, logs to {logs}")
+    else:
+        environment |= {"TRITON_INTERPRET": "1", "FASTBERT_IMPL": "triton", "OMP_NUM_THREADS": "1"}
+        results = rehearsal = options.output or ROOT / "benchmarks" / "results" / "rehearsal"
+        logs = results / "logs"
+        shutil.rmtree(results, ignore_errors=True)
+        print("no GPU: a REHEARSAL in Triton's interpreter, on tiny shapes. No time below means anything")
+    logs.mkdir(parents=True, exist_ok=True)
+    (logs / "compile.log").unlink(missing_ok=True)
+
+    todo = [step for step in plan(on_gpu) if step.name in options.only]
+    told, background = [], None
+    for i, step in enumerate(todo):
+        if on_gpu and step.name == "tests":
+            background = Background(environment, logs)
+        if background and step.name not in ("device", "tests"):
+            # not while something is timed; they may have what the tests have left, and a little more
+            background.wait(began + 215)
+            background = None
+        later = sum(other.seconds for other in todo[i + 1 :])
+        seconds = max(SECONDS - (time.monotonic() - began) - later, 10)
+        print(f"[{i + 1}/{len(todo)}] {step.name}, at most {seconds:.0f} s", flush=True)
+        status, took, last = run(step, seconds, environment, logs, rehearsal)
+        if not step.script:
+            counts(logs / f"{step.name}.xml", results / step.result)
+        print(f"    {status} in {took:.0f} s: {last[:160]}", flush=True)
+        told.append((step, status, took, last))
+    if background:
+        background.wait(0)
+
+    title = "REHEARSAL, without a GPU: no time means anything" if rehearsal else f"make gpu on {results.name}"
+    lines = [f"# {title}", "", "| step | | seconds | said |", "|---|---|---|---|"]
+    lines += [f"| {step.name} | {status} | {took:.0f} | {last[:200]} |" for step, status, took, last in told]
+    found = [] if rehearsal else highlights(results)
+    lines += ["", *[f"- {line}" for line in found]] if found else []
+    summary = "\n".join(lines) + "\n"
+    results.mkdir(parents=True, exist_ok=True)
+    (results / "summary.md").write_text(summary, encoding="utf-8")
+    print(f"\n{summary}\n{time.monotonic() - began:.0f} s in all. Results: {results}; logs: {logs}")
+    if on_gpu:
+        print("To keep them: git add benchmarks/results kernels/profiles && git commit")
+    sys.exit(any(status != "passed" for _, status, _, _ in told))
+
+
+if __name__ == "__main__":
+    main()
