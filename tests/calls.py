@@ -106,9 +106,20 @@ def _embedding(types):
     return dict(**ids, **tables, weight=torch.randn(37), bias=torch.randn(37), padding_idx=2, **_dropout())
 
 
+def _pooling(**options):
+    # two rows more than the sequences have
+    return dict(hidden=torch.randn(11, 37), cu_seqlens=cu_seqlens_of([3, 0, 6], "cpu")) | options
+
+
 def _masked_cross_entropy(**options):
     labels = torch.tensor([3, -100, 36, 0, 7, -100, 3])
     return dict(hidden=torch.randn(7, 24), weight=torch.randn(37, 24), bias=torch.randn(37), labels=labels) | options
+
+
+def _contrastive_cross_entropy(**options):
+    # two hard negatives, and a query without a document
+    labels = torch.tensor([2, 0, -100, 5, 1])
+    return dict(query=torch.randn(5, 24), document=torch.randn(7, 24), labels=labels, scale=torch.tensor(2.0)) | options
 
 
 CALLS = {
@@ -117,11 +128,29 @@ CALLS = {
     "attention-some_rows": Call("attention", _attention_of_some_rows, ("q", "k")),
     "attention-apart": Call("attention", _attention_apart, ("q", "k", "v")),
     "layer_norm": Call("layer_norm", _layer_norm, ("x", "residual")),
-    "layer_norm-bare": Call("layer_norm", lambda: _layer_norm(residual=None, dropout_p=0.0), ("x",)),
+    "layer_norm-bare": Call(
+        "layer_norm", lambda: _layer_norm(residual=None, weight=None, bias=None, dropout_p=0.0, seed=None), ("x",)
+    ),
     "bias_gelu": Call("bias_gelu", lambda: _bias_gelu("none"), ("x",)),
     "bias_gelu-tanh": Call("bias_gelu", lambda: _bias_gelu("tanh"), ("x",)),
     "gelu_layer_norm": Call("gelu_layer_norm", _gelu_layer_norm, ("x",)),
     "embedding": Call("embedding", lambda: _embedding(2), ("input_ids", "position_ids", "token_type_ids")),
     "embedding-three_types": Call("embedding", lambda: _embedding(3), ("input_ids", "position_ids", "token_type_ids")),
+    "pooling": Call("pooling", lambda: _pooling(mode="mean", normalize=True), ("hidden",)),
+    "pooling-max": Call("pooling", lambda: _pooling(mode="max"), ("hidden",)),
     "masked_cross_entropy": Call("masked_cross_entropy", _masked_cross_entropy, ("hidden", "labels"), exact=False),
-}
+    "masked_cross_entropy-picked": Call(
+        "masked_cross_entropy", lambda: _masked_cross_entropy(bias=None, max_picks=6, z_loss=0.01, label_smoothing=0.1),
+        ("hidden", "labels"), exact=False,
+    ),
+    "masked_cross_entropy-low_memory": Call(
+        "masked_cross_entropy", lambda: _masked_cross_entropy(low_memory=True), ("hidden", "labels"), exact=False
+    ),
+    "contrastive_cross_entropy": Call(
+        "contrastive_cross_entropy", _contrastive_cross_entropy, ("query", "labels"), exact=False
+    ),
+    "contrastive_cross_entropy-symmetric": Call(
+        "contrastive_cross_entropy", lambda: _contrastive_cross_entropy(symmetric=True), ("query", "labels"),
+        exact=False,
+    ),
+}  # fmt: skip
