@@ -46,6 +46,8 @@ class MaskedLMOutput:
 class Model(nn.Module):
     """An encoder, and what all heads share: directories in and out."""
 
+    OPTIONAL = ()  # modules that a checkpoint may lack: then the model does without
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -60,7 +62,7 @@ class Model(nn.Module):
         that the checkpoint lacks starts fresh, with a warning that names it. Raises ValueError when the encoder is
         incomplete, when a shape disagrees with config.json, or when a file cannot be read.
         """
-        return pretrained.load(cls, directory, allow_pickle=allow_pickle, dtype=dtype, **changes)
+        return pretrained.load(cls, directory, head=cls.__name__, allow_pickle=allow_pickle, dtype=dtype, **changes)
 
     def save_pretrained(self, directory):
         """Write config.json and model.safetensors under HuggingFace's names; transformers loads the directory."""

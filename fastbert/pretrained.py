@@ -16,8 +16,11 @@ from .encoder import initialize
 WEIGHTS, PICKLED_WEIGHTS = "model.safetensors", "pytorch_model.bin"
 
 
-def load(cls, directory, *, allow_pickle=False, dtype=torch.float32, **changes):
-    """A model of class `cls` from a directory, in evaluation mode: see `MaskedLM.from_pretrained`."""
+def load(make, directory, *, head, other=None, allow_pickle=False, dtype=torch.float32, **changes):
+    """A model from a directory, in evaluation mode: see `Model.from_pretrained`.
+
+    make: gives the model of a config. head: its class's name. other: parameters by our names that lie elsewhere.
+    """
     directory = Path(directory)
     if "num_labels" in changes:
         changes.setdefault("labels", None)
@@ -25,9 +28,16 @@ def load(cls, directory, *, allow_pickle=False, dtype=torch.float32, **changes):
     stored = variants.from_hf_names(_stored(directory, allow_pickle), config)
     # no memory yet: each tensor is read once, into the model
     with torch.device("meta"):
-        model = cls(config)
+        model = make(config)
+    other = other or {}
+    for name in model.OPTIONAL:
+        if (
+            getattr(model, name) is not None
+            and variants.hf_names([f"{name}.weight"], config, head)[f"{name}.weight"] not in stored
+        ):
+            setattr(model, name, None)
     own = model.state_dict()
-    names = variants.hf_names(own, config, cls.__name__)
+    names = variants.hf_names([name for name in own if name not in other], config, head)
 
     missing = [ours for ours, theirs in names.items() if theirs not in stored]
     lost = [names[ours] for ours in missing if ours.startswith("encoder.")]
@@ -51,17 +61,19 @@ def load(cls, directory, *, allow_pickle=False, dtype=torch.float32, **changes):
         warnings.warn(f"{directory} has tensors that this model does not use: {', '.join(unknown)}", stacklevel=3)
 
     tensors = {ours: stored[theirs][1]().to(dtype) for ours, theirs in names.items() if theirs in stored}
+    tensors |= {ours: x.to(dtype) for ours, x in other.items()}
     model.load_state_dict(tensors, strict=False, assign=True)
     return model.eval()
 
 
-def save(model, directory):
-    """Write config.json and model.safetensors under HuggingFace's names."""
+def save(model, directory, *, elsewhere=()):
+    """Write config.json and model.safetensors under HuggingFace's names; parameters `elsewhere.` are left out."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     head = type(model).__name__
-    names = variants.hf_names(model.state_dict(), model.config, head)
-    tensors = {names[ours]: tensor.detach().contiguous() for ours, tensor in model.state_dict().items()}
+    own = {name: x for name, x in model.state_dict().items() if not name.startswith(elsewhere)}
+    names = variants.hf_names(own, model.config, head)
+    tensors = {names[ours]: tensor.detach().contiguous() for ours, tensor in own.items()}
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
     architectures = variants.family(model.config.model_type).architectures
     if head not in architectures:

@@ -65,6 +65,7 @@ def _heads(name, **others):
         "TokenClassifier": f"{name}ForTokenClassification",
         "QuestionAnswerer": f"{name}ForQuestionAnswering",
         "MultipleChoice": f"{name}ForMultipleChoice",
+        "SentenceEmbedder": f"{name}Model",
         **others,
     }
 
@@ -463,6 +464,23 @@ def read_config(path):
         return config_from_hf(values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def has_pooler(config):
+    """Whether HuggingFace's bare encoder has a pooler."""
+    row = FAMILIES[config.model_type]
+    return row.names.get("pooler", "").startswith(row.prefix)
+
+
+def special_tokens(tokenizer, config):
+    """What a tokenizer_config.json says of the special tokens of a tokenizers.Tokenizer."""
+    names = {"cls_token": ("[CLS]", "<s>"), "sep_token": ("[SEP]", "</s>"), "unk_token": ("[UNK]", "<unk>"),
+             "mask_token": ("[MASK]", "<mask>")}  # fmt: skip
+    found = {
+        key: next((t for t in tokens if tokenizer.token_to_id(t) is not None), None) for key, tokens in names.items()
+    }
+    found["pad_token"] = tokenizer.id_to_token(config.pad_token_id)
+    return {key: token for key, token in found.items() if token is not None}
 
 
 def hf_names(names, config, head=None):
