@@ -181,11 +181,41 @@ def fill_mask(model, top_k, text):
 
 
 @main.command(cls=Command)
-def doctor():
-    """Print versions, the device, and which implementation the ops use here."""
-    from .doctor import doctor as examine
+@click.option("--allow-pickle", is_flag=True, help="Read pytorch_model.bin: its tensors only, no code in it is run.")
+@click.argument("source")
+@click.argument("destination")
+def convert(source, destination, allow_pickle):
+    """Rewrite the model directory SOURCE as DESTINATION, in the form that transformers stores today."""
+    from .convert import convert as rewrite
 
-    for line in examine():
+    model = rewrite(source, destination, allow_pickle=allow_pickle)
+    count = sum(x.numel() for x in model.parameters())
+    kind = f"{type(model).__name__} of model type {model.config.model_type}"
+    click.echo(f"{destination}: a {kind}, {count / 1e6:.2f} M parameters")
+
+
+@main.command(cls=Command)
+@click.option("--compile", "compiles", is_flag=True, help="Compile the kernels, for GPUs that need not be here.")
+@click.option("--arch", "archs", multiple=True, help="GPUs: sm_80 sm_86 sm_89 sm_90 sm_100 gfx942.  [default: sm_80]")
+@click.option("--dtype", "dtypes", multiple=True, help="bf16 fp16 fp32.  [default: bf16 fp32]")
+@click.option("--model", "models", multiple=True, help="bert-base bert-large minilm deberta-base.  [default: all]")
+@click.option("--op", "ops", multiple=True, help="Functions of fastbert.ops.  [default: all]")
+@click.option("--candidates", is_flag=True, help="Also the settings that a search would try.")
+@click.option("--json", "json_file", metavar="FILE", help="Where the figures go, beside the screen.")
+def doctor(compiles, archs, dtypes, models, ops, candidates, json_file):
+    """Print versions, the device, and which implementation the ops use here.
+
+    With --compile: registers, spills, shared memory, occupancy and instructions of every kernel, as the compiler made
+    it for --arch. Exit code 1 if one spills, uses atomics, overflows an offset or misses the tensor cores.
+    """
+    from . import doctor as script
+
+    if compiles:
+        well = script.doctor_compile(archs, dtypes, models, ops, candidates=candidates, json_file=json_file)
+        sys.exit(0 if well else 1)
+    if archs or dtypes or models or ops or candidates or json_file:
+        raise ValueError("--arch, --dtype, --model, --op, --candidates and --json go with --compile")
+    for line in script.doctor():
         click.echo(line)
 
 

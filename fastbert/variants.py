@@ -451,8 +451,8 @@ def config_to_hf(config):
     return values
 
 
-def read_config(path):
-    """The EncoderConfig of a config.json, ours or HuggingFace's. Raises ValueError with the path."""
+def read_values(path):
+    """The contents of a config.json. Raises ValueError with the path."""
     path = Path(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -460,6 +460,12 @@ def read_config(path):
         raise ValueError(f"{path} is not a readable JSON file: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}: expected a JSON object")
+    return values
+
+
+def read_config(path):
+    """The EncoderConfig of a config.json, ours or HuggingFace's. Raises ValueError with the path."""
+    values = read_values(path)
     try:
         return config_from_hf(values)
     except ValueError as error:

@@ -1,0 +1,51 @@
+"""Any checkpoint of the family, rewritten as today's transformers and sentence-transformers store it."""
+
+import shutil
+from pathlib import Path
+
+from . import heads, variants
+from .sentences import SentenceEmbedder
+
+# files beside the weights that go along as they are
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
+    "vocab.json", "merges.txt", "spm.model", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
+
+
+def load(directory, *, allow_pickle=False):
+    """The model of a directory, of the class that its files name: see `convert`. Raises ValueError."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is no directory")
+    if (directory / "modules.json").exists():
+        return SentenceEmbedder.from_pretrained(directory, allow_pickle=allow_pickle)
+    values = variants.read_values(directory / "config.json")
+    table = variants.family(values.get("model_type", "bert")).architectures
+    known = {architecture: head for head, architecture in table.items()}
+    named = [name for name in values.get("architectures") or [] if name in known]
+    if not named:
+        raise ValueError(
+            f"{directory / 'config.json'} names no architecture that is known: has {values.get('architectures')}, "
+            f"expected one of {', '.join(known)}"
+        )
+    head = known[named[0]]
+    cls = SentenceEmbedder if head == "SentenceEmbedder" else getattr(heads, head)
+    return cls.from_pretrained(directory, allow_pickle=allow_pickle)
+
+
+def convert(source, destination, *, allow_pickle=False):
+    """Read a model directory and write it anew: one model.safetensors under today's names, its tokenizer beside it.
+
+    Reads one file or shards, old names, a bare encoder or any head, and pytorch_model.bin with `allow_pickle`. Returns
+    the model. Raises ValueError when the source cannot be read or the destination already has a model.
+    """
+    destination = Path(destination)
+    if (destination / "config.json").exists():
+        raise ValueError(f"{destination} already has a model: choose another directory")
+    model = load(source, allow_pickle=allow_pickle)
+    model.save_pretrained(destination)
+    for name in TOKENIZER_FILES:
+        if (Path(source) / name).exists() and not (destination / name).exists():
+            shutil.copy(Path(source) / name, destination / name)
+    return model
