@@ -455,7 +455,9 @@ def embedding(
         z = z + F.embedding(token_type_ids, token_type)
     if position is not None:
         z = z + F.embedding(position_ids, position)
-    return dropout(layer_norm(z, weight, bias, eps=eps, dtype=dtype or word.dtype), dropout_p, seed, offset)
+    wanted = dtype or word.dtype
+    z = layer_norm(z, weight, bias, eps=eps, dtype=torch.promote_types(word.dtype, wanted))
+    return dropout(z, dropout_p, seed, offset).to(wanted)
 
 
 def pooling(hidden, cu_seqlens, *, mode="mean", normalize=False, eps=1e-12, dtype=None):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import LAYOUTS, assert_same_bits, assert_within_budget
 
 from fastbert import reference
@@ -48,6 +49,18 @@ def test_mixed_dtypes(dtypes, approximate, device):
 
 
 @both
+def test_without_a_bias(approximate, device):
+    x, _ = make(13, 37, device)
+    check(x, None, approximate)
+    zero = torch.zeros(37, device=device)
+    cotangent = torch.randn(13, 37).to(device)
+    leaf = x.requires_grad_()
+    y = bias_gelu(leaf, None, approximate=approximate)
+    (dx,) = torch.autograd.grad(y, leaf, cotangent)
+    assert_same_bits((y, dx), run(x, zero, cotangent, approximate=approximate)[:2])
+
+
+@both
 def test_more_rows_than_programs(approximate, device):
     check(*make(150, 40, device), approximate)
 
@@ -66,6 +79,16 @@ def test_extreme_inputs(dtype, approximate, device):
     # below 1e4 the differences stay small enough to compare with the budget
     rest = torch.cat([x[:4], x[8:]])
     check(rest, torch.zeros(3, device=device, dtype=dtype), approximate)
+
+
+@both
+def test_subnormal_inputs(approximate, device):
+    """Half of each remains, and the slope is a half. What fp16 can hold is not small to fp32."""
+    for dtype, tiny in ((torch.float16, 2**-23), (torch.float32, 2**-124)):
+        x = torch.tensor([[tiny, -tiny, 4 * tiny, -4 * tiny]], device=device, dtype=dtype)
+        y, dx, _ = run(x, torch.zeros(4, device=device, dtype=dtype), approximate=approximate)
+        torch.testing.assert_close(y, F.gelu(x.double(), approximate=approximate).to(dtype), rtol=1e-5, atol=0)
+        torch.testing.assert_close(dx, torch.full_like(dx, 0.5), rtol=1e-6, atol=0)
 
 
 @both
@@ -121,6 +144,8 @@ def test_operators_are_well_formed(approximate, device):
     x, bias = make(5, 37, device)
     torch.library.opcheck(torch.ops.fastbert.bias_gelu_fwd, (x, bias, approximate))
     torch.library.opcheck(torch.ops.fastbert.bias_gelu_bwd, (x, x, bias, approximate))
+    torch.library.opcheck(torch.ops.fastbert.bias_gelu_fwd, (x, None, approximate))
+    torch.library.opcheck(torch.ops.fastbert.bias_gelu_bwd, (x, x, None, approximate))
 
 
 @both

@@ -30,10 +30,18 @@ def check(args, **kwargs):
 
 
 def run(args, cotangent=None, op=embedding, **kwargs):
-    """The output and the five gradients, for `cotangent` as it lies in memory."""
-    inputs = [t.detach().requires_grad_() for t in args[3:]]
+    """The output and the gradients, five if nothing is absent, for `cotangent` as it lies in memory."""
+    inputs = [t if t is None else t.detach().requires_grad_() for t in args[3:]]
     y = op(*args[:3], *inputs, **kwargs)
-    return y, *torch.autograd.grad(y, inputs, torch.ones_like(y) if cotangent is None else cotangent)
+    leaves = [t for t in inputs if t is not None]
+    return y, *torch.autograd.grad(y, leaves, torch.ones_like(y) if cotangent is None else cotangent)
+
+
+def without(args, *absent):
+    """`args` where the tables named (with their ids), or the bias, are None."""
+    places = dict(position=(1, 4), types=(2, 5), bias=(7,))
+    gone = [i for name in absent for i in places[name]]
+    return [None if i in gone else a for i, a in enumerate(args)]
 
 
 @pytest.fixture
@@ -59,6 +67,43 @@ def test_half_precision(D, dropout_p, device):
 @dropouts
 def test_numbers_of_types(types, dropout_p, device):
     check(make(13, 37, device, types=types), **dropping(dropout_p, device))
+
+
+@pytest.mark.parametrize("absent", ["position", "types", "bias", "position types", "position types bias"])
+@pytest.mark.parametrize("types", [2, 3])
+def test_absent_tables(types, absent, device, small_chunks):
+    args = without(make(33, 37, device, types=types), *absent.split())
+    check(args, **dropping(0.3, device))
+    check(args, padding_idx=3)
+
+
+def test_a_table_without_ids_is_refused(device):
+    args = make(5, 8, device)
+    for i, name in ((1, "position_ids"), (5, "token_type_ids")):
+        with pytest.raises(ValueError, match=f"{name} and"):
+            embedding(*(None if j == i else a for j, a in enumerate(args)))
+
+
+def test_ids_may_be_int32(device):
+    args = make(13, 37, device)
+    narrow = [t.int() if i < 3 else t for i, t in enumerate(args)]
+    assert_same_bits(run(narrow), run(args))
+
+
+def test_result_in_a_wider_dtype(device):
+    """It is not rounded on the way; gradients keep their arguments' dtypes."""
+    args = make(13, 96, device, torch.float16)
+    check(args, dtype=torch.float32, **dropping(0.3, device))
+    y, *gradients = run(args, dtype=torch.float32)
+    assert y.dtype == torch.float32 and {g.dtype for g in gradients} == {torch.float16}
+    assert not torch.equal(y, y.half().float())
+
+
+def test_result_in_a_narrower_dtype(device):
+    """It is rounded once."""
+    args, cotangent = make(13, 96, device), torch.randn(13, 96).to(device, torch.float16)
+    y, *gradients = run(args, cotangent.float())
+    assert_same_bits(run(args, cotangent, dtype=torch.float16), (y.half(), *gradients))
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float16, torch.float32), (torch.float32, torch.float16)], ids=str)
@@ -109,6 +154,14 @@ def test_the_padding_row_gets_no_gradient(padding_idx, device, small_chunks):
     dword, dposition = run(args, torch.randn(33, 8, device=device), padding_idx=padding_idx)[1:3]
     assert torch.equal(dword[padding_idx], torch.zeros_like(dword[padding_idx]))
     assert dword.any(1).sum() == len(set(args[0].tolist())) - 1 and dposition[padding_idx % P].any()
+
+
+def test_all_tables_share_one_sort(device, monkeypatch):
+    calls = []
+    sort = torch.sort
+    monkeypatch.setattr(torch, "sort", lambda *args, **kwargs: calls.append(args) or sort(*args, **kwargs))
+    run(make(33, 8, device, types=3))
+    assert len(calls) == 1
 
 
 def test_every_token_is_padding(device, small_chunks):
@@ -185,6 +238,10 @@ def test_operators_are_well_formed(types, device):
     torch.library.opcheck(torch.ops.fastbert.embedding_fwd, (*args, 1e-12, 0.3, seed, 2))
     torch.library.opcheck(torch.ops.fastbert.embedding_fwd, (*args, 1e-12, 0.0, None, 0))
     torch.library.opcheck(torch.ops.fastbert.embedding_bwd, (y, *args, mean, rstd, 0, 0.3, seed, 2))
+    torch.library.opcheck(torch.ops.fastbert.embedding_bwd, (y, *args, mean, rstd, -1, 0.0, None, 0))
+    args = without(args, "position", "types", "bias")
+    wide = dict(dtype=torch.float16)
+    torch.library.opcheck(torch.ops.fastbert.embedding_fwd, (*args, 1e-12, 0.0, None, 0), wide)
     torch.library.opcheck(torch.ops.fastbert.embedding_bwd, (y, *args, mean, rstd, -1, 0.0, None, 0))
 
 

@@ -50,11 +50,46 @@ def test_mixed_dtypes(half, approximate, device):
 
 
 @both
+@pytest.mark.parametrize("absent", ["bias", "ln_bias", "both"])
+def test_absent_biases(absent, approximate, device):
+    x, bias, weight, ln_bias = make(13, 37, device)
+    bias = bias if absent == "ln_bias" else None
+    ln_bias = ln_bias if absent == "bias" else None
+    check(x, bias, weight, ln_bias, approximate=approximate)
+    zero = torch.zeros(37, device=device)
+    present = run(x, zero if bias is None else bias, weight, zero if ln_bias is None else ln_bias)
+    leaf = x.requires_grad_()
+    y = gelu_layer_norm(leaf, bias, weight, ln_bias)
+    assert_same_bits((y, *torch.autograd.grad(y, leaf, torch.ones_like(y))), present[:2])
+
+
+def test_result_in_a_wider_dtype(device):
+    """It is not rounded on the way; gradients keep their arguments' dtypes."""
+    args = make(13, 96, device, torch.float16)
+    check(*args, dtype=torch.float32)
+    y, *gradients = run(*args, dtype=torch.float32)
+    assert y.dtype == torch.float32 and {g.dtype for g in gradients} == {torch.float16}
+    assert not torch.equal(y, y.half().float())
+
+
+def test_result_in_a_narrower_dtype(device):
+    """It is rounded once."""
+    args, cotangent = make(13, 96, device), torch.randn(13, 96).to(device, torch.float16)
+    y, *gradients = run(*args, cotangent=cotangent.float())
+    assert_same_bits(run(*args, cotangent=cotangent, dtype=torch.float16), (y.half(), *gradients))
+
+
+def test_rows_that_are_too_wide_are_refused(device):
+    with pytest.raises(ValueError, match="8193 columns"):
+        gelu_layer_norm(*make(2, 8193, device))
+
+
+@both
 def test_more_rows_than_programs(approximate, device):
     check(*make(75, 256, device), approximate=approximate)
 
 
-@pytest.mark.parametrize("D", [300, 5000])
+@pytest.mark.parametrize("D", [300, 312, 1023, 5000])
 def test_wide_rows(D, device):
     check(*make(2, D, device))
 
@@ -125,6 +160,11 @@ def test_operators_are_well_formed(approximate, device):
     _, mean, rstd = torch.ops.fastbert.gelu_layer_norm_fwd(x, *rest, approximate, 1e-12)
     torch.library.opcheck(torch.ops.fastbert.gelu_layer_norm_fwd, (x, *rest, approximate, 1e-12))
     torch.library.opcheck(torch.ops.fastbert.gelu_layer_norm_bwd, (x, x, *rest, mean, rstd, approximate))
+    absent = (None, rest[1], None)
+    torch.library.opcheck(
+        torch.ops.fastbert.gelu_layer_norm_fwd, (x, *absent, approximate, 1e-12), dict(dtype=torch.float16)
+    )
+    torch.library.opcheck(torch.ops.fastbert.gelu_layer_norm_bwd, (x, x, *absent, mean, rstd, approximate))
 
 
 @both

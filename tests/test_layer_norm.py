@@ -6,6 +6,7 @@ from helpers import LAYOUTS, assert_same_bits, assert_within_budget
 from torch.utils.checkpoint import checkpoint
 
 from fastbert import reference
+from fastbert.kernels import _launch
 from fastbert.kernels.layer_norm import layer_norm
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -29,9 +30,10 @@ def check(x, weight, bias, residual, **kwargs):
 
 def run(x, weight, bias, residual, cotangent=None, op=layer_norm, **kwargs):
     """The output and the four gradients, for `cotangent` as it lies in memory."""
-    inputs = [t.detach().requires_grad_() for t in (x, weight, bias, residual)]
+    inputs = [t if t is None else t.detach().requires_grad_() for t in (x, weight, bias, residual)]
     y = op(*inputs[:3], residual=inputs[3], **kwargs)
-    return y, *torch.autograd.grad(y, inputs, torch.ones_like(y) if cotangent is None else cotangent)
+    leaves = [t for t in inputs if t is not None]
+    return y, *torch.autograd.grad(y, leaves, torch.ones_like(y) if cotangent is None else cotangent)
 
 
 @dropouts
@@ -66,15 +68,74 @@ def test_more_rows_than_programs(dropout_p, device):
     check(*make(75, 256, device), **dropping(dropout_p, device))
 
 
-@pytest.mark.parametrize("D", [300, 1056, 5000, 16384])
+@pytest.mark.parametrize("D", [300, 312, 1023, 1056, 5000, 8192])
 def test_wide_rows(D, device):
     check(*make(2, D, device), **dropping(0.3, device))
 
 
-@pytest.mark.parametrize("eps", [1e-12, 1e-5])
-def test_small_spread_on_a_large_mean(eps, device):
+def test_rows_that_are_too_wide_are_refused(device):
+    x, weight, bias, _ = make(2, 8193, device)
+    with pytest.raises(ValueError, match="8193 columns: the kernels hold at most 8192"):
+        layer_norm(x, weight, bias)
+
+
+@dropouts
+@pytest.mark.parametrize("absent", ["weight", "bias", "weight and bias"])
+def test_absent_parameters(absent, dropout_p, device):
+    x, weight, bias, residual = make(13, 37, device)
+    weight, bias = (None if name in absent else p for name, p in (("weight", weight), ("bias", bias)))
+    check(x, weight, bias, residual, **dropping(dropout_p, device))
+    ones, zeros = torch.ones(37, device=device), torch.zeros(37, device=device)
+    present = run(x, ones if weight is None else weight, zeros if bias is None else bias, None)
+    y, dx, *_ = run(x, weight, bias, None)
+    assert_same_bits((y, dx), present[:2])
+
+
+def test_result_in_a_wider_dtype(device):
+    """It is not rounded on the way; gradients keep their arguments' dtypes."""
+    args = make(13, 96, device, torch.float16)
+    check(*args, dtype=torch.float32)
+    y, *gradients = run(*args, dtype=torch.float32)
+    assert y.dtype == torch.float32 and {g.dtype for g in gradients} == {torch.float16}
+    assert not torch.equal(y, y.half().float())
+
+
+def test_result_in_a_narrower_dtype(device):
+    """It is rounded once."""
+    args, cotangent = make(13, 96, device), torch.randn(13, 96).to(device, torch.float16)
+    y, *gradients = run(*args, cotangent.float())
+    assert_same_bits(run(*args, cotangent, dtype=torch.float16), (y.half(), *gradients))
+
+
+@pytest.mark.parametrize("eps", [1e-12, 1e-7, 1e-5])
+@pytest.mark.parametrize("spread", [1e-3, 1.0])
+@pytest.mark.parametrize("mean", [1e2, 1e4, 1e6])
+def test_small_spread_on_a_large_mean(mean, spread, eps, device):
     x, weight, bias, _ = make(13, 96, device)
-    check(x * 1e-2 + 1e4, weight, bias, None, eps=eps)
+    check(x * spread + mean, weight, bias, None, eps=eps)
+
+
+@pytest.mark.parametrize("D", [8, 312, 37])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_odd_places_in_memory(D, dtype, device):
+    """Rows and parameters that start anywhere, with row strides that no power of two divides."""
+
+    def moved(t):
+        wide = torch.zeros(t.numel() // t.shape[-1] * (D + 3) + 3, device=device, dtype=dtype)
+        view = wide[3:].view(-1, D + 3)[:, :D].view(t.shape) if t.dim() == 1 else wide[3:].view(-1, D + 3)[:, :D]
+        return view.copy_(t)
+
+    args = make(5, D, device, dtype)
+    cotangent = torch.randn(5, D).to(device, dtype)
+    expected = run(*args, cotangent)
+    assert_same_bits(run(*(moved(t) for t in args), moved(cotangent)), expected)
+
+
+def test_partial_sums_stay_few(device):
+    """Fewer programs than multiprocessors for a handful of rows, then one each, then as many as run at once."""
+    places = _launch.multiprocessors()
+    counts = [_launch.row_programs(T, 4, 2) for T in (0, 1, 4 * places, 8 * places, 64 * places)]
+    assert counts == [0, 1, places, places, 2 * places]
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1234.567, 1e8])
@@ -168,6 +229,11 @@ def test_operators_are_well_formed(dropout_p, dtype, device):
     backward = (x, x, weight, bias, residual, mean, rstd, dropout_p, seed, 2)
     torch.library.opcheck(torch.ops.fastbert.layer_norm_bwd, backward)
     torch.library.opcheck(torch.ops.fastbert.layer_norm_fwd, (x, weight, bias, None, 0.0, None, 0, 1e-12))
+    torch.library.opcheck(
+        torch.ops.fastbert.layer_norm_fwd, (x, None, None, None, 0.0, None, 0, 1e-12), dict(dtype=torch.float16)
+    )
+    torch.library.opcheck(torch.ops.fastbert.layer_norm_bwd, (x, x, None, None, None, mean, rstd, 0.0, None, 0))
+    torch.library.opcheck(torch.ops.fastbert.layer_norm_bwd, (x, x, weight, None, None, mean, rstd, 0.0, None, 0))
     torch.library.opcheck(torch.ops.fastbert.layer_norm_bwd, (x, x, weight, bias, None, mean, rstd, 0.0, None, 0))
 
 
