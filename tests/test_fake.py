@@ -3,6 +3,7 @@
 import importlib
 from pathlib import Path
 
+import calls
 import pytest
 import torch
 from helpers import cu_seqlens_of
@@ -134,6 +135,10 @@ def recorded(name, device):
     return recorder.calls
 
 
+def detached(arguments):
+    return [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
+
+
 def registered():
     """Names of all operators of fastbert."""
     for path in (Path(__file__).resolve().parent.parent / "kernels").glob("[!_]*.py"):
@@ -142,16 +147,35 @@ def registered():
     return {name for library, _, name in names if library == "fastbert"}
 
 
+def as_given(x):
+    return x
+
+
+def slice_of_a_wider_tensor(x):
+    return torch.cat((x, x), -1)[..., : x.shape[-1]] if x.dim() else x
+
+
+def recorded_small(name, device, layout):
+    """The operators that one entry of calls.CALLS runs, with floating inputs and incoming gradients laid out so."""
+    call = calls.CALLS[name]
+    arguments = {key: layout(x) if calls.is_floating(x) else x for key, x in call.arguments(device).items()}
+    shapes = [x for x in call(arguments) if x.is_floating_point()]
+    with Recorder() as recorder:
+        call.run(arguments, [layout(torch.randn_like(x)) for x in shapes])
+    return recorder.calls
+
+
 def outline(results):
     results = results if isinstance(results, (tuple, list)) else (results,)
     return [(tuple(x.shape), x.dtype, x.stride(), x.device) for x in results]
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", [*CALLS, *(f"small {name}" for name in calls.CALLS)])
 def test_fakes_are_like_the_real_results(name, device):
-    calls = recorded(name, device)
-    assert calls
-    for operator, arguments, real in calls:
+    small = name.removeprefix("small ")
+    ran = recorded(name, device) if small == name else recorded_small(small, device, as_given)
+    assert ran
+    for operator, arguments, real in ran:
         with FakeTensorMode() as mode:
             fakes = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in arguments]
             fake = operator(*fakes)
@@ -163,9 +187,27 @@ def test_fakes_are_like_the_real_results(name, device):
         assert len(set(places[: len(tensors)])) == len(tensors), operator
 
 
-def test_every_operator_is_called_above(device):
-    called = {operator.name() for name in CALLS for operator, *_ in recorded(name, device)}
-    assert called == {f"fastbert::{name}" for name in registered()}
+def test_every_operator_is_checked(device):
+    checked = {operator.name() for name in calls.CALLS for operator, *_ in recorded_small(name, device, as_given)}
+    assert checked == {f"fastbert::{name}" for name in registered()}
+
+
+@pytest.mark.parametrize("name", calls.CALLS)
+def test_opcheck(name, device):
+    """torch's own tests of an operator: its schema, its fakes, its registration, and as part of a dynamic graph.
+
+    The operators have no formula of autograd: the autograd.Function around each pair has. So inputs want no gradient,
+    as inside the Function.
+    """
+    for operator, arguments, _ in recorded_small(name, device, as_given):
+        torch.library.opcheck(operator, detached(arguments))
+
+
+@pytest.mark.parametrize("name", calls.CALLS)
+def test_opcheck_of_slices(name, device):
+    # what depends on strides: whether inputs are left alone and results are fresh, and what the fakes say of them
+    for operator, arguments, _ in recorded_small(name, device, slice_of_a_wider_tensor):
+        torch.library.opcheck(operator, detached(arguments), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_the_model_compiles_whole(device):
@@ -175,12 +217,18 @@ def test_the_model_compiles_whole(device):
     def loss(batch):
         return model(batch).loss
 
+    def gradients(value):
+        return value, *torch.autograd.grad(value, list(model.parameters()))
+
     backend = AotEagerAndRecordGraphs()
-    results = []
-    for step in (loss, torch.compile(loss, fullgraph=True, backend=backend)):
-        value = step(batch)
-        results.append((value, *torch.autograd.grad(value, list(model.parameters()))))
+    with Recorder() as recorder:
+        results = [gradients(loss(batch))]
+    results.append(gradients(torch.compile(loss, fullgraph=True, backend=backend)(batch)))
     targets = [str(node.target) for graph in (*backend.fw_graphs, *backend.bw_graphs) for node in graph.graph.nodes]
-    assert {target.split(".")[1] for target in targets if target.startswith("fastbert.")} == registered()
+    compiled = {target.split(".")[1] for target in targets if target.startswith("fastbert.")}
+    assert compiled == {operator.name().partition("::")[2] for operator, *_ in recorder.calls}
+    assert {name.rpartition("_")[0] for name in compiled} == {
+        "attention", "layer_norm", "bias_gelu", "gelu_layer_norm", "embedding", "masked_cross_entropy",
+    }  # fmt: skip
     for eager, compiled in zip(*results):
         assert torch.equal(eager, compiled)

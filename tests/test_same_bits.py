@@ -62,7 +62,10 @@ def results_of_case(case):
 
 
 WORK = {name: functools.partial(results_of, call) for name, call in CALLS.items()} | {
-    f"{case.op}, {case.shape}": functools.partial(results_of_case, case) for case in traffic.CASES
+    f"{case.op}, {case.shape}": functools.partial(results_of_case, case)
+    for case in traffic.CASES
+    # the longest, and CALLS has dropout in tiles too
+    if case.shape != "S = 512, dropout"
 }
 
 
