@@ -188,9 +188,20 @@ def sequences(name, lengths, device, dtype=torch.float32, slack=2, size=1.0):
     return arguments
 
 
+@pytest.mark.parametrize("lengths", [[1, 2, 5, 17, 31, 33], [127], [129]], ids=str)
 @over_sequences
-def test_awkward_lengths_and_large_inputs(name, device):
-    check(CALLS[name], sequences(name, [1, 2, 5, 17, 31, 33], device, torch.float16, size=5.0))
+def test_awkward_lengths_and_large_inputs(name, lengths, device):
+    check(CALLS[name], sequences(name, lengths, device, torch.float16, size=5.0))
+
+
+HEAD_SIZES = [8, 16, 24, 32, 40, 48, 59, 64, 80, 96, 111, 128]
+
+
+@pytest.mark.parametrize("K", HEAD_SIZES)
+@pytest.mark.parametrize("name", ["attention", "attention-tiled"])
+def test_head_sizes(name, K, device):
+    arguments = CALLS[name].arguments(device, torch.float16)
+    check(CALLS[name], arguments | dict(q=torch.randn(*arguments["q"].shape[:-1], K, device=device).half()))
 
 
 @over_sequences
@@ -393,6 +404,26 @@ def test_gelu_layer_norm_of_special_rows(dtype, device):
         check(CALLS["gelu_layer_norm"], arguments)
 
 
+@fp32_and_fp16
+def test_embedding_of_special_rows(dtype, device):
+    """Rows of large numbers with a small spread, looked up twice each."""
+    word = _special_rows()[3:].to(device, dtype)
+    word = torch.cat((word[:2], word[3:]))
+    ids = torch.arange(10, device=device) % 5
+    position, token_type = (torch.zeros(5, 40, device=device, dtype=dtype) for _ in range(2))
+    weight, bias = torch.randn(2, 40, device=device, dtype=dtype)
+    rows = dict(input_ids=ids, position_ids=ids, token_type_ids=ids % 2, token_type=token_type[:2], position=position)
+    check(CALLS["embedding"], rows | dict(word=word, weight=weight, bias=bias, eps=1e-7))
+
+
+@pytest.mark.parametrize("options", [dict(mode="mean"), dict(mode="mean", normalize=True), dict(mode="max")], ids=str)
+def test_pooling_to_the_end_of_half_precision(options, device):
+    """Sums and squares that fp16 cannot hold, and means that it can."""
+    hidden = torch.randn(11, 37, device=device) + torch.linspace(-6e4, 6e4, 37, device=device)
+    lengths = cu_seqlens_of([3, 0, 6], device)
+    check(CALLS["pooling"], dict(hidden=hidden.half(), cu_seqlens=lengths) | options)
+
+
 def test_variants_differ(device):
     """erf and tanh are not each other's stand-in, and an unknown one is refused."""
     x, zero = torch.linspace(-4, 4, 64, device=device).view(8, 8), torch.zeros(8, device=device)
@@ -453,6 +484,16 @@ def test_cross_entropy_of_large_logits(dtype, device):
     labels = torch.tensor([18, 18, 3, 0], device=device)
     bias = torch.randint(-4, 5, (19,), device=device).to(dtype)
     assert_within_budget(_by_row("triton"), _by_row("reference"), hidden, weight, bias, labels)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_contrast_of_large_scores(symmetric, device):
+    """Scores of 10,000 and -10,000."""
+    query, document = torch.zeros(4, 8, device=device), torch.zeros(6, 8, device=device)
+    query[:, 0] = torch.tensor([100.0, -100, 1, 0])
+    document[:, 0] = torch.tensor([100.0, -100, 90, 0, 3, -2])
+    arguments = dict(query=query, document=document, scale=torch.tensor(1.0, device=device), symmetric=symmetric)
+    check(CALLS["contrastive_cross_entropy"], arguments)
 
 
 @fp32_and_fp16
