@@ -181,7 +181,12 @@ def gelu_layer_norm_bwd(dy, x, bias, weight, ln_bias, mean, rstd, approximate):
             )  # fmt: skip
         column_sums(partials, sums)
 
-    launch(run, "gelu_layer_norm_bwd", shape_key(x, D), *walk_settings(D, x.element_size(), 2))
+    default, candidates = walk_settings(D, x.element_size(), 2)
+    if x.element_size() == 2 and (default["TILES"] == 3 or D >= 2048):
+        # GELU takes more registers than LayerNorm alone: as many rows on twice the warps need half as many a thread,
+        # which lets twice the warps run at once (three tiles) and spares spills (wide rows)
+        default = candidates[1]
+    launch(run, "gelu_layer_norm_bwd", shape_key(x, D), default, candidates)
     return dx, dbias, dweight, dln_bias
 
 
