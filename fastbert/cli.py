@@ -132,14 +132,20 @@ def tokenizer():
 @click.option("--train-file", "files", multiple=True, required=True, help="Text files, folders or globs.")
 @click.option("--output-dir", required=True, help="Where the tokenizer's files go.")
 @click.option("--vocab-size", default=30522, show_default=True, help="Pieces.")
-@click.option("--cased", is_flag=True, help="Keep case and accents.")
+@click.option("--cased", is_flag=True, help="Keep case and accents (WordPiece; byte-level BPE always does).")
+@click.option("--kind", type=click.Choice(["wordpiece", "bpe"]), default="wordpiece", show_default=True,
+              help="WordPiece as BERT has it, or byte-level BPE as RoBERTa has it.")  # fmt: skip
 @click.option("--text-column", default="text", show_default=True, help="Column with the text, in tables.")
 @click.option("--layout", default="auto", show_default=True, help="Documents of .txt files: auto, blank-line or line.")
-def train(files, output_dir, vocab_size, cased, text_column, layout):
-    """Train a WordPiece tokenizer on text."""
-    from .tokenizer import save_tokenizer, train_wordpiece
+def train(files, output_dir, vocab_size, cased, kind, text_column, layout):
+    """Train a tokenizer on text."""
+    from .tokenizer import save_tokenizer, train_bpe, train_wordpiece
 
-    made = train_wordpiece(files, vocab_size, text_column=text_column, layout=layout, lowercase=not cased)
+    reading = dict(text_column=text_column, layout=layout)
+    if kind == "bpe":
+        made = train_bpe(files, vocab_size, **reading)
+    else:
+        made = train_wordpiece(files, vocab_size, lowercase=not cased, **reading)
     save_tokenizer(made, output_dir)
     click.echo(f"{output_dir}: a tokenizer of {made.get_vocab_size():,} pieces")
 

@@ -19,16 +19,19 @@ def load(directory):
 
 @torch.no_grad()
 def fill_mask(model, tokenizer, text, top_k=5):
-    """The most probable words for every [MASK] in `text`, from left to right.
+    """The most probable words for every [MASK] (or <mask>) in `text`, from left to right.
 
-    Returns a list with one list per [MASK] of `top_k` pairs (word, probability), best first; ## begins a word's
-    continuation. Raises ValueError when there is no [MASK] or the text is longer than the model has positions.
+    Returns a list with one list per [MASK] of `top_k` pairs (word, probability), best first, as the tokenizer spells
+    them: ## begins a continuation in WordPiece. Raises ValueError when there is no [MASK] or the text is longer than
+    the model has positions.
     """
     special = special_ids(tokenizer)
     positions, vocab_size = model.config.max_length, tokenizer.get_vocab_size()
     if not 1 <= top_k <= vocab_size:
         raise ValueError(f"top_k is {top_k}: expected 1 to {vocab_size}")
     tokenizer.encode_special_tokens = False
+    for mask in ("[MASK]", "<mask>"):
+        text = text.replace(mask, tokenizer.id_to_token(special.mask))
     ids = torch.tensor([special.cls, *tokenizer.encode(text, add_special_tokens=False).ids, special.sep])
     rows = (ids == special.mask).nonzero()[:, 0]
     if not len(rows):

@@ -35,7 +35,7 @@ from .heads import MaskedLM, Pretraining
 from .options import flag, option
 from .shards import Shards, prepare
 from .text import LAYOUTS, check_columns, expand
-from .tokenizer import load_tokenizer, save_tokenizer, special_ids, tokenizer_hash, train_wordpiece
+from .tokenizer import load_tokenizer, save_tokenizer, special_ids, tokenizer_hash, train_bpe, train_wordpiece
 
 # so many steps in a row without a finite gradient, and the run gives up
 MAX_NONFINITE = 5
@@ -179,12 +179,13 @@ def pretrain(config):
         # text -> tokenizer -> shards; under torchrun the first process makes them and the others find them made
         with _first_process_first(rank):
             if tokenizer is None and rank == 0:
-                log.say(f"training a tokenizer of {config.vocab_size} pieces")
-                tokenizer = train_wordpiece(
-                    sources[0], config.vocab_size,
-                    text_column=config.text_column, layout=config.layout, lowercase=not config.cased,
-                    progress=log.console.is_terminal,
-                )  # fmt: skip
+                kind = variants.family(model_config.model_type).tokenizer
+                log.say(f"training a {kind} tokenizer of {config.vocab_size} pieces")
+                reading = dict(text_column=config.text_column, layout=config.layout, progress=log.console.is_terminal)
+                if kind == "bpe":
+                    tokenizer = train_bpe(sources[0], config.vocab_size, **reading)
+                else:
+                    tokenizer = train_wordpiece(sources[0], config.vocab_size, lowercase=not config.cased, **reading)
             elif tokenizer is None:
                 tokenizer = load_tokenizer(output_dir)
             if rank == 0:
@@ -206,7 +207,7 @@ def pretrain(config):
         # model and optimizer
         if config.model in variants.PRESETS:
             ids = special_ids(tokenizer)
-            model_config = model_config.replace(vocab_size=tokenizer.get_vocab_size(), pad_token_id=ids.pad)
+            model_config = variants.with_vocabulary(model_config, tokenizer.get_vocab_size(), ids.pad)
         model = _model(config, model_config).to(device).train()
         optimizer = optim.adamw(
             model, learning_rate=config.learning_rate, weight_decay=config.weight_decay,
@@ -481,6 +482,9 @@ def _model_config(config):
         )
     if config.objective != "mlm" and found.type_vocab_size < 2:
         raise ValueError(f"--objective {config.objective} needs two token types: {config.model} has 1")
+    heads = variants.family(found.model_type).architectures
+    if config.objective != "mlm" and "Pretraining" not in heads:
+        raise ValueError(f"--objective {config.objective}: a {found.model_type} learns from masked words alone")
     if config.dropout is not None:
         found = found.replace(hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout)
     return found

@@ -1,4 +1,4 @@
-"""Train, save and load WordPiece tokenizers (the `tokenizers` library); BERT's ids and rules."""
+"""Train, save and load tokenizers (the `tokenizers` library): BERT's WordPiece, RoBERTa's byte-level BPE."""
 
 import hashlib
 import json
@@ -7,11 +7,13 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from .text import expand, read_documents
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+# RoBERTa's words for the same, in the same order
+BPE_SPECIALS = ("<pad>", "<unk>", "<s>", "</s>", "<mask>")
 PREFIX = "##"
 # WordPiece makes [UNK] of a longer word, so the trainer need not see it. Ideographs are words of one character each.
 LONGEST_WORD = 100
@@ -21,7 +23,7 @@ MAX_ALPHABET = 1000
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """The ids of [PAD], [UNK], [CLS], [SEP] and [MASK]."""
+    """The ids of [PAD], [UNK], [CLS], [SEP] and [MASK], or of <pad>, <unk>, <s>, </s> and <mask>."""
 
     pad: int
     unk: int
@@ -51,15 +53,7 @@ def train_wordpiece(
         specials[1:1] = [f"[unused{i}]" for i in range(99)]
 
     def batches():
-        batch, size = [], 0
-        for document in read_documents(files, text_column=text_column, layout=layout):
-            for line in document:
-                batch.append(_TOO_LONG.sub(" ", line))
-                size += len(line)
-                if size > 1 << 16:
-                    yield batch
-                    batch, size = [], 0
-        yield batch
+        return _batches(files, text_column, layout)
 
     # The trainer numbers letters in the order of a hash table that differs from run to run, and breaks ties between
     # merges by those numbers. Handing it the alphabet as "special tokens" fixes the numbers, and so the vocabulary.
@@ -85,12 +79,68 @@ def train_wordpiece(
     )
     blank.train_from_iterator(batches(), trainer)
     vocab = blank.get_vocab()
+    _check_size(vocab, vocab_size, min_frequency)
+    return _wordpiece(vocab, lowercase)
+
+
+def train_bpe(files, vocab_size=50265, *, text_column="text", layout="auto", min_frequency=2, progress=True):
+    """Train a byte-level BPE tokenizer, as RoBERTa has it: no text is unknown to it, and case stays.
+
+    The special tokens have the ids of roberta-base: <s> 0, <pad> 1, </s> 2, <unk> 3, and <mask> the last. The same text
+    always gives the same vocabulary. Returns a tokenizers.Tokenizer. Raises ValueError when the text does not have as
+    many pieces as asked for. Source: Radford et al. 2019, section 2.2.
+    """
+    files = expand(files)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if vocab_size < len(letters) + len(BPE_SPECIALS):
+        raise ValueError(
+            f"a vocabulary of {vocab_size} is too small: the bytes and the special tokens are "
+            f"{len(letters) + len(BPE_SPECIALS)}"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        min_frequency=min_frequency,
+        special_tokens=["<s>", "<pad>", "</s>", "<unk>", *letters],
+        show_progress=progress,
+    )
+    tokenizer.train_from_iterator(_batches(files, text_column, layout), trainer)
+    vocab = tokenizer.get_vocab()
+    _check_size([*vocab, "<mask>"], vocab_size, min_frequency)
+    # a tokenizer of its own: the letters were special to the trainer only
+    merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+    made = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>"))
+    made.pre_tokenizer, made.decoder = tokenizer.pre_tokenizer, tokenizer.decoder
+    made.post_processor = processors.RobertaProcessing(
+        ("</s>", 2), ("<s>", 0), trim_offsets=True, add_prefix_space=False
+    )
+    made.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>"])
+    # takes the blank before it along, so that what follows starts a word
+    made.add_special_tokens([AddedToken("<mask>", lstrip=True)])
+    return made
+
+
+def _batches(files, text_column, layout):
+    """Lists of lines, some 64 KB each, without words that no vocabulary would hold."""
+    batch, size = [], 0
+    for document in read_documents(files, text_column=text_column, layout=layout):
+        for line in document:
+            batch.append(_TOO_LONG.sub(" ", line))
+            size += len(line)
+            if size > 1 << 16:
+                yield batch
+                batch, size = [], 0
+    yield batch
+
+
+def _check_size(vocab, vocab_size, min_frequency):
     if len(vocab) < vocab_size:
         raise ValueError(
             f"a vocabulary of {vocab_size} is larger than the text supports: it gave {len(vocab)} pieces that occur "
             f"at least {min_frequency} times; ask for at most {len(vocab)}"
         )
-    return _wordpiece(vocab, lowercase)
 
 
 def _wordpiece(vocab, lowercase):
@@ -113,22 +163,30 @@ def _wordpiece(vocab, lowercase):
 
 
 def save_tokenizer(tokenizer, directory):
-    """Write tokenizer.json, tokenizer_config.json and vocab.txt, which transformers' AutoTokenizer loads."""
+    """Write tokenizer.json, tokenizer_config.json and the vocabulary, which transformers' AutoTokenizer loads."""
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         tokenizer.save(str(directory / "tokenizer.json"))
-        vocab = tokenizer.get_vocab()
-        pieces = sorted(vocab, key=vocab.get)
-        (directory / "vocab.txt").write_text("".join(f"{piece}\n" for piece in pieces), encoding="utf-8")
-        rules = json.loads(tokenizer.to_str()).get("normalizer") or {}
-        config = {
-            "tokenizer_class": "BertTokenizer",
-            "do_lower_case": rules.get("lowercase", False),
-            "strip_accents": rules.get("strip_accents"),
-            "tokenize_chinese_chars": rules.get("handle_chinese_chars", True),
-            **{f"{token[1:-1].lower()}_token": token for token in SPECIALS},
-        }
+        config = {f"{name}_token": tokenizer.id_to_token(i) for name, i in vars(special_ids(tokenizer)).items()}
+        if isinstance(tokenizer.model, models.WordPiece):
+            vocab = tokenizer.get_vocab()
+            pieces = sorted(vocab, key=vocab.get)
+            (directory / "vocab.txt").write_text("".join(f"{piece}\n" for piece in pieces), encoding="utf-8")
+            rules = json.loads(tokenizer.to_str()).get("normalizer") or {}
+            config |= {
+                "tokenizer_class": "BertTokenizer",
+                "do_lower_case": rules.get("lowercase", False),
+                "strip_accents": rules.get("strip_accents"),
+                "tokenize_chinese_chars": rules.get("handle_chinese_chars", True),
+            }
+        else:
+            tokenizer.model.save(str(directory))
+            config |= {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "bos_token": config["cls_token"],
+                "eos_token": config["sep_token"],
+            }
         text = json.dumps(config, indent=2) + "\n"
         (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
     except OSError as error:
@@ -165,10 +223,12 @@ def load_tokenizer(path):
 
 
 def special_ids(tokenizer):
-    """SpecialIds of a tokenizer. Raises ValueError when one of the five is missing."""
-    ids = [tokenizer.token_to_id(token) for token in SPECIALS]
-    if None in ids:
-        raise ValueError(f"the tokenizer has no {SPECIALS[ids.index(None)]} token: expected a BERT vocabulary")
+    """SpecialIds of a tokenizer, by BERT's names or RoBERTa's. Raises ValueError when one of the five is missing."""
+    ids = []
+    for names in zip(SPECIALS, BPE_SPECIALS):
+        ids.append(next((i for i in map(tokenizer.token_to_id, names) if i is not None), None))
+        if ids[-1] is None:
+            raise ValueError(f"the tokenizer has no {names[0]} token: expected the vocabulary of an encoder")
     return SpecialIds(*ids)
 
 
@@ -181,8 +241,20 @@ def tokenizer_hash(tokenizer):
 
 
 def word_starts(tokenizer):
-    """A list of bool by id: whether the piece begins a word. Raises ValueError for other models than WordPiece."""
-    if not isinstance(tokenizer.model, models.WordPiece):
-        raise ValueError(f"whole words are known for WordPiece only, not for {type(tokenizer.model).__name__}")
-    prefix = tokenizer.model.continuing_subword_prefix
-    return [not (tokenizer.id_to_token(i) or "").startswith(prefix) for i in range(tokenizer.get_vocab_size())]
+    """A list of bool by id: whether the piece begins a word.
+
+    Known for WordPiece (all that lack its prefix), for byte-level BPE and for SentencePiece (their pieces that hold the
+    blank before a word, and special tokens). Raises ValueError for others.
+    """
+    pieces = [tokenizer.id_to_token(i) or "" for i in range(tokenizer.get_vocab_size())]
+    if isinstance(tokenizer.model, models.WordPiece):
+        prefix = tokenizer.model.continuing_subword_prefix
+        return [not piece.startswith(prefix) for piece in pieces]
+    blank = {"ByteLevel": "\u0120", "Metaspace": "\u2581"}.get(type(tokenizer.decoder).__name__)
+    if blank is None:
+        raise ValueError(
+            f"whole words are not known for a {type(tokenizer.model).__name__} tokenizer with the decoder "
+            f"{type(tokenizer.decoder).__name__}: expected WordPiece, byte-level BPE or SentencePiece"
+        )
+    special = set(special_ids(tokenizer))
+    return [piece.startswith(blank) or i in special for i, piece in enumerate(pieces)]

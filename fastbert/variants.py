@@ -17,7 +17,8 @@ class Family:
     architectures: our head -> their class. tied: in checkpoints, but copies of other tensors or buffers.
 
     defaults: EncoderConfig fields whose default is not BERT's. keys: EncoderConfig field -> their key in config.json,
-    where it has another name or is not BERT's too; None where they have none. positions_after_padding: the first rows
+    where it has another name or is not BERT's too; None where they have none. tokenizer: the kind that is trained for
+    it. positions_after_padding: the first rows
     of the position table, up to that of the padding token's id, belong to no token. projects_always: the embeddings
     have a projection even where they are as wide as the hidden states. renamed: beginnings of names in published
     checkpoints -> today's. read, write: EncoderConfig fields from a whole
@@ -30,6 +31,7 @@ class Family:
     tied: tuple = ()
     defaults: dict = field(default_factory=dict)
     keys: dict = field(default_factory=dict)
+    tokenizer: str = "wordpiece"
     positions_after_padding: bool = False
     projects_always: bool = False
     renamed: dict = field(default_factory=dict)
@@ -92,6 +94,7 @@ def _roberta(name):
         tied=(*_LM_HEAD_TIED, "roberta.embeddings.position_ids"),
         defaults=dict(pad_token_id=1, head_act="gelu", pooler_dropout=None),
         keys=dict(classifier_dropout="classifier_dropout"),
+        tokenizer="bpe",
         positions_after_padding=True,
     )
 
@@ -313,6 +316,7 @@ FAMILIES = {
             "encoder.blocks.{i}.attention.pos_query": _DEBERTA_SELF + "pos_q_proj",
         }),
         architectures={head: name for head, name in _heads("Deberta").items() if head != "MultipleChoice"},
+        tokenizer="bpe",
         defaults=dict(vocab_size=50265, **_DEBERTA_DEFAULTS),
         keys=_DEBERTA_KEYS,
     ),
@@ -328,6 +332,7 @@ FAMILIES = {
             "encoder.convolution.norm": "deberta.encoder.conv.LayerNorm",
         }),
         architectures=_heads("DebertaV2"),
+        tokenizer="bpe",
         defaults=dict(
             vocab_size=128100, num_hidden_layers=24, hidden_size=1536, num_attention_heads=24, intermediate_size=6144,
             **_DEBERTA_DEFAULTS,
@@ -356,6 +361,7 @@ FAMILIES = {
             "classifier": "classifier",
         },
         architectures=_heads("ModernBert"),
+        tokenizer="bpe",
         tied=("decoder.weight",),
         defaults=dict(
             vocab_size=50368, num_hidden_layers=22, intermediate_size=1152, max_position_embeddings=8192,
@@ -403,6 +409,16 @@ def config_of(model_type, **changes):
     if row.positions_after_padding:
         fields.setdefault("position_offset", fields["pad_token_id"] + 1)
     return EncoderConfig(model_type=model_type, **fields)
+
+
+def with_vocabulary(config, vocab_size, pad_token_id):
+    """`config` for a tokenizer of so many pieces."""
+    config = config.replace(vocab_size=vocab_size, pad_token_id=pad_token_id)
+    return (
+        config.replace(position_offset=pad_token_id + 1)
+        if family(config.model_type).positions_after_padding
+        else config
+    )
 
 
 def _keys(row):

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from safetensors.torch import load_file
 
 from fastbert import checkpoint, heads, pretrain, report, variants
@@ -23,7 +24,7 @@ from fastbert.fill_mask import fill_mask, load
 from fastbert.packing import Batch
 from fastbert.pretrain import PretrainConfig
 from fastbert.shards import Shards, prepare
-from fastbert.tokenizer import load_tokenizer, save_tokenizer, train_wordpiece
+from fastbert.tokenizer import load_tokenizer, save_tokenizer, train_bpe, train_wordpiece
 
 ROOT = Path(__file__).parent.parent
 MODEL = {
@@ -172,6 +173,44 @@ def test_going_on_from_a_model_begins_with_what_it_knows(options, tmp_path, monk
     model = heads.MaskedLM.from_pretrained(options["output_dir"])
     for name, p in model.named_parameters():
         assert torch.equal(p, start[name])
+
+
+FAMILIES = {
+    "roberta": dict(type_vocab_size=1),
+    "albert": dict(embedding_size=16),
+    "electra": dict(embedding_size=16),
+    "distilbert": dict(dim=32, n_layers=2, n_heads=2, hidden_dim=64, dropout=0.1, attention_dropout=0.1),
+    "deberta-v2": dict(
+        relative_attention=True, pos_att_type=["c2p", "p2c"], position_buckets=8, share_att_key=True,
+        norm_rel_ebd="layer_norm", position_biased_input=False, type_vocab_size=0,
+    ),
+    "modernbert": dict(local_attention=8, attention_dropout=0.1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_learns_from_raw_text(name, place, tmp_path):
+    values = {**MODEL, "model_type": name, "vocab_size": 320, **FAMILIES[name]}
+    (tmp_path / "model.json").write_text(json.dumps(values))
+    tokenizer = train_bpe([str(place / "long.txt")], 300, progress=False)
+    save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    if variants.family(name).positions_after_padding:
+        options = dict(tokenizer=tmp_path / "tokenizer")
+    else:
+        options = dict(tokenizer=place / "tokenizer")
+    result = run(
+        dict(
+            train_file=place / "long.txt", model=tmp_path / "model.json", output_dir=tmp_path / "run",
+            max_seq_length=24, tokens_per_batch=384, max_steps=40, learning_rate=5e-3, eval_share=0.1, eval_steps=40,
+            **options,
+        )
+    )  # fmt: skip
+    losses = [row["loss"] for row in report.read_metrics(tmp_path / "run") if "loss" in row]
+    assert result["signal"] is None and losses[-1] < 0.85 * losses[0]
+    model = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "run")
+    assert model.config.model_type == name
+    [words] = fill_mask(*load(tmp_path / "run"), "every day the [MASK] chases mice")
+    assert len(words) == 5
 
 
 @pytest.mark.parametrize("objective", ["mlm+nsp", "mlm+sop"])

@@ -13,6 +13,7 @@ from fastbert.tokenizer import (
     save_tokenizer,
     special_ids,
     tokenizer_hash,
+    train_bpe,
     train_wordpiece,
     word_starts,
 )
@@ -142,7 +143,7 @@ def test_word_starts(tokenizer):
     for text in ("bada kilozuvo", words()[0] + ", " + words()[1]):
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         assert sum(starts[i] for i in ids) == len(tokenizer.pre_tokenizer.pre_tokenize_str(text)) < len(ids)
-    with pytest.raises(ValueError, match="whole words are known for WordPiece only, not for BPE"):
+    with pytest.raises(ValueError, match="whole words are not known for a BPE tokenizer with the decoder NoneType"):
         word_starts(Tokenizer(models.BPE()))
 
 
@@ -156,3 +157,47 @@ def test_a_word_of_a_megabyte(tmp_path):
     # it is [UNK] in the end, so it has no say in the vocabulary
     assert tokenizer_hash(tokenizer) == tokenizer_hash(plain)
     assert tokenizer.encode("ba" * 500_000, add_special_tokens=False).tokens == ["[UNK]"]
+
+
+@pytest.fixture(scope="module")
+def bpe(wide_text):
+    return train_bpe([wide_text], 700, progress=False)
+
+
+def test_bpe_has_robertas_ids_and_loses_nothing(bpe):
+    assert list(special_ids(bpe)) == [1, 3, 0, 2, 699] and bpe.get_vocab_size() == 700
+    assert bpe.encode("ba", "ba").ids[0] == 0 and bpe.encode("ba", "ba").type_ids == [0] * len(bpe.encode("ba", "ba"))
+    for text in STRINGS:
+        ids = bpe.encode(text, add_special_tokens=False).ids
+        assert bpe.decode(ids, skip_special_tokens=False) == text.replace(" [MASK]", " [MASK]")
+        assert special_ids(bpe).unk not in ids
+    assert bpe.encode("to <mask> it", add_special_tokens=False).ids.count(699) == 1
+
+
+def test_bpe_training_is_repeatable(bpe, wide_text):
+    assert tokenizer_hash(train_bpe([wide_text], 700, progress=False)) == tokenizer_hash(bpe)
+
+
+def test_bpe_in_transformers(bpe, tmp_path):
+    from transformers import AutoTokenizer
+
+    save_tokenizer(bpe, tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer_hash(load_tokenizer(tmp_path)) == tokenizer_hash(bpe)
+    for text in STRINGS:
+        assert theirs(text)["input_ids"] == bpe.encode(text).ids
+    assert (theirs.cls_token_id, theirs.mask_token_id, theirs.pad_token_id) == (0, 699, 1)
+
+
+def test_bpe_words_begin_with_their_blank(bpe):
+    starts = word_starts(bpe)
+    encoding = bpe.encode("one two")
+    begun = [bpe.id_to_token(i) for i in encoding.ids if starts[i]]
+    assert all(piece.startswith("\u0120") or piece in ("<s>", "</s>") for piece in begun) and len(begun) >= 3
+
+
+def test_bpe_of_too_little_text(wide_text):
+    with pytest.raises(ValueError, match="too small: the bytes and the special tokens are 261"):
+        train_bpe([wide_text], 200, progress=False)
+    with pytest.raises(ValueError, match="larger than the text supports"):
+        train_bpe([wide_text], 90000, progress=False)
