@@ -45,7 +45,7 @@ def same(got, wanted):
 # ---------------------------------------------------------------------------------------------------- every op
 
 
-GUARD = 64
+GUARD = 512
 
 
 class Guarded:
@@ -825,16 +825,16 @@ def one_by_one(batch):
 def test_accumulated_gradients_are_those_of_one_batch(model, device):
     """Micro-batches of unequal picks, one of none: the sum is divided once, by what all of them picked."""
     batch = packed(device)
-    batch.labels[5] = -100
-    batch.picks = (batch.labels != -100).nonzero()[:, 0]
+    batch.picks = torch.tensor([1, 3, 7, 8, 9, 14], device=device)
+    batch.labels = torch.full_like(batch.labels, -100).index_copy(0, batch.picks, batch.input_ids[batch.picks])
     parts = one_by_one(batch)
-    assert [len(part.picks) for part in parts][1] == 0
+    assert [len(part.picks) for part in parts] == [2, 0, 4]
     _, _, _, *whole = step(model, batch)
     model.zero_grad(set_to_none=True)
     pretrain.accumulate(model, parts)
+    largest = max(wanted.abs().max().item() for wanted in whole)
     for parameter, wanted in zip(model.parameters(), whole, strict=True):
-        scale = wanted.abs().max().item()
-        torch.testing.assert_close(parameter.grad, wanted, rtol=0, atol=2e-6 * scale + 2e-7)
+        torch.testing.assert_close(parameter.grad, wanted, rtol=0, atol=1e-6 * largest)
 
 
 # ------------------------------------------------------------------------------------------- what others get wrong
