@@ -222,8 +222,8 @@ class GeluLayerNormFunction(torch.autograd.Function):
 
 
 def gelu_layer_norm(x, bias, weight, ln_bias, *, approximate="none", eps=1e-12, dtype=None):
-    """LayerNorm(GELU(x + bias)), see `fastbert/reference.py`. x [T, D], any strides; weight [D]; bias and ln_bias [D] or
-    None; approximate "none" (erf) or "tanh".
+    """LayerNorm(GELU(x + bias)), see `fastbert/reference.py`. x [T, D], any strides; weight [D]; bias and ln_bias [D]
+    or None; approximate "none" (erf) or "tanh".
 
     Returns [T, D] in `dtype`, or x's. Dtypes may differ between the arguments; each gradient comes in its argument's.
     Differentiable once. Raises ValueError for another `approximate`, and for rows of more than 8192 columns.
