@@ -48,7 +48,7 @@ BANDWIDTH, PRODUCTS, MULTIPROCESSORS = 4.3e12, 788e12, 132
 PICKED = {
     "_embedding_fwd_kernel": dict.fromkeys(("word_ptr", "position_ptr", "token_type_ptr"), "y_ptr"),
     "_embedding_bwd_kernel": dict.fromkeys(("word_ptr", "position_ptr", "token_type_ptr"), "dz_ptr"),
-    "_segment_sum_kernel": {"table_ptr": "rows_ptr"},
+    "_segment_sum_kernel": dict.fromkeys(("table0_ptr", "table1_ptr", "table2_ptr"), "rows_ptr"),
 }
 
 
@@ -86,15 +86,19 @@ class counting(TorchDispatchMode):
     Launches on fake tensors are only noted, not run.
     """
 
+    active = []  # the lists of the contexts that are open
+
     def __enter__(self):
         super().__enter__()
         self.kernels = []
+        counting.active.append(self.kernels)
         self._patches = contextlib.ExitStack()
         self._patches.enter_context(_interpreter_counts(self.kernels))
         return self.kernels
 
     def __exit__(self, *exception):
         self._patches.close()
+        counting.active.pop()
         return super().__exit__(*exception)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -290,7 +294,7 @@ def _aten_flops(name, inputs):
 
 
 # BERT-base; 16,384 tokens, of which 15 % are picked for the loss
-FULL = dict(T=16384, D=768, H=12, K=64, F=3072, V=30522, P=512, M=2458)
+FULL = dict(T=16384, S=128, D=768, H=12, K=64, F=3072, V=30522, P=512, M=2458, Q=4096, N=8192)
 DTYPE = torch.bfloat16
 DROPOUT = 0.1
 
@@ -426,6 +430,37 @@ def picked_cross_entropy(z):
     return dense_cross_entropy(z, "M")
 
 
+def fused_pooling(z):
+    from fastbert import ops
+
+    hidden, cu_seqlens = normal(z["T"], z["D"]), torch.arange(z["T"] // z["S"] + 1, dtype=torch.int32) * z["S"]
+    return lambda: ops.pooling(hidden, cu_seqlens, normalize=True, impl="triton"), [hidden]
+
+
+def plain_pooling(z):
+    # as in sentence-transformers, on a batch that happens to need no padding
+    hidden = normal(z["T"] // z["S"], z["S"], z["D"])
+    mask = torch.ones(hidden.shape[:2], dtype=torch.int64)
+
+    def pool():
+        wide = mask.unsqueeze(-1).expand(hidden.shape).to(hidden.dtype)
+        return F.normalize((hidden * wide).sum(1) / wide.sum(1).clamp(min=1e-9))
+
+    return pool, [hidden]
+
+
+def fused_contrastive(z):
+    from fastbert import ops
+
+    leaves = query, document = normal(z["Q"], z["D"]), normal(z["N"], z["D"])
+    return lambda: ops.contrastive_cross_entropy(query, document, scale=20.0, impl="triton")[0], leaves
+
+
+def plain_contrastive(z):
+    leaves = query, document = normal(z["Q"], z["D"]), normal(z["N"], z["D"])
+    return lambda: F.cross_entropy((query @ document.T).float() * 20.0, torch.arange(z["Q"])), leaves
+
+
 @dataclass(eq=False)
 class Case:
     """One line of the table: an op at a size, and what plain PyTorch would run instead.
@@ -474,6 +509,11 @@ CASES = [
         {"logits of all tokens": dense_cross_entropy, "logits of picked rows": picked_cross_entropy},
         dict(M=16, V=640, D=16),
     ),
+    Case("pooling", "mean, L2, S = 128", fused_pooling, {"mask, sum, normalize": plain_pooling}, dict(T=256, D=256)),
+    Case(
+        "contrastive_cross_entropy", "4096 x 8192", fused_contrastive,
+        {"scores, cross_entropy": plain_contrastive}, dict(Q=16, N=640, D=16),
+    ),
 ]  # fmt: skip
 
 
@@ -497,17 +537,27 @@ def counted(case):
 
 @contextlib.contextmanager
 def as_on_device():
-    """Launchers see the H200's multiprocessors instead of the interpreter's four."""
+    """Launchers see the H200's multiprocessors, not the interpreter's four, and products that give fp32 sums."""
+    from fastbert.kernels import cross_entropy
+
+    def product(out, a, b, add=False):
+        # one call of the library on a GPU; a CPU widens a and b before and copies after
+        kernel = Kernel("mm", flops=2 * a.numel() * b.shape[-1], stored={"outputs": _distinct(out)})
+        kernel.loaded["inputs"] = sum(_distinct(x) for x in ((a, b, out) if add else (a, b)))
+        counting.active[-1].append(kernel)
+        return out
+
     modules = [sys.modules[name] for name in list(sys.modules) if name.startswith("fastbert.kernels.")]
-    modules = [module for module in modules if hasattr(module, "multiprocessors")]
-    kept = [module.multiprocessors for module in modules]
+    replaced = [(module, "multiprocessors") for module in modules if hasattr(module, "multiprocessors")]
+    replaced.append((cross_entropy, "_product"))
+    kept = [getattr(*place) for place in replaced]
     try:
-        for module in modules:
-            module.multiprocessors = lambda: MULTIPROCESSORS
+        for place in replaced:
+            setattr(*place, product if place[1] == "_product" else lambda: MULTIPROCESSORS)
         yield
     finally:
-        for module, function in zip(modules, kept):
-            module.multiprocessors = function
+        for place, function in zip(replaced, kept):
+            setattr(*place, function)
 
 
 def fused(case, sizes):
@@ -515,9 +565,10 @@ def fused(case, sizes):
     small = case.sizes("small")
     # products of a tile belong to one sequence and head, of equal length in both
     scale = sizes["T"] * sizes["H"] // (small["T"] * small["H"])
+    small_passes = counted(case)
     with as_on_device():
         passes = count(case.fused, sizes, fake=True)
-    for kernels, seen in zip(passes, counted(case)):
+    for kernels, seen in zip(passes, small_passes):
         for i, kernel in enumerate(kernels):
             same = [other for other in seen if other.name == kernel.name and other.size]
             if kernel.size:

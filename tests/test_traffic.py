@@ -101,29 +101,33 @@ def test_each_launch_touches_its_arguments_once(case):
     assert len(launches) >= 2
     for kernel in launches:
         floor = kernel.once(kernel.loaded, kernel.stored).bytes
-        # which rows of a table's gradient a level of sums writes depends on the ids
-        least = 0.7 if kernel.name == "_segment_sum_kernel" else 1.0
-        assert least * floor <= kernel.bytes <= 1.05 * floor, kernel
+        assert kernel.bytes <= 1.05 * floor, kernel
+        # which rows of a table's gradient a level of sums writes depends on the ids, how many pieces of sequences
+        # programs leave to be joined on the lengths
+        if kernel.name not in ("_segment_sum_kernel", "_pooling_fwd_kernel", "_pooling_join_kernel"):
+            assert floor <= kernel.bytes, kernel
 
 
-def test_full_size_follows_from_small():
+def test_full_size_follows_from_small(monkeypatch):
     """A larger batch counted access by access moves what was foretold for it from a small one."""
+    # of the interpreter, which is counted
+    monkeypatch.setattr(traffic, "MULTIPROCESSORS", 4)
     for case in traffic.CASES:
         if case.op == "attention" and (case.dropout_p or case.full["S"] > 128):
             continue
-        small = case.sizes("small")
-        larger = {**small, **{name: 2 * small[name] for name in "TM" if name in case.small}}
+        larger = case.sizes("small")
+        larger |= {name: 2 * larger[name] for name in "TMQ" if name in case.small}
         if case.op == "embedding":
             larger["V"] *= 2
-        foretold = traffic.fused(case, larger)
-        for mine, theirs in zip(foretold, traffic.count(case.fused, larger)):
-            for kernel, counted in zip(mine, theirs, strict=True):
-                assert kernel.name == counted.name
-                # on the H200's multiprocessors more programs keep partial sums
-                partial = sum(n for name, n in kernel.stored.items() if counted.size.get(name, n) != n)
-                assert kernel.flops == counted.flops, kernel.name
-                if not partial and kernel.name not in ("sum", "_segment_sum_kernel"):
-                    assert abs(kernel.bytes - counted.bytes) <= 0.02 * counted.bytes, (case.op, kernel, counted)
+        foretold, counted = traffic.fused(case, larger), traffic.count(case.fused, larger)
+        for mine, theirs in zip(foretold, counted):
+            assert sum(kernel.flops for kernel in mine) == sum(kernel.flops for kernel in theirs)
+            # PyTorch's own are counted the same way in both; around products a CPU needs more of them
+            mine, theirs = ([kernel for kernel in kernels if kernel.size] for kernels in (mine, theirs))
+            assert [kernel.name for kernel in mine] == [kernel.name for kernel in theirs]
+            total = sum(kernel.bytes for kernel in theirs)
+            # a few percent more for pooling and embedding: see above
+            assert -0.01 * total <= sum(kernel.bytes for kernel in mine) - total <= 0.08 * total, case.op
 
 
 # products of one tile of scores, by kernel: forward q k, p v; backward also dout v and what makes dq, dk, dv
