@@ -110,7 +110,8 @@ def test_every_setting_that_is_offered_is_right(op, dtype, device, poison, monke
     count = settings_offered(op, arguments, monkeypatch)
     if not count:
         pytest.skip("no settings to choose from")
-    for i in range(1, count):
+    # the interpreter takes its time: the last one there
+    for i in range(1, count) if ON_GPU else [count - 1]:
 
         def take(run, kernel, key, candidates, overwrites):
             settings = candidates[i % len(candidates)]  # noqa: B023
@@ -127,7 +128,7 @@ def test_every_setting_that_is_offered_is_right(op, dtype, device, poison, monke
         assert_as_close_as_plain(results(run_of(kernels(op), arguments)), case, arguments)
 
 
-@pytest.mark.parametrize("shift", [1, 3, 5])
+@pytest.mark.parametrize("shift", [1, 3, 5] if ON_GPU else [3])
 @every_op
 def test_misaligned_tensors(op, shift, device):
     """Every floating tensor, and the incoming gradient, starts at an odd element."""
@@ -250,17 +251,19 @@ def test_logits_beyond_two_to_the_31(device):
 
 @needs_gpu
 @pytest.mark.parametrize("op", [op for op in OPS if "attention" in op or "cross_entropy" in op])
-def test_fp32_is_fp32_unless_tf32_is_allowed(op, device, monkeypatch):
+def test_fp32_is_fp32_unless_tf32_is_allowed(op, device):
     """Triton's own default for a product of fp32 is tf32; ours is torch's switch."""
-    errors = {}
-    for allowed in (False, True):
-        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
-        case = case_of(op)
-        torch.manual_seed(0)
-        arguments = case.arguments(device)
-        got = tensors(results(run_of(kernels(op), arguments)))
-        exact = tensors(truth(case, arguments, torch.float64))
-        errors[allowed] = [((g - t).norm() / t.norm()).item() for g, t in zip(got, exact)]
+    case = case_of(op)
+    arguments = case.arguments(device)
+    exact = tensors(truth(case, arguments, torch.float64))
+    errors, before = {}, torch.backends.cuda.matmul.allow_tf32
+    try:
+        for allowed in (False, True):
+            torch.backends.cuda.matmul.allow_tf32 = allowed
+            got = tensors(results(run_of(kernels(op), arguments)))
+            errors[allowed] = [((g - t).norm() / t.norm()).item() for g, t in zip(got, exact)]
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
     assert max(errors[False]) < 2e-5, errors
     # tf32 keeps 10 bits of 23; the switch must do something
     assert 5e-5 < max(errors[True]) < 2e-2, errors
@@ -413,8 +416,10 @@ def test_torch_compile_with_inductor(device, monkeypatch):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
         got.backward()
         wanted.backward()
+    # the gradient of a key's bias is zero, and in either run what rounding left of it
+    size = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
     for (name, a), b in zip(model.named_parameters(), compiled.parameters(), strict=True):
-        assert ((a.grad - b.grad).norm() / a.grad.norm().clamp(min=1e-12)).item() < 1e-3, name
+        assert (a.grad - b.grad).norm() < 1e-3 * a.grad.norm() + 1e-5 * size, name
 
 
 # --- memory
