@@ -316,7 +316,7 @@ def disentangled_attention(
                 scores = scores.masked_fill_(~group.mask.transpose(0, 1), float("-inf"))
             probabilities = torch.softmax(scores, dim=-1)
             if dropout_p > 0.0:
-                keep = keep_mask(row, head[:, None, None], L, seed, offset, dropout_p)
+                keep = attention_keep_mask(row, head[:, None, None], L, seed, offset, dropout_p)
                 probabilities = probabilities * keep * _keep_scale(dropout_p)
             parts.append(probabilities @ values[heads])
         outs.append(torch.cat(parts).permute(1, 2, 0, 3).flatten(0, 1))
@@ -498,14 +498,17 @@ def _pool(rows, mode):
     raise ValueError(f"mode={mode!r}: expected cls, lasttoken, max, mean, mean_sqrt_len_tokens or weightedmean")
 
 
+# a chunk of rows, and of words in the low-memory mode, whose logits are held at once
+CROSS_ENTROPY_ROWS = 1024
+CROSS_ENTROPY_COLUMNS = 1024
+
+
 class MaskedCrossEntropyFunction(torch.autograd.Function):
     """Loss and gradients of the picked rows in one sweep over chunks of rows, so that [M, V] is never held.
 
     The last chunk's share of the weight gradient, mostly all of it, waits for the backward: until then it is smaller as
     the gradient of the logits. TiledCrossEntropyFunction is the same in less memory.
     """
-
-    ROWS = 1024
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, scale, max_picks, ignore_index, label_smoothing, z_loss, wants):
@@ -515,8 +518,8 @@ class MaskedCrossEntropyFunction(torch.autograd.Function):
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         dbias, dscale = loss_sum.new_zeros(V), torch.zeros_like(loss_sum)
         drows, earlier, last = [], None, (hidden.new_zeros(0, V), hidden.new_zeros(0, hidden.shape[1]))
-        for start in range(0, len(labels), MaskedCrossEntropyFunction.ROWS):
-            chunk = slice(start, start + MaskedCrossEntropyFunction.ROWS)
+        for start in range(0, len(labels), CROSS_ENTROPY_ROWS):
+            chunk = slice(start, start + CROSS_ENTROPY_ROWS)
             rows, target, labelled = _labelled_rows(hidden, labels, picked, chunk, ignore_index)
             losses, best, powers, maximum, total = _losses(
                 rows, target, weight, bias, scale, max(V, 1), label_smoothing, z_loss
@@ -565,13 +568,10 @@ class MaskedCrossEntropyFunction(torch.autograd.Function):
 
 
 class TiledCrossEntropyFunction(torch.autograd.Function):
-    """The low-memory mode: tiles of ROWS x COLUMNS logits, of which only each row's maximum and sum of powers are kept.
+    """The low-memory mode: tiles of rows and words, of which only each row's maximum and sum of powers are kept.
 
     Backward makes each tile again. Words outside, rows inside: the weight gradient is finished tile by tile.
     """
-
-    ROWS = 1024
-    COLUMNS = 1024
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, scale, max_picks, ignore_index, label_smoothing, z_loss, wants):
@@ -580,11 +580,11 @@ class TiledCrossEntropyFunction(torch.autograd.Function):
         loss_sum = torch.zeros((), dtype=wide, device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         maxima, totals = (loss_sum.new_zeros(len(labels), 1) for _ in range(2))
-        for start in range(0, len(labels), TiledCrossEntropyFunction.ROWS):
-            chunk = slice(start, start + TiledCrossEntropyFunction.ROWS)
+        for start in range(0, len(labels), CROSS_ENTROPY_ROWS):
+            chunk = slice(start, start + CROSS_ENTROPY_ROWS)
             rows, target, labelled = _labelled_rows(hidden, labels, picked, chunk, ignore_index)
             losses, best, _, maxima[chunk], totals[chunk] = _losses(
-                rows, target, weight, bias, scale, TiledCrossEntropyFunction.COLUMNS, label_smoothing, z_loss
+                rows, target, weight, bias, scale, CROSS_ENTROPY_COLUMNS, label_smoothing, z_loss
             )
             loss_sum += losses.masked_fill(~labelled, 0).sum()
             correct += ((best == target) & labelled).sum()
@@ -603,11 +603,11 @@ class TiledCrossEntropyFunction(torch.autograd.Function):
         drows = maxima.new_zeros(len(labels), hidden.shape[1])
         dweight = torch.zeros_like(weight) if wants[1] else None
         dbias = torch.zeros_like(bias) if wants[2] else None
-        for first in range(0, len(weight), TiledCrossEntropyFunction.COLUMNS):
-            words = slice(first, first + TiledCrossEntropyFunction.COLUMNS)
+        for first in range(0, len(weight), CROSS_ENTROPY_COLUMNS):
+            words = slice(first, first + CROSS_ENTROPY_COLUMNS)
             word_sums, bias_sums = 0, 0
-            for start in range(0, len(labels), TiledCrossEntropyFunction.ROWS):
-                chunk = slice(start, start + TiledCrossEntropyFunction.ROWS)
+            for start in range(0, len(labels), CROSS_ENTROPY_ROWS):
+                chunk = slice(start, start + CROSS_ENTROPY_ROWS)
                 rows, target, labelled = _labelled_rows(hidden, labels, picked, chunk, ignore_index)
                 powers = _logits(rows, weight, bias, scale, words).sub_(maxima[chunk]).exp_()
                 dlogits = _dlogits(

@@ -279,8 +279,9 @@ def _product(out, a, b, add=False):
 
 def _scaled(gradient, factor, dtype):
     # Rounded once, after the factor, which the loss's mean brings: a sum over thousands of rows may not fit in fp16. As
-    # a tensor of one dimension the factor stays fp32 in the product, and `out` makes it one pass.
-    return torch.mul(gradient, factor.reshape(1), out=gradient.new_empty(gradient.shape, dtype=dtype))
+    # a tensor with dimensions the factor stays fp32 in the product, and `out` makes it one pass.
+    factor = factor.reshape([1] * gradient.dim())
+    return torch.mul(gradient, factor, out=gradient.new_empty(gradient.shape, dtype=dtype))
 
 
 def _buffers(M, width, hidden, scale, gradients):
