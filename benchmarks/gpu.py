@@ -11,6 +11,7 @@ benchmarks/results/rehearsal alone, which git ignores.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -55,7 +56,8 @@ def sees_gpu():
 def tests_on_a_device():
     """The test files that take the `device` fixture, which is the GPU where there is one."""
     takes = re.compile(r"^def \w+\([^)]*\bdevice\b", re.MULTILINE)
-    files = sorted((ROOT / "tests").glob("test_*.py"))
+    # what only a GPU can show comes first, should time be short
+    files = sorted((ROOT / "tests").glob("test_*.py"), key=lambda path: (path.name != "test_gpu.py", path.name))
     return [str(path.relative_to(ROOT)) for path in files if takes.search(path.read_text(encoding="utf-8"))]
 
 
@@ -89,18 +91,20 @@ class Background:
         n = workers()
         # each process would otherwise start as many compilers as there are cores
         environment = {**environment, "TORCHINDUCTOR_COMPILE_THREADS": "2"}
-        commands = [["benchmarks/bench_training_step_gpu.py", "--warm"]]
-        commands += [
-            [f"benchmarks/{script}.py", "--warm", f"{i}/{n}"] for script in ("tune", "bench_ops") for i in range(n)
-        ]
-        self.processes = [start([sys.executable, *command], logs / "compile.log", environment) for command in commands]
+        commands = [[sys.executable, "benchmarks/bench_training_step_gpu.py", "--warm"]]
+        for i in range(n):
+            warm = f'"$0" benchmarks/tune.py --warm {i}/{n}; "$0" benchmarks/bench_ops.py --warm {i}/{n}'
+            commands.append(["sh", "-c", warm, sys.executable])
+        self.processes = [start(command, logs / "compile.log", environment) for command in commands]
 
     def wait(self, until):
         """Wait for them, not past `until`; then end those that are still at it."""
         while any(process.poll() is None for process in self.processes) and time.monotonic() < until:
             time.sleep(0.2)
         for process in self.processes:
-            end(process)
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
 
 def start(command, log, environment):
@@ -111,10 +115,12 @@ def start(command, log, environment):
 
 
 def end(process):
-    """End a process and what it started."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    """End a process and what it started: first as Ctrl-C does, upon which pytest still tells what it has seen."""
+    for how, seconds in ((signal.SIGINT, 10), (signal.SIGKILL, None)):
+        if process.poll() is None:
+            os.killpg(process.pid, how)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(seconds)
 
 
 def run(step, seconds, environment, logs, rehearsal=None):
@@ -159,17 +165,16 @@ def echo(log, said, step):
     return len(lines) - 1
 
 
-def counts(xml, file):
-    """Write how many tests passed, and which did not."""
-    if not xml.exists():
-        return
-    cases = list(ElementTree.parse(xml).iter("testcase"))
-    bad = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
-    skipped = [case for case in cases if case.find("skipped") is not None]
-    content = {
-        "passed": len(cases) - len(bad) - len(skipped), "skipped": len(skipped), "failed": len(bad),
-        "failures": [f"{case.get('classname')}::{case.get('name')}" for case in bad],
-    }  # fmt: skip
+def counts(last, xml, file):
+    """Write how many tests passed, by the last line that pytest said, and which did not."""
+    content = {what: 0 for what in ("passed", "failed", "skipped")}
+    content |= {what: int(number) for number, what in re.findall(r"(\d+) (passed|failed|skipped|error)", last)}
+    cases = ElementTree.parse(xml).iter("testcase") if xml.exists() else ()
+    content["failures"] = [
+        f"{case.get('classname')}::{case.get('name')}"
+        for case in cases
+        if case.find("failure") is not None or case.find("error") is not None
+    ]
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
@@ -228,11 +233,10 @@ def main():
     rehearsal = None
     if on_gpu:
         environment.pop("TRITON_INTERPRET", None)
-        import torch
+        import machine
 
-        name = torch.cuda.get_device_name().lower().replace(" ", "_").replace("/", "_")
-        results, logs = ROOT / "benchmarks" / "results" / name, ROOT / "runs" / "gpu"
-        print(f"{name}: results go to {results}, logs to {logs}")
+        results, logs = machine.folder(machine.device()), ROOT / "runs" / "gpu"
+        print(f"{results.name}: results go to {results}, logs to {logs}")
     else:
         environment |= {"TRITON_INTERPRET": "1", "FASTBERT_IMPL": "triton", "OMP_NUM_THREADS": "1"}
         results = rehearsal = options.output or ROOT / "benchmarks" / "results" / "rehearsal"
@@ -256,7 +260,7 @@ def main():
         print(f"[{i + 1}/{len(todo)}] {step.name}, at most {seconds:.0f} s", flush=True)
         status, took, last = run(step, seconds, environment, logs, rehearsal)
         if not step.script:
-            counts(logs / f"{step.name}.xml", results / step.result)
+            counts(last, logs / f"{step.name}.xml", results / step.result)
         print(f"    {status} in {took:.0f} s: {last[:160]}", flush=True)
         told.append((step, status, took, last))
     if background:

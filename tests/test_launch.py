@@ -18,9 +18,10 @@ class Kernel:
     """Plays the `run` of a launcher: notes its settings, and refuses what does not fit the device."""
 
     def __init__(self, candidates=(FAST, SLOW, HUGE), key="bf16 D768"):
-        self.ran, self.candidates, self.key = [], candidates, key
+        self.tried, self.ran, self.candidates, self.key = [], [], candidates, key
 
     def run(self, settings):
+        self.tried.append(settings)
         if settings == HUGE:
             raise OutOfResources(10**6, 232448, "shared memory")
         self.ran.append(settings)
@@ -98,6 +99,7 @@ def test_settings_that_no_longer_fit_are_not_used(profile):
     profile(HUGE)
     kernel = Kernel()
     assert kernel.launch() == kernel.launch() == DEFAULT
+    assert kernel.tried == [HUGE, DEFAULT, DEFAULT]  # not tried again
 
 
 def test_the_search_finds_the_fastest_once(search):
