@@ -236,6 +236,13 @@ def check_ops_under_autocast_give_what_torch_gives():
                 assert attended.dtype == F.scaled_dot_product_attention(q, q, q).dtype == dtype
             for rows in (x, x.to(dtype)):
                 assert ops.bias_gelu(rows, bias[:HIDDEN]).dtype == F.gelu(rows).dtype == rows.dtype
+                # in fp32 on a GPU, unless the caller, as our encoder, asks for another
+                wide = F.layer_norm(rows, (HIDDEN,)).dtype
+                norms = [ops.layer_norm(rows, None, None), ops.gelu_layer_norm(rows, None, None, None)]
+                assert {y.dtype for y in norms} == {wide} == {torch.float32}
+                assert ops.layer_norm(rows, None, None, dtype=dtype).dtype == dtype
+                pooled = ops.pooling(rows, given.cu_seqlens, normalize=True)
+                assert pooled.dtype == F.normalize(rows.sum(0, keepdim=True)).dtype
             loss = ops.masked_cross_entropy(x, weight, bias, given.labels)[0]
             assert loss.dtype == F.cross_entropy(F.linear(x, weight, bias), given.labels).dtype == torch.float32
 
