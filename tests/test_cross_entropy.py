@@ -257,13 +257,16 @@ def test_counts_right_predictions(device):
     assert (count.item(), correct.item()) == (35, 5)
 
 
-def test_of_equal_maxima_the_first_is_the_prediction(device):
-    """Also when they are blocks apart, in the same lane of the kernel."""
+@both_modes
+def test_of_equal_maxima_the_first_is_the_prediction(low_memory, device, monkeypatch):
+    """Also when they are neighbours, blocks apart in the same lane of the kernel, or in different tiles."""
+    monkeypatch.setattr(cross_entropy, "COLUMNS", 2048)
     bias = torch.zeros(5000, device=device)
-    bias[[9, 9 + 2048, 9 + 4096]] = 3.0
+    bias[[9, 10, 9 + 2048, 9 + 4096]] = 3.0
     hidden, weight = torch.zeros(2, 8, device=device), torch.zeros(5000, 8, device=device)
-    for labels, right in (([9, 9], 2), ([9 + 2048, 9 + 4096], 0)):
-        assert masked_cross_entropy(hidden, weight, bias, torch.tensor(labels, device=device))[2].item() == right
+    for labels, right in (([9, 9], 2), ([10, 9 + 2048], 0), ([9 + 4096, 8], 0)):
+        labels = torch.tensor(labels, device=device)
+        assert masked_cross_entropy(hidden, weight, bias, labels, low_memory=low_memory)[2].item() == right
 
 
 def test_all_rows_ignored(device):
@@ -545,6 +548,38 @@ def test_chunks_are_even_and_bounded():
     assert rows(10000, 30522) == 3456
     assert rows(10000, 250002) == 1536
     assert rows(4096, 32768, scale=True) == 1408
+
+
+def test_every_launch_setting_gives_the_same(device, monkeypatch):
+    """Whatever a profile may choose among, and in place too: first the search's runs, then the one that counts."""
+    hidden, weight, bias, labels = make(2, 150, 8, device, torch.float16)
+    inputs, tried = leaves(hidden, weight, bias), {}
+
+    def results(**options):
+        loss, _, correct = masked_cross_entropy(*inputs, labels, label_smoothing=0.1, **options)
+        return loss, correct, *torch.autograd.grad(loss, inputs)
+
+    def launch_with(number):
+        def launch(run, kernel, key, default, candidates, overwrites):
+            settings = [default, *candidates]
+            tried[kernel] = len(settings)
+            before = [x.clone() for x in overwrites]
+            run(settings[-1 - number % len(settings)])
+            for x, old in zip(overwrites, before, strict=True):
+                x.copy_(old)
+            run(settings[number % len(settings)])
+
+        return launch
+
+    for options in ({}, dict(low_memory=True)):
+        monkeypatch.setattr(cross_entropy, "COLUMNS", 64)
+        wanted = results(**options)
+        with monkeypatch.context() as patch:
+            for number in range(3 if options else 19):
+                patch.setattr(cross_entropy, "launch", launch_with(number))
+                for got, want in zip(results(**options), wanted, strict=True):
+                    torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-3)
+    assert tried == {"masked_cross_entropy_fwd": 10, "masked_cross_entropy_bwd": 19}
 
 
 @both_modes
