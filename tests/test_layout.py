@@ -12,6 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = sorted((ROOT / "fastbert").glob("*.py"))
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
+# these look at kernels and at Triton, and run no op
+COMPILING = {"kernel_cases.py", "offline.py", "machine_code.py", "doctor.py"}
 HUGGINGFACE = {"variants.py", "swap.py"}  # the two files that may know HuggingFace's classes and key names
 
 
@@ -74,6 +76,8 @@ def test_kernels_import_torch_triton_and_themselves(path):
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.name)
 def test_library_leaves_kernels_to_ops_and_triton_to_kernels(path):
     for module in imports(path):
+        if path.name in COMPILING:
+            continue
         assert module.split(".")[0] != "triton", f"{path.name} imports {module}: that belongs in kernels/"
         assert path.name == "ops.py" or not is_kernels(module), f"{path.name} imports {module}: only ops.py may"
     names = {node.id for node in ast.walk(tree(path)) if isinstance(node, ast.Name)}
