@@ -330,7 +330,12 @@ def embedding_bwd(
             )  # fmt: skip
         column_sums(partials, sums)
 
-    launch(run, "embedding_bwd", shape_key(word, D), *walk_settings(D, word.element_size(), 2))
+    default, candidates = walk_settings(D, word.element_size(), 2)
+    if word.element_size() == 2 and default["TILES"] == 4 and D <= 4096:
+        # the sums for token types are too much for a thread that holds four tiles: as many rows on twice the warps, of
+        # which one program fits
+        default = {**candidates[1], "PROGRAMS": 1}
+    launch(run, "embedding_bwd", shape_key(word, D), default, candidates)
     dword, *others = segment_sums(dz, keys, tables, padding_idx)
     if position is not None:
         dposition = others.pop(0)
