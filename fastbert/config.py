@@ -17,6 +17,7 @@ class EncoderConfig:
 
     DeBERTa: position_buckets (0: none), max_relative_positions, pos_att_type (of "c2p" and "p2c"), share_att_key,
     norm_rel_ebd (the table of relative positions has a LayerNorm), conv_kernel_size (0: none), conv_act.
+    MPNet: distance_buckets (0: none).
 
     pre_norm: norms stand before attention and feed-forward, which is gated then. windows: how far each layer sees to
     both sides (None: all the way, also for all layers). rope_thetas: the rotary base of each layer. attention_bias,
@@ -59,6 +60,7 @@ class EncoderConfig:
     position_buckets: int = 0
     max_relative_positions: int = 0
     pos_att_type: tuple = ()
+    distance_buckets: int = 0
     share_att_key: bool = False
     norm_rel_ebd: bool = False
     conv_kernel_size: int = 0

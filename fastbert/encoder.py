@@ -9,6 +9,7 @@ from .layers import (
     ATTENTIONS,
     AddNorm,
     Convolution,
+    DistanceBias,
     Embeddings,
     FeedForward,
     GatedFeedForward,
@@ -103,7 +104,9 @@ class Encoder(nn.Module):
         block = PreNormBlock if config.pre_norm else Block
         self.blocks = nn.ModuleList(block(config, i) for i in range(max(config.layer_order) + 1))
         self.final_norm = Norm(config) if config.pre_norm else None
-        self.relative = RelativePositions(config) if config.pos_att_type else None
+        self.relative = None
+        if config.pos_att_type or config.distance_buckets:
+            self.relative = (RelativePositions if config.pos_att_type else DistanceBias)(config)
         self.convolution = Convolution(config) if config.conv_kernel_size else None
         self.apply(lambda module: initialize(module, config))
 
@@ -122,7 +125,7 @@ class Encoder(nn.Module):
         layout = Layout(batch.cu_seqlens, batch.max_seqlen, batch.position_ids, batch.columns)
         x = self.embeddings(batch, dropout)
         if self.relative is not None:
-            layout.shared["relative"] = self.relative()
+            layout.shared["relative"] = self.relative(layout)
         embedded = x
         *earlier, last = self.config.layer_order
         for n, i in enumerate(earlier):

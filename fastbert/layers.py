@@ -3,6 +3,8 @@
 Letters: T packed tokens, D hidden size, F feed-forward size, H heads, K head size, M rows of T.
 """
 
+import math
+
 import torch
 from torch import nn
 
@@ -118,6 +120,57 @@ class RotaryAttention(nn.Module):
         return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 
 
+class DistanceBias(nn.Module):
+    """A number for each head and bucket of distances, one table for all layers (Raffel et al. 2020): MPNet's."""
+
+    FURTHEST = 128  # beyond, all distances share a bucket
+
+    def __init__(self, config):
+        super().__init__()
+        self.table = nn.Embedding(config.distance_buckets, config.num_attention_heads)
+
+    def forward(self, layout):
+        """[2 * span, H], span = layout.max_seqlen: row span + i - j is that of a query at i and a key at j."""
+        span = layout.max_seqlen if layout.columns is None else int(layout.columns.max()) + 1
+        distance = torch.arange(-span, span, device=self.table.weight.device)
+        # a product and no lookup: its gradient is a sum in a fixed order on every device
+        return (
+            nn.functional.one_hot(self.bucket(distance), self.table.num_embeddings).to(self.table.weight)
+            @ self.table.weight
+        )
+
+    def bucket(self, distance):
+        """The row of the table for int64 distances: half of them before and half after, single at first, then wider."""
+        half = self.table.num_embeddings // 2
+        exact = half // 2
+        far = distance.abs().clamp(min=1).float() / exact
+        wide = exact + (torch.log(far) / math.log(self.FURTHEST / exact) * (half - exact)).long()
+        return torch.where(distance.abs() < exact, distance.abs(), wide.clamp(max=half - 1)) + half * (distance < 0)
+
+
+class BiasedAttention(SelfAttention):
+    """Attention with a bias for each distance, the same in all layers: MPNet's."""
+
+    def forward(self, x, layout, dropout):
+        """x [T, D] -> [T, D], or [M, D] when the layout asks for some rows only."""
+        config = self.config
+        qkv = self._project(x, self.query, self.key, self.value).view(
+            -1, 3, config.num_attention_heads, config.head_size
+        )
+        options = dropout(config.attention_probs_dropout_prob)
+        relative = layout.shared["relative"]
+        if layout.columns is None:
+            out = ops.biased_attention(qkv, None, None, relative, layout.cu_seqlens, layout.max_seqlen, **options)
+        else:
+            scale = config.head_size**-0.5
+            out = gaps.attention(
+                *qkv.unbind(1), layout.cu_seqlens, layout.columns, scale=scale, **options,
+                position_scores=lambda q, k, distance: relative[distance + len(relative) // 2].permute(2, 0, 1) / scale,
+            )  # fmt: skip
+        out = out.flatten(1)
+        return ops.linear(out if layout.rows is None else out[layout.rows], self.output.weight, self.output.bias)
+
+
 class RelativePositions(nn.Module):
     """DeBERTa's embeddings of relative positions, one table for all layers."""
 
@@ -127,7 +180,7 @@ class RelativePositions(nn.Module):
         self.table = nn.Embedding(2 * span, config.hidden_size)
         self.norm = Norm(config) if config.norm_rel_ebd else None
 
-    def forward(self):
+    def forward(self, layout):
         """[2 * span, D]."""
         return self.table.weight if self.norm is None else self.norm(self.table.weight)
 
@@ -235,6 +288,7 @@ class Convolution(nn.Module):
 # EncoderConfig.attention -> the class
 ATTENTIONS = {
     "softmax": SelfAttention,
+    "biased": BiasedAttention,
     "rotary": RotaryAttention,
     "disentangled": DisentangledAttention,
     "packed disentangled": PackedDisentangledAttention,

@@ -40,6 +40,8 @@ def _kernel(file, name):
             from .kernels import attention as module
         case "bias_gelu":
             from .kernels import bias_gelu as module
+        case "biased_attention":
+            from .kernels import biased_attention as module
         case "cross_entropy":
             from .kernels import cross_entropy as module
         case "disentangled_attention":
@@ -124,6 +126,25 @@ def attention(
             q, k, v, cu_seqlens, max_seqlen, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
             scale=scale, dropout_p=dropout_p, seed=seed, offset=offset,
         )  # fmt: skip
+
+
+def biased_attention(
+    q, k, v, bias, cu_seqlens, max_seqlen, *, scale=None, dropout_p=0.0, seed=None, offset=0, impl=None
+):
+    """Attention with a learned number for each distance and head: see `reference.biased_attention`.
+
+    Raises ValueError when the bias does not reach as far as the sequences do.
+    """
+    _check_dropout(dropout_p, seed)
+    if bias.shape[0] < 2 * max_seqlen:
+        raise ValueError(
+            f"bias has {bias.shape[0]} rows: expected at least {2 * max_seqlen} for max_seqlen {max_seqlen}"
+        )
+    q, k, v = _autocast(q, k, v)
+    with _no_autocast(q):
+        return _choose("biased_attention", "biased_attention", q, impl)(
+            q, k, v, bias, cu_seqlens, max_seqlen, scale=scale, dropout_p=dropout_p, seed=seed, offset=offset
+        )
 
 
 def disentangled_attention(

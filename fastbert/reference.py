@@ -324,6 +324,38 @@ def disentangled_attention(
     return TakeFunction.apply(rows, *reversed(places))
 
 
+def biased_attention(q, k, v, bias, cu_seqlens, max_seqlen, *, scale=None, dropout_p=0.0, seed=None, offset=0):
+    """Attention with a learned number for each distance and head: softmax(q kᵀ · scale + bias[i - j]) v.
+
+    q, k, v, cu_seqlens, max_seqlen, dropout and result as in `attention`; all rows ask. bias [2 * span, H]: row
+    span + i - j is that of query i and key j of a sequence; span is at least `max_seqlen`. Source: Raffel et al. 2020,
+    section 2.1, whose buckets the caller spreads over the distances.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if k is not None:
+        q = torch.stack((q, *(k.unbind(1) if v is None else (k, v))), 1)
+    starts = tuple(cu_seqlens.tolist())
+    groups, places, _ = _groups(starts, starts, len(q), len(q), q.device)
+    outs = []
+    for group, qkv in zip(groups, _arrange(q, *places, groups, "length")):
+        L = group.length
+        queries, keys, values = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        position = torch.arange(L, device=q.device)
+        # a group may be padded beyond the longest sequence
+        distance = (position[:, None] - position + bias.shape[0] // 2).clamp(0, bias.shape[0] - 1)
+        scores = queries * scale @ keys.transpose(-1, -2) + bias[distance].permute(2, 0, 1).to(q.dtype)
+        if group.mask is not None:
+            scores = scores.masked_fill(~group.mask, float("-inf"))
+        probabilities = torch.softmax(scores, dim=-1)
+        if dropout_p > 0.0:
+            row, head = group.start_q[:, None] + position, torch.arange(q.shape[2], device=q.device)
+            keep = attention_keep_mask(row[:, None, :], head[None, :, None], L, seed, offset, dropout_p)
+            probabilities = probabilities * keep * _keep_scale(dropout_p)
+        outs.append((probabilities @ values).transpose(1, 2).flatten(0, 1))
+    rows = torch.cat(outs) if outs else q[:0, 0]
+    return TakeFunction.apply(rows, *reversed(places))
+
+
 # elements of [H, G, L, L], for what works on several such tensors in turn; rows of L that share a product with a table
 _SCORES_AT_ONCE, _RELATIVE_ROWS = 2**20, 64
 

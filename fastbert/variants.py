@@ -341,6 +341,29 @@ FAMILIES = {
             share_att_key="share_att_key", conv_kernel_size="conv_kernel_size", conv_act="conv_act", **_DEBERTA_KEYS
         ),
     ),
+    "mpnet": Family(
+        prefix="mpnet.",
+        names={
+            **_encoder("mpnet."),
+            "encoder.blocks.{i}.attention.query": "mpnet.encoder.layer.{i}.attention.attn.q",
+            "encoder.blocks.{i}.attention.key": "mpnet.encoder.layer.{i}.attention.attn.k",
+            "encoder.blocks.{i}.attention.value": "mpnet.encoder.layer.{i}.attention.attn.v",
+            "encoder.blocks.{i}.attention.output": "mpnet.encoder.layer.{i}.attention.attn.o",
+            "encoder.blocks.{i}.attention_norm": "mpnet.encoder.layer.{i}.attention.LayerNorm",
+            "encoder.relative.table": "mpnet.encoder.relative_attention_bias",
+            **_LM_HEAD,
+            **_DENSE_CLASSIFIER,
+            "pooler": "mpnet.pooler.dense",
+        },
+        architectures=_heads("MPNet"),
+        tied=(*_LM_HEAD_TIED, "mpnet.embeddings.position_ids"),
+        defaults=dict(
+            vocab_size=30527, type_vocab_size=0, pad_token_id=1, attention="biased", distance_buckets=32,
+            head_act="gelu", pooler_dropout=None,
+        ),
+        keys=dict(distance_buckets="relative_attention_num_buckets", type_vocab_size=None),
+        positions_after_padding=True,
+    ),
     "modernbert": Family(
         prefix="model.",
         names={
@@ -604,6 +627,8 @@ PRESETS = {
     "deberta-v3-small": _disentangled("deberta-v2", 6, 768, **_V2),
     "deberta-v3-base": _disentangled("deberta-v2", 12, 768, **_V2),
     "deberta-v3-large": _disentangled("deberta-v2", 24, 1024, **_V2),
+    # Song et al. 2020
+    "mpnet-base": _sized("mpnet", 12, 768, max_position_embeddings=514, layer_norm_eps=1e-5),
     # Warner et al. 2024
     "modernbert-base": _modernbert(22, 768, 1152),
     "modernbert-large": _modernbert(28, 1024, 2624),

@@ -61,6 +61,7 @@ CASES = {
     "deberta-v2-plain": ("DebertaV2", SIZES),
     "deberta-v2-xlarge": ("DebertaV2", {**SIZES, **V3, "conv_kernel_size": 3, "conv_act": "gelu"}),
     "deberta-v3": ("DebertaV2", {**SIZES, **V3}),
+    "mpnet": ("MPNet", SIZES),
     "modernbert": ("ModernBert", MODERNBERT),
 }  # fmt: skip
 WITHOUT_CHOICE = {"Deberta"}  # transformers has no such class
@@ -289,7 +290,9 @@ MILLIONS = {
     "xlm-roberta-base": 278.04, "xlm-roberta-large": 559.89, "albert-base-v2": 11.68, "albert-large-v2": 17.68,
     "albert-xlarge-v2": 58.72, "albert-xxlarge-v2": 222.60, "electra-small": 13.48, "electra-base": 108.89,
     "electra-large": 334.09, "distilbert-base": 66.36, "deberta-base": 138.60, "deberta-large": 405.16,
-    "deberta-v3-base": 183.83, "deberta-v3-large": 434.01, "modernbert-base": 149.01, "modernbert-large": 394.78,
+    "deberta-v3-base": 183.83, "deberta-v3-large": 434.01,
+    "mpnet-base": 109.49, "modernbert-base": 149.01,
+    "modernbert-large": 394.78,
 }  # fmt: skip
 
 

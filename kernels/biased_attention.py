@@ -1,0 +1,40 @@
+"""Attention with a learned number for each distance and head, MPNet's, by the kernels of `disentangled_attention`.
+
+    out = softmax(q kᵀ · scale + bias[i - j]) v
+
+A bias is a position's score for a query that is 1: with q' = [q, 1, 1], k' = [k, 0, 0] and a table of positions
+pos_key[r] = [0, high, low], high + low = bias[r] / scale, the score q' · (k' + pos_key[i - j]) · scale is that above.
+Two columns carry the bias because 16 bits would not. They cost nothing where K and K + 2 pad to the same power of two,
+and half of the products at K = 64. Beside the traffic of those kernels, q, k and v are written and read once more.
+
+B sequences, T packed tokens, H heads, K head size.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from .disentangled_attention import disentangled_attention
+
+
+def biased_attention(q, k, v, bias, cu_seqlens, max_seqlen, *, scale=None, dropout_p=0.0, seed=None, offset=0):
+    """Attention with a bias for each distance: arguments and result of `reference.biased_attention`.
+
+    float16, bfloat16 or float32; head sizes up to 126; `seed` an int64 tensor [1] when dropout_p > 0. Raises ValueError
+    and TypeError.
+    """
+    if k is None:
+        q, k, v = q.unbind(1)
+    elif v is None:
+        k, v = k.unbind(1)
+    K = q.shape[-1]
+    scale = K**-0.5 if scale is None else scale
+    whole = bias.float() / scale
+    # the low part alone brings the gradient
+    high = whole.detach().to(q.dtype)
+    low = (whole - high.float()).to(q.dtype)
+    pos_key = F.pad(torch.stack((high, low), -1), (K, 0))
+    out = disentangled_attention(
+        F.pad(q, (0, 2), value=1.0), F.pad(k, (0, 2)), F.pad(v, (0, 2)), pos_key, None, cu_seqlens, max_seqlen,
+        max_relative_positions=bias.shape[0] // 2, scale=scale, dropout_p=dropout_p, seed=seed, offset=offset,
+    )  # fmt: skip
+    return out[..., :K]
