@@ -142,7 +142,8 @@ def measure(case, runs, clock, ceilings, rounds):
         return lambda output: torch.autograd.grad(output, run.leaves, gradient)
 
     seconds = {name: [] for name in runs}
-    for i in range(-2, rounds):
+    warm_up = 2 if device.type == "cuda" else 0
+    for i in range(-warm_up, rounds):
         for name in list(runs)[:: 1 if i % 2 else -1]:
             taken = clock.seconds(runs[name].forward, backward(runs[name], gradients[name]))
             if i >= 0:
