@@ -85,6 +85,11 @@ def _attention_apart():
     return dict(q=q, k=k, v=v, **_sequences(3, 6))
 
 
+def _disentangled_attention():
+    tables = dict(pos_key=torch.randn(4, 2, 12), pos_query=torch.randn(4, 2, 12), position_buckets=2)
+    return _attention(**_sequences(9)) | tables | dict(max_relative_positions=8)
+
+
 def _layer_norm(**options):
     x, residual = torch.randn(5, 37), torch.randn(5, 37)
     return dict(x=x, weight=torch.randn(37), bias=torch.randn(37), residual=residual, **_dropout()) | options
@@ -127,6 +132,7 @@ CALLS = {
     "attention-tiled": Call("attention", lambda: _attention(**_sequences(9, max_seqlen=65)), ("q",)),
     "attention-some_rows": Call("attention", _attention_of_some_rows, ("q", "k")),
     "attention-apart": Call("attention", _attention_apart, ("q", "k", "v")),
+    "disentangled_attention": Call("disentangled_attention", _disentangled_attention, ("q",)),
     "layer_norm": Call("layer_norm", _layer_norm, ("x", "residual")),
     "layer_norm-bare": Call(
         "layer_norm", lambda: _layer_norm(residual=None, weight=None, bias=None, dropout_p=0.0, seed=None), ("x",)
