@@ -390,7 +390,8 @@ FAMILIES = {
             vocab_size=50368, num_hidden_layers=22, intermediate_size=1152, max_position_embeddings=8192,
             layer_norm_eps=1e-5, pad_token_id=50283, type_vocab_size=0, position_biased_input=False, pre_norm=True,
             attention="rotary", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, attention_bias=False,
-            mlp_bias=False, norm_bias=False, head_bias=False, pooler_act="transform", classifier_dropout=0.0,
+            mlp_bias=False, norm_bias=False, head_bias=False, head_act="gelu", pooler_act="transform",
+            classifier_dropout=0.0,
         ),
         keys=dict(
             hidden_act="hidden_activation", head_act="classifier_activation", hidden_dropout_prob="embedding_dropout",
