@@ -56,6 +56,15 @@ def _disentangled_attention(config, dtype, length, buckets=256, **options):
     _backward(out, qkv, pos_key, pos_query)
 
 
+def _biased_attention(config, dtype, length, **options):
+    from .kernels.biased_attention import biased_attention
+
+    shape = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    qkv, bias = _empty(ROWS, 3, *shape, dtype=dtype), _empty(1024, shape[0], dtype=dtype)
+    cu_seqlens = _empty(SEQUENCES + 1, dtype=torch.int32)
+    _backward(biased_attention(qkv, None, None, bias, cu_seqlens, length, seed=_ids(1), **options), qkv, bias)
+
+
 def _layer_norm(config, dtype, has_residual, is_mixed=False, **options):
     from .kernels.layer_norm import layer_norm
 
@@ -131,6 +140,8 @@ CASES = {
             "S=128": dict(length=128),
             "S=512 p=.1": dict(length=512, dropout_p=0.1),
             "S=512": dict(length=512),
+            "window p=.1": dict(length=512, dropout_p=0.1, window=64),
+            "window": dict(length=512, window=64),
         },
     ),
     "disentangled_attention": (
@@ -142,6 +153,10 @@ CASES = {
             "S=512 p=.1": dict(length=512, dropout_p=0.1),
             "S=512": dict(length=512),
         },
+    ),
+    "biased_attention": (
+        _biased_attention,
+        {"S=128 p=.1": dict(length=128, dropout_p=0.1), "S=512 p=.1": dict(length=512, dropout_p=0.1)},
     ),
     "layer_norm": (
         _layer_norm,
@@ -193,8 +208,14 @@ CASES = {
 }
 
 
+# by default every model runs an op. MPNet-base, which alone has biased_attention, has the shapes of bert-base
+_MODELS = {
+    "attention": ("bert-base", "bert-large", "minilm"),
+    "disentangled_attention": ("deberta-base",),
+    "biased_attention": ("bert-base",),
+}
+
+
 def cases_of(op, model):
     """Names of the op's cases that `model` runs."""
-    if op == ("attention" if model.startswith("deberta") else "disentangled_attention"):
-        return []
-    return list(CASES[op][1])
+    return list(CASES[op][1]) if model in _MODELS.get(op, MODELS) else []
