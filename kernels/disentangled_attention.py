@@ -112,7 +112,7 @@ def _disentangled_attention_fwd_kernel(
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     stride_pkp, stride_pkh, stride_pqp, stride_pqh,
     scale_log2, offset, threshold, keep_scale,
-    HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_EXACT: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -164,24 +164,26 @@ def _disentangled_attention_fwd_kernel(
         k_ptr = _at(k_ptr, BLOCK_N, stride_kt, 0, 0)
         v_ptr = _at(v_ptr, BLOCK_N, stride_vt, 0, 0)
     statistics_ptr = _at(statistics_ptr, start_q, 1, h, T)
-    tl.store(statistics_ptr + offs_m, highest, mask=offs_m < rows)
-    tl.store(_at(statistics_ptr, 0, 0, H, T) + offs_m, total, mask=offs_m < rows)
+    if IS_EXACT:
+        tl.store(statistics_ptr + offs_m, highest, mask=offs_m < rows)
+        tl.store(_at(statistics_ptr, 0, 0, H, T) + offs_m, total, mask=offs_m < rows)
+    else:
+        tl.store(statistics_ptr + offs_m, highest + tl.log2(total), mask=offs_m < rows)
     out_ptr = _at(out_ptr, start_q, stride_ot, h, stride_oh)
     _store_tile(out_ptr, stride_ot, rows, acc * (keep_scale / total)[:, None], K, BLOCK_M, BLOCK_K)
 
 
 @triton.jit
 def _load_statistics(statistics_ptr, row, rows, h, H, T, IS_EXACT: tl.constexpr, BLOCK: tl.constexpr):
-    """(highest, weight) [BLOCK] so that exp2(s - highest) * weight are the probabilities; 0 past the end of `rows`."""
+    """(x, weight) [BLOCK]: exp2(scores - x) * weight are the probabilities, 0 past the end. Without IS_EXACT weight is
+    1: a log-sum-exp of thousands has lost digits, but in 16 bits operands have as well."""
     offs = tl.arange(0, BLOCK)
     statistics_ptr = _at(statistics_ptr, row, 1, h, T)
-    highest = tl.load(statistics_ptr + offs, mask=offs < rows, other=float("inf"))
-    total = tl.load(_at(statistics_ptr, 0, 0, H, T) + offs, mask=offs < rows, other=1.0)
+    x = tl.load(statistics_ptr + offs, mask=offs < rows, other=float("inf"))
     if IS_EXACT:
-        return highest, 1.0 / total
+        return x, 1.0 / tl.load(_at(statistics_ptr, 0, 0, H, T) + offs, mask=offs < rows, other=1.0)
     else:
-        # a large log-sum-exp has fewer digits, but more than 16-bit operands leave
-        return highest + tl.log2(total), total
+        return x, 1.0
 
 
 @triton.jit
@@ -212,24 +214,34 @@ def _gradients(
 
 
 @triton.jit
-def _shift_queries(before, ds, BLOCK: tl.constexpr):
-    """[BLOCK, BLOCK] of queries and distances: for the distances that end the band of the tile of keys `before` and
-    begin that of the tile `ds` behind it, of both what belongs to them."""
-    i = tl.arange(0, BLOCK)[:, None, None]
+def _shift_queries(ds, BLOCK: tl.constexpr):
+    """[BLOCK, 2 BLOCK] of queries and distances, from the gradient of scores [BLOCK, BLOCK]; 0 where no key is."""
+    i = tl.arange(0, BLOCK)
     n = tl.arange(0, BLOCK // 8)[None, :, None]
     c = tl.arange(0, 8)[None, None, :]
-    both = tl.reshape(tl.permute(tl.join(before, ds), [0, 2, 1]), [BLOCK, 2 * BLOCK])
-    return _pick(both, i, i - c + 7, BLOCK // 8 - 1 - n, BLOCK, 2 * BLOCK, BLOCK, BLOCK)
+    both = tl.reshape(tl.permute(tl.join(ds, ds), [0, 2, 1]), [BLOCK, 2 * BLOCK])
+    i_3 = i[:, None, None]
+    shifted = _pick(both, i_3, i_3 - c + 7, BLOCK // 8 - 1 - n, BLOCK, 2 * BLOCK, BLOCK, BLOCK)
+    # a query's keys have the distances of the first half from its own number on, and of the second half up to there
+    is_first = i[None, :] >= i[:, None]
+    none = tl.zeros([BLOCK, BLOCK], ds.dtype)
+    halves = tl.join(tl.where(is_first, shifted, none), tl.where(is_first, none, shifted))
+    return tl.reshape(tl.permute(halves, [0, 2, 1]), [BLOCK, 2 * BLOCK])
 
 
 @triton.jit
-def _shift_keys(before, ds, BLOCK: tl.constexpr):
-    """[BLOCK, BLOCK] of keys and distances: the same for tiles of queries, `ds` behind `before`."""
-    j = tl.arange(0, BLOCK)[:, None, None]
+def _shift_keys(ds, BLOCK: tl.constexpr):
+    """[BLOCK, 2 BLOCK] of keys and distances, likewise."""
+    j = tl.arange(0, BLOCK)
     n = tl.arange(0, BLOCK // 8)[None, :, None]
     c = tl.arange(0, 8)[None, None, :]
-    both = _stacked(before, ds, BLOCK, BLOCK)
-    return _pick(both, 8 * n + c + j + 1, j, 0, 2 * BLOCK, BLOCK, BLOCK, BLOCK)
+    both = _stacked(ds, ds, BLOCK, BLOCK)
+    j_3 = j[:, None, None]
+    shifted = _pick(both, 8 * n + c + j_3 + 1, j_3, 0, 2 * BLOCK, BLOCK, BLOCK, BLOCK)
+    is_first = j[None, :] >= BLOCK - 1 - j[:, None]
+    none = tl.zeros([BLOCK, BLOCK], ds.dtype)
+    halves = tl.join(tl.where(is_first, shifted, none), tl.where(is_first, none, shifted))
+    return tl.reshape(tl.permute(halves, [0, 2, 1]), [BLOCK, 2 * BLOCK])
 
 
 @triton.jit
@@ -276,29 +288,23 @@ def _disentangled_attention_dq_kernel(
     highest, weight = _load_statistics(statistics_ptr, start_q, rows, h, H, T, IS_EXACT, BLOCK)
 
     dq = tl.zeros([BLOCK, BLOCK_K], tl.float32)
-    first = middle + tile * BLOCK + 1
-    before = tl.zeros([BLOCK, BLOCK], q.dtype)
+    first = middle + tile * BLOCK - BLOCK + 1
     for n in range(0, length, BLOCK):
         k = _load_tile(k_ptr, stride_kt, length - n, K, BLOCK, BLOCK_K, False, UPCAST)
         v = _load_tile(v_ptr, stride_vt, length - n, K, BLOCK, BLOCK_K, False, UPCAST)
         _, ds = _gradients(
             q, k, v, dout, highest, weight, delta, start_q + offs, length - n, n,
-            pos_key_ptr, stride_pkp, pos_query_ptr, stride_pqp, index_ptr, first - BLOCK,
+            pos_key_ptr, stride_pkp, pos_query_ptr, stride_pqp, index_ptr, first,
             h, seed, scale_log2, offset, threshold, keep_scale,
             HAS_KEY, HAS_QUERY, HAS_DROPOUT, IS_EXACT, PRECISION, UPCAST, K, BLOCK, BLOCK_K,
         )  # fmt: skip
         dq = tl.dot(ds, k, dq, input_precision=PRECISION)
         if HAS_KEY:
-            band = _load_band(pos_key_ptr, stride_pkp, index_ptr, first, K, BLOCK, BLOCK_K, UPCAST)
-            dq = tl.dot(_shift_queries(before, ds, BLOCK), band, dq, input_precision=PRECISION)
-            before = ds
+            band = _load_band(pos_key_ptr, stride_pkp, index_ptr, first, K, 2 * BLOCK, BLOCK_K, UPCAST)
+            dq = tl.dot(_shift_queries(ds, BLOCK), band, dq, input_precision=PRECISION)
         k_ptr = _at(k_ptr, BLOCK, stride_kt, 0, 0)
         v_ptr = _at(v_ptr, BLOCK, stride_vt, 0, 0)
         first -= BLOCK
-    if HAS_KEY:
-        band = _load_band(pos_key_ptr, stride_pkp, index_ptr, first, K, BLOCK, BLOCK_K, UPCAST)
-        behind = tl.zeros([BLOCK, BLOCK], q.dtype)
-        dq = tl.dot(_shift_queries(before, behind, BLOCK), band, dq, input_precision=PRECISION)
     _store_tile(_at(dq_ptr, start_q, stride_dqt, h, stride_dqh), stride_dqt, rows, dq * scale, K, BLOCK, BLOCK_K)
 
 
@@ -343,7 +349,6 @@ def _disentangled_attention_dkdv_kernel(
     dk = tl.zeros([BLOCK, BLOCK_K], tl.float32)
     dv = tl.zeros([BLOCK, BLOCK_K], tl.float32)
     first = middle - tile * BLOCK - BLOCK + 1
-    before = tl.zeros([BLOCK, BLOCK], k.dtype)
     for m in range(0, length, BLOCK):
         q = _load_tile(q_ptr, stride_qt, length - m, K, BLOCK, BLOCK_K, False, UPCAST)
         dout = _load_tile(dout_ptr, stride_dot, length - m, K, BLOCK, BLOCK_K, False, UPCAST)
@@ -358,16 +363,11 @@ def _disentangled_attention_dkdv_kernel(
         dv = tl.dot(tl.trans(kept), dout, dv, input_precision=PRECISION)
         dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
         if HAS_QUERY:
-            band = _load_band(pos_query_ptr, stride_pqp, index_ptr, first, K, BLOCK, BLOCK_K, UPCAST)
-            dk = tl.dot(_shift_keys(before, ds, BLOCK), band, dk, input_precision=PRECISION)
-            before = ds
+            band = _load_band(pos_query_ptr, stride_pqp, index_ptr, first, K, 2 * BLOCK, BLOCK_K, UPCAST)
+            dk = tl.dot(_shift_keys(ds, BLOCK), band, dk, input_precision=PRECISION)
         q_ptr = _at(q_ptr, BLOCK, stride_qt, 0, 0)
         dout_ptr = _at(dout_ptr, BLOCK, stride_dot, 0, 0)
         first += BLOCK
-    if HAS_QUERY:
-        band = _load_band(pos_query_ptr, stride_pqp, index_ptr, first, K, BLOCK, BLOCK_K, UPCAST)
-        behind = tl.zeros([BLOCK, BLOCK], k.dtype)
-        dk = tl.dot(_shift_keys(before, behind, BLOCK), band, dk, input_precision=PRECISION)
     _store_tile(_at(dk_ptr, start_k, stride_dkt, h, stride_dkh), stride_dkt, rows_k, dk * scale, K, BLOCK, BLOCK_K)
     _store_tile(_at(dv_ptr, start_k, stride_dvt, h, stride_dvh), stride_dvt, rows_k, dv * keep_scale, K, BLOCK, BLOCK_K)
 
@@ -376,15 +376,16 @@ def _disentangled_attention_dkdv_kernel(
 def _disentangled_attention_dband_kernel(
     dout_ptr, q_ptr, k_ptr, v_ptr, pos_key_ptr, pos_query_ptr, index_ptr, statistics_ptr, delta_ptr, cu_seqlens_ptr,
     seed_ptr,                                                                              # inputs
-    dband_key_ptr, dband_query_ptr,                                                        # outputs
+    dband_ptr,                                                                             # output
     B, T, H, tiles, groups, middle,
     stride_dot, stride_doh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     stride_pkp, stride_pkh, stride_pqp, stride_pqh,
     scale, scale_log2, offset, threshold, keep_scale,
     HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_EXACT: tl.constexpr,
+    OF_KEY: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Gradients [2 tiles, groups, H, 2 BLOCK, K] of the bands: by diagonal and group of sequences.
+    """Gradients [2 tiles, groups, H, 2 BLOCK, K] of the bands of pos_key (OF_KEY) or pos_query.
 
     Diagonal D has the tiles whose first query is D - tiles tiles behind the first key. A program walks two diagonals,
     of `tiles` tiles together.
@@ -397,16 +398,10 @@ def _disentangled_attention_dband_kernel(
     pos_query_ptr = _at(pos_query_ptr, 0, 0, h, stride_pqh)
     delta_ptr = _at(delta_ptr, 0, 1, h, T)
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
-    i = offs[:, None]
-    w = offs[None, :]
     for diagonal in range(pair, pair + tiles + 1, tiles):
         apart = diagonal - tiles
         first = middle + apart * BLOCK - BLOCK + 1
-        # the first and the second half of the band
-        key_0 = tl.zeros([BLOCK, BLOCK_K], tl.float32)
-        key_1 = tl.zeros([BLOCK, BLOCK_K], tl.float32)
-        query_0 = tl.zeros([BLOCK, BLOCK_K], tl.float32)
-        query_1 = tl.zeros([BLOCK, BLOCK_K], tl.float32)
+        dband = tl.zeros([2 * BLOCK, BLOCK_K], tl.float32)
         for b in range(group, B, groups):
             start = tl.load(cu_seqlens_ptr + b)
             length = tl.load(cu_seqlens_ptr + b + 1) - start
@@ -437,29 +432,12 @@ def _disentangled_attention_dband_kernel(
                     h, seed, scale_log2, offset, threshold, keep_scale,
                     HAS_KEY, HAS_QUERY, HAS_DROPOUT, IS_EXACT, PRECISION, UPCAST, K, BLOCK, BLOCK_K,
                 )  # fmt: skip
-                none = tl.zeros([BLOCK, BLOCK], ds.dtype)
-                if HAS_KEY:
-                    # of query i: distances w of the first half where w >= i, of the second where w < i
-                    shifted = _shift_queries(ds, ds, BLOCK)
-                    half = tl.where(w >= i, shifted, none)
-                    key_0 = tl.dot(tl.trans(half), q, key_0, input_precision=PRECISION)
-                    half = tl.where(w < i, shifted, none)
-                    key_1 = tl.dot(tl.trans(half), q, key_1, input_precision=PRECISION)
-                if HAS_QUERY:
-                    shifted = _shift_keys(ds, ds, BLOCK)
-                    half = tl.where(w >= BLOCK - 1 - i, shifted, none)
-                    query_0 = tl.dot(tl.trans(half), k, query_0, input_precision=PRECISION)
-                    half = tl.where(w < BLOCK - 1 - i, shifted, none)
-                    query_1 = tl.dot(tl.trans(half), k, query_1, input_precision=PRECISION)
+                if OF_KEY:
+                    dband = tl.dot(tl.trans(_shift_queries(ds, BLOCK)), q, dband, input_precision=PRECISION)
+                else:
+                    dband = tl.dot(tl.trans(_shift_keys(ds, BLOCK)), k, dband, input_precision=PRECISION)
         place = tl.cast((diagonal * groups + group) * H + h, tl.int64) * (2 * BLOCK * K)
-        if HAS_KEY:
-            at = dband_key_ptr + place
-            _store_tile(at, K, BLOCK, key_0 * scale, K, BLOCK, BLOCK_K)
-            _store_tile(at + BLOCK * K, K, BLOCK, key_1 * scale, K, BLOCK, BLOCK_K)
-        if HAS_QUERY:
-            at = dband_query_ptr + place
-            _store_tile(at, K, BLOCK, query_0 * scale, K, BLOCK, BLOCK_K)
-            _store_tile(at + BLOCK * K, K, BLOCK, query_1 * scale, K, BLOCK, BLOCK_K)
+        _store_tile(dband_ptr + place, K, 2 * BLOCK, dband * scale, K, 2 * BLOCK, BLOCK_K)
 
 
 @triton.jit
@@ -536,6 +514,7 @@ def _constants(q, pos_key, pos_query, dropout_p):
         HAS_KEY=pos_key is not None,
         HAS_QUERY=pos_query is not None,
         HAS_DROPOUT=dropout_p > 0.0,
+        IS_EXACT=q.dtype == torch.float32,
         PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
         # Triton's interpreter computes wrongly with bfloat16, so there it is widened as it is loaded
         UPCAST=INTERPRET and q.dtype == torch.bfloat16,
@@ -558,7 +537,7 @@ def disentangled_attention_fwd(
     T, H, K = q.shape
     B = cu_seqlens.shape[0] - 1
     out = torch.empty(T, H, K, dtype=q.dtype, device=q.device)
-    statistics = torch.empty(2, H, T, dtype=torch.float32, device=q.device)
+    statistics = torch.empty(1 + (q.dtype == torch.float32), H, T, dtype=torch.float32, device=q.device)
     if B * H == 0:
         return out.zero_(), statistics.zero_()
     tables = [q if x is None else unit_columns(x) for x in (pos_key, pos_query)]
@@ -595,11 +574,11 @@ def disentangled_attention_bwd(
     """
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v) if x is not None]
     dq, dk, dv = _unpacked(*grads, *[None] * (3 - len(grads)))
-    dtables = [
-        torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dpos_key, dpos_query = (
+        None if x is None or not wants_tables else torch.empty(x.shape, dtype=x.dtype, device=x.device)
         for x in (pos_key, pos_query)
-        if x is not None and wants_tables
-    ]
+    )
+    dtables = [x for x in (dpos_key, dpos_query) if x is not None]
     q, k, v = _unpacked(q, k, v)
     dout = unit_columns(dout)
     T, H, K = q.shape
@@ -614,7 +593,6 @@ def disentangled_attention_bwd(
     positions = [x.stride(d) for x in tables for d in (0, 1)]
     scalars = (scale, scale * math.log2(math.e), offset, threshold, keep_scale)
     constants = _constants(q, pos_key, pos_query, dropout_p)
-    constants["IS_EXACT"] = q.dtype == torch.float32
     key = _key(q, max_seqlen, dropout_p)
     delta = torch.empty(H, T, dtype=torch.float32, device=q.device)
 
@@ -634,33 +612,30 @@ def disentangled_attention_bwd(
             **constants, **settings,
         )  # fmt: skip
 
-    def run_tables(settings):
+    def run_dtable(settings, dtable):
         block = settings["BLOCK"]
         tiles = max(triton.cdiv(max_seqlen, block), 1)
         # programs for two on each multiprocessor
         groups = min(max(2 * multiprocessors() // (H * tiles), 1), B)
-        dbands = [
-            torch.empty(
-                0 if x is None else 2 * tiles * groups * H * 2 * block * K, dtype=torch.float32, device=q.device
-            )
-            for x in (pos_key, pos_query)
-        ]
+        dband = torch.empty(2 * tiles, groups, H, 2 * block, K, dtype=torch.float32, device=q.device)
         _disentangled_attention_dband_kernel[(H * tiles * groups,)](
-            dout, q, k, v, *tables, index, statistics, delta, cu_seqlens, seed, *dbands, B, T, H, tiles, groups, middle,
-            *operands, *positions, *scalars, **constants, **settings,
+            dout, q, k, v, *tables, index, statistics, delta, cu_seqlens, seed, dband, B, T, H, tiles, groups, middle,
+            *operands, *positions, *scalars, **constants, OF_KEY=dtable is dpos_key, **settings,
         )  # fmt: skip
-        for dband, dtable in zip([x for x in dbands if x.numel()], dtables):
-            P = dtable.shape[0]
-            bounds = _bounds(tiles * block, block, P, position_buckets, max_relative_positions, q.device)
-            _disentangled_attention_dtable_kernel[(P * H,)](
-                dband, bounds, dtable, H, tiles, groups, K=K, BLOCK=block, BLOCK_G=triton.next_power_of_2(groups),
-                BLOCK_K=constants["BLOCK_K"], num_warps=1,
-            )  # fmt: skip
+        P = dtable.shape[0]
+        bounds = _bounds(tiles * block, block, P, position_buckets, max_relative_positions, q.device)
+        _disentangled_attention_dtable_kernel[(P * H,)](
+            dband, bounds, dtable, H, tiles, groups, K=K, BLOCK=block, BLOCK_G=triton.next_power_of_2(groups),
+            BLOCK_K=constants["BLOCK_K"], num_warps=1,
+        )  # fmt: skip
 
     launch(run_dq, "disentangled_attention_dq", key, _settings("dq", q, max_seqlen))
     launch(run_dkdv, "disentangled_attention_dkdv", key, _settings("dkdv", q, max_seqlen))
-    if dtables:
-        launch(run_tables, "disentangled_attention_dband", key, _settings("dband", q, max_seqlen))
+    for dtable in dtables:
+        launch(
+            functools.partial(run_dtable, dtable=dtable), "disentangled_attention_dtable", key,
+            _settings("dband", q, max_seqlen),
+        )  # fmt: skip
     return grads + dtables
 
 
@@ -669,7 +644,7 @@ def _disentangled_attention_fwd_fake(
     seed, offset,
 ):  # fmt: skip
     T, H, K = q.shape[0], *q.shape[-2:]
-    return q.new_empty(T, H, K), q.new_empty(2, H, T, dtype=torch.float32)
+    return q.new_empty(T, H, K), q.new_empty(1 + (q.dtype == torch.float32), H, T, dtype=torch.float32)
 
 
 def _disentangled_attention_bwd_fake(
