@@ -116,16 +116,47 @@ def linear(x, weight, bias=None):
 
 def attention(
     q, k, v, cu_seqlens, max_seqlen, *,
-    cu_seqlens_q=None, max_seqlen_q=None, scale=None, dropout_p=0.0, seed=None, offset=0, impl=None,
+    cu_seqlens_q=None, max_seqlen_q=None, scale=None, dropout_p=0.0, window=None, seed=None, offset=0, impl=None,
 ):  # fmt: skip
-    """Packed bidirectional softmax attention with dropout: see `reference.attention`."""
+    """Packed bidirectional softmax attention, also within a window, with dropout: see `reference.attention`."""
     _check_dropout(dropout_p, seed)
+    _check_attention(q, k, v, cu_seqlens, cu_seqlens_q, scale, window)
     q, k, v = _autocast(q, k, v)
     with _no_autocast(q):
         return _choose("attention", "attention", q, impl)(
             q, k, v, cu_seqlens, max_seqlen, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
-            scale=scale, dropout_p=dropout_p, seed=seed, offset=offset,
+            scale=scale, dropout_p=dropout_p, window=window, seed=seed, offset=offset,
         )  # fmt: skip
+
+
+def _check_attention(q, k, v, cu_seqlens, cu_seqlens_q, scale, window):
+    shapes = [tuple(x.shape) for x in (q, k, v) if x is not None]
+    if k is None:
+        is_right = v is None and q.dim() == 4 and q.shape[1] == 3
+    elif v is None:
+        is_right = q.dim() == 3 and k.dim() == 4 and k.shape[1] == 2 and k.shape[2:] == q.shape[1:]
+    else:
+        is_right = q.dim() == k.dim() == 3 and k.shape == v.shape and k.shape[1:] == q.shape[1:]
+    if not is_right:
+        raise ValueError(
+            f"q, k, v are of shape {', '.join(map(str, shapes))}: expected q [T, 3, H, K] alone, or q [M, H, K] with "
+            "k [T, 2, H, K], or with k and v [T, H, K]"
+        )
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
+        raise ValueError(f"cu_seqlens is of shape {tuple(cu_seqlens.shape)}: expected [B + 1]")
+    if cu_seqlens_q is None:
+        if k is not None and len(k) != len(q):
+            raise ValueError(f"q has {len(q)} rows and k {len(k)}: expected as many, or cu_seqlens_q")
+    elif k is None:
+        raise ValueError("cu_seqlens_q goes with a q of its own, [M, H, K], not with q [T, 3, H, K]")
+    elif cu_seqlens_q.shape != cu_seqlens.shape:
+        raise ValueError(f"cu_seqlens_q is of shape {tuple(cu_seqlens_q.shape)}: expected {tuple(cu_seqlens.shape)}")
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale is {scale}: expected a number above 0")
+    if window is not None and not (isinstance(window, int) and window >= 0):
+        raise ValueError(f"window is {window}: expected None or an int from 0 on")
+    if window is not None and cu_seqlens_q is not None:
+        raise ValueError("window needs the place of each row in its sequence, which cu_seqlens_q does not tell")
 
 
 def biased_attention(

@@ -9,7 +9,7 @@ the same mask on every device, in forward and backward, under activation checkpo
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -138,7 +138,7 @@ def _keep_scale(dropout_p):
 
 def attention(
     q, k, v, cu_seqlens, max_seqlen, *,
-    cu_seqlens_q=None, max_seqlen_q=None, scale=None, dropout_p=0.0, seed=None, offset=0,
+    cu_seqlens_q=None, max_seqlen_q=None, scale=None, dropout_p=0.0, window=None, seed=None, offset=0,
 ):  # fmt: skip
     """softmax(q kᵀ · scale) v within each sequence, in both directions.
 
@@ -147,8 +147,10 @@ def attention(
     cu_seqlens[b+1] (int32 [B+1]); none is longer than `max_seqlen`. Rows past the last sequence are not read, give 0.
 
     When only some rows ask, q is [M, H, K] and `cu_seqlens_q` (int32 [B+1]) says which belong to which sequence; rows
-    of q whose sequence is empty give 0. `scale` defaults to K ** -0.5. Dropout acts on the probabilities, its mask
-    indexed by (row of q, head, position of the key in its sequence). Returns [T or M, H, K].
+    of q whose sequence is empty give 0. `scale`, above 0, defaults to K ** -0.5. With `window`, an int from 0 on, row
+    i of a sequence sees keys j with |i - j| <= window (Beltagy et al. 2020; ModernBERT). Dropout acts on
+    the probabilities, its mask indexed by (row of q, head, position of the key in its sequence): `attention_keep_mask`.
+    Returns [T or M, H, K].
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     starts = tuple(cu_seqlens.tolist())
@@ -163,17 +165,26 @@ def attention(
         queries = (x.transpose(1, 2) for x in _arrange(q, *place_q, groups, "length_q"))
         pairs = (x.permute(2, 0, 3, 1, 4).unbind(0) for x in _arrange(k, *place_k, groups, "length"))
         grouped = ((x, *pair) for x, pair in zip(queries, pairs))
+    if window is not None:
+        groups = [replace(group, mask=_window_mask(group, window)) for group in groups]
     outs = []
     for group, (queries, keys, values) in zip(groups, grouped):
         keep = None
         if dropout_p > 0.0:
             row = group.start_q[:, None] + torch.arange(group.length_q, device=q.device)
             head = torch.arange(queries.shape[1], device=q.device)
-            keep = keep_mask(row[:, None, :], head[None, :, None], group.length, seed, offset, dropout_p)
+            keep = attention_keep_mask(row[:, None, :], head[None, :, None], group.length, seed, offset, dropout_p)
         out = _attend(queries, keys, values, scale, group.mask, keep, dropout_p)
         outs.append(out.transpose(1, 2).flatten(0, 1))
     rows = torch.cat(outs) if outs else q.new_zeros(0, *q.shape[-2:])
     return TakeFunction.apply(rows, *reversed(place_q))
+
+
+def _window_mask(group, window):
+    """bool [members or 1, 1, length, length]: who sees whom. Rows that only fill up see something, lest they be NaN."""
+    place = torch.arange(group.length, device=group.start_q.device)
+    near = (place[:, None] - place).abs() <= window
+    return near[None, None] if group.mask is None else near & group.mask | ~group.mask.transpose(-1, -2)
 
 
 def _attend(q, k, v, scale, mask, keep, dropout_p):

@@ -1,12 +1,13 @@
 """Bidirectional softmax attention over packed sequences, dropout inside.
 
-    p   = softmax(q kᵀ · scale)              within each sequence, per head
+    p   = softmax(q kᵀ · scale)              within each sequence, per head; within `window` places of the query
     out = (keep * p / (1 - dropout_p)) v
 
 PyTorch writes and reads the S x S scores and probabilities, at least 4*H*S*S elements a sequence, and reads, writes or
-masks padding beside them. Fused: read q, k, v, write out, 4*T*H*K elements and one fp32 log-sum-exp a row and head. The
-backward reads q, k, v, dout and the log-sum-exp and writes dq, dk, dv: 7*T*H*K on the short path. The tiled path also
-reads out, and reads the operands of the recomputed scores once per tile, mostly from cache.
+masks padding beside them. Fused: read q, k, v, write out, 4*M*H*K elements, and one fp32 log-sum-exp a row and head
+(two where the elements are fp32). The short backward reads q, k, v, dout and the log-sum-exp and writes dq, dk, dv:
+7*M*H*K. The tiled one has two kernels, which read those four twice and out once, and hand on another fp32 a row and
+head: 12*M*H*K. Tiled kernels read the operands that they loop over once per tile, from cache but for the first time.
 
 The backward recomputes the probabilities from the log-sum-exp and draws the dropout mask again from (seed, offset).
 
@@ -25,12 +26,11 @@ import math
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
-from ._launch import INTERPRET, capability, dropout_constants, register, unit_columns
-from ._math import keep_mask
+from ._launch import INTERPRET, capability, differentiable_once, dropout_constants, launch, register, unit_columns
+from ._math import attention_keep_mask
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 @triton.jit
@@ -79,24 +79,78 @@ def _zero_slack(
 
 
 @triton.jit
+def _exponent(s, scale_log2, highest, IS_FULL: tl.constexpr):
+    """log2 of the numerators of softmax, from the products s [BLOCK_M, BLOCK_N] and their `highest` [BLOCK_M].
+
+    In fp32 the maximum is taken out before the scale comes in, and `highest` is unscaled: scores of thousands keep the
+    digits of their differences. In 16 bits `highest` is scaled and both are one FMA.
+    """
+    return (s - highest[:, None]) * scale_log2 if IS_FULL else s * scale_log2 - highest[:, None]
+
+
+@triton.jit
+def _load_lse(ptr, rows, H, M, IS_FULL: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(highest, log2 of the sum) of rows as `_store_lse` left them, the latter 0 where the former is their sum.
+
+    Infinity makes the probabilities of rows that do not exist 0.
+    """
+    offs_m = tl.arange(0, BLOCK_M)
+    highest = tl.load(ptr + offs_m, mask=offs_m < rows, other=float("inf"))
+    if IS_FULL:
+        return highest, tl.load(_at(ptr, H, M, 0, 0) + offs_m, mask=offs_m < rows, other=0.0)
+    else:
+        return highest, tl.zeros([BLOCK_M], tl.float32)
+
+
+@triton.jit
+def _store_lse(ptr, rows, H, M, highest, total, IS_FULL: tl.constexpr, BLOCK_M: tl.constexpr):
+    offs_m = tl.arange(0, BLOCK_M)
+    if IS_FULL:
+        tl.store(ptr + offs_m, highest, mask=offs_m < rows)
+        tl.store(_at(ptr, H, M, 0, 0) + offs_m, tl.log2(total), mask=offs_m < rows)
+    else:
+        tl.store(ptr + offs_m, highest + tl.log2(total), mask=offs_m < rows)
+
+
+@triton.jit
+def _probabilities(s, scale_log2, highest, log_total, IS_FULL: tl.constexpr):
+    x = _exponent(s, scale_log2, highest, IS_FULL)
+    return tl.exp2(x - log_total[:, None] if IS_FULL else x)
+
+
+@triton.jit
+def _visible(m, n, length, window, HAS_WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which of the keys from `n` on exist and which the queries from `m` on see: [BLOCK_M or 1, BLOCK_N]."""
+    offs_n = n + tl.arange(0, BLOCK_N)[None, :]
+    exists = offs_n < length
+    if HAS_WINDOW:
+        # -window <= key - query <= window, as one comparison
+        place = (offs_n + window - (m + tl.arange(0, BLOCK_M)[:, None])).to(tl.uint32, bitcast=True)
+        return exists & (place <= (2 * window).to(tl.uint32))
+    else:
+        return exists
+
+
+@triton.jit
 def _attention_short_fwd_kernel(
     q_ptr, k_ptr, v_ptr, cu_seqlens_q_ptr, cu_seqlens_ptr, seed_ptr,  # inputs
     out_ptr, lse_ptr,                                                 # outputs
     B, M, H,
     stride_qm, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_om, stride_oh,
-    scale_log2, offset, threshold, keep_scale,
-    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    scale_log2, window, offset, threshold, keep_scale,
+    HAS_DROPOUT: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_FULL: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0) // H
     h = tl.program_id(0) % H
-    offs_m = tl.arange(0, BLOCK_M)
-    offs_n = tl.arange(0, BLOCK_N)
     lse_ptr = _at(lse_ptr, 0, 1, h, M)
 
     end = tl.load(cu_seqlens_q_ptr + B)
     _zero_slack(out_ptr, stride_om, h, stride_oh, end, M, b, B, K, BLOCK_M, BLOCK_K)
     _zero_slack(lse_ptr, 1, 0, 0, end, M, b, B, 1, BLOCK_M, 1)
+    if IS_FULL:
+        _zero_slack(_at(lse_ptr, H, M, 0, 0), 1, 0, 0, end, M, b, B, 1, BLOCK_M, 1)
 
     start_q = tl.load(cu_seqlens_q_ptr + b)
     rows = tl.load(cu_seqlens_q_ptr + b + 1) - start_q
@@ -108,42 +162,103 @@ def _attention_short_fwd_kernel(
     q_ptr = _at(q_ptr, start_q, stride_qm, h, stride_qh)
     k_ptr = _at(k_ptr, start, stride_kt, h, stride_kh)
     v_ptr = _at(v_ptr, start, stride_vt, h, stride_vh)
-    out_ptr = _at(out_ptr, start_q, stride_om, h, stride_oh)
     q = _load_tile(q_ptr, stride_qm, rows, K, BLOCK_M, BLOCK_K, False, UPCAST)
     k = _load_tile(k_ptr, stride_kt, length, K, BLOCK_N, BLOCK_K, False, UPCAST)
     v = _load_tile(v_ptr, stride_vt, length, K, BLOCK_N, BLOCK_K, False, UPCAST)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    s = tl.where(offs_n[None, :] < length, s, float("-inf"))
+    s = tl.where(_visible(0, 0, length, window, HAS_WINDOW, BLOCK_M, BLOCK_N), s, float("-inf"))
     # the two finite bounds only act in a sequence without keys, whose rows give 0
-    highest = tl.maximum(tl.max(s, 1), -1e30) * scale_log2
-    p = tl.exp2(s * scale_log2 - highest[:, None])
+    highest = tl.maximum(tl.max(s, 1), -1e30) * (1.0 if IS_FULL else scale_log2)
+    p = tl.exp2(_exponent(s, scale_log2, highest, IS_FULL))
     total = tl.maximum(tl.sum(p, 1), 1e-30)
-    tl.store(lse_ptr + start_q + offs_m, highest + tl.log2(total), mask=offs_m < rows)
+    _store_lse(lse_ptr + start_q, rows, H, M, highest, total, IS_FULL, BLOCK_M)
     if HAS_DROPOUT:
-        p = tl.where(keep_mask(start_q + offs_m, h, 0, tl.load(seed_ptr), offset, threshold, BLOCK_N), p, 0.0)
+        row = start_q + tl.arange(0, BLOCK_M)
+        keep = attention_keep_mask(row, h, 0, tl.load(seed_ptr), offset, threshold, BLOCK_N)
+        p = tl.where(keep, p, _zero(keep_scale))
     out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) * (keep_scale / total)[:, None]
-    _store_tile(out_ptr, stride_om, rows, out, K, BLOCK_M, BLOCK_K)
+    _store_tile(_at(out_ptr, start_q, stride_om, h, stride_oh), stride_om, rows, out, K, BLOCK_M, BLOCK_K)
+
+
+@triton.jit
+def _zero(keep_scale):
+    """0, unknown to the compiler: a selection between p and a constant it would do after rounding p, half by half."""
+    return 0.0 * keep_scale
+
+
+@triton.jit
+def _sequence_of_program(cu_seqlens_ptr, B, H, tiles, BLOCK: tl.constexpr, IS_BOUNDED: tl.constexpr):
+    """(sequence, head, tile, which of the head's programs this is, how many they are).
+
+    Tiles of one sequence and head are neighbours: they read the same rows. IS_BOUNDED: no sequence has more tiles than
+    `tiles`, and each gets so many programs. Else a head has `tiles` programs, and sequence b those from
+    cu_seqlens[b] // BLOCK + b on, at least as many as it has tiles: found by bisection.
+    """
+    pid = tl.program_id(0)
+    tile = pid % tiles
+    if IS_BOUNDED:
+        b = pid // tiles // H
+        return b, pid // tiles % H, tile, b * tiles + tile, B * tiles
+    else:
+        low = tl.zeros([], tl.int32)
+        high = low + (B - 1)
+        while low < high:
+            middle = (low + high + 1) // 2
+            is_before = tl.load(cu_seqlens_ptr + middle) // BLOCK + middle <= tile
+            low = tl.where(is_before, middle, low)
+            high = tl.where(is_before, high, middle - 1)
+        return low, pid // tiles, tile - (tl.load(cu_seqlens_ptr + low) // BLOCK + low), tile, tiles
+
+
+@triton.jit
+def _range(first, count, length, window, HAS_WINDOW: tl.constexpr, BLOCK: tl.constexpr):
+    """What rows `first` to `first + count` see of a sequence, in tiles of BLOCK: (start, whole, whole_end, end).
+
+    Tiles from `start` to `end` hold all that any row sees, those from `whole` to `whole_end` every row sees wholly.
+    """
+    if HAS_WINDOW:
+        start = tl.maximum(first - window, 0) // BLOCK * BLOCK
+        end = tl.minimum(first + count + window, length)
+        whole = tl.maximum((first + count - 1 - window + BLOCK - 1) // BLOCK * BLOCK, start)
+        whole_end = tl.maximum(tl.minimum(first + window + 1, length) // BLOCK * BLOCK, whole)
+        return start, whole, whole_end, end
+    else:
+        return 0, 0, length // BLOCK * BLOCK, length
+
+
+@triton.jit
+def _edges(start, whole, whole_end, end, BLOCK: tl.constexpr):
+    """Of the tiles that `_range` counts as not whole: how many lie before the whole ones, and how many there are."""
+    before = (tl.minimum(whole, end) - start + BLOCK - 1) // BLOCK
+    return before, before + tl.maximum((end - whole_end + BLOCK - 1) // BLOCK, 0)
+
+
+@triton.jit
+def _edge(i, before, start, whole_end, BLOCK: tl.constexpr):
+    """Where the i-th of these tiles begins."""
+    return tl.where(i < before, start + i * BLOCK, whole_end + (i - before) * BLOCK)
 
 
 @triton.jit
 def _attend(
-    highest, total, acc, q, k_ptr, v_ptr, stride_kt, stride_vt, n, left,
-    row, h, seed, scale_log2, offset, threshold,
-    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, IS_WHOLE: tl.constexpr,
+    highest, total, acc, q, k_ptr, v_ptr, stride_kt, stride_vt, n, length,
+    row, m, h, window, seed, scale_log2, offset, threshold, keep_scale,
+    HAS_DROPOUT: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_FULL: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, IS_WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """The tile of keys from `n` on, of which `left` exist, into the running maximum, sum and weighted values."""
-    k = _load_tile(k_ptr, stride_kt, left, K, BLOCK_N, BLOCK_K, IS_WHOLE, UPCAST)
+    """The tile of keys from `n` on into the running maximum, sum and weighted values of the queries from `m` on."""
+    k = _load_tile(_at(k_ptr, n, stride_kt, 0, 0), stride_kt, length - n, K, BLOCK_N, BLOCK_K, IS_WHOLE, UPCAST)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if not IS_WHOLE:
-        s = tl.where(tl.arange(0, BLOCK_N)[None, :] < left, s, float("-inf"))
-    higher = tl.maximum(highest, tl.max(s, 1) * scale_log2)
-    alpha = tl.exp2(highest - higher)
-    p = tl.exp2(s * scale_log2 - higher[:, None])
+        s = tl.where(_visible(m, n, length, window, HAS_WINDOW, BLOCK_M, BLOCK_N), s, float("-inf"))
+    higher = tl.maximum(highest, tl.max(s, 1) * (1.0 if IS_FULL else scale_log2))
+    alpha = tl.exp2((highest - higher) * scale_log2 if IS_FULL else highest - higher)
+    p = tl.exp2(_exponent(s, scale_log2, higher, IS_FULL))
     total = total * alpha + tl.sum(p, 1)
     if HAS_DROPOUT:
-        p = tl.where(keep_mask(row, h, n, seed, offset, threshold, BLOCK_N), p, 0.0)
-    v = _load_tile(v_ptr, stride_vt, left, K, BLOCK_N, BLOCK_K, IS_WHOLE, UPCAST)
+        p = tl.where(attention_keep_mask(row, h, n, seed, offset, threshold, BLOCK_N), p, _zero(keep_scale))
+    v = _load_tile(_at(v_ptr, n, stride_vt, 0, 0), stride_vt, length - n, K, BLOCK_N, BLOCK_K, IS_WHOLE, UPCAST)
     acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
     return higher, total, acc
 
@@ -154,22 +269,22 @@ def _attention_tiled_fwd_kernel(
     out_ptr, lse_ptr,                                                 # outputs
     B, M, H, tiles,
     stride_qm, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_om, stride_oh,
-    scale_log2, offset, threshold, keep_scale,
-    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    scale_log2, window, offset, threshold, keep_scale,
+    HAS_DROPOUT: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_FULL: tl.constexpr, IS_BOUNDED: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PEEL: tl.constexpr,
 ):  # fmt: skip
-    # tiles of one sequence and head are neighbours: they read the same keys and values
-    tile = tl.program_id(0) % tiles
-    h = tl.program_id(0) // tiles % H
-    b = tl.program_id(0) // tiles // H
-    offs_m = tl.arange(0, BLOCK_M)
+    b, h, tile, program, programs = _sequence_of_program(cu_seqlens_q_ptr, B, H, tiles, BLOCK_M, IS_BOUNDED)
     lse_ptr = _at(lse_ptr, 0, 1, h, M)
 
     end = tl.load(cu_seqlens_q_ptr + B)
-    _zero_slack(out_ptr, stride_om, h, stride_oh, end, M, b * tiles + tile, B * tiles, K, BLOCK_M, BLOCK_K)
-    _zero_slack(lse_ptr, 1, 0, 0, end, M, b * tiles + tile, B * tiles, 1, BLOCK_M, 1)
+    _zero_slack(out_ptr, stride_om, h, stride_oh, end, M, program, programs, K, BLOCK_M, BLOCK_K)
+    _zero_slack(lse_ptr, 1, 0, 0, end, M, program, programs, 1, BLOCK_M, 1)
+    if IS_FULL:
+        _zero_slack(_at(lse_ptr, H, M, 0, 0), 1, 0, 0, end, M, program, programs, 1, BLOCK_M, 1)
 
-    start_q = tl.load(cu_seqlens_q_ptr + b) + tile * BLOCK_M
+    m = tile * BLOCK_M
+    start_q = tl.load(cu_seqlens_q_ptr + b) + m
     rows = tl.load(cu_seqlens_q_ptr + b + 1) - start_q
     start = tl.load(cu_seqlens_ptr + b)
     length = tl.load(cu_seqlens_ptr + b + 1) - start
@@ -179,32 +294,40 @@ def _attention_tiled_fwd_kernel(
     q_ptr = _at(q_ptr, start_q, stride_qm, h, stride_qh)
     k_ptr = _at(k_ptr, start, stride_kt, h, stride_kh)
     v_ptr = _at(v_ptr, start, stride_vt, h, stride_vh)
-    out_ptr = _at(out_ptr, start_q, stride_om, h, stride_oh)
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
-    row = start_q + offs_m
+    row = start_q + tl.arange(0, BLOCK_M)
     q = _load_tile(q_ptr, stride_qm, rows, K, BLOCK_M, BLOCK_K, False, UPCAST)
     # finite, so that a sequence without keys gives rows of 0
     highest = tl.full([BLOCK_M], -1e30, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-    whole = length // BLOCK_N * BLOCK_N if PEEL else length
-    for n in range(0, whole, BLOCK_N):
-        highest, total, acc = _attend(
-            highest, total, acc, q, k_ptr, v_ptr, stride_kt, stride_vt, n, length - n,
-            row, h, seed, scale_log2, offset, threshold,
-            HAS_DROPOUT, PRECISION, UPCAST, K, BLOCK_N, BLOCK_K, PEEL,
-        )  # fmt: skip
-        k_ptr = _at(k_ptr, BLOCK_N, stride_kt, 0, 0)
-        v_ptr = _at(v_ptr, BLOCK_N, stride_vt, 0, 0)
-    if whole < length:
-        highest, total, acc = _attend(
-            highest, total, acc, q, k_ptr, v_ptr, stride_kt, stride_vt, whole, length - whole,
-            row, h, seed, scale_log2, offset, threshold,
-            HAS_DROPOUT, PRECISION, UPCAST, K, BLOCK_N, BLOCK_K, False,
-        )  # fmt: skip
+    first, whole, whole_end, last = _range(m, BLOCK_M, length, window, HAS_WINDOW, BLOCK_N)
+    if PEEL:
+        for n in range(whole, whole_end, BLOCK_N):
+            highest, total, acc = _attend(
+                highest, total, acc, q, k_ptr, v_ptr, stride_kt, stride_vt, n, length,
+                row, m, h, window, seed, scale_log2, offset, threshold, keep_scale,
+                HAS_DROPOUT, HAS_WINDOW, IS_FULL, PRECISION, UPCAST, K, BLOCK_M, BLOCK_N, BLOCK_K, True,
+            )  # fmt: skip
+        before, edges = _edges(first, whole, whole_end, last, BLOCK_N)
+        for i in tl.range(0, edges, num_stages=1):
+            highest, total, acc = _attend(
+                highest, total, acc, q, k_ptr, v_ptr, stride_kt, stride_vt,
+                _edge(i, before, first, whole_end, BLOCK_N), length,
+                row, m, h, window, seed, scale_log2, offset, threshold, keep_scale,
+                HAS_DROPOUT, HAS_WINDOW, IS_FULL, PRECISION, UPCAST, K, BLOCK_M, BLOCK_N, BLOCK_K, False,
+            )  # fmt: skip
+    else:
+        for n in range(first, last, BLOCK_N):
+            highest, total, acc = _attend(
+                highest, total, acc, q, k_ptr, v_ptr, stride_kt, stride_vt, n, length,
+                row, m, h, window, seed, scale_log2, offset, threshold, keep_scale,
+                HAS_DROPOUT, HAS_WINDOW, IS_FULL, PRECISION, UPCAST, K, BLOCK_M, BLOCK_N, BLOCK_K, False,
+            )  # fmt: skip
     total = tl.maximum(total, 1e-30)
-    tl.store(lse_ptr + row, highest + tl.log2(total), mask=offs_m < rows)
-    _store_tile(out_ptr, stride_om, rows, acc * (keep_scale / total)[:, None], K, BLOCK_M, BLOCK_K)
+    _store_lse(lse_ptr + start_q, rows, H, M, highest, total, IS_FULL, BLOCK_M)
+    out = acc * (keep_scale / total)[:, None]
+    _store_tile(_at(out_ptr, start_q, stride_om, h, stride_oh), stride_om, rows, out, K, BLOCK_M, BLOCK_K)
 
 
 @triton.jit
@@ -214,14 +337,13 @@ def _attention_short_bwd_kernel(
     B, M, T, H,
     stride_dom, stride_doh, stride_qm, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     stride_dqm, stride_dqh, stride_dkt, stride_dkh, stride_dvt, stride_dvh,
-    scale, scale_log2, offset, threshold, keep_scale,
-    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    scale, scale_log2, window, offset, threshold, keep_scale,
+    HAS_DROPOUT: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_FULL: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0) // H
     h = tl.program_id(0) % H
-    offs_m = tl.arange(0, BLOCK_M)
-    offs_n = tl.arange(0, BLOCK_N)
 
     end = tl.load(cu_seqlens_ptr + B)
     _zero_slack(dk_ptr, stride_dkt, h, stride_dkh, end, T, b, B, K, BLOCK_N, BLOCK_K)
@@ -243,49 +365,49 @@ def _attention_short_bwd_kernel(
     k = _load_tile(k_ptr, stride_kt, length, K, BLOCK_N, BLOCK_K, False, UPCAST)
     v = _load_tile(v_ptr, stride_vt, length, K, BLOCK_N, BLOCK_K, False, UPCAST)
     dout = _load_tile(dout_ptr, stride_dom, rows, K, BLOCK_M, BLOCK_K, False, UPCAST)
-    # infinity makes the probabilities of rows that do not exist 0
-    lse = tl.load(_at(lse_ptr, start_q, 1, h, M) + offs_m, mask=offs_m < rows, other=float("inf"))
+    highest, log_total = _load_lse(_at(lse_ptr, start_q, 1, h, M), rows, H, M, IS_FULL, BLOCK_M)
 
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    p = tl.exp2(s * scale_log2 - lse[:, None])
-    p = tl.where(offs_n[None, :] < length, p, 0.0)
-    # a large log-sum-exp has lost digits; the whole row is here to restore its sum of 1
-    p *= (1.0 / tl.maximum(tl.sum(p, 1), 1e-30))[:, None]
+    p = _probabilities(s, scale_log2, highest, log_total, IS_FULL)
+    p = tl.where(_visible(0, 0, length, window, HAS_WINDOW, BLOCK_M, BLOCK_N), p, 0.0)
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     if HAS_DROPOUT:
-        keep = keep_mask(start_q + offs_m, h, 0, tl.load(seed_ptr), offset, threshold, BLOCK_N)
-        dp = tl.where(keep, dp * keep_scale, 0.0)
-        kept = tl.where(keep, p, 0.0).to(dout.dtype)
+        row = start_q + tl.arange(0, BLOCK_M)
+        keep = attention_keep_mask(row, h, 0, tl.load(seed_ptr), offset, threshold, BLOCK_N)
+        dp = tl.where(keep, dp, 0.0)
+        kept = tl.where(keep, p, _zero(keep_scale)).to(dout.dtype)
     else:
         kept = p.to(dout.dtype)
-    dv = tl.dot(tl.trans(kept), dout, input_precision=PRECISION) * keep_scale
-    _store_tile(_at(dv_ptr, start, stride_dvt, h, stride_dvh), stride_dvt, length, dv, K, BLOCK_N, BLOCK_K)
-    # rowsum(dout * out), without reading out
+    # rowsum(dout * out) / keep_scale, without reading out
     delta = tl.sum(p * dp, 1)
     ds = (p * (dp - delta[:, None])).to(q.dtype)
-    dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION) * scale
-    _store_tile(_at(dk_ptr, start, stride_dkt, h, stride_dkh), stride_dkt, length, dk, K, BLOCK_N, BLOCK_K)
-    dq = tl.dot(ds, k, input_precision=PRECISION) * scale
+    # dq first: from here on p and ds are needed in 16 bits only, which spares 60 registers at S = 128
+    dq = tl.dot(ds, k, input_precision=PRECISION) * (scale * keep_scale)
     _store_tile(_at(dq_ptr, start_q, stride_dqm, h, stride_dqh), stride_dqm, rows, dq, K, BLOCK_M, BLOCK_K)
+    dv = tl.dot(tl.trans(kept), dout, input_precision=PRECISION) * keep_scale
+    _store_tile(_at(dv_ptr, start, stride_dvt, h, stride_dvh), stride_dvt, length, dv, K, BLOCK_N, BLOCK_K)
+    dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION) * (scale * keep_scale)
+    _store_tile(_at(dk_ptr, start, stride_dkt, h, stride_dkh), stride_dkt, length, dk, K, BLOCK_N, BLOCK_K)
 
 
 @triton.jit
 def _add_dq(
-    dq, q, dout, lse, delta, k_ptr, v_ptr, stride_kt, stride_vt, n, left,
-    row, h, seed, scale_log2, offset, threshold, keep_scale,
-    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, IS_WHOLE: tl.constexpr,
+    dq, q, dout, highest, log_total, delta, k_ptr, v_ptr, stride_kt, stride_vt, n, length,
+    row, m, h, window, seed, scale_log2, offset, threshold,
+    HAS_DROPOUT: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_FULL: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, IS_WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """dq / scale with what the tile of keys from `n` on, of which `left` exist, adds to it."""
-    k = _load_tile(k_ptr, stride_kt, left, K, BLOCK_N, BLOCK_K, IS_WHOLE, UPCAST)
-    v = _load_tile(v_ptr, stride_vt, left, K, BLOCK_N, BLOCK_K, IS_WHOLE, UPCAST)
+    """dq / (scale * keep_scale) with what the tile of keys from `n` on adds to it."""
+    k = _load_tile(_at(k_ptr, n, stride_kt, 0, 0), stride_kt, length - n, K, BLOCK_N, BLOCK_K, IS_WHOLE, UPCAST)
+    v = _load_tile(_at(v_ptr, n, stride_vt, 0, 0), stride_vt, length - n, K, BLOCK_N, BLOCK_K, IS_WHOLE, UPCAST)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    p = tl.exp2(s * scale_log2 - lse[:, None])
+    p = _probabilities(s, scale_log2, highest, log_total, IS_FULL)
     if not IS_WHOLE:
-        p = tl.where(tl.arange(0, BLOCK_N)[None, :] < left, p, 0.0)
+        p = tl.where(_visible(m, n, length, window, HAS_WINDOW, BLOCK_M, BLOCK_N), p, 0.0)
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     if HAS_DROPOUT:
-        dp = tl.where(keep_mask(row, h, n, seed, offset, threshold, BLOCK_N), dp * keep_scale, 0.0)
+        dp = tl.where(attention_keep_mask(row, h, n, seed, offset, threshold, BLOCK_N), dp, 0.0)
     ds = (p * (dp - delta[:, None])).to(k.dtype)
     return tl.dot(ds, k, dq, input_precision=PRECISION)
 
@@ -297,20 +419,20 @@ def _attention_tiled_dq_kernel(
     B, M, H, tiles,
     stride_dom, stride_doh, stride_qm, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_om, stride_oh,
     stride_dqm, stride_dqh,
-    scale, scale_log2, offset, threshold, keep_scale,
-    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    scale, scale_log2, window, offset, threshold, keep_scale,
+    HAS_DROPOUT: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_FULL: tl.constexpr, IS_BOUNDED: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PEEL: tl.constexpr,
 ):  # fmt: skip
-    """dq, and delta [H, M] = rowsum(dout * out) for the kernel below."""
-    tile = tl.program_id(0) % tiles
-    h = tl.program_id(0) // tiles % H
-    b = tl.program_id(0) // tiles // H
+    """dq, and delta [H, M] = rowsum(dout * out) / keep_scale for the kernel below."""
+    b, h, tile, program, programs = _sequence_of_program(cu_seqlens_q_ptr, B, H, tiles, BLOCK_M, IS_BOUNDED)
     offs_m = tl.arange(0, BLOCK_M)
 
     end = tl.load(cu_seqlens_q_ptr + B)
-    _zero_slack(dq_ptr, stride_dqm, h, stride_dqh, end, M, b * tiles + tile, B * tiles, K, BLOCK_M, BLOCK_K)
+    _zero_slack(dq_ptr, stride_dqm, h, stride_dqh, end, M, program, programs, K, BLOCK_M, BLOCK_K)
 
-    start_q = tl.load(cu_seqlens_q_ptr + b) + tile * BLOCK_M
+    m = tile * BLOCK_M
+    start_q = tl.load(cu_seqlens_q_ptr + b) + m
     rows = tl.load(cu_seqlens_q_ptr + b + 1) - start_q
     start = tl.load(cu_seqlens_ptr + b)
     length = tl.load(cu_seqlens_ptr + b + 1) - start
@@ -325,29 +447,38 @@ def _attention_tiled_dq_kernel(
     q = _load_tile(q_ptr, stride_qm, rows, K, BLOCK_M, BLOCK_K, False, UPCAST)
     dout = _load_tile(dout_ptr, stride_dom, rows, K, BLOCK_M, BLOCK_K, False, UPCAST)
     out = _load_tile(out_ptr, stride_om, rows, K, BLOCK_M, BLOCK_K, False, UPCAST)
-    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
+    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1) / keep_scale
     tl.store(_at(delta_ptr, start_q, 1, h, M) + offs_m, delta, mask=offs_m < rows)
-    lse = tl.load(_at(lse_ptr, start_q, 1, h, M) + offs_m, mask=offs_m < rows, other=float("inf"))
+    highest, log_total = _load_lse(_at(lse_ptr, start_q, 1, h, M), rows, H, M, IS_FULL, BLOCK_M)
 
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     row = start_q + offs_m
     dq = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-    whole = length // BLOCK_N * BLOCK_N if PEEL else length
-    for n in range(0, whole, BLOCK_N):
-        dq = _add_dq(
-            dq, q, dout, lse, delta, k_ptr, v_ptr, stride_kt, stride_vt, n, length - n,
-            row, h, seed, scale_log2, offset, threshold, keep_scale,
-            HAS_DROPOUT, PRECISION, UPCAST, K, BLOCK_N, BLOCK_K, PEEL,
-        )  # fmt: skip
-        k_ptr = _at(k_ptr, BLOCK_N, stride_kt, 0, 0)
-        v_ptr = _at(v_ptr, BLOCK_N, stride_vt, 0, 0)
-    if whole < length:
-        dq = _add_dq(
-            dq, q, dout, lse, delta, k_ptr, v_ptr, stride_kt, stride_vt, whole, length - whole,
-            row, h, seed, scale_log2, offset, threshold, keep_scale,
-            HAS_DROPOUT, PRECISION, UPCAST, K, BLOCK_N, BLOCK_K, False,
-        )  # fmt: skip
-    _store_tile(_at(dq_ptr, start_q, stride_dqm, h, stride_dqh), stride_dqm, rows, dq * scale, K, BLOCK_M, BLOCK_K)
+    first, whole, whole_end, last = _range(m, BLOCK_M, length, window, HAS_WINDOW, BLOCK_N)
+    if PEEL:
+        for n in range(whole, whole_end, BLOCK_N):
+            dq = _add_dq(
+                dq, q, dout, highest, log_total, delta, k_ptr, v_ptr, stride_kt, stride_vt, n, length,
+                row, m, h, window, seed, scale_log2, offset, threshold,
+                HAS_DROPOUT, HAS_WINDOW, IS_FULL, PRECISION, UPCAST, K, BLOCK_M, BLOCK_N, BLOCK_K, True,
+            )  # fmt: skip
+        before, edges = _edges(first, whole, whole_end, last, BLOCK_N)
+        for i in tl.range(0, edges, num_stages=1):
+            dq = _add_dq(
+                dq, q, dout, highest, log_total, delta, k_ptr, v_ptr, stride_kt, stride_vt,
+                _edge(i, before, first, whole_end, BLOCK_N), length,
+                row, m, h, window, seed, scale_log2, offset, threshold,
+                HAS_DROPOUT, HAS_WINDOW, IS_FULL, PRECISION, UPCAST, K, BLOCK_M, BLOCK_N, BLOCK_K, False,
+            )  # fmt: skip
+    else:
+        for n in range(first, last, BLOCK_N):
+            dq = _add_dq(
+                dq, q, dout, highest, log_total, delta, k_ptr, v_ptr, stride_kt, stride_vt, n, length,
+                row, m, h, window, seed, scale_log2, offset, threshold,
+                HAS_DROPOUT, HAS_WINDOW, IS_FULL, PRECISION, UPCAST, K, BLOCK_M, BLOCK_N, BLOCK_K, False,
+            )  # fmt: skip
+    dq *= scale * keep_scale
+    _store_tile(_at(dq_ptr, start_q, stride_dqm, h, stride_dqh), stride_dqm, rows, dq, K, BLOCK_M, BLOCK_K)
 
 
 @triton.jit
@@ -357,8 +488,9 @@ def _attention_tiled_dkdv_kernel(
     B, M, T, H, tiles,
     stride_dom, stride_doh, stride_qm, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     stride_dkt, stride_dkh, stride_dvt, stride_dvh,
-    scale, scale_log2, offset, threshold, keep_scale,
-    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    scale, scale_log2, window, offset, threshold, keep_scale,
+    HAS_DROPOUT: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_FULL: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0) % tiles
@@ -370,9 +502,10 @@ def _attention_tiled_dkdv_kernel(
     _zero_slack(dk_ptr, stride_dkt, h, stride_dkh, end, T, b * tiles + tile, B * tiles, K, BLOCK_N, BLOCK_K)
     _zero_slack(dv_ptr, stride_dvt, h, stride_dvh, end, T, b * tiles + tile, B * tiles, K, BLOCK_N, BLOCK_K)
 
+    n = tile * BLOCK_N
     start_q = tl.load(cu_seqlens_q_ptr + b)
     rows = tl.load(cu_seqlens_q_ptr + b + 1) - start_q
-    start = tl.load(cu_seqlens_ptr + b) + tile * BLOCK_N
+    start = tl.load(cu_seqlens_ptr + b) + n
     length = tl.load(cu_seqlens_ptr + b + 1) - start
     if length <= 0:
         return
@@ -388,31 +521,31 @@ def _attention_tiled_dkdv_kernel(
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     dk = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    for m in range(0, rows, BLOCK_M):
-        q = _load_tile(q_ptr, stride_qm, rows - m, K, BLOCK_M, BLOCK_K, False, UPCAST)
-        dout = _load_tile(dout_ptr, stride_dom, rows - m, K, BLOCK_M, BLOCK_K, False, UPCAST)
-        lse = tl.load(lse_ptr + m + offs_m, mask=m + offs_m < rows, other=float("inf"))
+    first, _, _, last = _range(n, BLOCK_N, rows, window, HAS_WINDOW, BLOCK_M)
+    for m in range(first, last, BLOCK_M):
+        q = _load_tile(_at(q_ptr, m, stride_qm, 0, 0), stride_qm, rows - m, K, BLOCK_M, BLOCK_K, False, UPCAST)
+        dout = _load_tile(_at(dout_ptr, m, stride_dom, 0, 0), stride_dom, rows - m, K, BLOCK_M, BLOCK_K, False, UPCAST)
+        highest, log_total = _load_lse(lse_ptr + m, rows - m, H, M, IS_FULL, BLOCK_M)
         delta = tl.load(delta_ptr + m + offs_m, mask=m + offs_m < rows, other=0.0)
-        # transposed tiles [BLOCK_N, BLOCK_M]: the left operands of the last two products, straight from registers.
-        # Keys that do not exist need no mask: what they make lands in rows of their own, which are not stored
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        p = tl.exp2(s * scale_log2 - lse[None, :])
-        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        p = _probabilities(s, scale_log2, highest, log_total, IS_FULL)
+        if HAS_WINDOW:
+            p = tl.where(_visible(m, n, n + length, window, True, BLOCK_M, BLOCK_N), p, 0.0)
+        # else no mask: what keys that do not exist make lands in rows of their own, which are not stored
+        dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
         if HAS_DROPOUT:
-            keep = tl.trans(keep_mask(start_q + m + offs_m, h, tile * BLOCK_N, seed, offset, threshold, BLOCK_N))
-            dp = tl.where(keep, dp * keep_scale, 0.0)
-            kept = tl.where(keep, p, 0.0).to(dout.dtype)
+            keep = attention_keep_mask(start_q + m + offs_m, h, n, seed, offset, threshold, BLOCK_N)
+            dp = tl.where(keep, dp, 0.0)
+            kept = tl.where(keep, p, _zero(keep_scale)).to(dout.dtype)
         else:
             kept = p.to(dout.dtype)
-        dv = tl.dot(kept, dout, dv, input_precision=PRECISION)
-        ds = (p * (dp - delta[None, :])).to(q.dtype)
-        dk = tl.dot(ds, q, dk, input_precision=PRECISION)
-        q_ptr = _at(q_ptr, BLOCK_M, stride_qm, 0, 0)
-        dout_ptr = _at(dout_ptr, BLOCK_M, stride_dom, 0, 0)
-    dk_ptr = _at(dk_ptr, start, stride_dkt, h, stride_dkh)
-    dv_ptr = _at(dv_ptr, start, stride_dvt, h, stride_dvh)
-    _store_tile(dk_ptr, stride_dkt, length, dk * scale, K, BLOCK_N, BLOCK_K)
-    _store_tile(dv_ptr, stride_dvt, length, dv * keep_scale, K, BLOCK_N, BLOCK_K)
+        dv = tl.dot(tl.trans(kept), dout, dv, input_precision=PRECISION)
+        ds = (p * (dp - delta[:, None])).to(q.dtype)
+        dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
+    dk *= scale * keep_scale
+    dv *= keep_scale
+    _store_tile(_at(dk_ptr, start, stride_dkt, h, stride_dkh), stride_dkt, length, dk, K, BLOCK_N, BLOCK_K)
+    _store_tile(_at(dv_ptr, start, stride_dvt, h, stride_dvh), stride_dvt, length, dv, K, BLOCK_N, BLOCK_K)
 
 
 def _unpacked(q, k, v):
@@ -424,20 +557,19 @@ def _unpacked(q, k, v):
     return unit_columns(q), unit_columns(k), unit_columns(v)
 
 
-def _short(q, max_seqlen_q, max_seqlen, is_forward):
-    """Launch settings where one program takes a whole sequence and head, None where that would spill registers."""
-    block_m, block_n = (max(triton.next_power_of_2(size), 16) for size in (max_seqlen_q, max_seqlen))
+def _short(q, most_rows, max_seqlen):
+    """(settings, candidates) where one program takes a whole sequence and head, None where that would spill."""
+    block_m, block_n = (max(triton.next_power_of_2(size), 16) for size in (most_rows, max_seqlen))
     is_wide = q.shape[-1] > 64
     largest = 128 if capability() >= 90 else 64
     if q.dtype == torch.float32:
         largest = 16 if is_wide else 32
-    if max(block_m, block_n) > largest:
+    longest = max(block_m, block_n)
+    if longest > largest:
         return None
-    settings = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8 if max(block_m, block_n) == 128 else 4, num_stages=1)
-    if is_forward and settings["num_warps"] == 8 and not is_wide:
-        # with dropout the compiler takes 129, and a multiprocessor then holds one program instead of two
-        settings["maxnreg"] = 128
-    return settings
+    settings = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8 if longest == 128 else 4, num_stages=1)
+    warps = {16: (1, 2), 32: (1, 2), 64: (8,), 128: ()}[longest]
+    return settings, [settings | dict(num_warps=n) for n in (settings["num_warps"], *warps)]
 
 
 # (kernel, operands are fp32, head size is over 64): (BLOCK_M, BLOCK_N, warps, stages).
@@ -446,79 +578,135 @@ _TILES = {
     ("fwd", False, False): (128, 64, 8, 3),
     ("fwd", False, True): (128, 64, 8, 2),
     ("fwd", True, False): (64, 32, 8, 1),
-    ("fwd", True, True): (32, 32, 8, 1),
-    ("dq", False, False): (64, 32, 4, 2),
-    ("dq", False, True): (64, 32, 8, 2),
+    ("fwd", True, True): (32, 16, 8, 1),
+    ("dq", False, False): (64, 64, 4, 2),
+    ("dq", False, True): (64, 32, 4, 2),
     ("dq", True, False): (32, 32, 8, 1),
     ("dq", True, True): (16, 16, 8, 1),
-    ("dkdv", False, False): (32, 128, 8, 2),
-    ("dkdv", False, True): (32, 64, 8, 2),
+    ("dkdv", False, False): (64, 64, 4, 2),
+    ("dkdv", False, True): (64, 64, 8, 2),
     ("dkdv", True, False): (32, 64, 8, 1),
     ("dkdv", True, True): (16, 32, 8, 1),
 }
+# before Hopper operands come from registers, of which less is left for the tiles
+_TILES_BEFORE_HOPPER = {
+    ("dq", False, False): (64, 32, 4, 2),
+    ("dq", False, True): (128, 32, 8, 2),
+}
+# what a search may try instead, in 16 bits with head sizes up to 64
+_CANDIDATES = {
+    "fwd": [(128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (128, 128, 8, 2), (64, 128, 4, 2)],
+    "dq": [(64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 2), (128, 64, 8, 2), (128, 32, 8, 2)],
+    "dkdv": [(64, 64, 4, 2), (64, 64, 4, 1), (64, 32, 4, 2), (128, 64, 8, 2)],
+}
 
 
-def _tiled(kernel, q, max_seqlen_q, has_dropout):
-    """Launch settings of one of the three tiled kernels."""
+def _tiled(kernel, q, most_rows, has_dropout):
+    """(settings, candidates) of one of the three tiled kernels."""
     is_full, is_wide = q.dtype == torch.float32, q.shape[-1] > 64
-    # sm_100's tensor cores take tiles of 64 rows or more, and Triton lets them round fp32 to tf32, whatever the
-    # precision asked for, once an operand comes from a join, as the dropout mask does: keep below
-    is_wide |= is_full and capability() >= 100
-    block_m, block_n, num_warps, num_stages = _TILES[kernel, is_full, is_wide]
-    if kernel == "fwd" and max_seqlen_q <= 64 < block_m:
-        # few rows ask, as in a last layer that only serves the picked ones
-        block_m, num_warps = 64, 4
-    settings = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages)
-    if kernel != "dkdv":
-        # where operands are large, two copies of the loop's body would share them in registers, and spill
-        settings["PEEL"] = not (is_full or is_wide)
-    if kernel == "fwd" and block_m == 128 and not (is_wide or has_dropout) and capability() >= 90:
-        # the compiler takes 130, and a multiprocessor then holds one program instead of two
-        settings["maxnreg"] = 128
-    return settings
+    is_hopper = capability() >= 90
+    tile = _TILES[kernel, is_full, is_wide]
+    if not is_hopper:
+        tile = _TILES_BEFORE_HOPPER.get((kernel, is_full, is_wide), tile)
+    if not (is_full or is_wide):
+        if kernel == "fwd" and (most_rows <= 64 or has_dropout):
+            # few rows ask, as in a last layer that only serves the picked ones; or the mask takes registers
+            tile = (64, 64, 4, 3)
+        elif kernel == "dkdv" and has_dropout and not is_hopper:
+            tile = (64, 32, 4, 2)
+
+    def settings(block_m, block_n, num_warps, num_stages):
+        made = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages)
+        if kernel != "dkdv":
+            # where operands are large, two copies of the loop's body would share them in registers, and spill
+            made["PEEL"] = not (is_full or is_wide)
+        return made
+
+    default = settings(*tile)
+    if kernel == "fwd" and tile[:3] == (64, 64, 4) and has_dropout and is_hopper:
+        # the compiler takes 174, and a multiprocessor then holds two programs instead of three
+        default["maxnreg"] = 168
+    return default, [] if is_full or is_wide else [default, *(settings(*x) for x in _CANDIDATES[kernel])]
 
 
-def _constants(q, dropout_p):
-    """The compile-time constants that every kernel has beside its blocks."""
+def _arguments(q, max_seqlen, scale, dropout_p, window, offset):
+    """(what the kernels take after the strides, the compile-time constants that every kernel has beside its blocks)."""
     K = q.shape[-1]
-    return dict(
-        HAS_DROPOUT=dropout_p > 0.0,
+    has_window = 0 <= window < max_seqlen - 1
+    threshold, keep_scale = dropout_constants(dropout_p)
+    scalars = (scale, scale * math.log2(math.e), window if has_window else 0, offset, threshold, keep_scale)
+    constants = dict(
+        HAS_DROPOUT=threshold > 0,
+        HAS_WINDOW=has_window,
+        IS_FULL=q.dtype == torch.float32,
         PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
         # Triton's interpreter computes wrongly with bfloat16, so there it is widened as it is loaded
         UPCAST=INTERPRET and q.dtype == torch.bfloat16,
         K=K,
         BLOCK_K=max(triton.next_power_of_2(K), 16),
     )
+    return scalars, constants
 
 
-def attention_fwd(q, k, v, cu_seqlens_q, cu_seqlens, max_seqlen_q, max_seqlen, scale, dropout_p, seed, offset):
-    """(out [M, H, K], lse fp32 [H, M]: log2 of the sum of exp(scaled scores), without meaning where no key is)."""
+def _key(q, constants, longest, *more):
+    """The class of shapes that shares launch settings: "bf16 K64 S512 dropout window"."""
+    names = [_DTYPES[q.dtype], f"K{constants['BLOCK_K']}", f"S{min(triton.next_power_of_2(longest), 1024)}", *more]
+    names += [name for name in ("dropout", "window") if constants[f"HAS_{name.upper()}"]]
+    return " ".join(names)
+
+
+def attention_fwd(
+    q, k, v, cu_seqlens_q, cu_seqlens, max_seqlen_q, max_seqlen, scale, dropout_p, seed, offset, window=-1
+):
+    """(out [M, H, K], lse fp32 [1 or 2, H, M]: its sum over the first is log2 of the sum of exp(scaled scores))."""
     q, k, v = _unpacked(q, k, v)
     cu_seqlens_q = cu_seqlens if cu_seqlens_q is None else cu_seqlens_q
     M, H, K = q.shape
     B = cu_seqlens.shape[0] - 1
     out = torch.empty(M, H, K, dtype=q.dtype, device=q.device)
-    lse = torch.empty(H, M, dtype=torch.float32, device=q.device)
+    lse = torch.empty(_lse_parts(q), H, M, dtype=torch.float32, device=q.device)
     if B * H == 0:
         return out.zero_(), lse.zero_()
-    threshold, keep_scale = dropout_constants(dropout_p)
+    (_, *scalars), constants = _arguments(q, max_seqlen, scale, dropout_p, window, offset)
     arguments = (q, k, v, cu_seqlens_q, cu_seqlens, seed, out, lse, B, M, H)
     strides = [x.stride(d) for x in (q, k, v, out) for d in (0, 1)]
-    scalars = (scale * math.log2(math.e), offset, threshold, keep_scale)
-    constants = _constants(q, dropout_p)
-    settings = _short(q, max_seqlen_q, max_seqlen, True)
-    if settings:
-        _attention_short_fwd_kernel[(B * H,)](*arguments, *strides, *scalars, **constants, **settings)
+    most_rows = M if max_seqlen_q < 0 else max_seqlen_q
+    short = _short(q, most_rows, max_seqlen)
+    if short:
+
+        def run(settings):
+            _attention_short_fwd_kernel[(B * H,)](*arguments, *strides, *scalars, **constants, **settings)
+
+        launch(run, "attention_short_fwd", _key(q, constants, max(most_rows, max_seqlen)), *short)
         return out, lse
-    settings = _tiled("fwd", q, max_seqlen_q, dropout_p > 0.0)
-    tiles = max(triton.cdiv(max_seqlen_q, settings["BLOCK_M"]), 1)
-    _attention_tiled_fwd_kernel[(B * H * tiles,)](*arguments, tiles, *strides, *scalars, **constants, **settings)
+
+    def run(settings):
+        tiles, is_bounded = _tiles(M, B, max_seqlen_q, settings["BLOCK_M"])
+        grid = (H * tiles * (B if is_bounded else 1),)
+        _attention_tiled_fwd_kernel[grid](
+            *arguments, tiles, *strides, *scalars, **constants, IS_BOUNDED=is_bounded, **settings
+        )
+
+    key = _key(q, constants, max_seqlen, *["few rows"] * (most_rows <= 64))
+    launch(run, "attention_tiled_fwd", key, *_tiled("fwd", q, most_rows, constants["HAS_DROPOUT"]))
     return out, lse
 
 
+def _lse_parts(q):
+    return 2 if q.dtype == torch.float32 else 1
+
+
+def _tiles(M, B, max_seqlen_q, BLOCK_M):
+    """(tiles of queries, whether that is for each sequence rather than for all together): `_sequence_of_program`."""
+    if max_seqlen_q >= 0:
+        return max(triton.cdiv(max_seqlen_q, BLOCK_M), 1), True
+    return M // BLOCK_M + B, False
+
+
 def attention_bwd(
-    dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens, max_seqlen_q, max_seqlen, scale, dropout_p, seed, offset
-):
+    dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens, max_seqlen_q, max_seqlen, scale, dropout_p, seed, offset,
+    window=-1,
+):  # fmt: skip
     """The gradients of q, k, v as they were given: a list of one when q holds all three, of two when k holds two."""
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v) if x is not None]
     dq, dk, dv = _unpacked(*grads, *[None] * (3 - len(grads)))
@@ -529,49 +717,60 @@ def attention_bwd(
     T, B = k.shape[0], cu_seqlens.shape[0] - 1
     if B * H == 0:
         return [grad.zero_() for grad in grads]
-    threshold, keep_scale = dropout_constants(dropout_p)
+    scalars, constants = _arguments(q, max_seqlen, scale, dropout_p, window, offset)
     strides = [x.stride(d) for x in (dout, q, k, v) for d in (0, 1)]
     strides_dq = [dq.stride(d) for d in (0, 1)]
     strides_dkdv = [x.stride(d) for x in (dk, dv) for d in (0, 1)]
-    scalars = (scale, scale * math.log2(math.e), offset, threshold, keep_scale)
-    constants = _constants(q, dropout_p)
-    settings = _short(q, max_seqlen_q, max_seqlen, False)
-    if settings:
-        _attention_short_bwd_kernel[(B * H,)](
-            dout, q, k, v, lse, cu_seqlens_q, cu_seqlens, seed, dq, dk, dv, B, M, T, H,
-            *strides, *strides_dq, *strides_dkdv, *scalars, **constants, **settings,
-        )  # fmt: skip
+    most_rows = M if max_seqlen_q < 0 else max_seqlen_q
+    short = _short(q, most_rows, max_seqlen)
+    if short:
+
+        def run(settings):
+            _attention_short_bwd_kernel[(B * H,)](
+                dout, q, k, v, lse, cu_seqlens_q, cu_seqlens, seed, dq, dk, dv, B, M, T, H,
+                *strides, *strides_dq, *strides_dkdv, *scalars, **constants, **settings,
+            )  # fmt: skip
+
+        launch(run, "attention_short_bwd", _key(q, constants, max(most_rows, max_seqlen)), *short)
         return grads
-    delta = torch.empty_like(lse)
-    settings = _tiled("dq", q, max_seqlen_q, dropout_p > 0.0)
-    tiles = max(triton.cdiv(max_seqlen_q, settings["BLOCK_M"]), 1)
-    _attention_tiled_dq_kernel[(B * H * tiles,)](
-        dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens, seed, dq, delta, B, M, H, tiles,
-        *strides, out.stride(0), out.stride(1), *strides_dq, *scalars, **constants, **settings,
-    )  # fmt: skip
-    settings = _tiled("dkdv", q, max_seqlen_q, dropout_p > 0.0)
-    tiles = max(triton.cdiv(max_seqlen, settings["BLOCK_N"]), 1)
-    _attention_tiled_dkdv_kernel[(B * H * tiles,)](
-        dout, q, k, v, lse, delta, cu_seqlens_q, cu_seqlens, seed, dk, dv, B, M, T, H, tiles,
-        *strides, *strides_dkdv, *scalars, **constants, **settings,
-    )  # fmt: skip
+    delta = torch.empty(H, M, dtype=torch.float32, device=q.device)
+
+    def run_dq(settings):
+        tiles, is_bounded = _tiles(M, B, max_seqlen_q, settings["BLOCK_M"])
+        grid = (H * tiles * (B if is_bounded else 1),)
+        _attention_tiled_dq_kernel[grid](
+            dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens, seed, dq, delta, B, M, H, tiles,
+            *strides, out.stride(0), out.stride(1), *strides_dq, *scalars, **constants,
+            IS_BOUNDED=is_bounded, **settings,
+        )  # fmt: skip
+
+    def run_dkdv(settings):
+        tiles = max(triton.cdiv(max_seqlen, settings["BLOCK_N"]), 1)
+        _attention_tiled_dkdv_kernel[(B * H * tiles,)](
+            dout, q, k, v, lse, delta, cu_seqlens_q, cu_seqlens, seed, dk, dv, B, M, T, H, tiles,
+            *strides, *strides_dkdv, *scalars, **constants, **settings,
+        )  # fmt: skip
+
+    key = _key(q, constants, max_seqlen)
+    launch(run_dq, "attention_dq", key, *_tiled("dq", q, most_rows, constants["HAS_DROPOUT"]))
+    launch(run_dkdv, "attention_dkdv", key, *_tiled("dkdv", q, most_rows, constants["HAS_DROPOUT"]))
     return grads
 
 
-def _attention_fwd_fake(q, k, v, cu_seqlens_q, cu_seqlens, max_seqlen_q, max_seqlen, scale, dropout_p, seed, offset):
-    M, H, K = q.shape[0], *q.shape[-2:]
-    return q.new_empty(M, H, K), q.new_empty(H, M, dtype=torch.float32)
-
-
-def _attention_bwd_fake(
-    dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens, max_seqlen_q, max_seqlen, scale, dropout_p, seed, offset
+def _attention_fwd_fake(
+    q, k, v, cu_seqlens_q, cu_seqlens, max_seqlen_q, max_seqlen, scale, dropout_p, seed, offset, window=-1
 ):
+    M, H, K = q.shape[0], *q.shape[-2:]
+    return q.new_empty(M, H, K), q.new_empty(_lse_parts(q), H, M, dtype=torch.float32)
+
+
+def _attention_bwd_fake(dout, q, k, v, *_):
     return [x.new_empty(x.shape) for x in (q, k, v) if x is not None]
 
 
 _TAIL = (
     "Tensor? cu_seqlens_q, Tensor cu_seqlens, SymInt max_seqlen_q, SymInt max_seqlen, "
-    "float scale, float dropout_p, Tensor? seed, SymInt offset"
+    "float scale, float dropout_p, Tensor? seed, SymInt offset, SymInt window=-1"
 )
 _attention_fwd = register(
     f"attention_fwd(Tensor q, Tensor? k, Tensor? v, {_TAIL}) -> (Tensor, Tensor)", attention_fwd, _attention_fwd_fake
@@ -585,31 +784,33 @@ _attention_bwd = register(
 
 class AttentionFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, cu_seqlens_q, cu_seqlens, max_seqlen_q, max_seqlen, scale, dropout_p, seed, offset):
+    def forward(
+        ctx, q, k, v, cu_seqlens_q, cu_seqlens, max_seqlen_q, max_seqlen, scale, dropout_p, seed, offset, window
+    ):
         out, lse = _attention_fwd(
-            q, k, v, cu_seqlens_q, cu_seqlens, max_seqlen_q, max_seqlen, scale, dropout_p, seed, offset
+            q, k, v, cu_seqlens_q, cu_seqlens, max_seqlen_q, max_seqlen, scale, dropout_p, seed, offset, window
         )
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens, seed)
-        ctx.scalars = max_seqlen_q, max_seqlen, scale, dropout_p, offset
+        ctx.scalars = max_seqlen_q, max_seqlen, scale, dropout_p, offset, window
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("attention")
     def backward(ctx, dout):
         *saved, seed = ctx.saved_tensors
-        *scalars, offset = ctx.scalars
-        grads = _attention_bwd(dout, *saved, *scalars, seed, offset)
-        return *grads, *[None] * (11 - len(grads))
+        *scalars, offset, window = ctx.scalars
+        grads = _attention_bwd(dout, *saved, *scalars, seed, offset, window)
+        return *grads, *[None] * (12 - len(grads))
 
 
 def attention(
     q, k, v, cu_seqlens, max_seqlen, *,
-    cu_seqlens_q=None, max_seqlen_q=None, scale=None, dropout_p=0.0, seed=None, offset=0,
+    cu_seqlens_q=None, max_seqlen_q=None, scale=None, dropout_p=0.0, window=None, seed=None, offset=0,
 ):  # fmt: skip
     """softmax(q kᵀ · scale) v within each packed sequence, with dropout: arguments and result of `reference.attention`.
 
-    float16, bfloat16 or float32; head sizes up to 128; `scale` above 0; `seed` an int64 tensor [1] when dropout_p > 0.
-    Without `max_seqlen_q`, rows of `cu_seqlens_q` may be as many as q has. Raises ValueError and TypeError.
+    float16, bfloat16 or float32; head sizes up to 128. Without `max_seqlen_q`, a sequence of `cu_seqlens_q` may have as
+    many rows as q. Raises TypeError and ValueError; `ops.attention` looks at the rest of the arguments.
     """
     if q.dtype not in _DTYPES or any(x is not None and x.dtype != q.dtype for x in (k, v)):
         dtypes = ", ".join(str(x.dtype) for x in (q, k, v) if x is not None)
@@ -617,14 +818,11 @@ def attention(
     if q.shape[-1] > 128:
         raise ValueError(f"the head size is {q.shape[-1]}: expected at most 128")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if scale <= 0:
-        raise ValueError(f"scale is {scale}: expected a number above 0")
-    if dropout_p > 0.0 and seed is None:
-        raise ValueError(f"dropout_p is {dropout_p} and seed is None: expected an int64 tensor [1]")
     if cu_seqlens_q is None:
         max_seqlen_q = max_seqlen
     elif max_seqlen_q is None:
-        max_seqlen_q = q.shape[0]
+        max_seqlen_q = -1
+    window = -1 if window is None else window
     return AttentionFunction.apply(
-        q, k, v, cu_seqlens_q, cu_seqlens, max_seqlen_q, max_seqlen, scale, dropout_p, seed, offset
+        q, k, v, cu_seqlens_q, cu_seqlens, max_seqlen_q, max_seqlen, scale, dropout_p, seed, offset, window
     )
