@@ -88,7 +88,11 @@ def device_name():
     """The current device as its profile is named: "nvidia_h200"; "interpreter"; "none" where kernels only compile."""
     if INTERPRET:
         return "interpreter"
-    return _device_name(torch.cuda.current_device()) if torch.cuda.is_available() else "none"
+    return _device_name(torch.cuda.current_device()) if _has_gpu() else "none"
+
+
+# asked before every launch, and it asks the driver
+_has_gpu = functools.cache(torch.cuda.is_available)
 
 
 @functools.cache
