@@ -194,7 +194,9 @@ def sequences(name, lengths, device, dtype=torch.float32, slack=2, size=1.0):
 @over_sequences
 def test_awkward_lengths_and_large_inputs(name, device):
     # the interpreter takes long over DeBERTa's attention
-    batches = [[1, 2, 5, 17, 31, 33], [127], [129]] if CALLS[name].op != "disentangled_attention" else [[1, 2, 33]]
+    batches = [[1, 2, 33]] if CALLS[name].op == "disentangled_attention" else [[1, 2, 5, 17, 31, 33]]
+    if name in ("attention", "pooling"):
+        batches += [[127], [129]]
     for lengths in batches:
         check(CALLS[name], sequences(name, lengths, device, torch.float16, size=5.0))
 

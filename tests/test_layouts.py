@@ -147,8 +147,15 @@ def test_inputs(name, argument, layout, device):
     check(name, arguments | {argument: view}, cotangents, [memory], expected, repeats)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
-@pytest.mark.parametrize("name", [name for name in CALLS if name not in ALIKE])
+def cases_of_gradients():
+    for name in (name for name in CALLS if name not in ALIKE):
+        outputs = CALLS[name](CALLS[name].arguments("cpu"), impl="reference")
+        layouts = (layout for x in outputs if x.is_floating_point() for layout in differ(name, x.shape))
+        for layout in dict.fromkeys(layouts):
+            yield pytest.param(name, layout, id=f"{name}-{layout.__name__}")
+
+
+@pytest.mark.parametrize("name, layout", list(cases_of_gradients()))
 def test_incoming_gradients(name, layout, device):
     arguments, cotangents, *expected = plain(name, device)
     views, memories = zip(*(laid_out(x, layout if layout in differ(name, x.shape) else odd_offset) for x in cotangents))
