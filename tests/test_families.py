@@ -371,3 +371,30 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     size = (tmp_path / "model.safetensors").stat().st_size
     assert int(done.stdout) < 1.5 * size
+
+
+DROPOUTS = [
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "mlp_dropout", "output_dropout", "classifier_dropout",
+    "pooler_dropout",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_dropout_is_replayed_by_its_seed(case):
+    name, sizes = CASES[case]
+    values = getattr(transformers, f"{name}Config")(**sizes).to_dict()
+    config = variants.config_from_hf(values).replace(num_labels=3, labels=None, **dict.fromkeys(DROPOUTS, 0.2))
+    model = SequenceClassifier(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    batch, _ = pack_inputs(config, torch.randint(10, 99, (5, 9)))
+
+    def logits(seed):
+        batch.seed = torch.tensor([seed])
+        return model.train()(batch).logits
+
+    assert torch.equal(logits(3), logits(3))
+    assert (logits(3) - logits(4)).abs().max() > 1e-3
+    assert not torch.equal(logits(3), model.eval()(batch).logits)
+    batch.seed = None
+    assert not torch.equal(model.train()(batch).logits, model(batch).logits)
