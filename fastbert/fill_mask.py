@@ -6,7 +6,7 @@ import torch
 
 from .heads import MaskedLM
 from .packing import Batch
-from .tokenizer import load_tokenizer, special_ids
+from .tokenizer import check_vocabulary, load_tokenizer, special_ids
 
 
 def load(directory):
@@ -14,7 +14,9 @@ def load(directory):
     if not (Path(directory) / "config.json").is_file():
         raise FileNotFoundError(f"no model in {directory}: expected a folder with config.json and model.safetensors")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return MaskedLM.from_pretrained(directory).to(device), load_tokenizer(directory)
+    model, tokenizer = MaskedLM.from_pretrained(directory), load_tokenizer(directory)
+    check_vocabulary(tokenizer, model.config)
+    return model.to(device), tokenizer
 
 
 @torch.no_grad()
@@ -30,6 +32,9 @@ def fill_mask(model, tokenizer, text, top_k=5):
     if not 1 <= top_k <= vocab_size:
         raise ValueError(f"top_k is {top_k}: expected 1 to {vocab_size}")
     tokenizer.encode_special_tokens = False
+    # some tokenizer.json say to which length their texts were filled up
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     for mask in ("[MASK]", "<mask>"):
         text = text.replace(mask, tokenizer.id_to_token(special.mask))
     ids = torch.tensor([special.cls, *tokenizer.encode(text, add_special_tokens=False).ids, special.sep])

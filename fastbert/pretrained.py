@@ -3,6 +3,7 @@
 import json
 import pickle
 import warnings
+import zipfile
 from pathlib import Path
 
 import torch
@@ -123,7 +124,8 @@ def _safetensors(path):
 
 def _pickled(path):
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # files from before torch 1.6 are no zip archives, and cannot be mapped
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} cannot be read as a file of tensors: {str(error).splitlines()[0]}") from None
     return {name: (x.shape, lambda x=x: x) for name, x in tensors.items()}

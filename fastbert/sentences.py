@@ -10,13 +10,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
 from torch import nn
 
 from . import ops, pretrained, variants
 from .encoder import initialize
 from .heads import Model, pack_inputs
 from .packing import Batch
+from .tokenizer import check_vocabulary, load_tokenizer
 
 MODES = ("mean", "cls", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 # the activations that a Dense module may name, by their class in torch
@@ -41,6 +41,8 @@ class SentenceEmbedder(Model):
         super().__init__(config)
         if pooling not in MODES:
             raise ValueError(f"pooling is {pooling!r}: expected one of {', '.join(MODES)}")
+        if tokenizer is not None:
+            check_vocabulary(tokenizer, config)
         self.tokenizer, self.pooling, self.normalize = tokenizer, pooling, normalize
         self.prompts, self.default_prompt_name = dict(prompts or {}), default_prompt_name
         if default_prompt_name is not None and default_prompt_name not in self.prompts:
@@ -146,8 +148,8 @@ class SentenceEmbedder(Model):
         directory = Path(directory)
         found, folder = _read_modules(directory)
         folder = directory / folder
-        if (folder / "tokenizer.json").exists():
-            found["tokenizer"] = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        if any((folder / name).exists() for name in ("tokenizer.json", "vocab.txt")):
+            found["tokenizer"] = load_tokenizer(folder)
         found |= _read_limits(folder)
         prompts = _read_json(directory / "config_sentence_transformers.json")
         found["prompts"] = prompts.get("prompts") or {}

@@ -232,6 +232,13 @@ def special_ids(tokenizer):
     return SpecialIds(*ids)
 
 
+def check_vocabulary(tokenizer, config):
+    """Raises ValueError when the tokenizer has ids for which a model of `config` has no embedding."""
+    pieces = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if pieces > config.vocab_size:
+        raise ValueError(f"the tokenizer has {pieces} pieces: the model has a vocab_size of {config.vocab_size}")
+
+
 def tokenizer_hash(tokenizer):
     """sha256 (hex) of what decides the ids of a text: the tokenizer's JSON without its truncation and padding."""
     rules = json.loads(tokenizer.to_str())
