@@ -21,6 +21,7 @@ _MODULES = {
     "Pretraining": "heads",
     "QuestionAnswerer": "heads",
     "ReplacedTokenDetector": "heads",
+    "ReplacedTokenPretraining": "heads",
     "SentenceEmbedder": "sentences",
     "SequenceClassifier": "heads",
     "TokenClassifier": "heads",

@@ -2,7 +2,9 @@
 
     checkpoint-<step>/
         config.json, model.safetensors, tokenizer files    a model that fastbert and transformers load
-        optimizer.safetensors                               AdamW's two moments and step, by parameter name
+        generator/                                          a second model, where one is learned with
+        optimizer.safetensors                               AdamW's two moments and step, by parameter name, and
+                                                            parameters that the model's own file has only rounded
         trainer_state.json                                  where the run stands, a JSON object
         MANIFEST.json                                       size and sha256 of each file above, written last
 
@@ -29,12 +31,13 @@ from .tokenizer import save_tokenizer
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "trainer_state.json", "MANIFEST.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _BUILDING, _REPLACED = ".building-", ".replaced-"
+_EXACT = "parameter"
 
 
 def save(directory, step, model, optimizer, tokenizer, state, *, keep=None):
     """Write `directory`/checkpoint-<step>, then delete all but the newest `keep` checkpoints (None: keep all).
 
-    `model` has `save_pretrained(directory)`; `optimizer` is a torch optimizer over its parameters; `tokenizer` a
+    `model` is one of fastbert.heads; `optimizer` a torch optimizer over its parameters; `tokenizer` a
     tokenizers.Tokenizer; `state` goes through JSON. Returns the path. Raises ValueError when a parameter is not finite
     and OSError when the disk does not take the files; earlier checkpoints stay in both cases.
     """
@@ -50,7 +53,7 @@ def save(directory, step, model, optimizer, tokenizer, state, *, keep=None):
         model.save_pretrained(building)
         save_file(_optimizer_tensors(model, optimizer), building / OPTIMIZER)
         (building / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-        save_tokenizer(tokenizer, building)
+        _save_tokenizers(tokenizer, building)
         write_manifest(building)
         if final.exists():  # a directory cannot be renamed over a full one
             final.rename(directory / f"{_REPLACED}{final.name}")
@@ -74,7 +77,7 @@ def load(path, model, optimizer):
     """
     path = Path(path)
     verify(path)
-    restored = type(model).from_pretrained(path).state_dict()
+    restored = model.stored(path)
     own = model.state_dict()
     for name, tensor in own.items():
         if name not in restored or restored[name].shape != tensor.shape:
@@ -85,6 +88,8 @@ def load(path, model, optimizer):
     for name, parameter in model.named_parameters():
         prefix = name + "/"
         entries = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+        if _EXACT in entries:
+            parameter.data.copy_(entries.pop(_EXACT))
         # a parameter that has had no gradient yet has no state
         if entries:
             optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in entries.items()}
@@ -122,11 +127,14 @@ def publish(directory, model, tokenizer):
     try:
         building.mkdir()
         model.save_pretrained(building)
-        save_tokenizer(tokenizer, building)
-        for path in building.iterdir():
+        _save_tokenizers(tokenizer, building)
+        for path in _files(building):
+            final = directory / path.relative_to(building)
+            final.parent.mkdir(exist_ok=True)
             _sync(path)
-            path.replace(directory / path.name)
-        building.rmdir()
+            path.replace(final)
+            _sync(final.parent)
+        shutil.rmtree(building)
         _sync(directory)
     except (OSError, SafetensorError) as error:
         raise _unwritten(directory, error) from None
@@ -135,10 +143,12 @@ def publish(directory, model, tokenizer):
 def write_manifest(directory):
     """Write MANIFEST.json over all files of `directory`, with everything forced to the disk, the manifest last."""
     directory = Path(directory)
-    files = sorted(p for p in directory.iterdir() if p.is_file() and p.name != MANIFEST)
-    for path in files:
+    files = [path for path in _files(directory) if path != directory / MANIFEST]
+    for path in (*files, *{path.parent for path in files}):
         _sync(path)
-    manifest = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+    manifest = {
+        path.relative_to(directory).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)} for path in files
+    }
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     _sync(directory / MANIFEST)
     _sync(directory)
@@ -222,11 +232,23 @@ def write_text(path, text):
 
 
 def _optimizer_tensors(model, optimizer):
-    return {
+    tensors = {
         f"{name}/{key}": value.detach().contiguous()
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
+    return tensors | {f"{name}/{_EXACT}": parameter.detach() for name, parameter in model.inexact().items()}
+
+
+def _save_tokenizers(tokenizer, directory):
+    """Beside every model in `directory`."""
+    for path in directory.rglob("config.json"):
+        save_tokenizer(tokenizer, path.parent)
+
+
+def _files(directory):
+    """All files of a directory and of those in it."""
+    return sorted(path for path in directory.rglob("*") if path.is_file())
 
 
 def _unwritten(path, error):

@@ -29,7 +29,10 @@ __all__ = [
     "sequence_keys",
 ]
 
-OBJECTIVES = ("mlm", "mlm+nsp", "mlm+sop")
+PAIRS = ("mlm+nsp", "mlm+sop")
+OBJECTIVES = ("mlm", *PAIRS, "rtd")
+# A pick draws from [0, 1): below the first number it becomes [MASK], below the second a random token, else it stays.
+BERT_FATES, ELECTRA_FATES = (0.8, 0.9), (0.85, 0.85)
 IGNORED = -100
 
 # What a draw is for; a token's draws have the counters 8 * position + purpose.
@@ -63,7 +66,7 @@ def _uniform(draw):
     return (draw >> np.uint64(11)) * 2.0**-53
 
 
-def mask_tokens(input_ids, cu_seqlens, keys, *, special, vocab_size, probability=0.15, starts=None):
+def mask_tokens(input_ids, cu_seqlens, keys, *, special, vocab_size, probability=0.15, starts=None, fates=BERT_FATES):
     """Choose tokens to predict, and hide most of them (Devlin et al. 2019, 3.1), in each of a batch's packed sequences.
 
     input_ids: int64 [T]. cu_seqlens: [B + 1]. keys: uint64 [B] from `sequence_keys`. special: SpecialIds; such tokens
@@ -71,8 +74,9 @@ def mask_tokens(input_ids, cu_seqlens, keys, *, special, vocab_size, probability
     is for itself. All numpy arrays.
 
     Of the n candidates (tokens or words) of a sequence exactly floor(n * probability + u) are picked, u uniform in
-    [0, 1): the expectation is exact and the variance the least possible. Of the picks 80 % become [MASK], 10 % random
-    tokens (any but the special ones, for each token of a word its own), 10 % stay.
+    [0, 1): the expectation is exact and the variance the least possible. fates: the share of the picks that become
+    [MASK], and that share with the one of random tokens (any but the special ones, for each token of a word its own):
+    by default 80 % and 10 %. The others stay.
 
     Returns `(masked_ids, labels)`, int64 [T]; labels are -100 where nothing was picked.
     """
@@ -105,8 +109,8 @@ def mask_tokens(input_ids, cu_seqlens, keys, *, special, vocab_size, probability
     fate[picked] = _uniform(_draw(keys[owner[picked]], _FATE, position[first[picked]]))
     rows, fate = rows[picked[candidate]], fate[candidate[picked[candidate]]]
     labels[rows] = input_ids[rows]
-    masked[rows[fate < 0.8]] = special.mask
-    changed = rows[(fate >= 0.8) & (fate < 0.9)]
+    masked[rows[fate < fates[0]]] = special.mask
+    changed = rows[(fate >= fates[0]) & (fate < fates[1])]
     words = np.flatnonzero(ordinary)
     chosen = _uniform(_draw(keys[sequence[changed]], _WORD, position[changed])) * len(words)
     masked[changed] = words[chosen.astype(np.int64)]
@@ -138,7 +142,7 @@ def cut_sequences(shards, max_seq_length, objective="mlm"):
         raise ValueError(f"objective is {objective!r}: expected one of {', '.join(OBJECTIVES)}")
     if max_seq_length < 8:
         raise ValueError(f"max_seq_length is {max_seq_length}: expected at least 8")
-    pairs = objective != "mlm"
+    pairs = objective in PAIRS
     room = max_seq_length - (3 if pairs else 2)
     starts = shards.document_starts()
     pieces = -(-np.diff(starts) // room)
@@ -176,7 +180,8 @@ class MaskedBatches:
 
     shards: Shards. max_seq_length, tokens_per_batch: tokens, special ones counted. objective: "mlm"; "mlm+nsp", where
     the second segment follows the first or, half of the time, comes from another document (pair_labels 1); "mlm+sop",
-    where the two are swapped half of the time (pair_labels 1). sequence_ids: the sequences to use (all by default).
+    where the two are swapped half of the time (pair_labels 1); "rtd", where picks are masked as ELECTRA's
+    are and come with draws for a generator (Batch.draws). sequence_ids: the sequences to use (all by default).
     Each of world_size ranks gets its own batches, and all get equally many: up to world_size - 1 batches of an epoch
     are left out, others each epoch. num_workers: threads that build batches ahead; 0 builds each when it is asked for.
 
@@ -227,7 +232,7 @@ class MaskedBatches:
         self.special = special_ids(shards.tokenizer)
         self.vocab_size = shards.manifest["vocab_size"]
         self.starts = np.array(word_starts(shards.tokenizer)) if whole_word_mask else None
-        self._lengths = self.index.length[ids] + (2 if objective == "mlm" else 3)
+        self._lengths = self.index.length[ids] + (3 if objective in PAIRS else 2)
         self.max_sequences = self.max_picks = None
         if capacity:
             # a quarter more than a batch of average sequences has, so that best fit is seldom held up
@@ -321,19 +326,29 @@ class MaskedBatches:
             vocab_size=self.vocab_size,
             probability=self.mlm_probability,
             starts=self.starts,
+            fates=ELECTRA_FATES if self.objective == "rtd" else BERT_FATES,
         )
         picks = np.flatnonzero(labels != IGNORED)
+        draws = None
+        if self.objective == "rtd":
+            # no pick becomes a random word here: the generator's takes its place, and its draw
+            owner = np.searchsorted(cu_seqlens, picks, side="right") - 1
+            draws = _uniform(_draw(keys[owner], _WORD, position_ids[picks]))
         max_seqlen = int(np.diff(cu_seqlens).max())
         if self.max_sequences is not None:
             slack = self.tokens_per_batch - T
             masked = np.pad(masked, (0, slack), constant_values=self.special.pad)
             position_ids, token_type_ids = np.pad(position_ids, (0, slack)), np.pad(token_type_ids, (0, slack))
             cu_seqlens = np.pad(cu_seqlens, (0, self.max_sequences - B), constant_values=T)
-            labels[picks[self.max_picks :]] = IGNORED
+            beyond = picks[self.max_picks :]
+            masked[beyond], labels[beyond] = input_ids[beyond], IGNORED
             labels = np.pad(labels, (0, slack), constant_values=IGNORED)
             picks = picks[: self.max_picks]
             # the last row is a pad or a [SEP], so it has no label
             picks = np.pad(picks, (0, self.max_picks - len(picks)), constant_values=self.tokens_per_batch - 1)
+            if draws is not None:
+                draws = draws[: self.max_picks]
+                draws = np.pad(draws, (0, self.max_picks - len(draws)))
             if pair_labels is not None:
                 pair_labels = np.pad(pair_labels, (0, self.max_sequences - B), constant_values=IGNORED)
             max_seqlen = self.max_seq_length
@@ -346,12 +361,13 @@ class MaskedBatches:
             labels=torch.from_numpy(labels),
             picks=torch.from_numpy(picks),
             pair_labels=None if pair_labels is None else torch.from_numpy(pair_labels),
+            draws=None if draws is None else torch.from_numpy(draws),
         )
 
     def _segments(self, ids, keys):
         """(first tokens [B, S], lengths [B, S], pair labels [B] or None) of each sequence's segments."""
         start, length = self.index.start[ids], self.index.length[ids]
-        if self.objective == "mlm":
+        if self.objective not in PAIRS:
             return start[:, None], length[:, None], None
         cut = self._cuts(start, length, _uniform(_draw(keys, _CUT)))
         starts, lengths = np.stack([start, start + cut], 1), np.stack([cut, length - cut], 1)

@@ -3,13 +3,15 @@
 Letters: B sequences, S padded length, T packed tokens, D hidden size, V vocabulary, M picked tokens.
 """
 
-from dataclasses import dataclass
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import ops, pretrained
+from . import ops, pretrained, variants
 from .encoder import Encoder, initialize
 from .layers import VocabularyTransform, dropped
 from .packing import Batch, pack, unpack
@@ -20,7 +22,10 @@ class MaskedLMOutput:
     """Sums, not means: several micro-batches or processes add up, and are divided once by the global count.
 
     loss_sum: fp32, of the picked tokens. count and correct: int64, how many were picked, how many predicted right.
-    The pair_ fields are the same for NSP or SOP, per pair; None without it. logits: only when no labels were given.
+    The pair_ fields are the same for NSP or SOP, per pair; None without it. The rtd_ fields are the same for the
+    detection of replaced tokens, per token of the text, and beside them rtd_replaced, how many tokens were replaced,
+    and rtd_found, how many of these were detected. logits: only when no labels were given. weights: what each loss
+    counts in their sum, by the prefix of its fields.
     """
 
     loss_sum: torch.Tensor | None = None
@@ -29,18 +34,32 @@ class MaskedLMOutput:
     pair_loss_sum: torch.Tensor | None = None
     pair_count: torch.Tensor | None = None
     pair_correct: torch.Tensor | None = None
+    rtd_loss_sum: torch.Tensor | None = None
+    rtd_count: torch.Tensor | None = None
+    rtd_correct: torch.Tensor | None = None
+    rtd_replaced: torch.Tensor | None = None
+    rtd_found: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     pair_logits: torch.Tensor | None = None
+    weights: dict = field(default_factory=lambda: {"": 1.0, "pair_": 1.0})
 
     @property
     def loss(self):
-        """The mean over picked tokens, plus the mean over pairs; 0 where there is nothing to predict, never NaN."""
+        """The means over picked tokens, pairs and tokens, weighted; 0 where there is nothing to predict, never NaN."""
         if self.loss_sum is None:
             return None
-        loss = self.loss_sum / self.count.clamp(min=1)
-        if self.pair_loss_sum is not None:
-            loss = loss + self.pair_loss_sum / self.pair_count.clamp(min=1)
-        return loss
+        return self.divided({f"{prefix}count": getattr(self, f"{prefix}count") for prefix in self.weights})
+
+    def divided(self, counts):
+        """The weighted sum of the losses that there are, each divided by its own of {"count": ..., ...}."""
+        parts = []
+        for prefix, weight in self.weights.items():
+            loss_sum = getattr(self, f"{prefix}loss_sum")
+            if loss_sum is not None:
+                count = counts[f"{prefix}count"]
+                count = count.clamp(min=1) if torch.is_tensor(count) else max(count, 1)
+                parts.append(weight * loss_sum / count)
+        return sum(parts[1:], parts[0])
 
 
 class Model(nn.Module):
@@ -68,6 +87,18 @@ class Model(nn.Module):
         """Write config.json and model.safetensors under HuggingFace's names; transformers loads the directory."""
         pretrained.save(self, directory)
 
+    def stored(self, directory):
+        """The state dict for a model like this one that `save_pretrained` has written to a directory."""
+        return type(self).from_pretrained(directory).state_dict()
+
+    def inexact(self):
+        """{name: parameter} of what `stored` gives back only up to rounding."""
+        return {}
+
+
+def _number_of(labels):
+    return 0 if labels is None else int((labels != -100).sum())
+
 
 class MaskedLM(Model):
     """With the masked-language-model head: transform, then the word table again as decoder, plus a bias."""
@@ -88,6 +119,10 @@ class MaskedLM(Model):
         if batch.labels is None:
             return MaskedLMOutput(logits=restore(self.logits(batch)))
         return self._masked_lm(self.encoder(batch, rows=batch.picks), batch)
+
+    def label_counts(self, batch):
+        """What the losses of a packing.Batch are divided by: see `MaskedLMOutput.divided`. Waits for its device."""
+        return {"count": _number_of(batch.labels)}
 
     def logits(self, batch, rows=None):
         """Vocabulary scores of the rows `rows` (int64 [M], ascending; None: all T) of a packing.Batch: [M, V]."""
@@ -148,6 +183,9 @@ class Pretraining(MaskedLM):
                     0 * x for x in (output.pair_loss_sum, *(known.sum(),) * 2)
                 )
         return output
+
+    def label_counts(self, batch):
+        return {"count": _number_of(batch.labels), "pair_count": _number_of(batch.pair_labels)}
 
     def _pair_logits(self, first, batch, dropout):
         pooled = dropped(torch.tanh(self.pooler(first)), self.config.pair_dropout, dropout)
@@ -314,6 +352,172 @@ class ReplacedTokenDetector(Model):
             output.loss_sum, output.count = losses.where(known, 0).sum(), known.sum()
             output.correct = (((logits > 0) == (targets > 0.5)) & known).sum()
         return output
+
+
+EMBEDDING_SHARING = ("shared", "gdes", "none")
+GENERATOR = "generator"
+# what tells the discriminator's dropout from the generator's, bits of the seed that they have in common
+_OTHER_DROPOUT = 0x5851F42D4C957F2D
+
+
+class ReplacedTokenPretraining(nn.Module):
+    """ELECTRA's pretraining (Clark et al. 2020): a generator fills in masked tokens, a discriminator says which.
+
+    config: EncoderConfig of the discriminator, a ReplacedTokenDetector, which is what one wants in the end.
+    generator_config: of the generator, a MaskedLM; by default as the family's paper has it. rtd_weight: what the
+    discriminator's loss counts beside the generator's. embedding_sharing, by default the family's:
+
+    "shared": both have the same word, position and segment tables, and the same norm after them, where sizes allow.
+    "gdes": the discriminator's tables are the generator's, through which no gradient goes back, plus parameters of its
+    own that start at 0 (He et al. 2023, gradient-disentangled embedding sharing). These parameters stand in the place
+    of the discriminator's tables: what reads text by itself is `detector()`.
+    "none": each has its own.
+
+    Raises ValueError when the family has no such head, or when the two word tables cannot be shared.
+    """
+
+    def __init__(self, config, generator_config=None, *, embedding_sharing=None, rtd_weight=50.0):
+        super().__init__()
+        row = variants.family(config.model_type)
+        if row.generator is None:
+            raise ValueError(f"a {config.model_type} has no detector of replaced tokens: {variants.detecting()} have")
+        self.config, self.rtd_weight = config, rtd_weight
+        self.embedding_sharing = embedding_sharing or row.embedding_sharing
+        if self.embedding_sharing not in EMBEDDING_SHARING:
+            raise ValueError(
+                f"embedding_sharing is {embedding_sharing!r}: expected one of {', '.join(EMBEDDING_SHARING)}"
+            )
+        self.generator = MaskedLM(row.generator(config) if generator_config is None else generator_config)
+        self.discriminator = ReplacedTokenDetector(config)
+        self._share()
+
+    def _share(self):
+        ours, theirs = self.discriminator.encoder.embeddings, self.generator.encoder.embeddings
+        shapes = [tuple(embeddings.word.weight.shape) for embeddings in (theirs, ours)]
+        if shapes[0][0] != shapes[1][0] or (shapes[0] != shapes[1] and self.embedding_sharing != "none"):
+            raise ValueError(
+                f"the word table of the generator is {shapes[0]} and that of the discriminator {shapes[1]}: "
+                "expected the same vocabulary, and to share them the same width"
+            )
+        parts = {"shared": ("word", "position", "token_type", "norm"), "gdes": ("word", "position", "token_type")}
+        # names of the discriminator's tables that are a sum
+        self._sums = []
+        for part in parts.get(self.embedding_sharing, ()):
+            own, other = getattr(ours, part), getattr(theirs, part)
+            if own is None or other is None or own.weight.shape != other.weight.shape:
+                continue
+            if self.embedding_sharing == "gdes":
+                nn.init.zeros_(own.weight)
+                self._sums.append(f"encoder.embeddings.{part}.weight")
+            else:
+                for name in dict(own.named_parameters()):
+                    setattr(own, name, getattr(other, name))
+
+    def forward(self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, labels=None):
+        """Both losses of a masked text. Returns MaskedLMOutput, without logits.
+
+        Either a packing.Batch or HuggingFace's padded arguments, as for MaskedLM; there must be labels: the tokens of
+        the text where input_ids are masked, else -100. The tokens that the generator gives follow from batch.draws;
+        without these they are drawn anew. Raises ValueError without labels.
+        """
+        batch, _ = pack_inputs(self.config, input_ids, attention_mask, token_type_ids, position_ids, labels)
+        if batch.labels is None:
+            raise ValueError("labels is None: expected the tokens of the text where it is masked, and -100 elsewhere")
+        generator = self.generator
+        hidden = generator.transform(generator.encoder(batch, rows=batch.picks))
+        predicted = ops.masked_cross_entropy(
+            hidden, generator.encoder.embeddings.word.weight, generator.vocabulary_bias, batch.labels[batch.picks]
+        )
+        draws = batch.draws
+        if draws is None:
+            draws = torch.rand(len(batch.picks), dtype=torch.float64, device=hidden.device)
+        corrupted = self.corrupt(batch, self.sample(hidden, draws))
+        detected = torch.func.functional_call(self.discriminator, self._tables(), (corrupted,))
+        replaced = corrupted.labels == 1
+        return MaskedLMOutput(
+            *predicted,
+            rtd_loss_sum=detected.loss_sum, rtd_count=detected.count, rtd_correct=detected.correct,
+            rtd_replaced=replaced.sum(), rtd_found=(replaced & (detected.logits > 0)).sum(),
+            weights={"": 1.0, "rtd_": self.rtd_weight},
+        )  # fmt: skip
+
+    def label_counts(self, batch):
+        """See `MaskedLM.label_counts`; the discriminator answers for every token of the text."""
+        return {"count": _number_of(batch.labels), "rtd_count": int(batch.cu_seqlens[-1])}
+
+    @torch.no_grad()
+    def sample(self, hidden, draws):
+        """Tokens of the generator's distributions at the hidden states [M, E] of its transform: int64 [M].
+
+        draws: float64 [M] in [0, 1), each decides a token by its place in the distribution's sums, so that one pick's
+        token depends on nothing but its own draw and hidden state. Never more than some rows of logits are in memory.
+        """
+        weight, tokens = self.generator.encoder.embeddings.word.weight, []
+        rows = max(1, 2**25 // len(weight))
+        for some, draw in zip(hidden.split(rows), draws.split(rows)):
+            shares = ops.linear(some, weight, self.generator.vocabulary_bias).float().softmax(-1)
+            # integers: whatever the order in which a device adds them, it finds the same sums
+            sums = shares.mul_(2**30).round_().to(torch.int32).cumsum(-1, dtype=torch.int32)
+            target = (draw * sums[:, -1]).to(torch.int32)
+            tokens.append(torch.searchsorted(sums, target[:, None], right=True)[:, 0])
+        return torch.cat(tokens).clamp_(max=len(weight) - 1)
+
+    def corrupt(self, batch, tokens):
+        """What the discriminator reads of a masked packing.Batch: its text with `tokens`, int64 [M], at the picks.
+
+        Its labels are 1 where that changes a token, 0 at all other tokens, special ones included, -100 past the last.
+        """
+        text = batch.input_ids.where(batch.labels == -100, batch.labels)
+        # a batch of fixed capacity has picks without a label
+        tokens = tokens.where(batch.labels[batch.picks] != -100, text[batch.picks])
+        input_ids = text.index_put((batch.picks,), tokens)
+        is_token = torch.arange(len(text), device=text.device) < batch.cu_seqlens[-1]
+        return dataclasses.replace(
+            batch, input_ids=input_ids, labels=(input_ids != text).long().where(is_token, -100), picks=None,
+            seed=None if batch.seed is None else batch.seed ^ _OTHER_DROPOUT,
+        )  # fmt: skip
+
+    def _tables(self):
+        """The discriminator's parameters that are sums."""
+        ours, theirs = (dict(model.named_parameters()) for model in (self.discriminator, self.generator))
+        return {name: theirs[name].detach() + ours[name] for name in self._sums}
+
+    def detector(self):
+        """The discriminator with its tables whole: a ReplacedTokenDetector; the other weights are this model's own."""
+        with torch.device("meta"):
+            detector = ReplacedTokenDetector(self.config)
+        with torch.no_grad():
+            tensors = self.discriminator.state_dict() | self._tables()
+        detector.load_state_dict(tensors, assign=True)
+        return detector.train(self.training)
+
+    @classmethod
+    def from_pretrained(cls, directory, *, embedding_sharing=None, rtd_weight=50.0):
+        """From what `save_pretrained` writes, or any detector's directory with its generator in `generator` there."""
+        directory = Path(directory)
+        configs = [variants.read_config(place / "config.json") for place in (directory, directory / GENERATOR)]
+        model = cls(*configs, embedding_sharing=embedding_sharing, rtd_weight=rtd_weight)
+        model.load_state_dict(model.stored(directory))
+        return model.eval()
+
+    def save_pretrained(self, directory):
+        """Write the detector, with its tables whole, into a directory, and the generator into `generator` there."""
+        self.detector().save_pretrained(directory)
+        self.generator.save_pretrained(Path(directory) / GENERATOR)
+
+    def stored(self, directory):
+        """See `Model.stored`."""
+        generator = MaskedLM.from_pretrained(Path(directory) / GENERATOR).state_dict()
+        discriminator = ReplacedTokenDetector.from_pretrained(directory).state_dict()
+        for name in self._sums:
+            discriminator[name] = discriminator[name] - generator[name]
+        parts = (("generator", generator), ("discriminator", discriminator))
+        return {f"{part}.{name}": tensor for part, state in parts for name, tensor in state.items()}
+
+    def inexact(self):
+        """See `Model.inexact`: a difference of tables, whose sum was written."""
+        own = dict(self.named_parameters())
+        return {name: own[name] for name in (f"discriminator.{name}" for name in self._sums)}
 
 
 class QuestionAnswerer(_TokenScores):

@@ -20,7 +20,8 @@ class Batch:
     end. max_seqlen: an int, no sequence is longer. labels: int64 [T], -100 where nothing is to be predicted. picks:
     int64 [M], ascending, the rows of T that have a label. pair_labels: int64 [B], 1 where a pair is false (NSP: random
     second segment, SOP: swapped). columns: int64 [T], where each token stood in its padded row, if
-    some row had padding between its tokens. seed: int64 [1], the dropout seed of this step.
+    some row had padding between its tokens. seed: int64 [1], the dropout seed of this step. draws: float64 [M] in
+    [0, 1), what decides the token that a generator puts at each pick.
 
     A batch may be filled up to a fixed capacity: tokens past cu_seqlens[-1] belong to no sequence, sequences at the end
     may be empty (pair label -100), and picks at the end may be the last row again and again, which has no label then.
@@ -36,6 +37,7 @@ class Batch:
     pair_labels: torch.Tensor | None = None
     columns: torch.Tensor | None = None
     seed: torch.Tensor | None = None
+    draws: torch.Tensor | None = None
 
     def _map(self, f):
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

@@ -6,6 +6,7 @@
 What ends up in the output directory:
 
     config.json model.safetensors tokenizer.json ...   the model: fastbert and transformers load the directory
+    generator/                                         the generator that a detector of replaced tokens learned with
     README.md learning_curve.png metrics.jsonl         how it came to be
     checkpoint-<step>/ data/ tensorboard/              to go on from, and to look closer
 
@@ -30,8 +31,8 @@ import torch
 import torch.distributed as dist
 
 from . import checkpoint, optim, report, variants
-from .data import OBJECTIVES, MaskedBatches, held_out_split
-from .heads import MaskedLM, Pretraining
+from .data import OBJECTIVES, PAIRS, MaskedBatches, held_out_split
+from .heads import EMBEDDING_SHARING, GENERATOR, MaskedLM, Pretraining, ReplacedTokenPretraining
 from .options import flag, option
 from .shards import Shards, prepare
 from .text import LAYOUTS, check_columns, expand
@@ -41,6 +42,11 @@ from .tokenizer import load_tokenizer, save_tokenizer, special_ids, tokenizer_ha
 MAX_NONFINITE = 5
 # the held-out text is masked once and for all, by a seed that no option changes, and read up to this many tokens
 EVAL_SEED, EVAL_TOKENS = 20181011, 1_000_000
+# what a step adds up: counts, known before it, and fields of MaskedLMOutput
+COUNTS = ("count", "pair_count", "rtd_count")
+SUMS = (
+    "loss_sum", "correct", "pair_loss_sum", "pair_correct", "rtd_loss_sum", "rtd_correct", "rtd_replaced", "rtd_found",
+)  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -62,7 +68,14 @@ class PretrainConfig:
         "bert-base",
         "bert-tiny, -mini, -small, -medium, -base or -large; a config.json; or the directory of a model to go on from.",
     )
-    objective: str = option("mlm", "Masked words alone, or sentence pairs with them.", OBJECTIVES)
+    objective: str = option(
+        "mlm", "Masked words alone, sentence pairs with them, or replaced tokens (ELECTRA, DeBERTa-v3).", OBJECTIVES
+    )
+    rtd_weight: float = option(50.0, "Replaced tokens: the weight of the discriminator's loss beside the generator's.")
+    embedding_sharing: str | None = option(
+        None, "Replaced tokens: the generator's tables in the discriminator; by default as the family has it.",
+        EMBEDDING_SHARING,
+    )  # fmt: skip
     max_seq_length: int = option(128, "Tokens in a sequence at most, [CLS] and [SEP] included.")
     tokens_per_batch: int = option(8192, "Tokens in a micro-batch at most; none of them is padding.")
     gradient_accumulation_steps: int = option(1, "Micro-batches in a step.")
@@ -115,7 +128,7 @@ class PretrainConfig:
         need("at least 1", lambda value: value >= 1, "vocab_size", "gradient_accumulation_steps",
              "max_steps", "save_steps", "save_total_limit", "eval_steps", "logging_steps", "num_workers")  # fmt: skip
         need("a number above 0", lambda value: 0 < value < math.inf, "epochs", "max_minutes", "learning_rate",
-             "adam_epsilon")  # fmt: skip
+             "adam_epsilon", "rtd_weight")  # fmt: skip
         need("0 or more", lambda value: 0 <= value < math.inf, "warmup_steps", "weight_decay", "max_grad_norm")
         need(
             "0 or more, and below 1", lambda value: 0 <= value < 1, "eval_share", "adam_beta1", "adam_beta2", "dropout"
@@ -125,6 +138,8 @@ class PretrainConfig:
         need(f"at least --max-seq-length, {self.max_seq_length}", self.max_seq_length.__le__, "tokens_per_batch")
         if sum(length is not None for length in (self.max_steps, self.epochs, self.max_minutes)) > 1:
             raise ValueError("more than one of --max-steps, --epochs and --max-minutes is given: expected one")
+        if self.embedding_sharing is not None and self.objective != "rtd":
+            raise ValueError(f"--embedding-sharing goes with --objective rtd: the objective is {self.objective}")
         if self.max_minutes is not None and self.warmup_steps is not None:
             raise ValueError("--warmup-steps does not go with --max-minutes, which knows no steps: use --warmup-ratio")
 
@@ -263,7 +278,7 @@ def pretrain(config):
                     batches.append(batch)
                 sums = accumulate(model, batches, bf16=config.bf16)
                 norm, factor = None, optim.SCHEDULES[config.schedule](position, total, warmup)
-                if sums["count"] + sums["pair_count"] == 0:
+                if not any(sums[name] for name in COUNTS):
                     progress.empty += 1
                 else:
                     norm = optim.clip_gradients(model.parameters(), config.max_grad_norm).item()
@@ -318,40 +333,34 @@ def accumulate(model, batches, *, bf16=False):
     """Add to the model's gradients that of the loss of one step, made of the micro-batches `batches` (packing.Batch).
 
     The loss is the sum over all picked tokens, divided once by how many they are in all micro-batches of all processes;
-    the same for sentence pairs, added. So it does not matter how a step is cut into micro-batches. Nothing picked: no
-    gradient. Returns sums over the micro-batches of all processes: loss, count, correct, pair_loss, pair_count,
-    pair_correct, tokens.
+    the same for sentence pairs and for tokens that may be replaced, weighted and added. So it does not matter how a
+    step is cut into micro-batches. Nothing to predict: no gradient. Returns sums over the micro-batches of all
+    processes: tokens, COUNTS, and SUMS (without "_sum").
     """
     device = next(model.parameters()).device
-    labels = [batch.labels for batch in batches]
-    pairs = [batch.pair_labels for batch in batches if batch.pair_labels is not None]
-    count, pair_count, tokens = _sum_over_processes(
-        sum(int((x != -100).sum()) for x in labels),
-        sum(int((x != -100).sum()) for x in pairs),
-        sum(int(batch.cu_seqlens[-1]) for batch in batches),
-    )
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
-    for batch in batches if count + pair_count else ():
+    counts = dict.fromkeys((*COUNTS, "tokens"), 0)
+    for batch in batches:
+        for name, count in model.label_counts(batch).items():
+            counts[name] += count
+        counts["tokens"] += int(batch.cu_seqlens[-1])
+    counts = dict(zip(counts, _sum_over_processes(*counts.values()), strict=True))
+    is_empty = not any(counts[name] for name in COUNTS)
+    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
+    for batch in () if is_empty else batches:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             output = model(_to(batch, device))
-        loss = output.loss_sum / max(count, 1)
-        found = [output.loss_sum, output.correct]
-        if output.pair_loss_sum is not None:
-            loss = loss + output.pair_loss_sum / max(pair_count, 1)
-            found += [output.pair_loss_sum, output.pair_correct]
-        loss.backward()
-        sums[: len(found)] += torch.stack([x.detach().double() for x in found])
-    if dist.is_initialized() and count + pair_count:
+        output.divided(counts).backward()
+        for i, name in enumerate(SUMS):
+            if (value := getattr(output, name)) is not None:
+                sums[i] += value.detach()
+    if dist.is_initialized() and not is_empty:
         for parameter in model.parameters():
             # a process may have had no batch left
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             dist.all_reduce(parameter.grad)
     # the one wait for the device in a step, beside the gradient norm
-    loss, correct, pair_loss, pair_correct = _sum_over_processes(*sums.tolist())
-    return {
-        "loss": loss, "count": count, "correct": correct,
-        "pair_loss": pair_loss, "pair_count": pair_count, "pair_correct": pair_correct, "tokens": tokens,
-    }  # fmt: skip
+    sums = _sum_over_processes(*sums.tolist())
+    return counts | {name.removesuffix("_sum"): value for name, value in zip(SUMS, sums, strict=True)}
 
 
 @torch.no_grad()
@@ -362,7 +371,7 @@ def evaluate(model, loader, *, bf16=False, interrupted=lambda: False):
     """
     device = next(model.parameters()).device
     histogram = torch.zeros(model.config.vocab_size, dtype=torch.int64)
-    sums, tokens = {}, 0
+    sums, tokens = dict.fromkeys((*COUNTS, *SUMS), 0), 0
     model.eval()
     try:
         for batch in loader.epoch(0):
@@ -370,26 +379,36 @@ def evaluate(model, loader, *, bf16=False, interrupted=lambda: False):
                 return None
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 output = model(_to(batch, device))
-            for name, value in vars(output).items():
-                if value is not None:
-                    sums[name] = sums.get(name, 0) + value.item()
+            for name in sums:
+                if (value := getattr(output, name)) is not None:
+                    sums[name] += value.item()
             histogram += torch.bincount(batch.labels[batch.labels != -100], minlength=len(histogram))
             tokens += int(batch.cu_seqlens[-1])
             if tokens >= EVAL_TOKENS:
                 break
     finally:
         model.train()
-    count = max(sums["count"], 1)
-    row = {
-        "eval_loss": sums["loss_sum"] / count,
-        "eval_masked_accuracy": sums["correct"] / count,
-        "eval_baseline_accuracy": histogram.max().item() / count,
-        "eval_picked_tokens": sums["count"],
+    figures = _figures({name.removesuffix("_sum"): value for name, value in sums.items()})
+    figures["baseline_accuracy"] = histogram.max().item() / max(sums["count"], 1)
+    return {f"eval_{name}": value for name, value in figures.items()}
+
+
+def _figures(sums):
+    """What the sums of `accumulate` come to. Finding a replaced token is hard, so detection has two figures more: the
+    share of the replaced tokens that were found, and the accuracy of always saying that a token is original."""
+    figures = {
+        "loss": sums["loss"] / max(sums["count"], 1),
+        "masked_accuracy": sums["correct"] / max(sums["count"], 1),
+        "picked_tokens": int(sums["count"]),
     }
-    if sums.get("pair_count"):
-        row["eval_pair_loss"] = sums["pair_loss_sum"] / sums["pair_count"]
-        row["eval_pair_accuracy"] = sums["pair_correct"] / sums["pair_count"]
-    return row
+    for kind in ("pair", "rtd"):
+        if count := sums[f"{kind}_count"]:
+            figures[f"{kind}_loss"] = sums[f"{kind}_loss"] / count
+            figures[f"{kind}_accuracy"] = sums[f"{kind}_correct"] / count
+    if sums["rtd_count"]:
+        figures["rtd_baseline_accuracy"] = 1 - sums["rtd_replaced"] / sums["rtd_count"]
+        figures["rtd_recall"] = sums["rtd_found"] / max(sums["rtd_replaced"], 1)
+    return figures
 
 
 def dropout_seed(seed, step, micro_batch, rank):
@@ -437,18 +456,11 @@ def _place(progress):
 
 
 def _averages(window, device):
-    row = {
-        "loss": window["loss"] / max(window["count"], 1),
-        "masked_accuracy": window["correct"] / max(window["count"], 1),
-        "picked_tokens": int(window["count"]),
+    return _figures(window) | {
         "fill": window["tokens"] / window["capacity"],
         "tokens_per_second": round(window["tokens"] / window["seconds"]),
         "memory_mb": report.peak_memory_mb(device),
     }
-    if window["pair_count"]:
-        row["pair_loss"] = window["pair_loss"] / window["pair_count"]
-        row["pair_accuracy"] = window["pair_correct"] / window["pair_count"]
-    return row
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -480,11 +492,17 @@ def _model_config(config):
         raise ValueError(
             f"--max-seq-length is {config.max_seq_length}: the model {config.model} has {found.max_length} positions"
         )
-    if config.objective != "mlm" and found.type_vocab_size < 2:
+    row = variants.family(found.model_type)
+    if config.objective in PAIRS and found.type_vocab_size < 2:
         raise ValueError(f"--objective {config.objective} needs two token types: {config.model} has 1")
-    heads = variants.family(found.model_type).architectures
-    if config.objective != "mlm" and "Pretraining" not in heads:
-        raise ValueError(f"--objective {config.objective}: a {found.model_type} learns from masked words alone")
+    if config.objective in PAIRS and "Pretraining" not in row.architectures:
+        raise ValueError(f"--objective {config.objective}: a {found.model_type} does not learn from sentence pairs")
+    if config.objective == "rtd" and row.generator is None:
+        raise ValueError(
+            f"--objective rtd: a {found.model_type} has no detector of replaced tokens, {variants.detecting()} have"
+        )
+    if config.objective == "rtd" and path.is_dir() and not (path / GENERATOR / "config.json").is_file():
+        raise ValueError(f"--objective rtd: {path} has no generator, expected one in {path / GENERATOR}")
     if config.dropout is not None:
         found = found.replace(hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout)
     return found
@@ -536,10 +554,12 @@ def _known_tokenizer(config, source, resumed):
 
 
 def _check_same_run(config, tokenizer, state, resumed):
-    then, now = state["config"], json.loads(json.dumps(dataclasses.asdict(config)))
+    # an option that is younger than the checkpoint had its default
+    then = {field.name: field.default for field in dataclasses.fields(config)} | state["config"]
+    now = json.loads(json.dumps(dataclasses.asdict(config)))
     for name in now:
-        if name not in MAY_DIFFER and then.get(name) != now[name]:
-            raise ValueError(f"--resume: {flag(name)} is {now[name]!r}, and {then.get(name)!r} in {resumed}")
+        if name not in MAY_DIFFER and then[name] != now[name]:
+            raise ValueError(f"--resume: {flag(name)} is {now[name]!r}, and {then[name]!r} in {resumed}")
     if (sha256 := tokenizer_hash(tokenizer)) != state["tokenizer"]:
         raise ValueError(
             f"--resume: the tokenizer is another (sha256 {sha256[:12]}), and {state['tokenizer'][:12]} in {resumed}"
@@ -609,11 +629,26 @@ def _fingerprint(*shards):
 
 def _model(config, model_config):
     torch.manual_seed(config.seed)
-    kind = MaskedLM if config.objective == "mlm" else Pretraining
-    model = kind(model_config)
+    if config.objective == "rtd":
+        model = ReplacedTokenPretraining(
+            model_config, _generator_config(config), embedding_sharing=config.embedding_sharing,
+            rtd_weight=config.rtd_weight,
+        )  # fmt: skip
+    else:
+        model = (Pretraining if config.objective in PAIRS else MaskedLM)(model_config)
     if Path(config.model).is_dir():
-        model.load_state_dict(kind.from_pretrained(config.model).state_dict())
+        model.load_state_dict(model.stored(config.model))
     return model
+
+
+def _generator_config(config):
+    """That of the generator to go on with; None for the family's own."""
+    if not Path(config.model).is_dir():
+        return None
+    found = variants.read_config(Path(config.model) / GENERATOR / "config.json")
+    if config.dropout is not None:
+        found = found.replace(hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout)
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from . import __version__
 from .checkpoint import write_text
+from .heads import GENERATOR
 
 METRICS = "metrics.jsonl"
 # Okabe and Ito's colours, told apart with every kind of colour vision
@@ -93,14 +94,26 @@ class Log:
         if "eval_loss" in row:
             self.last_evaluation = row
             pairs = f", pairs {row['eval_pair_accuracy']:.1%}" if "eval_pair_accuracy" in row else ""
+            replaced = ""
+            if "eval_rtd_loss" in row:
+                replaced = (
+                    f"; replaced tokens found {row['eval_rtd_recall']:.1%}, right {row['eval_rtd_accuracy']:.1%}"
+                    f" (always original: {row['eval_rtd_baseline_accuracy']:.1%})"
+                )
             loss, accuracy, baseline = (row[f"eval_{x}"] for x in ("loss", "masked_accuracy", "baseline_accuracy"))
             self.say(
                 f"step {row['step']}: held-out loss {_number(loss)}, masked accuracy {accuracy:.1%}{pairs}"
-                f" (always the most frequent token: {baseline:.1%})"
+                f" (always the most frequent token: {baseline:.1%}){replaced}"
             )
             return
+        replaced = ""
+        if "rtd_loss" in row:
+            replaced = (
+                f"replaced: loss {_number(row['rtd_loss'])}  found {row['rtd_recall']:.1%}  "
+                f"right {row['rtd_accuracy']:.1%}  "
+            )
         figures = (
-            f"loss {_number(row['loss'])}  accuracy {row['masked_accuracy']:.1%}  "
+            f"loss {_number(row['loss'])}  accuracy {row['masked_accuracy']:.1%}  {replaced}"
             f"{row['tokens_per_second']:,} tokens/s  fill {row['fill']:.1%}  {row['memory_mb']:,.0f} MB"
         )
         self.bar.update(self.task, figures=figures)
@@ -148,7 +161,7 @@ def _number(value):
 
 
 def learning_curve(directory):
-    """Draw learning_curve.png from metrics.jsonl: loss and masked accuracy, against steps and tokens.
+    """Draw learning_curve.png from metrics.jsonl: losses and accuracies, against steps and tokens.
 
     Returns its path, or None when matplotlib is not installed or there is nothing to draw.
     """
@@ -163,32 +176,46 @@ def learning_curve(directory):
     held_out = [row for row in rows if row.get("eval_loss") is not None]
     if not train and not held_out:
         return None
-    figure = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")
+    # figure -> its title; shares have a baseline: its figure and its name
+    panels = {"loss": "Loss per picked token (nats)", "masked_accuracy": "Masked accuracy"}
+    shares = {"masked_accuracy": ("baseline_accuracy", "always the most frequent token")}
+    if "rtd_loss" in (train or [{}])[0] or "eval_rtd_loss" in (held_out or [{}])[0]:
+        panels |= {
+            "rtd_loss": "Replaced or original: loss per token (nats)",
+            "rtd_accuracy": "Replaced or original: accuracy",
+            "rtd_recall": "Replaced tokens that were found",
+        }
+        shares |= {"rtd_accuracy": ("rtd_baseline_accuracy", "always original"), "rtd_recall": (None, None)}
+    columns = min(len(panels), 3)
+    lines = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(5 * columns, 4.2 * lines), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     tokens_per_step = rows[-1]["tokens"] / rows[-1]["step"]
-    for axes, name, title in zip(
-        figure.subplots(1, 2),
-        ("loss", "masked_accuracy"),
-        ("Loss per picked token (nats)", "Masked accuracy"),
-        strict=True,
-    ):
+    places = figure.subplots(lines, columns, squeeze=False)
+    if lines > 1:
+        # the generator above, the discriminator below
+        places[0, -1].set_axis_off()
+        places = [*places[0, :-1], *places[1]]
+    else:
+        places = places[0]
+    for axes, (name, title) in zip(places, panels.items(), strict=True):
         axes.plot([r["step"] for r in train], [r[name] for r in train], color=TRAIN, linewidth=1.2, label="training")
         if held_out:
             axes.plot(
                 [r["step"] for r in held_out], [r[f"eval_{name}"] for r in held_out],
                 color=HELD_OUT, linewidth=2, marker="o", markersize=4, label="held-out text",
             )  # fmt: skip
-        if name == "masked_accuracy":
-            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-            if held_out:
+        if name in shares:
+            baseline, meaning = shares[name]
+            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1 if name == "rtd_accuracy" else 0))
+            if held_out and baseline:
                 axes.axhline(
-                    held_out[-1]["eval_baseline_accuracy"], color=BASELINE, linewidth=1.2, linestyle="--",
-                    label="always the most frequent token",
-                )  # fmt: skip
+                    held_out[-1][f"eval_{baseline}"], color=BASELINE, linewidth=1.2, linestyle="--", label=meaning
+                )
         axes.set_title(title, loc="left", fontsize=11)
         axes.set_xlabel("step")
         axes.set_xlim(left=0)
-        if name == "masked_accuracy":
+        if name in ("masked_accuracy", "rtd_recall"):
             axes.set_ylim(bottom=0)
         axes.grid(axis="y", color="#dddddd", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
@@ -237,6 +264,13 @@ def model_card(directory, facts, manifest, progress):
         ]
         if "eval_pair_accuracy" in evaluation:
             figures.append(("held-out pair accuracy", f"{evaluation['eval_pair_accuracy']:.2%}"))
+        if "eval_rtd_loss" in evaluation:
+            figures += [
+                ("held-out loss of detection", f"{evaluation['eval_rtd_loss']:.4f} nats per token"),
+                ("held-out replaced tokens found", f"{evaluation['eval_rtd_recall']:.2%}"),
+                ("held-out tokens judged right", f"{evaluation['eval_rtd_accuracy']:.2%}"),
+                ("always original", f"{evaluation['eval_rtd_baseline_accuracy']:.2%}"),
+            ]
     text = [
         (name, f"{manifest[key]:,}")
         for name, key in (("documents", "documents"), ("sentences", "sentences"), ("tokens", "tokens"),
@@ -255,25 +289,39 @@ def model_card(directory, facts, manifest, progress):
         "layout",
     )
     recipe = [(f"`{name}`", value) for name, value in config.items() if name not in left_out and value is not None]
-    pairs = {"mlm+nsp": " and next-sentence prediction", "mlm+sop": " and sentence-order prediction"}
-    kind = "MaskedLM" if config["objective"] == "mlm" else "Pretraining"
-    curve = "\n![Loss and masked accuracy over the run](learning_curve.png)\n"
+    objectives = {
+        "mlm": "masked-language modelling",
+        "mlm+nsp": "masked-language modelling and next-sentence prediction",
+        "mlm+sop": "masked-language modelling and sentence-order prediction",
+        "rtd": "the detection of tokens that a generator has replaced",
+    }
+    is_detector = config["objective"] == "rtd"
+    kind = {"mlm": "MaskedLM", "rtd": "ReplacedTokenDetector"}.get(config["objective"], "Pretraining")
+    # a detector fills in nothing; its generator does
+    masked = directory / GENERATOR if is_detector else directory
+    tags = "feature-extraction" if is_detector else "fill-mask"
+    training = "replaced-token-detection" if is_detector else "masked-language-modeling"
+    curve = "\n![Losses and accuracies over the run](learning_curve.png)\n"
+    loss = "Loss: the sum over picked tokens, divided once per step by their number"
+    if is_detector:
+        loss += f", plus {config['rtd_weight']:g} times the discriminator's, over all tokens, divided by theirs"
     write_text(
         directory / "README.md",
         f"""---
 library_name: transformers
-pipeline_tag: fill-mask
-tags: [bert, fastbert, masked-language-modeling]
+pipeline_tag: {tags}
+tags: [{model["model_type"]}, fastbert, {training}]
 ---
 # {directory.resolve().name}
 
-A BERT encoder, {model["num_hidden_layers"]} layers of size {model["hidden_size"]}, pretrained with fastbert on
-masked-language modelling{pairs.get(config["objective"], "")}.
+A {model["model_type"]} encoder, {model["num_hidden_layers"]} layers of size {model["hidden_size"]}, pretrained with \
+fastbert on
+{objectives[config["objective"]]}.
 
 ## Use
 
 ```bash
-fastbert fill-mask --model {directory} "A sentence with a [MASK] in it."
+fastbert fill-mask --model {masked} "A sentence with a [MASK] in it."
 ```
 ```python
 from fastbert.heads import {kind}
@@ -281,7 +329,7 @@ model = {kind}.from_pretrained("{directory}")
 ```
 ```python
 from transformers import pipeline
-pipeline("fill-mask", model="{directory}")("A sentence with a [MASK] in it.")
+pipeline("fill-mask", model="{masked}")("A sentence with a [MASK] in it.")
 ```
 
 ## Figures
@@ -300,7 +348,7 @@ pipeline("fill-mask", model="{directory}")("A sentence with a [MASK] in it.")
 
 {table("option", recipe)}
 
-Loss: the sum over picked tokens, divided once per step by their number. Made with \
+{loss}. Made with \
 {", ".join(f"{name} {number}" for name, number in versions().items())}.
 """,
     )

@@ -22,7 +22,9 @@ class Family:
     of the position table, up to that of the padding token's id, belong to no token. projects_always: the embeddings
     have a projection even where they are as wide as the hidden states. renamed: beginnings of names in published
     checkpoints -> today's. read, write: EncoderConfig fields from a whole
-    config.json, and back, where it is more than a name.
+    config.json, and back, where it is more than a name. generator: the EncoderConfig of the generator that belongs to a
+    discriminator, where replaced tokens are detected; embedding_sharing: how the two share tables then, see
+    heads.ReplacedTokenPretraining.
     """
 
     prefix: str
@@ -37,6 +39,8 @@ class Family:
     renamed: dict = field(default_factory=dict)
     read: Callable = lambda values: {}
     write: Callable = lambda config: {}
+    generator: Callable | None = None
+    embedding_sharing: str | None = None
 
 
 def _encoder(prefix, **other):
@@ -97,6 +101,24 @@ def _roberta(name):
         tokenizer="bpe",
         positions_after_padding=True,
     )
+
+
+def _electra_generator(config):
+    """As deep as the discriminator, a quarter as wide, base a third; heads of 64 (Clark et al. 2020, table 6)."""
+    hidden = max(1, round(config.hidden_size / (3 if config.hidden_size == 768 else 4)))
+    heads = max(1, hidden // 64)
+    while hidden % heads:
+        heads -= 1
+    return config.replace(
+        hidden_size=hidden, num_attention_heads=heads,
+        intermediate_size=max(1, config.intermediate_size * hidden // config.hidden_size),
+        embedding_size=None if config.embedding_width == hidden else config.embedding_width,
+    )  # fmt: skip
+
+
+def _deberta_generator(config):
+    """As wide as the discriminator, half as deep (He et al. 2023)."""
+    return config.replace(num_hidden_layers=max(1, config.num_hidden_layers // 2))
 
 
 def _read_modernbert(values):
@@ -272,6 +294,8 @@ FAMILIES = {
             pooler_act="gelu", pooler_dropout=None,
         ),
         keys=dict(embedding_width="embedding_size", classifier_dropout="classifier_dropout"),
+        generator=_electra_generator,
+        embedding_sharing="shared",
     ),
     "distilbert": Family(
         prefix="distilbert.",
@@ -330,8 +354,13 @@ FAMILIES = {
             "encoder.relative.norm": "deberta.encoder.LayerNorm",
             "encoder.convolution.conv": "deberta.encoder.conv.conv",
             "encoder.convolution.norm": "deberta.encoder.conv.LayerNorm",
+            # transformers has no such head; the published one is another computation
+            "dense": "discriminator_predictions.dense",
+            "ReplacedTokenDetector.classifier": "discriminator_predictions.dense_prediction",
         }),
-        architectures=_heads("DebertaV2"),
+        architectures=_heads("DebertaV2", ReplacedTokenDetector="DebertaV2ForReplacedTokenDetection"),
+        generator=_deberta_generator,
+        embedding_sharing="gdes",
         tokenizer="bpe",
         defaults=dict(
             vocab_size=128100, num_hidden_layers=24, hidden_size=1536, num_attention_heads=24, intermediate_size=6144,
@@ -422,6 +451,11 @@ def family(model_type):
     if model_type not in FAMILIES:
         raise ValueError(f"model_type {model_type!r}: expected one of {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
+
+
+def detecting():
+    """The model types whose pretraining detects replaced tokens, as text."""
+    return ", ".join(name for name, row in FAMILIES.items() if row.generator is not None)
 
 
 def config_of(model_type, **changes):
