@@ -85,6 +85,10 @@ def _attention_apart():
     return dict(q=q, k=k, v=v, **_sequences(3, 6))
 
 
+def _biased_attention():
+    return _attention(**_sequences(9)) | dict(bias=torch.randn(18, 2))
+
+
 def _disentangled_attention():
     tables = dict(pos_key=torch.randn(4, 2, 12), pos_query=torch.randn(4, 2, 12), position_buckets=2)
     return _attention(**_sequences(9)) | tables | dict(max_relative_positions=8)
@@ -132,6 +136,8 @@ CALLS = {
     "attention-tiled": Call("attention", lambda: _attention(**_sequences(9, max_seqlen=65)), ("q",)),
     "attention-some_rows": Call("attention", _attention_of_some_rows, ("q", "k")),
     "attention-apart": Call("attention", _attention_apart, ("q", "k", "v")),
+    "attention-window": Call("attention", lambda: _attention(**_sequences(9, max_seqlen=65), window=3), ("q",)),
+    "biased_attention": Call("biased_attention", _biased_attention, ("q",)),
     "disentangled_attention": Call("disentangled_attention", _disentangled_attention, ("q",)),
     "layer_norm": Call("layer_norm", _layer_norm, ("x", "residual")),
     "layer_norm-bare": Call(

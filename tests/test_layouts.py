@@ -59,10 +59,11 @@ def odd_offset(shape):
 
 # calls that take their tensors by the same road as another one: only all of them at once
 ALIKE = {
+    "attention-window",
     "bias_gelu-tanh", "embedding-three_types", "pooling-max", "masked_cross_entropy-picked",
     "masked_cross_entropy-low_memory", "contrastive_cross_entropy-symmetric",
 }  # fmt: skip
-SLOW = {"disentangled_attention"}
+SLOW = {"biased_attention", "disentangled_attention"}
 LAYOUTS = [
     row_slice, column_slice, slice_of_a_wider_tensor, transpose, first_two_swapped, expanded_rows, expanded_columns,
     one_number, odd_offset,
