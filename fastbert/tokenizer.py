@@ -251,7 +251,7 @@ def word_starts(tokenizer):
     """A list of bool by id: whether the piece begins a word.
 
     Known for WordPiece (all that lack its prefix), for byte-level BPE and for SentencePiece (their pieces that hold the
-    blank before a word, and special tokens). Raises ValueError for others.
+    blank before a word, and special tokens; what is unknown follows such a blank). Raises ValueError for others.
     """
     pieces = [tokenizer.id_to_token(i) or "" for i in range(tokenizer.get_vocab_size())]
     if isinstance(tokenizer.model, models.WordPiece):
@@ -263,5 +263,6 @@ def word_starts(tokenizer):
             f"whole words are not known for a {type(tokenizer.model).__name__} tokenizer with the decoder "
             f"{type(tokenizer.decoder).__name__}: expected WordPiece, byte-level BPE or SentencePiece"
         )
-    special = set(special_ids(tokenizer))
+    ids = special_ids(tokenizer)
+    special = set(ids) - {ids.unk}
     return [piece.startswith(blank) or i in special for i, piece in enumerate(pieces)]
