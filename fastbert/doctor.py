@@ -152,7 +152,10 @@ def _short_name(row):
 
 
 def _name(row):
-    settings = " ".join(f"{name}={value}" for name, value in row["settings"].items()) if row["is_candidate"] else ""
+    settings = ""
+    if row["is_candidate"]:
+        # sizes, and neither flags nor what is not set
+        settings = " ".join(f"{name}={value}" for name, value in row["settings"].items() if type(value) is int)
     return " ".join(filter(None, (row["arch"], row["dtype"], row["op"], _short_name(row), settings)))
 
 

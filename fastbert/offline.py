@@ -141,7 +141,8 @@ def _row(arch, record, device):
     return dict(
         hash=metadata.hash,
         kernel=metadata.name,
-        settings=dict(warps=warps, stages=metadata.num_stages)
+        # AMD's compiler knows no maxnreg
+        settings=dict(warps=warps, stages=metadata.num_stages, maxnreg=getattr(metadata, "maxnreg", None))
         | {name: value for name, value in constants.items() if isinstance(value, int | float | str)},
         shared=metadata.shared,
         occupancy=dict(programs=programs, warps=programs * warps, of=ARCHITECTURES[arch].warps, limit=limit),
