@@ -209,9 +209,13 @@ def learning_curve(directory):
             baseline, meaning = shares[name]
             axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1 if name == "rtd_accuracy" else 0))
             if held_out and baseline:
-                axes.axhline(
-                    held_out[-1][f"eval_{baseline}"], color=BASELINE, linewidth=1.2, linestyle="--", label=meaning
-                )
+                values = [row[f"eval_{baseline}"] for row in held_out]
+                look = dict(color=BASELINE, linewidth=1.2, linestyle="--", label=meaning)
+                # the better a generator, the fewer of its tokens are wrong
+                if len(set(values)) > 1:
+                    axes.plot([row["step"] for row in held_out], values, **look)
+                else:
+                    axes.axhline(values[0], **look)
         axes.set_title(title, loc="left", fontsize=11)
         axes.set_xlabel("step")
         axes.set_xlim(left=0)
@@ -269,7 +273,7 @@ def model_card(directory, facts, manifest, progress):
                 ("held-out loss of detection", f"{evaluation['eval_rtd_loss']:.4f} nats per token"),
                 ("held-out replaced tokens found", f"{evaluation['eval_rtd_recall']:.2%}"),
                 ("held-out tokens judged right", f"{evaluation['eval_rtd_accuracy']:.2%}"),
-                ("always original", f"{evaluation['eval_rtd_baseline_accuracy']:.2%}"),
+                ("the same, always saying original", f"{evaluation['eval_rtd_baseline_accuracy']:.2%}"),
             ]
     text = [
         (name, f"{manifest[key]:,}")
@@ -293,7 +297,7 @@ def model_card(directory, facts, manifest, progress):
         "mlm": "masked-language modelling",
         "mlm+nsp": "masked-language modelling and next-sentence prediction",
         "mlm+sop": "masked-language modelling and sentence-order prediction",
-        "rtd": "the detection of tokens that a generator has replaced",
+        "rtd": f"the detection of tokens that a generator, kept in `{GENERATOR}`, has replaced",
     }
     is_detector = config["objective"] == "rtd"
     kind = {"mlm": "MaskedLM", "rtd": "ReplacedTokenDetector"}.get(config["objective"], "Pretraining")
@@ -314,8 +318,8 @@ tags: [{model["model_type"]}, fastbert, {training}]
 ---
 # {directory.resolve().name}
 
-A {model["model_type"]} encoder, {model["num_hidden_layers"]} layers of size {model["hidden_size"]}, pretrained with \
-fastbert on
+An encoder ({model["model_type"]}), {model["num_hidden_layers"]} layers of size {model["hidden_size"]}, pretrained \
+with fastbert on
 {objectives[config["objective"]]}.
 
 ## Use

@@ -184,7 +184,7 @@ FAMILIES = {
         relative_attention=True, pos_att_type=["c2p", "p2c"], position_buckets=8, share_att_key=True,
         norm_rel_ebd="layer_norm", position_biased_input=False, type_vocab_size=0,
     ),
-    "modernbert": dict(local_attention=8, attention_dropout=0.1),
+    "modernbert": dict(local_attention=8, attention_dropout=0.1, pad_token_id=0),
 }  # fmt: skip
 
 

@@ -234,7 +234,8 @@ def test_the_discriminator_reads_the_text_with_the_samples_in_it():
     labels = torch.full((10,), -100)
     labels[[1, 3, 6]] = text[[1, 3, 6]]
     input_ids = text.clone()
-    input_ids[[1, 6]] = 4
+    # one pick is left as it is, and one is masked and guessed
+    input_ids[[3, 6]] = 4
     batch = Batch(
         input_ids, torch.zeros(10, dtype=torch.int64), torch.zeros(10, dtype=torch.int64),
         torch.tensor([0, 5, 8, 8], dtype=torch.int32), 5, labels=labels, picks=torch.tensor([1, 3, 6, 9, 9]),
