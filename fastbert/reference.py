@@ -176,8 +176,13 @@ def attention(
             keep = attention_keep_mask(row[:, None, :], head[None, :, None], group.length, seed, offset, dropout_p)
         out = _attend(queries, keys, values, scale, group.mask, keep, dropout_p)
         outs.append(out.transpose(1, 2).flatten(0, 1))
-    rows = torch.cat(outs) if outs else q.new_zeros(0, *q.shape[-2:])
+    rows = torch.cat(outs) if outs else _no_rows(q, q, k)
     return TakeFunction.apply(rows, *reversed(place_q))
+
+
+def _no_rows(q, *inputs):
+    """[0, H, K] that hangs on all inputs, so that a backward gives each of them its zeros."""
+    return q.new_zeros(0, *q.shape[-2:]) + sum(x[:0].sum() for x in inputs if x is not None)
 
 
 def _window_mask(group, window):
@@ -331,7 +336,7 @@ def disentangled_attention(
                 probabilities = probabilities * keep * _keep_scale(dropout_p)
             parts.append(probabilities @ values[heads])
         outs.append(torch.cat(parts).permute(1, 2, 0, 3).flatten(0, 1))
-    rows = torch.cat(outs) if outs else q.new_zeros(0, *q.shape[-2:])
+    rows = torch.cat(outs) if outs else _no_rows(q, q, pos_key, pos_query)
     return TakeFunction.apply(rows, *reversed(places))
 
 
@@ -363,7 +368,7 @@ def biased_attention(q, k, v, bias, cu_seqlens, max_seqlen, *, scale=None, dropo
             keep = attention_keep_mask(row[:, None, :], head[None, :, None], L, seed, offset, dropout_p)
             probabilities = probabilities * keep * _keep_scale(dropout_p)
         outs.append((probabilities @ values).transpose(1, 2).flatten(0, 1))
-    rows = torch.cat(outs) if outs else q[:0, 0]
+    rows = torch.cat(outs) if outs else _no_rows(q, q, bias)
     return TakeFunction.apply(rows, *reversed(places))
 
 
@@ -517,7 +522,7 @@ def pooling(hidden, cu_seqlens, *, mode="mean", normalize=False, eps=1e-12, dtyp
     lengths = cu_seqlens.diff().tolist()
     rows = hidden[: sum(lengths)].to(torch.promote_types(hidden.dtype, torch.float32)).split(lengths)
     pooled = [_pool(r, mode) if len(r) else r.sum(0) for r in rows]
-    pooled = torch.stack(pooled) if pooled else hidden.new_zeros(0, hidden.shape[1])
+    pooled = torch.stack(pooled) if pooled else hidden[:0]
     if normalize:
         pooled = F.normalize(pooled, dim=-1, eps=eps)
     return pooled.to(dtype or hidden.dtype)
