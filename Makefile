@@ -28,8 +28,10 @@ test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 bench: $(INSTALLED)
+	@$(MAKE) --no-print-directory $(DEMO_TEXT) $(WEIGHTS) || echo "not all can be fetched: no sentences are embedded"
 	$(BIN)/python -m pytest benchmarks/bench_ops.py --benchmark-columns=median,iqr,rounds
 	$(BIN)/python benchmarks/bench_training_step.py
+	$(BIN)/python benchmarks/bench_families.py
 
 # everything that wants a GPU, in ten minutes, without network: tests, tuning, benchmarks, with the first Python that sees
 # a GPU and has torch, triton and pytest. Without any, a rehearsal in Triton's interpreter
