@@ -294,7 +294,7 @@ def _aten_flops(name, inputs):
 
 
 # BERT-base; 16,384 tokens, of which 15 % are picked for the loss
-FULL = dict(T=16384, S=128, D=768, H=12, K=64, F=3072, V=30522, P=512, M=2458, Q=4096, N=8192)
+FULL = dict(T=16384, S=128, D=768, H=12, K=64, F=3072, V=30522, P=512, M=2458, Q=4096, N=8192, R=256)
 DTYPE = torch.bfloat16
 DROPOUT = 0.1
 
@@ -340,6 +340,33 @@ def softmax_attention(z):
 def sdpa(z):
     leaves, views = heads(z)
     return lambda: F.scaled_dot_product_attention(*views()).transpose(1, 2).reshape(z["T"], -1), leaves
+
+
+def fused_disentangled_attention(z):
+    from fastbert import ops
+
+    leaves = [normal(z["T"], 3, z["H"], z["K"]), *(normal(2 * z["R"], z["H"], z["K"]) for _ in range(2))]
+    cu_seqlens = torch.arange(z["T"] // z["S"] + 1, dtype=torch.int32) * z["S"]
+    positions = dict(position_buckets=z["R"], max_relative_positions=512)
+    return lambda: ops.disentangled_attention(
+        leaves[0], None, None, *leaves[1:], cu_seqlens, z["S"], impl="triton", **positions
+    ), leaves
+
+
+def plain_disentangled_attention(z):
+    # as in transformers: the products with all positions of the table, then a gather into the scores
+    leaves, views = heads(z)
+    pos_key, pos_query = (normal(z["H"], 2 * z["R"], z["K"]) for _ in range(2))
+    index = torch.zeros(z["S"], z["S"], dtype=torch.int64).expand(z["T"] // z["S"], z["H"], -1, -1)
+
+    def attend():
+        q, k, v = views()
+        scores = q @ k.transpose(2, 3)
+        scores = scores + (q @ pos_key.transpose(1, 2)).gather(-1, index)
+        scores = scores + (k @ pos_query.transpose(1, 2)).gather(-1, index).transpose(2, 3)
+        return (torch.softmax(scores * (3 * z["K"]) ** -0.5, -1) @ v).transpose(1, 2).reshape(z["T"], -1)
+
+    return attend, [*leaves, pos_key, pos_query]
 
 
 def fused_layer_norm(z):
@@ -489,6 +516,13 @@ def attention_case(S, dropout_p):
 
 CASES = [
     *(attention_case(S, p) for S in (128, 512) for p in (0.0, DROPOUT)),
+    *(
+        Case(
+            "disentangled_attention", f"S = {S}", fused_disentangled_attention,
+            {"gathers, softmax": plain_disentangled_attention}, dict(T=S, H=1), dict(S=S),
+        )
+        for S in (128, 256)
+    ),
     Case("layer_norm", "residual", fused_layer_norm, {"dropout, add, layer_norm": plain_layer_norm}, dict(T=32)),
     Case(
         "layer_norm", "residual, dropout", fused_layer_norm, {"dropout, add, layer_norm": plain_layer_norm},

@@ -51,6 +51,10 @@ def ours_and_torchs(device, impl, dtype):
             lambda: ops.attention(qkv, None, None, cu_seqlens, 5, **options),
             lambda: F.scaled_dot_product_attention(*heads),
         ),
+        "biased_attention": (
+            lambda: ops.biased_attention(qkv, None, None, normal(10, 2), cu_seqlens, 5, **options),
+            lambda: F.scaled_dot_product_attention(*heads),
+        ),
         "disentangled_attention": (
             lambda: ops.disentangled_attention(
                 qkv, None, None, positions, None, cu_seqlens, 5, max_relative_positions=4, **options

@@ -203,7 +203,7 @@ def test_opcheck(name, device):
         torch.library.opcheck(operator, detached(arguments))
 
 
-@pytest.mark.parametrize("name", calls.CALLS)
+@pytest.mark.parametrize("name", [name for name in calls.CALLS if name == calls.CALLS[name].op])
 def test_opcheck_of_slices(name, device):
     # what depends on strides: whether inputs are left alone and results are fresh, and what the fakes say of them
     for operator, arguments, _ in recorded_small(name, device, slice_of_a_wider_tensor):
