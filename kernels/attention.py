@@ -121,14 +121,14 @@ def _probabilities(s, scale_log2, highest, log_total, IS_FULL: tl.constexpr):
 @triton.jit
 def _visible(m, n, length, window, HAS_WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Which of the keys from `n` on exist and which the queries from `m` on see: [BLOCK_M or 1, BLOCK_N]."""
-    offs_n = n + tl.arange(0, BLOCK_N)[None, :]
-    exists = offs_n < length
+    offs_n = n + tl.arange(0, BLOCK_N)
     if HAS_WINDOW:
-        # -window <= key - query <= window, as one comparison
-        place = (offs_n + window - (m + tl.arange(0, BLOCK_M)[:, None])).to(tl.uint32, bitcast=True)
-        return exists & (place <= (2 * window).to(tl.uint32))
+        # from the first key that a row sees to the last, as one comparison of each key's place among them
+        first = m + tl.arange(0, BLOCK_M) - window
+        count = tl.maximum(tl.minimum(2 * window + 1, length - first), 0)
+        return (offs_n[None, :] - first[:, None]).to(tl.uint32, bitcast=True) < count[:, None].to(tl.uint32)
     else:
-        return exists
+        return offs_n[None, :] < length
 
 
 @triton.jit
@@ -595,25 +595,31 @@ _TILES_BEFORE_HOPPER = {
 }
 # what a search may try instead, in 16 bits with head sizes up to 64
 _CANDIDATES = {
-    "fwd": [(128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (128, 128, 8, 2), (64, 128, 4, 2)],
+    "fwd": [(128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (128, 128, 8, 2)],
     "dq": [(64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 2), (128, 64, 8, 2), (128, 32, 8, 2)],
     "dkdv": [(64, 64, 4, 2), (64, 64, 4, 1), (64, 32, 4, 2), (128, 64, 8, 2)],
 }
 
 
-def _tiled(kernel, q, most_rows, has_dropout):
+def _tiled(kernel, q, most_rows, constants):
     """(settings, candidates) of one of the three tiled kernels."""
-    is_full, is_wide = q.dtype == torch.float32, q.shape[-1] > 64
+    is_full = q.dtype == torch.float32
+    # elements of a head size like 59 are loaded one by one, and the addresses take registers as wide rows do
+    is_wide = q.shape[-1] > 64 or q.shape[-1] % 8 != 0
+    has_dropout, has_window = constants["HAS_DROPOUT"], constants["HAS_WINDOW"]
     is_hopper = capability() >= 90
     tile = _TILES[kernel, is_full, is_wide]
     if not is_hopper:
         tile = _TILES_BEFORE_HOPPER.get((kernel, is_full, is_wide), tile)
+    candidates = [] if is_full or is_wide else _CANDIDATES[kernel]
     if not (is_full or is_wide):
-        if kernel == "fwd" and (most_rows <= 64 or has_dropout):
-            # few rows ask, as in a last layer that only serves the picked ones; or the mask takes registers
+        if kernel == "fwd" and (most_rows <= 64 or has_dropout or has_window):
+            # few rows ask, as in a last layer that only serves the picked ones; or a mask takes registers; or rows that
+            # are far apart see different keys
             tile = (64, 64, 4, 3)
-        elif kernel == "dkdv" and has_dropout and not is_hopper:
+        elif kernel == "dkdv" and has_dropout and (has_window or not is_hopper):
             tile = (64, 32, 4, 2)
+            candidates = [tile, (128, 64, 8, 2)]
 
     def settings(block_m, block_n, num_warps, num_stages):
         made = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages)
@@ -626,7 +632,7 @@ def _tiled(kernel, q, most_rows, has_dropout):
     if kernel == "fwd" and tile[:3] == (64, 64, 4) and has_dropout and is_hopper:
         # the compiler takes 174, and a multiprocessor then holds two programs instead of three
         default["maxnreg"] = 168
-    return default, [] if is_full or is_wide else [default, *(settings(*x) for x in _CANDIDATES[kernel])]
+    return default, [default, *(settings(*x) for x in candidates)]
 
 
 def _arguments(q, max_seqlen, scale, dropout_p, window, offset):
@@ -688,7 +694,7 @@ def attention_fwd(
         )
 
     key = _key(q, constants, max_seqlen, *["few rows"] * (most_rows <= 64))
-    launch(run, "attention_tiled_fwd", key, *_tiled("fwd", q, most_rows, constants["HAS_DROPOUT"]))
+    launch(run, "attention_tiled_fwd", key, *_tiled("fwd", q, most_rows, constants))
     return out, lse
 
 
@@ -752,8 +758,8 @@ def attention_bwd(
         )  # fmt: skip
 
     key = _key(q, constants, max_seqlen)
-    launch(run_dq, "attention_dq", key, *_tiled("dq", q, most_rows, constants["HAS_DROPOUT"]))
-    launch(run_dkdv, "attention_dkdv", key, *_tiled("dkdv", q, most_rows, constants["HAS_DROPOUT"]))
+    launch(run_dq, "attention_dq", key, *_tiled("dq", q, most_rows, constants))
+    launch(run_dkdv, "attention_dkdv", key, *_tiled("dkdv", q, most_rows, constants))
     return grads
 
 
