@@ -45,8 +45,19 @@ class Layout:
 class Dropout:
     """Hands every call of one forward pass its own place in the random stream of one seed."""
 
-    def __init__(self, seed):
-        self.seed, self.offset = seed, 0
+    PER_LAYER = 16  # places that are kept for each layer
+
+    def __init__(self, seed, offset=0):
+        self.seed, self.offset = seed, offset
+
+    def of_layer(self, n):
+        """The Dropout of the layer that runs as the n-th, from 0; n = the number of layers: of what comes after."""
+        return Dropout(self.seed, (n + 1) * self.PER_LAYER)
+
+    def copy(self):
+        """Another that begins where this one stands: a block draws from its copy, so that running it again, as
+        activation checkpointing does, draws the same."""
+        return Dropout(self.seed, self.offset)
 
     def __call__(self, dropout_p):
         self.offset += 1
@@ -67,6 +78,7 @@ class Block(nn.Module):
 
     def forward(self, x, layout, dropout):
         """x [T, D] -> [T, D], or [M, D] when the layout asks for some rows only."""
+        dropout = dropout.copy()
         attended = self.attention(x, layout, dropout)
         x = self.attention_norm(attended, x if layout.rows is None else x[layout.rows], dropout)
         return self.feed_forward_norm(self.feed_forward(x), x, dropout)
@@ -85,6 +97,7 @@ class PreNormBlock(nn.Module):
 
     def forward(self, x, layout, dropout):
         """x [T, D] -> [T, D], or [M, D] when the layout asks for some rows only."""
+        dropout = dropout.copy()
         attended = self.attention(x if self.attention_norm is None else self.attention_norm(x), layout, dropout)
         attended = dropped(attended, self.output_dropout, dropout)
         x = attended + (x if layout.rows is None else x[layout.rows])
@@ -129,10 +142,11 @@ class Encoder(nn.Module):
         embedded = x
         *earlier, last = self.config.layer_order
         for n, i in enumerate(earlier):
-            x = self.blocks[i](x, layout, dropout)
+            x = self.blocks[i](x, layout, dropout.of_layer(n))
             if n == 0 and self.convolution is not None:
                 x = self.convolution(embedded, x, layout, dropout)
-        x = self.blocks[last](x, layout if rows is None else layout.asking(rows), dropout)
+        x = self.blocks[last](x, layout if rows is None else layout.asking(rows), dropout.of_layer(len(earlier)))
+        dropout.offset = dropout.of_layer(len(earlier) + 1).offset
         return x if self.final_norm is None else self.final_norm(x)
 
     def dropout(self, batch):

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from fastbert import ops
 from fastbert.config import EncoderConfig
 from fastbert.encoder import Dropout, Encoder, Layout
+from fastbert.packing import Batch
 
 CONFIG = EncoderConfig(
     vocab_size=37, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=40,
@@ -50,6 +51,35 @@ def test_activation_checkpointing_changes_no_bit(impl, use_reentrant, device, mo
         assert torch.equal(one, other)
     # and there was something to replay: without dropout the values are others
     assert not torch.equal(kept[0], block(x, layout, Dropout(None)))
+
+
+@pytest.mark.parametrize("use_reentrant", RECOMPUTE.values(), ids=RECOMPUTE)
+@pytest.mark.parametrize("pre_norm", [False, True], ids=["post-norm", "pre-norm"])
+def test_every_block_of_an_encoder_may_be_recomputed(pre_norm, use_reentrant, device, monkeypatch):
+    """As a user does it: each block's forward through checkpoint, with the Dropout that the encoder hands out."""
+    config = CONFIG.replace(pre_norm=pre_norm, output_dropout=0.2, mlp_dropout=0.1)
+    encoder = Encoder(config).to(device).train()
+    batch = Batch(
+        torch.arange(T, device=device), torch.arange(T, device=device) % 7,
+        torch.zeros(T, dtype=torch.int64, device=device), cu_seqlens_of(LENGTHS, device), 7,
+        seed=torch.tensor([9], device=device),
+    )  # fmt: skip
+    cotangent = torch.randn(T, CONFIG.hidden_size, device=device)
+
+    def results():
+        encoder.zero_grad()
+        y = encoder(batch)
+        y.backward(cotangent)
+        return y, *(p.grad for p in encoder.parameters())
+
+    kept = results()
+    for block in encoder.blocks:
+        forward = block.forward
+        monkeypatch.setattr(
+            block, "forward", lambda *args, f=forward: checkpoint(f, *args, use_reentrant=use_reentrant)
+        )
+    for one, other in zip(kept, results(), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("name", CALLS)
