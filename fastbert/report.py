@@ -281,6 +281,7 @@ def model_card(directory, facts, manifest, progress):
                           ("lines skipped, not UTF-8 or without text", "skipped_lines"))
     ]  # fmt: skip
     text += [("vocabulary", f"{manifest['vocab_size']:,} pieces"), ("tokenizer's sha256", facts["tokenizer"][:16])]
+    is_detector = config["objective"] == "rtd"
     left_out = (
         "train_file",
         "eval_file",
@@ -291,6 +292,7 @@ def model_card(directory, facts, manifest, progress):
         "device",
         "text_column",
         "layout",
+        *(() if is_detector else ("rtd_weight",)),
     )
     recipe = [(f"`{name}`", value) for name, value in config.items() if name not in left_out and value is not None]
     objectives = {
@@ -299,7 +301,6 @@ def model_card(directory, facts, manifest, progress):
         "mlm+sop": "masked-language modelling and sentence-order prediction",
         "rtd": f"the detection of tokens that a generator, kept in `{GENERATOR}`, has replaced",
     }
-    is_detector = config["objective"] == "rtd"
     kind = {"mlm": "MaskedLM", "rtd": "ReplacedTokenDetector"}.get(config["objective"], "Pretraining")
     # a detector fills in nothing; its generator does
     masked = directory / GENERATOR if is_detector else directory
