@@ -287,7 +287,7 @@ def plot(result, path):
         axis.set_xticks([x + 0.2 for x in range(len(names))], names, rotation=35, ha="right", fontsize=8)
         axis.set_title(f"{title}: times as fast as transformers", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[1].legend(frameon=False, fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     figure.suptitle(f"{result['layers']} layers of base size, 60 % fill. {describe(result)}", fontsize=8)
     figure.savefig(path, dpi=130)
 
