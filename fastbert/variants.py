@@ -324,10 +324,10 @@ FAMILIES = {
             qa_dropout=0.1,
         ),
         keys=dict(
-            num_hidden_layers="n_layers", num_attention_heads="n_heads", hidden_size="dim",
+            token_dropout="dropout", num_hidden_layers="n_layers", num_attention_heads="n_heads", hidden_size="dim",
             intermediate_size="hidden_dim", hidden_dropout_prob="dropout",
             attention_probs_dropout_prob="attention_dropout", hidden_act="activation", type_vocab_size=None,
-            layer_norm_eps=None, classifier_dropout="seq_classif_dropout", token_dropout="dropout",
+            layer_norm_eps=None, classifier_dropout="seq_classif_dropout",
             qa_dropout="qa_dropout",
         ),
     ),
@@ -514,7 +514,10 @@ def _unnamed(num_labels):
 def config_to_hf(config):
     """The contents of a HuggingFace config.json for `config`, without architectures."""
     keys = _keys(FAMILIES[config.model_type])
-    values = {"model_type": config.model_type, **{theirs: getattr(config, ours) for ours, theirs in keys.items()}}
+    values = {"model_type": config.model_type}
+    for ours, theirs in keys.items():
+        # where two of our fields share a key, the first is written
+        values.setdefault(theirs, getattr(config, ours))
     if config.labels is not None or config.num_labels != 2:
         labels = config.labels or _unnamed(config.num_labels)
         values["id2label"] = {str(i): label for i, label in enumerate(labels)}
