@@ -181,5 +181,5 @@ def attention_keep_mask(row, head, column, seed, offset, threshold, BLOCK_C: tl.
     word = tl.where(high % 2 == 0, tl.where(bit_3 == 0, w0, w1), tl.where(bit_3 == 0, w2, w3))
     # the high half reaches the threshold where the whole word passes what is just below it
     least = tl.cast(threshold, tl.uint32)
-    keep = tl.where(bit_0 == 0, (word & 0xFFFF) >= least, word > tl.sub(least << 16, 1, sanitize_overflow=False))
+    keep = tl.where(bit_0 == 0, (word & 0xFFFF) >= least, word > ((least - 1) << 16 | 0xFFFF))
     return tl.reshape(keep, [row.shape[0], BLOCK_C])

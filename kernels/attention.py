@@ -557,19 +557,32 @@ def _unpacked(q, k, v):
     return unit_columns(q), unit_columns(k), unit_columns(v)
 
 
-def _short(q, most_rows, max_seqlen):
+def _short(q, most_rows, max_seqlen, is_forward):
     """(settings, candidates) where one program takes a whole sequence and head, None where that would spill."""
     block_m, block_n = (max(triton.next_power_of_2(size), 16) for size in (most_rows, max_seqlen))
-    is_wide = q.shape[-1] > 64
-    largest = 128 if capability() >= 90 else 64
+    longest = max(block_m, block_n)
+    is_wide, is_odd = q.shape[-1] > 64, q.shape[-1] % 8 != 0
+    is_hopper = capability() >= 90
     if q.dtype == torch.float32:
         largest = 16 if is_wide else 32
-    longest = max(block_m, block_n)
+    else:
+        # before Hopper a backward of 128 spills, and so does everything in wide or odd heads
+        largest = 128 if not is_odd and (is_hopper or (is_forward and not is_wide)) else 64
     if longest > largest:
         return None
-    settings = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8 if longest == 128 else 4, num_stages=1)
-    warps = {16: (1, 2), 32: (1, 2), 64: (8,), 128: ()}[longest]
-    return settings, [settings | dict(num_warps=n) for n in (settings["num_warps"], *warps)]
+    if q.dtype == torch.float32:
+        num_warps = 4
+    elif longest <= 32:
+        # what one warp does for all, addresses and statistics, several would each do
+        num_warps = 1 if longest == 16 or is_forward else 2
+    else:
+        num_warps = 8 if (longest == 128 and is_hopper) or (longest == 64 and is_odd) else 4
+    settings = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=1)
+    if is_forward and num_warps == 8 and longest == 128 and not is_wide:
+        # the compiler may take 154, and a multiprocessor then holds one program instead of two
+        settings["maxnreg"] = 128
+    others = {16: (1, 2, 4), 32: (1, 2, 4), 64: (4, 8), 128: ()}[longest]
+    return settings, [settings | dict(num_warps=n) for n in (num_warps, *others)]
 
 
 # (kernel, operands are fp32, head size is over 64): (BLOCK_M, BLOCK_N, warps, stages).
@@ -590,8 +603,11 @@ _TILES = {
 }
 # before Hopper operands come from registers, of which less is left for the tiles
 _TILES_BEFORE_HOPPER = {
+    ("fwd", False, True): (128, 32, 8, 2),
     ("dq", False, False): (64, 32, 4, 2),
     ("dq", False, True): (128, 32, 8, 2),
+    ("dkdv", False, False): (64, 32, 4, 2),
+    ("dkdv", True, False): (32, 32, 8, 1),
 }
 # what a search may try instead, in 16 bits with head sizes up to 64
 _CANDIDATES = {
@@ -617,9 +633,11 @@ def _tiled(kernel, q, most_rows, constants):
             # few rows ask, as in a last layer that only serves the picked ones; or a mask takes registers; or rows that
             # are far apart see different keys
             tile = (64, 64, 4, 3)
-        elif kernel == "dkdv" and has_dropout and (has_window or not is_hopper):
+        elif kernel == "dkdv" and has_dropout and has_window:
             tile = (64, 32, 4, 2)
             candidates = [tile, (128, 64, 8, 2)]
+    elif kernel == "dkdv" and not is_full and q.shape[-1] % 8 != 0:
+        tile = (32, 64, 8, 2)
 
     def settings(block_m, block_n, num_warps, num_stages):
         made = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages)
@@ -666,7 +684,8 @@ def attention_fwd(
 ):
     """(out [M, H, K], lse fp32 [1 or 2, H, M]: its sum over the first is log2 of the sum of exp(scaled scores))."""
     q, k, v = _unpacked(q, k, v)
-    cu_seqlens_q = cu_seqlens if cu_seqlens_q is None else cu_seqlens_q
+    cu_seqlens = unit_columns(cu_seqlens)
+    cu_seqlens_q = cu_seqlens if cu_seqlens_q is None else unit_columns(cu_seqlens_q)
     M, H, K = q.shape
     B = cu_seqlens.shape[0] - 1
     out = torch.empty(M, H, K, dtype=q.dtype, device=q.device)
@@ -677,7 +696,7 @@ def attention_fwd(
     arguments = (q, k, v, cu_seqlens_q, cu_seqlens, seed, out, lse, B, M, H)
     strides = [x.stride(d) for x in (q, k, v, out) for d in (0, 1)]
     most_rows = M if max_seqlen_q < 0 else max_seqlen_q
-    short = _short(q, most_rows, max_seqlen)
+    short = _short(q, most_rows, max_seqlen, True)
     if short:
 
         def run(settings):
@@ -718,7 +737,8 @@ def attention_bwd(
     dq, dk, dv = _unpacked(*grads, *[None] * (3 - len(grads)))
     q, k, v = _unpacked(q, k, v)
     dout = unit_columns(dout)
-    cu_seqlens_q = cu_seqlens if cu_seqlens_q is None else cu_seqlens_q
+    cu_seqlens = unit_columns(cu_seqlens)
+    cu_seqlens_q = cu_seqlens if cu_seqlens_q is None else unit_columns(cu_seqlens_q)
     M, H, _ = q.shape
     T, B = k.shape[0], cu_seqlens.shape[0] - 1
     if B * H == 0:
@@ -728,7 +748,7 @@ def attention_bwd(
     strides_dq = [dq.stride(d) for d in (0, 1)]
     strides_dkdv = [x.stride(d) for x in (dk, dv) for d in (0, 1)]
     most_rows = M if max_seqlen_q < 0 else max_seqlen_q
-    short = _short(q, most_rows, max_seqlen)
+    short = _short(q, most_rows, max_seqlen, False)
     if short:
 
         def run(settings):
