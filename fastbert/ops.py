@@ -184,12 +184,31 @@ def disentangled_attention(
 ):  # fmt: skip
     """DeBERTa's attention, with its scores of relative positions: see `reference.disentangled_attention`."""
     _check_dropout(dropout_p, seed)
+    _check_attention(q, k, v, cu_seqlens, None, scale, None)
+    _check_positions(q, pos_key, pos_query, position_buckets, max_relative_positions)
     q, k, v, pos_key, pos_query = _autocast(q, k, v, pos_key, pos_query)
     with _no_autocast(q):
         return _choose("disentangled_attention", "disentangled_attention", q, impl)(
             q, k, v, pos_key, pos_query, cu_seqlens, max_seqlen, position_buckets=position_buckets,
             max_relative_positions=max_relative_positions, scale=scale, dropout_p=dropout_p, seed=seed, offset=offset,
         )  # fmt: skip
+
+
+def _check_positions(q, pos_key, pos_query, position_buckets, max_relative_positions):
+    if max_relative_positions < 1:
+        raise ValueError(f"max_relative_positions is {max_relative_positions}: expected 1 or more")
+    span = position_buckets if position_buckets > 0 else max_relative_positions
+    if position_buckets == 1 or position_buckets > 0 and max_relative_positions < position_buckets // 2 + 2:
+        raise ValueError(
+            f"position_buckets is {position_buckets}: expected 0 or -1 for none, or 2 and more, of which half are less "
+            f"than max_relative_positions, {max_relative_positions}, by 2 or more"
+        )
+    for name, table in (("pos_key", pos_key), ("pos_query", pos_query)):
+        if table is not None and tuple(table.shape) != (2 * span, *q.shape[-2:]):
+            raise ValueError(
+                f"{name} is of shape {tuple(table.shape)}: expected {(2 * span, *q.shape[-2:])}, two rows for each of "
+                f"{span} distances"
+            )
 
 
 def layer_norm(x, weight, bias, *, residual=None, dropout_p=0.0, seed=None, offset=0, eps=1e-12, dtype=None, impl=None):

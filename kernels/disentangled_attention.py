@@ -4,39 +4,64 @@
     p       = softmax(s · scale)             within each sequence, per head
     out     = (keep * p / (1 - dropout_p)) v
 
-PyTorch writes and reads q pos_keyᵀ and k pos_queryᵀ, 2*H*T*P elements for tables of P rows, gathers S x S scores from each
-and passes over such scores half a dozen times more. Fused: read q, k, v, write out, 4*T*H*K elements and two fp32 a row
-and head; the tables come from cache. The backward reads q, k, v, out, dout and writes dq, dk, dv, 8*T*H*K, and recomputes
-the probabilities three times, once in each of its kernels; partial sums of the tables' gradients come on top.
+PyTorch writes and reads q pos_keyᵀ and k pos_queryᵀ, 2*H*T*P elements for tables of P rows, gathers S x S scores from
+both, and passes over such scores half a dozen times more. Fused: read q, k, v, write out, 4*T*H*K elements, and one fp32
+a row and head (two in fp32); the tables come from cache. The backward reads q, k, v, out, dout and writes dq, dk, dv,
+8*T*H*K, in kernels that each recompute the probabilities from what the forward saved and read their operands again, from
+cache. The sums for the tables' gradients, in fp32, are twice as many rows as there are distances, for each group.
 
-Inside a tile of M queries and N keys the distances i - j are M + N - 1 neighbours. Their rows of pos_key are loaded as a
-band, one row for each distance (so several may be the same row: buckets), and `q bandᵀ` is a product for tensor cores.
+Inside a tile of M queries and N keys the distances i - j are M + N - 1 neighbours. Their rows of pos_key are loaded as
+a band, one row for each distance (so several may be the same row: buckets), and q bandᵀ is a product for tensor cores.
 The score of a pair stands in its row i at column i - j + N - 1: each row is read from another column on. That shift is
 the same in all tiles. It is a gather along a flat index, which goes through shared memory, in an order of elements that
-has no bank conflicts and whose addresses are a register plus a constant (NOTES.md). The same with k and pos_query, whose
-shift depends on j. The backward shifts the gradients of the scores back, as operands of products with the bands.
+has no bank conflicts and whose addresses are a register plus a constant (NOTES.md). The same with k and pos_query, where
+the shift depends on j. The backward shifts the gradients of the scores back, as operands of products with the bands.
 
-The gradients of the tables: all tiles with one i0 - j0, a diagonal, have the same band. A program walks a diagonal (and a
-second one, so that all walk equally far) in a group of sequences and keeps the band's gradient on chip. What the groups
-and diagonals found is added in a last kernel, distance by distance: no atomics, the same inputs give the same bits.
+The gradients of the tables: all tiles with one i0 - j0, a diagonal, have the same band. A program walks a diagonal, and
+a second one so that all walk equally far, in a group of sequences and keeps the band's gradient on chip. What the
+groups and diagonals found is added in a last kernel, row by row of the table: no atomics, the same inputs give the same
+bits.
 
-Letters: B sequences, T tokens, H heads, K head size, P rows of a position table, G groups of sequences. Tiles have
-BLOCK_M queries and BLOCK_N keys, or BLOCK of both; bands have BLOCK_W rows.
+Letters: B sequences, T tokens, H heads, K head size, P rows of a position table. Tiles have BLOCK_M queries and BLOCK_N
+keys, or BLOCK of both; bands have BLOCK_W rows, or 2 BLOCK.
 """
 
 import functools
+import inspect
 import math
 
 import torch
 import triton
 import triton.language as tl
 
-from ._launch import INTERPRET, capability, differentiable_once, dropout_constants, launch, multiprocessors, register
-from ._launch import unit_columns
+from ._launch import (
+    INTERPRET,
+    capability,
+    differentiable_once,
+    dropout_constants,
+    launch,
+    multiprocessors,
+    register,
+    unit_columns,
+)
 from ._math import attention_keep_mask
-from .attention import _at, _load_tile, _store_tile, _unpacked, _zero_slack
+from .attention import (
+    _DTYPES,
+    _at,
+    _exponent,
+    _load_lse,
+    _load_tile,
+    _lse_parts,
+    _probabilities,
+    _store_lse,
+    _store_tile,
+    _unpacked,
+    _zero,
+    _zero_slack,
+)
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Whether a loop may keep what does not change in it: computed before it, it would fill the registers (Triton 3.5 on)
+CAN_STAY = tl.constexpr("disable_licm" in inspect.signature(tl.range).parameters)
 
 
 @triton.jit
@@ -44,12 +69,32 @@ def _load_band(
     table_ptr, stride, index_ptr, first,
     K: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_W, BLOCK_K]: the rows of a position table that serve BLOCK_W distances, from entry `first` of the index."""
+    """[BLOCK_W, BLOCK_K]: the rows of a position table for as many distances, from entry `first` of the index on."""
     offs_k = tl.arange(0, BLOCK_K)
     rows = tl.load(index_ptr + first + tl.arange(0, BLOCK_W))
     pointers = table_ptr + rows.to(tl.int64)[:, None] * stride + offs_k[None, :]
     x = tl.load(pointers) if K == BLOCK_K else tl.load(pointers, mask=offs_k[None, :] < K, other=0.0)
     return x.to(tl.float32) if UPCAST else x
+
+
+@triton.jit
+def _load_bands(
+    pos_key_ptr, stride_pkp, pos_query_ptr, stride_pqp, index_ptr, first,
+    HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, UPCAST: tl.constexpr,
+    K: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The bands of both tables, the other one in place of one that is absent."""
+    if HAS_KEY:
+        key_band = _load_band(pos_key_ptr, stride_pkp, index_ptr, first, K, BLOCK_W, BLOCK_K, UPCAST)
+        query_band = key_band
+    if HAS_QUERY:
+        query_band = _load_band(pos_query_ptr, stride_pqp, index_ptr, first, K, BLOCK_W, BLOCK_K, UPCAST)
+        if not HAS_KEY:
+            key_band = query_band
+    if not (HAS_KEY or HAS_QUERY):
+        key_band = 0
+        query_band = 0
+    return key_band, query_band
 
 
 @triton.jit
@@ -59,9 +104,15 @@ def _flat(x, R: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def _stacked(first, second, R: tl.constexpr, C: tl.constexpr):
-    """[2 R, C] of two [R, C]."""
-    return tl.reshape(tl.permute(tl.join(first, second), [2, 0, 1]), [2 * R, C])
+def _beside(left, right, BLOCK: tl.constexpr):
+    """[BLOCK, 2 BLOCK] of two [BLOCK, BLOCK]."""
+    return tl.reshape(tl.permute(tl.join(left, right), [0, 2, 1]), [BLOCK, 2 * BLOCK])
+
+
+@triton.jit
+def _below(upper, lower, BLOCK: tl.constexpr):
+    """[2 BLOCK, BLOCK] of two [BLOCK, BLOCK]."""
+    return tl.reshape(tl.permute(tl.join(upper, lower), [2, 0, 1]), [2 * BLOCK, BLOCK])
 
 
 @triton.jit
@@ -77,11 +128,11 @@ def _pick(x, row, low, high, R: tl.constexpr, C: tl.constexpr, M: tl.constexpr, 
 
 @triton.jit
 def _scores(
-    q, k, pos_key_ptr, stride_pkp, pos_query_ptr, stride_pqp, index_ptr, first,
-    HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr,
+    q, k, key_band, query_band,
+    HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Unscaled scores [BLOCK_M, BLOCK_N], fp32; the index has the band from entry `first` on.
+    """Unscaled scores [BLOCK_M, BLOCK_N], fp32, of q [BLOCK_M, K], k [BLOCK_N, K] and bands [BLOCK_W, K].
 
     Both position terms are rounded to the dtype of q, as PyTorch rounds them.
     """
@@ -89,13 +140,11 @@ def _scores(
     n = tl.arange(0, BLOCK_N // 8)[None, :, None]
     c = tl.arange(0, 8)[None, None, :]
     if HAS_QUERY:
-        rows = _load_band(pos_query_ptr, stride_pqp, index_ptr, first, K, BLOCK_W, BLOCK_K, UPCAST)
-        band = tl.dot(k, tl.trans(rows), input_precision=PRECISION).to(q.dtype)
+        band = tl.dot(k, tl.trans(query_band), input_precision=PRECISION).to(q.dtype)
         band = _pick(band, 8 * n + c, i - c + 7, BLOCK_N // 8 - 1 - n, BLOCK_N, BLOCK_W, BLOCK_M, BLOCK_N)
         s = band.to(tl.float32)
     if HAS_KEY:
-        rows = _load_band(pos_key_ptr, stride_pkp, index_ptr, first, K, BLOCK_W, BLOCK_K, UPCAST)
-        band = tl.dot(q, tl.trans(rows), input_precision=PRECISION).to(q.dtype)
+        band = tl.dot(q, tl.trans(key_band), input_precision=PRECISION).to(q.dtype)
         band = _pick(band, i, i - c + 7, BLOCK_N // 8 - 1 - n, BLOCK_M, BLOCK_W, BLOCK_M, BLOCK_N)
         s = s + band.to(tl.float32) if HAS_QUERY else band.to(tl.float32)
     if HAS_KEY or HAS_QUERY:
@@ -107,12 +156,12 @@ def _scores(
 @triton.jit
 def _disentangled_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, pos_key_ptr, pos_query_ptr, index_ptr, cu_seqlens_ptr, seed_ptr,  # inputs
-    out_ptr, statistics_ptr,                                                               # outputs
+    out_ptr, lse_ptr,                                                               # outputs
     B, T, H, tiles, middle,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     stride_pkp, stride_pkh, stride_pqp, stride_pqh,
     scale_log2, offset, threshold, keep_scale,
-    HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_EXACT: tl.constexpr,
+    HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_FULL: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -125,6 +174,10 @@ def _disentangled_attention_fwd_kernel(
 
     end = tl.load(cu_seqlens_ptr + B)
     _zero_slack(out_ptr, stride_ot, h, stride_oh, end, T, b * tiles + tile, B * tiles, K, BLOCK_M, BLOCK_K)
+    for part in tl.static_range(2 if IS_FULL else 1):
+        _zero_slack(
+            _at(lse_ptr, part * H + h, T, 0, 0), 1, 0, 0, end, T, b * tiles + tile, B * tiles, 1, BLOCK_M, 1
+        )  # fmt: skip
 
     start = tl.load(cu_seqlens_ptr + b)
     length = tl.load(cu_seqlens_ptr + b + 1) - start
@@ -146,114 +199,85 @@ def _disentangled_attention_fwd_kernel(
     first = middle + tile * BLOCK_M - BLOCK_N + 1
     for n in range(0, length, BLOCK_N):
         k = _load_tile(k_ptr, stride_kt, length - n, K, BLOCK_N, BLOCK_K, False, UPCAST)
-        s = _scores(
-            q, k, pos_key_ptr, stride_pkp, pos_query_ptr, stride_pqp, index_ptr, first - n,
-            HAS_KEY, HAS_QUERY, PRECISION, UPCAST, K, BLOCK_M, BLOCK_N, BLOCK_W, BLOCK_K,
+        key_band, query_band = _load_bands(
+            pos_key_ptr, stride_pkp, pos_query_ptr, stride_pqp, index_ptr, first - n,
+            HAS_KEY, HAS_QUERY, UPCAST, K, BLOCK_W, BLOCK_K,
         )  # fmt: skip
+        s = _scores(q, k, key_band, query_band, HAS_KEY, HAS_QUERY, PRECISION, BLOCK_M, BLOCK_N, BLOCK_W)
         s = tl.where(offs_n[None, :] < length - n, s, float("-inf"))
-        higher = tl.maximum(highest, tl.max(s, 1) * scale_log2)
-        alpha = tl.exp2(highest - higher)
-        p = tl.exp2(s * scale_log2 - higher[:, None])
+        if IS_FULL:
+            higher = tl.maximum(highest, tl.max(s, 1))
+            alpha = tl.exp2((highest - higher) * scale_log2)
+        else:
+            higher = tl.maximum(highest, tl.max(s, 1) * scale_log2)
+            alpha = tl.exp2(highest - higher)
+        p = tl.exp2(_exponent(s, scale_log2, higher, IS_FULL))
         total = total * alpha + tl.sum(p, 1)
         highest = higher
         if HAS_DROPOUT:
             keep = attention_keep_mask(start_q + offs_m, h, n, seed, offset, threshold, BLOCK_N)
-            p = tl.where(keep, p, 0.0)
+            p = tl.where(keep, p, _zero(keep_scale))
         v = _load_tile(v_ptr, stride_vt, length - n, K, BLOCK_N, BLOCK_K, False, UPCAST)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
         k_ptr = _at(k_ptr, BLOCK_N, stride_kt, 0, 0)
         v_ptr = _at(v_ptr, BLOCK_N, stride_vt, 0, 0)
-    statistics_ptr = _at(statistics_ptr, start_q, 1, h, T)
-    if IS_EXACT:
-        tl.store(statistics_ptr + offs_m, highest, mask=offs_m < rows)
-        tl.store(_at(statistics_ptr, 0, 0, H, T) + offs_m, total, mask=offs_m < rows)
-    else:
-        tl.store(statistics_ptr + offs_m, highest + tl.log2(total), mask=offs_m < rows)
+    _store_lse(_at(lse_ptr, start_q, 1, h, T), rows, H, T, highest, total, IS_FULL, BLOCK_M)
     out_ptr = _at(out_ptr, start_q, stride_ot, h, stride_oh)
     _store_tile(out_ptr, stride_ot, rows, acc * (keep_scale / total)[:, None], K, BLOCK_M, BLOCK_K)
 
 
 @triton.jit
-def _load_statistics(statistics_ptr, row, rows, h, H, T, IS_EXACT: tl.constexpr, BLOCK: tl.constexpr):
-    """(x, weight) [BLOCK]: exp2(scores - x) * weight are the probabilities, 0 past the end. Without IS_EXACT weight is
-    1: a log-sum-exp of thousands has lost digits, but in 16 bits operands have as well."""
-    offs = tl.arange(0, BLOCK)
-    statistics_ptr = _at(statistics_ptr, row, 1, h, T)
-    x = tl.load(statistics_ptr + offs, mask=offs < rows, other=float("inf"))
-    if IS_EXACT:
-        return x, 1.0 / tl.load(_at(statistics_ptr, 0, 0, H, T) + offs, mask=offs < rows, other=1.0)
-    else:
-        return x, 1.0
-
-
-@triton.jit
 def _gradients(
-    q, k, v, dout, highest, weight, delta, row, rows_k, column,
-    pos_key_ptr, stride_pkp, pos_query_ptr, stride_pqp, index_ptr, first,
-    h, seed, scale_log2, offset, threshold, keep_scale,
-    HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_EXACT: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+    s, v, dout, highest, log_total, delta, row, rows_k, h, column, seed, scale_log2, offset, threshold, keep_scale,
+    HAS_DROPOUT: tl.constexpr, IS_FULL: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(kept, ds) [BLOCK, BLOCK] in the dtype of q: probabilities after dropout, unscaled, and the scores' gradient."""
-    s = _scores(
-        q, k, pos_key_ptr, stride_pkp, pos_query_ptr, stride_pqp, index_ptr, first,
-        HAS_KEY, HAS_QUERY, PRECISION, UPCAST, K, BLOCK, BLOCK, 2 * BLOCK, BLOCK_K,
-    )  # fmt: skip
-    p = tl.exp2(s * scale_log2 - highest[:, None])
-    if IS_EXACT:
-        p *= weight[:, None]
+    """(kept, ds) [BLOCK, BLOCK] in the dtype of v: probabilities after dropout, unscaled, and the scores' gradient."""
+    p = _probabilities(s, scale_log2, highest, log_total, IS_FULL)
     p = tl.where(tl.arange(0, BLOCK)[None, :] < rows_k, p, 0.0)
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     if HAS_DROPOUT:
         keep = attention_keep_mask(row, h, column, seed, offset, threshold, BLOCK)
         dp = tl.where(keep, dp * keep_scale, 0.0)
-        kept = tl.where(keep, p, 0.0)
+        kept = tl.where(keep, p, _zero(keep_scale))
     else:
         kept = p
-    return kept.to(q.dtype), (p * (dp - delta[:, None])).to(q.dtype)
+    return kept.to(v.dtype), (p * (dp - delta[:, None])).to(v.dtype)
 
 
 @triton.jit
 def _shift_queries(ds, BLOCK: tl.constexpr):
     """[BLOCK, 2 BLOCK] of queries and distances, from the gradient of scores [BLOCK, BLOCK]; 0 where no key is."""
-    i = tl.arange(0, BLOCK)
+    i = tl.arange(0, BLOCK)[:, None, None]
     n = tl.arange(0, BLOCK // 8)[None, :, None]
     c = tl.arange(0, 8)[None, None, :]
-    both = tl.reshape(tl.permute(tl.join(ds, ds), [0, 2, 1]), [BLOCK, 2 * BLOCK])
-    i_3 = i[:, None, None]
-    shifted = _pick(both, i_3, i_3 - c + 7, BLOCK // 8 - 1 - n, BLOCK, 2 * BLOCK, BLOCK, BLOCK)
-    # a query's keys have the distances of the first half from its own number on, and of the second half up to there
-    is_first = i[None, :] >= i[:, None]
     none = tl.zeros([BLOCK, BLOCK], ds.dtype)
-    halves = tl.join(tl.where(is_first, shifted, none), tl.where(is_first, none, shifted))
-    return tl.reshape(tl.permute(halves, [0, 2, 1]), [BLOCK, 2 * BLOCK])
+    # zeros stand beside ds, on the side where keys of a query end, for each half of the distances
+    first = _pick(_beside(ds, none, BLOCK), i, i - c + 7, BLOCK // 8 - 1 - n, BLOCK, 2 * BLOCK, BLOCK, BLOCK)
+    second = _pick(_beside(none, ds, BLOCK), i, i - c + 7, BLOCK // 8 - 1 - n, BLOCK, 2 * BLOCK, BLOCK, BLOCK)
+    return _beside(first, second, BLOCK)
 
 
 @triton.jit
 def _shift_keys(ds, BLOCK: tl.constexpr):
-    """[BLOCK, 2 BLOCK] of keys and distances, likewise."""
-    j = tl.arange(0, BLOCK)
-    n = tl.arange(0, BLOCK // 8)[None, :, None]
-    c = tl.arange(0, 8)[None, None, :]
-    both = _stacked(ds, ds, BLOCK, BLOCK)
-    j_3 = j[:, None, None]
-    shifted = _pick(both, 8 * n + c + j_3 + 1, j_3, 0, 2 * BLOCK, BLOCK, BLOCK, BLOCK)
-    is_first = j[None, :] >= BLOCK - 1 - j[:, None]
+    """[BLOCK, 2 BLOCK] of keys and distances, likewise; 0 where no query is."""
+    j = tl.arange(0, BLOCK)[:, None, None]
+    w = 8 * tl.arange(0, BLOCK // 8)[None, :, None] + tl.arange(0, 8)[None, None, :]
     none = tl.zeros([BLOCK, BLOCK], ds.dtype)
-    halves = tl.join(tl.where(is_first, shifted, none), tl.where(is_first, none, shifted))
-    return tl.reshape(tl.permute(halves, [0, 2, 1]), [BLOCK, 2 * BLOCK])
+    first = _pick(_below(none, ds, BLOCK), w + j + 1, j, 0, 2 * BLOCK, BLOCK, BLOCK, BLOCK)
+    second = _pick(_below(ds, none, BLOCK), w + j + 1, j, 0, 2 * BLOCK, BLOCK, BLOCK, BLOCK)
+    return _beside(first, second, BLOCK)
 
 
 @triton.jit
 def _disentangled_attention_dq_kernel(
-    dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, pos_key_ptr, pos_query_ptr, index_ptr, statistics_ptr, cu_seqlens_ptr,
+    dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, pos_key_ptr, pos_query_ptr, index_ptr, lse_ptr, cu_seqlens_ptr,
     seed_ptr,                                                                              # inputs
     dq_ptr, delta_ptr,                                                                     # outputs
     B, T, H, tiles, middle,
     stride_dot, stride_doh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     stride_pkp, stride_pkh, stride_pqp, stride_pqh, stride_dqt, stride_dqh,
     scale, scale_log2, offset, threshold, keep_scale,
-    HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_EXACT: tl.constexpr,
+    HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_FULL: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dq, and delta [H, T] = rowsum(dout * out) for the kernels below."""
@@ -285,23 +309,25 @@ def _disentangled_attention_dq_kernel(
     out = _load_tile(out_ptr, stride_ot, rows, K, BLOCK, BLOCK_K, False, UPCAST)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
     tl.store(_at(delta_ptr, start_q, 1, h, T) + offs, delta, mask=offs < rows)
-    highest, weight = _load_statistics(statistics_ptr, start_q, rows, h, H, T, IS_EXACT, BLOCK)
+    highest, log_total = _load_lse(_at(lse_ptr, start_q, 1, h, T), rows, H, T, IS_FULL, BLOCK)
 
     dq = tl.zeros([BLOCK, BLOCK_K], tl.float32)
     first = middle + tile * BLOCK - BLOCK + 1
     for n in range(0, length, BLOCK):
         k = _load_tile(k_ptr, stride_kt, length - n, K, BLOCK, BLOCK_K, False, UPCAST)
+        key_band, query_band = _load_bands(
+            pos_key_ptr, stride_pkp, pos_query_ptr, stride_pqp, index_ptr, first,
+            HAS_KEY, HAS_QUERY, UPCAST, K, 2 * BLOCK, BLOCK_K,
+        )  # fmt: skip
+        s = _scores(q, k, key_band, query_band, HAS_KEY, HAS_QUERY, PRECISION, BLOCK, BLOCK, 2 * BLOCK)
         v = _load_tile(v_ptr, stride_vt, length - n, K, BLOCK, BLOCK_K, False, UPCAST)
         _, ds = _gradients(
-            q, k, v, dout, highest, weight, delta, start_q + offs, length - n, n,
-            pos_key_ptr, stride_pkp, pos_query_ptr, stride_pqp, index_ptr, first,
-            h, seed, scale_log2, offset, threshold, keep_scale,
-            HAS_KEY, HAS_QUERY, HAS_DROPOUT, IS_EXACT, PRECISION, UPCAST, K, BLOCK, BLOCK_K,
+            s, v, dout, highest, log_total, delta, start_q + offs, length - n, h, n,
+            seed, scale_log2, offset, threshold, keep_scale, HAS_DROPOUT, IS_FULL, PRECISION, BLOCK,
         )  # fmt: skip
         dq = tl.dot(ds, k, dq, input_precision=PRECISION)
         if HAS_KEY:
-            band = _load_band(pos_key_ptr, stride_pkp, index_ptr, first, K, 2 * BLOCK, BLOCK_K, UPCAST)
-            dq = tl.dot(_shift_queries(ds, BLOCK), band, dq, input_precision=PRECISION)
+            dq = tl.dot(_shift_queries(ds, BLOCK), key_band, dq, input_precision=PRECISION)
         k_ptr = _at(k_ptr, BLOCK, stride_kt, 0, 0)
         v_ptr = _at(v_ptr, BLOCK, stride_vt, 0, 0)
         first -= BLOCK
@@ -309,21 +335,50 @@ def _disentangled_attention_dq_kernel(
 
 
 @triton.jit
+def _add_dkdv(
+    dk, dv, k, v, dout_ptr, q_ptr, pos_key_ptr, pos_query_ptr, index_ptr, lse_ptr, delta_ptr,
+    T, H, stride_dot, stride_qt, stride_pkp, stride_pqp, start, length, m, rows_k, column, first,
+    h, seed, scale_log2, offset, threshold, keep_scale,
+    HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_FULL: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dk / scale and dv / keep_scale with what the tile of queries from `m` on adds to them."""
+    offs = m + tl.arange(0, BLOCK)
+    q = _load_tile(_at(q_ptr, m, stride_qt, 0, 0), stride_qt, length - m, K, BLOCK, BLOCK_K, False, UPCAST)
+    key_band, query_band = _load_bands(
+        pos_key_ptr, stride_pkp, pos_query_ptr, stride_pqp, index_ptr, first,
+        HAS_KEY, HAS_QUERY, UPCAST, K, 2 * BLOCK, BLOCK_K,
+    )  # fmt: skip
+    s = _scores(q, k, key_band, query_band, HAS_KEY, HAS_QUERY, PRECISION, BLOCK, BLOCK, 2 * BLOCK)
+    dout = _load_tile(_at(dout_ptr, m, stride_dot, 0, 0), stride_dot, length - m, K, BLOCK, BLOCK_K, False, UPCAST)
+    highest, log_total = _load_lse(_at(lse_ptr, start + m, 1, h, T), length - m, H, T, IS_FULL, BLOCK)
+    delta = tl.load(delta_ptr + offs, mask=offs < length, other=0.0)
+    kept, ds = _gradients(
+        s, v, dout, highest, log_total, delta, start + offs, rows_k, h, column,
+        seed, scale_log2, offset, threshold, keep_scale, HAS_DROPOUT, IS_FULL, PRECISION, BLOCK,
+    )  # fmt: skip
+    dv = tl.dot(tl.trans(kept), dout, dv, input_precision=PRECISION)
+    dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
+    if HAS_QUERY:
+        dk = tl.dot(_shift_keys(ds, BLOCK), query_band, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit
 def _disentangled_attention_dkdv_kernel(
-    dout_ptr, q_ptr, k_ptr, v_ptr, pos_key_ptr, pos_query_ptr, index_ptr, statistics_ptr, delta_ptr, cu_seqlens_ptr,
+    dout_ptr, q_ptr, k_ptr, v_ptr, pos_key_ptr, pos_query_ptr, index_ptr, lse_ptr, delta_ptr, cu_seqlens_ptr,
     seed_ptr,                                                                              # inputs
     dk_ptr, dv_ptr,                                                                        # outputs
     B, T, H, tiles, middle,
     stride_dot, stride_doh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     stride_pkp, stride_pkh, stride_pqp, stride_pqh, stride_dkt, stride_dkh, stride_dvt, stride_dvh,
     scale, scale_log2, offset, threshold, keep_scale,
-    HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_EXACT: tl.constexpr,
+    HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_FULL: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0) % tiles
     b = tl.program_id(0) // tiles % B
     h = tl.program_id(0) // tiles // B
-    offs = tl.arange(0, BLOCK)
 
     end = tl.load(cu_seqlens_ptr + B)
     _zero_slack(dk_ptr, stride_dkt, h, stride_dkh, end, T, b * tiles + tile, B * tiles, K, BLOCK, BLOCK_K)
@@ -349,40 +404,73 @@ def _disentangled_attention_dkdv_kernel(
     dk = tl.zeros([BLOCK, BLOCK_K], tl.float32)
     dv = tl.zeros([BLOCK, BLOCK_K], tl.float32)
     first = middle - tile * BLOCK - BLOCK + 1
-    for m in range(0, length, BLOCK):
-        q = _load_tile(q_ptr, stride_qt, length - m, K, BLOCK, BLOCK_K, False, UPCAST)
-        dout = _load_tile(dout_ptr, stride_dot, length - m, K, BLOCK, BLOCK_K, False, UPCAST)
-        highest, weight = _load_statistics(statistics_ptr, start + m, length - m, h, H, T, IS_EXACT, BLOCK)
-        delta = tl.load(delta_ptr + m + offs, mask=m + offs < length, other=0.0)
-        kept, ds = _gradients(
-            q, k, v, dout, highest, weight, delta, start + m + offs, rows_k, tile * BLOCK,
-            pos_key_ptr, stride_pkp, pos_query_ptr, stride_pqp, index_ptr, first,
-            h, seed, scale_log2, offset, threshold, keep_scale,
-            HAS_KEY, HAS_QUERY, HAS_DROPOUT, IS_EXACT, PRECISION, UPCAST, K, BLOCK, BLOCK_K,
-        )  # fmt: skip
-        dv = tl.dot(tl.trans(kept), dout, dv, input_precision=PRECISION)
-        dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
-        if HAS_QUERY:
-            band = _load_band(pos_query_ptr, stride_pqp, index_ptr, first, K, 2 * BLOCK, BLOCK_K, UPCAST)
-            dk = tl.dot(_shift_keys(ds, BLOCK), band, dk, input_precision=PRECISION)
-        q_ptr = _at(q_ptr, BLOCK, stride_qt, 0, 0)
-        dout_ptr = _at(dout_ptr, BLOCK, stride_dot, 0, 0)
-        first += BLOCK
+    if CAN_STAY:
+        for m in tl.range(0, length, BLOCK, disable_licm=True):
+            dk, dv = _add_dkdv(
+                dk, dv, k, v, dout_ptr, q_ptr, pos_key_ptr, pos_query_ptr, index_ptr, lse_ptr, delta_ptr,
+                T, H, stride_dot, stride_qt, stride_pkp, stride_pqp, start, length, m, rows_k, tile * BLOCK, first + m,
+                h, seed, scale_log2, offset, threshold, keep_scale,
+                HAS_KEY, HAS_QUERY, HAS_DROPOUT, IS_FULL, PRECISION, UPCAST, K, BLOCK, BLOCK_K,
+            )  # fmt: skip
+    else:
+        for m in range(0, length, BLOCK):
+            dk, dv = _add_dkdv(
+                dk, dv, k, v, dout_ptr, q_ptr, pos_key_ptr, pos_query_ptr, index_ptr, lse_ptr, delta_ptr,
+                T, H, stride_dot, stride_qt, stride_pkp, stride_pqp, start, length, m, rows_k, tile * BLOCK, first + m,
+                h, seed, scale_log2, offset, threshold, keep_scale,
+                HAS_KEY, HAS_QUERY, HAS_DROPOUT, IS_FULL, PRECISION, UPCAST, K, BLOCK, BLOCK_K,
+            )  # fmt: skip
     _store_tile(_at(dk_ptr, start_k, stride_dkt, h, stride_dkh), stride_dkt, rows_k, dk * scale, K, BLOCK, BLOCK_K)
     _store_tile(_at(dv_ptr, start_k, stride_dvt, h, stride_dvh), stride_dvt, rows_k, dv * keep_scale, K, BLOCK, BLOCK_K)
 
 
 @triton.jit
+def _add_dband(
+    dband, key_band, query_band, dout_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr,
+    T, H, stride_dot, stride_doh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+    start, length, m, n, h, seed, scale_log2, offset, threshold, keep_scale,
+    HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_FULL: tl.constexpr,
+    OF_KEY: tl.constexpr, IS_EARLY: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dband / scale with what the tile of queries from `m` and keys from `n` on adds to it."""
+    offs = m + tl.arange(0, BLOCK)
+    q_ptr = _at(q_ptr, start + m, stride_qt, h, stride_qh)
+    k_ptr = _at(k_ptr, start + n, stride_kt, h, stride_kh)
+    v_ptr = _at(v_ptr, start + n, stride_vt, h, stride_vh)
+    dout_ptr = _at(dout_ptr, start + m, stride_dot, h, stride_doh)
+    q = _load_tile(q_ptr, stride_qt, length - m, K, BLOCK, BLOCK_K, False, UPCAST)
+    k = _load_tile(k_ptr, stride_kt, length - n, K, BLOCK, BLOCK_K, False, UPCAST)
+    if IS_EARLY:
+        dout = _load_tile(dout_ptr, stride_dot, length - m, K, BLOCK, BLOCK_K, False, UPCAST)
+        v = _load_tile(v_ptr, stride_vt, length - n, K, BLOCK, BLOCK_K, False, UPCAST)
+    s = _scores(q, k, key_band, query_band, HAS_KEY, HAS_QUERY, PRECISION, BLOCK, BLOCK, 2 * BLOCK)
+    if not IS_EARLY:
+        dout = _load_tile(dout_ptr, stride_dot, length - m, K, BLOCK, BLOCK_K, False, UPCAST)
+        v = _load_tile(v_ptr, stride_vt, length - n, K, BLOCK, BLOCK_K, False, UPCAST)
+    highest, log_total = _load_lse(_at(lse_ptr, start + m, 1, h, T), length - m, H, T, IS_FULL, BLOCK)
+    delta = tl.load(delta_ptr + start + offs, mask=offs < length, other=0.0)
+    _, ds = _gradients(
+        s, v, dout, highest, log_total, delta, start + offs, length - n, h, n,
+        seed, scale_log2, offset, threshold, keep_scale, HAS_DROPOUT, IS_FULL, PRECISION, BLOCK,
+    )  # fmt: skip
+    if OF_KEY:
+        return tl.dot(tl.trans(_shift_queries(ds, BLOCK)), q, dband, input_precision=PRECISION)
+    else:
+        return tl.dot(tl.trans(_shift_keys(ds, BLOCK)), k, dband, input_precision=PRECISION)
+
+
+@triton.jit
 def _disentangled_attention_dband_kernel(
-    dout_ptr, q_ptr, k_ptr, v_ptr, pos_key_ptr, pos_query_ptr, index_ptr, statistics_ptr, delta_ptr, cu_seqlens_ptr,
+    dout_ptr, q_ptr, k_ptr, v_ptr, pos_key_ptr, pos_query_ptr, index_ptr, lse_ptr, delta_ptr, cu_seqlens_ptr,
     seed_ptr,                                                                              # inputs
     dband_ptr,                                                                             # output
     B, T, H, tiles, groups, middle,
     stride_dot, stride_doh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     stride_pkp, stride_pkh, stride_pqp, stride_pqh,
     scale, scale_log2, offset, threshold, keep_scale,
-    HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_EXACT: tl.constexpr,
-    OF_KEY: tl.constexpr,
+    HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_FULL: tl.constexpr,
+    OF_KEY: tl.constexpr, IS_EARLY: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Gradients [2 tiles, groups, H, 2 BLOCK, K] of the bands of pos_key (OF_KEY) or pos_query.
@@ -393,49 +481,43 @@ def _disentangled_attention_dband_kernel(
     group = tl.program_id(0) % groups
     pair = tl.program_id(0) // groups % tiles
     h = tl.program_id(0) // groups // tiles
-    offs = tl.arange(0, BLOCK)
     pos_key_ptr = _at(pos_key_ptr, 0, 0, h, stride_pkh)
     pos_query_ptr = _at(pos_query_ptr, 0, 0, h, stride_pqh)
     delta_ptr = _at(delta_ptr, 0, 1, h, T)
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     for diagonal in range(pair, pair + tiles + 1, tiles):
         apart = diagonal - tiles
-        first = middle + apart * BLOCK - BLOCK + 1
+        # in diagonal 0 are no tiles, and its band begins before the index
+        first = tl.maximum(middle + apart * BLOCK - BLOCK + 1, 0)
+        key_band, query_band = _load_bands(
+            pos_key_ptr, stride_pkp, pos_query_ptr, stride_pqp, index_ptr, first,
+            HAS_KEY, HAS_QUERY, UPCAST, K, 2 * BLOCK, BLOCK_K,
+        )  # fmt: skip
         dband = tl.zeros([2 * BLOCK, BLOCK_K], tl.float32)
         for b in range(group, B, groups):
             start = tl.load(cu_seqlens_ptr + b)
             length = tl.load(cu_seqlens_ptr + b + 1) - start
-            for tile in range(tl.maximum(0, -apart), tl.cdiv(length, BLOCK) - tl.maximum(0, apart)):
-                n = tile * BLOCK
-                m = n + apart * BLOCK
-                q = _load_tile(
-                    _at(q_ptr, start + m, stride_qt, h, stride_qh), stride_qt, length - m, K, BLOCK, BLOCK_K,
-                    False, UPCAST,
-                )  # fmt: skip
-                dout = _load_tile(
-                    _at(dout_ptr, start + m, stride_dot, h, stride_doh), stride_dot, length - m, K, BLOCK, BLOCK_K,
-                    False, UPCAST,
-                )  # fmt: skip
-                k = _load_tile(
-                    _at(k_ptr, start + n, stride_kt, h, stride_kh), stride_kt, length - n, K, BLOCK, BLOCK_K,
-                    False, UPCAST,
-                )  # fmt: skip
-                v = _load_tile(
-                    _at(v_ptr, start + n, stride_vt, h, stride_vh), stride_vt, length - n, K, BLOCK, BLOCK_K,
-                    False, UPCAST,
-                )  # fmt: skip
-                highest, weight = _load_statistics(statistics_ptr, start + m, length - m, h, H, T, IS_EXACT, BLOCK)
-                delta = tl.load(delta_ptr + start + m + offs, mask=m + offs < length, other=0.0)
-                _, ds = _gradients(
-                    q, k, v, dout, highest, weight, delta, start + m + offs, length - n, n,
-                    pos_key_ptr, stride_pkp, pos_query_ptr, stride_pqp, index_ptr, first,
-                    h, seed, scale_log2, offset, threshold, keep_scale,
-                    HAS_KEY, HAS_QUERY, HAS_DROPOUT, IS_EXACT, PRECISION, UPCAST, K, BLOCK, BLOCK_K,
-                )  # fmt: skip
-                if OF_KEY:
-                    dband = tl.dot(tl.trans(_shift_queries(ds, BLOCK)), q, dband, input_precision=PRECISION)
-                else:
-                    dband = tl.dot(tl.trans(_shift_keys(ds, BLOCK)), k, dband, input_precision=PRECISION)
+            end = tl.cdiv(length, BLOCK) - tl.maximum(0, apart)
+            if CAN_STAY:
+                for tile in tl.range(tl.maximum(0, -apart), end, disable_licm=True):
+                    dband = _add_dband(
+                        dband, key_band, query_band, dout_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr,
+                        T, H, stride_dot, stride_doh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+                        start, length, (tile + apart) * BLOCK, tile * BLOCK,
+                        h, seed, scale_log2, offset, threshold, keep_scale,
+                        HAS_KEY, HAS_QUERY, HAS_DROPOUT, IS_FULL, OF_KEY, IS_EARLY, PRECISION, UPCAST,
+                        K, BLOCK, BLOCK_K,
+                    )  # fmt: skip
+            else:
+                for tile in range(tl.maximum(0, -apart), end):
+                    dband = _add_dband(
+                        dband, key_band, query_band, dout_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr,
+                        T, H, stride_dot, stride_doh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+                        start, length, (tile + apart) * BLOCK, tile * BLOCK,
+                        h, seed, scale_log2, offset, threshold, keep_scale,
+                        HAS_KEY, HAS_QUERY, HAS_DROPOUT, IS_FULL, OF_KEY, IS_EARLY, PRECISION, UPCAST,
+                        K, BLOCK, BLOCK_K,
+                    )  # fmt: skip
         place = tl.cast((diagonal * groups + group) * H + h, tl.int64) * (2 * BLOCK * K)
         _store_tile(dband_ptr + place, K, 2 * BLOCK, dband * scale, K, 2 * BLOCK, BLOCK_K)
 
@@ -495,16 +577,48 @@ def _bounds(reach, BLOCK, rows, position_buckets, max_relative_positions, device
     return bounds.to(torch.int32).to(device)
 
 
-def _settings(kernel, q, max_seqlen):
-    """Launch settings of one of the kernels."""
-    if q.dtype == torch.float32:
-        block = 16
-    else:
-        block = 32 if kernel != "fwd" or max_seqlen <= 32 else 64
-    settings = dict(num_warps=4, num_stages=1)
-    if kernel == "fwd":
-        return dict(BLOCK_M=block, BLOCK_N=block, BLOCK_W=2 * block, **settings)
-    return dict(BLOCK=block, **settings)
+# (kernel, operands are fp32, tensor cores are Hopper's and the head size is up to 64): the rows of a tile (of queries,
+# and of keys where a kernel takes others), warps, stages. From the compiler's reports (no spills on sm_80 and sm_90:
+# NOTES.md), not from times on a device
+_TILES = {
+    ("fwd", False, True): (64, 64, 4, 1),
+    ("fwd", False, False): (32, 32, 4, 1),
+    ("fwd", True, False): (16, 16, 8, 1),
+    ("dq", False, True): (64, 4, 1),
+    ("dq", False, False): (32, 4, 1),
+    ("dq", True, False): (16, 8, 1),
+    ("dkdv", False, True): (64, 4, 1),
+    ("dkdv", False, False): (32, 4, 1),
+    ("dkdv", True, False): (16, 8, 1),
+    ("dband", False, True): (64, 4, 1),
+    ("dband", False, False): (32, 8, 1),
+    ("dband", True, False): (16, 4, 1),
+}
+
+
+def _settings(kernel, q, max_seqlen, has_dropout):
+    """(settings, candidates) of one of the four kernels with tiles."""
+    is_full, is_wide = q.dtype == torch.float32, q.shape[-1] > 64
+
+    def settings(*tile):
+        *rows, num_warps, num_stages = tile
+        blocks = dict(num_warps=num_warps, num_stages=num_stages)
+        if kernel == "fwd":
+            return dict(BLOCK_M=rows[0], BLOCK_N=rows[1], BLOCK_W=triton.next_power_of_2(sum(rows) - 1), **blocks)
+        if kernel == "dband":
+            # the compiler's registers suffice in one order of loads with dropout, in the other without
+            blocks["IS_EARLY"] = has_dropout and rows[0] == 64
+        return dict(BLOCK=rows[0], **blocks)
+
+    is_large = not (is_full or is_wide) and max_seqlen > 32 and capability() >= 90
+    default = settings(*_TILES[kernel, is_full, is_large])
+    if kernel == "fwd" and not (is_full or is_wide or is_large) and max_seqlen > 32:
+        default = settings(64, 32, 4, 2)
+    small = _TILES[kernel, False, False]
+    candidates = [default] if is_full or not is_large else [default, settings(*small)]
+    if kernel == "fwd" and is_large:
+        candidates += [settings(64, 32, 4, 2), settings(64, 64, 4, 2)]
+    return default, candidates
 
 
 def _constants(q, pos_key, pos_query, dropout_p):
@@ -513,8 +627,8 @@ def _constants(q, pos_key, pos_query, dropout_p):
     return dict(
         HAS_KEY=pos_key is not None,
         HAS_QUERY=pos_query is not None,
-        HAS_DROPOUT=dropout_p > 0.0,
-        IS_EXACT=q.dtype == torch.float32,
+        HAS_DROPOUT=dropout_constants(dropout_p)[0] > 0,
+        IS_FULL=q.dtype == torch.float32,
         PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
         # Triton's interpreter computes wrongly with bfloat16, so there it is widened as it is loaded
         UPCAST=INTERPRET and q.dtype == torch.bfloat16,
@@ -532,14 +646,14 @@ def disentangled_attention_fwd(
     q, k, v, pos_key, pos_query, cu_seqlens, max_seqlen, position_buckets, max_relative_positions, scale, dropout_p,
     seed, offset,
 ):  # fmt: skip
-    """(out [T, H, K], statistics fp32 [2, H, T]: the largest scaled score as a power of two, and the sum beside it)."""
+    """(out [T, H, K], lse fp32 [2 or 1, H, T]: see `_store_lse`)."""
     q, k, v = _unpacked(q, k, v)
     T, H, K = q.shape
     B = cu_seqlens.shape[0] - 1
     out = torch.empty(T, H, K, dtype=q.dtype, device=q.device)
-    statistics = torch.empty(1 + (q.dtype == torch.float32), H, T, dtype=torch.float32, device=q.device)
+    lse = torch.empty(_lse_parts(q), H, T, dtype=torch.float32, device=q.device)
     if B * H == 0:
-        return out.zero_(), statistics.zero_()
+        return out.zero_(), lse.zero_()
     tables = [q if x is None else unit_columns(x) for x in (pos_key, pos_query)]
     middle = _furthest(max_seqlen)
     index = _index(middle, position_buckets, max_relative_positions, q.device)
@@ -550,22 +664,24 @@ def disentangled_attention_fwd(
     def run(settings):
         tiles = max(triton.cdiv(max_seqlen, settings["BLOCK_M"]), 1)
         _disentangled_attention_fwd_kernel[(B * H * tiles,)](
-            q, k, v, *tables, index, cu_seqlens, seed, out, statistics, B, T, H, tiles, middle, *strides,
+            q, k, v, *tables, index, cu_seqlens, seed, out, lse, B, T, H, tiles, middle, *strides,
             scale * math.log2(math.e), offset, threshold, keep_scale, **constants, **settings,
         )  # fmt: skip
 
-    launch(run, "disentangled_attention_fwd", _key(q, max_seqlen, dropout_p), _settings("fwd", q, max_seqlen))
-    return out, statistics
+    settings = _settings("fwd", q, max_seqlen, constants["HAS_DROPOUT"])
+    launch(run, "disentangled_attention_fwd", _key(q, max_seqlen, constants), *settings)
+    return out, lse
 
 
-def _key(q, max_seqlen, dropout_p):
-    dtype = str(q.dtype).removeprefix("torch.")
-    size = min(max(triton.next_power_of_2(max_seqlen), 64), 1024)
-    return f"{dtype} K{q.shape[-1]} S{size}" + (" dropout" if dropout_p > 0.0 else "")
+def _key(q, max_seqlen, constants):
+    """The class of shapes that shares launch settings: "bf16 K64 S512 c2p p2c dropout"."""
+    names = [_DTYPES[q.dtype], f"K{constants['BLOCK_K']}", f"S{min(triton.next_power_of_2(max_seqlen), 1024)}"]
+    terms = {"c2p": "HAS_KEY", "p2c": "HAS_QUERY", "dropout": "HAS_DROPOUT"}
+    return " ".join(names + [name for name, flag in terms.items() if constants[flag]])
 
 
 def disentangled_attention_bwd(
-    dout, q, k, v, pos_key, pos_query, out, statistics, cu_seqlens, max_seqlen, position_buckets,
+    dout, q, k, v, pos_key, pos_query, out, lse, cu_seqlens, max_seqlen, position_buckets,
     max_relative_positions, scale, dropout_p, seed, offset, wants_tables,
 ):  # fmt: skip
     """The gradients of q, k, v, pos_key, pos_query as they were given: a list without those that are None.
@@ -593,13 +709,13 @@ def disentangled_attention_bwd(
     positions = [x.stride(d) for x in tables for d in (0, 1)]
     scalars = (scale, scale * math.log2(math.e), offset, threshold, keep_scale)
     constants = _constants(q, pos_key, pos_query, dropout_p)
-    key = _key(q, max_seqlen, dropout_p)
+    key = _key(q, max_seqlen, constants)
     delta = torch.empty(H, T, dtype=torch.float32, device=q.device)
 
     def run_dq(settings):
         tiles = max(triton.cdiv(max_seqlen, settings["BLOCK"]), 1)
         _disentangled_attention_dq_kernel[(B * H * tiles,)](
-            dout, q, k, v, out, *tables, index, statistics, cu_seqlens, seed, dq, delta, B, T, H, tiles, middle,
+            dout, q, k, v, out, *tables, index, lse, cu_seqlens, seed, dq, delta, B, T, H, tiles, middle,
             *operands, out.stride(0), out.stride(1), *positions, dq.stride(0), dq.stride(1), *scalars,
             **constants, **settings,
         )  # fmt: skip
@@ -607,7 +723,7 @@ def disentangled_attention_bwd(
     def run_dkdv(settings):
         tiles = max(triton.cdiv(max_seqlen, settings["BLOCK"]), 1)
         _disentangled_attention_dkdv_kernel[(B * H * tiles,)](
-            dout, q, k, v, *tables, index, statistics, delta, cu_seqlens, seed, dk, dv, B, T, H, tiles, middle,
+            dout, q, k, v, *tables, index, lse, delta, cu_seqlens, seed, dk, dv, B, T, H, tiles, middle,
             *operands, *positions, dk.stride(0), dk.stride(1), dv.stride(0), dv.stride(1), *scalars,
             **constants, **settings,
         )  # fmt: skip
@@ -619,7 +735,7 @@ def disentangled_attention_bwd(
         groups = min(max(2 * multiprocessors() // (H * tiles), 1), B)
         dband = torch.empty(2 * tiles, groups, H, 2 * block, K, dtype=torch.float32, device=q.device)
         _disentangled_attention_dband_kernel[(H * tiles * groups,)](
-            dout, q, k, v, *tables, index, statistics, delta, cu_seqlens, seed, dband, B, T, H, tiles, groups, middle,
+            dout, q, k, v, *tables, index, lse, delta, cu_seqlens, seed, dband, B, T, H, tiles, groups, middle,
             *operands, *positions, *scalars, **constants, OF_KEY=dtable is dpos_key, **settings,
         )  # fmt: skip
         P = dtable.shape[0]
@@ -629,13 +745,15 @@ def disentangled_attention_bwd(
             BLOCK_K=constants["BLOCK_K"], num_warps=1,
         )  # fmt: skip
 
-    launch(run_dq, "disentangled_attention_dq", key, _settings("dq", q, max_seqlen))
-    launch(run_dkdv, "disentangled_attention_dkdv", key, _settings("dkdv", q, max_seqlen))
+    def settings(kernel):
+        return _settings(kernel, q, max_seqlen, constants["HAS_DROPOUT"])
+
+    launch(run_dq, "disentangled_attention_dq", key, *settings("dq"))
+    launch(run_dkdv, "disentangled_attention_dkdv", key, *settings("dkdv"))
     for dtable in dtables:
-        launch(
-            functools.partial(run_dtable, dtable=dtable), "disentangled_attention_dtable", key,
-            _settings("dband", q, max_seqlen),
-        )  # fmt: skip
+        run = functools.partial(run_dtable, dtable=dtable)
+        table = "dpos_key" if dtable is dpos_key else "dpos_query"
+        launch(run, f"disentangled_attention_{table}", key, *settings("dband"))
     return grads + dtables
 
 
@@ -644,11 +762,11 @@ def _disentangled_attention_fwd_fake(
     seed, offset,
 ):  # fmt: skip
     T, H, K = q.shape[0], *q.shape[-2:]
-    return q.new_empty(T, H, K), q.new_empty(1 + (q.dtype == torch.float32), H, T, dtype=torch.float32)
+    return q.new_empty(T, H, K), q.new_empty(_lse_parts(q), H, T, dtype=torch.float32)
 
 
 def _disentangled_attention_bwd_fake(
-    dout, q, k, v, pos_key, pos_query, out, statistics, cu_seqlens, max_seqlen, position_buckets,
+    dout, q, k, v, pos_key, pos_query, out, lse, cu_seqlens, max_seqlen, position_buckets,
     max_relative_positions, scale, dropout_p, seed, offset, wants_tables,
 ):  # fmt: skip
     given = (q, k, v, pos_key, pos_query) if wants_tables else (q, k, v)
@@ -666,7 +784,7 @@ _disentangled_attention_fwd = register(
     _disentangled_attention_fwd_fake,
 )
 _disentangled_attention_bwd = register(
-    f"disentangled_attention_bwd(Tensor dout, {_INPUTS}, Tensor out, Tensor statistics, {_TAIL}, bool wants_tables) "
+    f"disentangled_attention_bwd(Tensor dout, {_INPUTS}, Tensor out, Tensor lse, {_TAIL}, bool wants_tables) "
     "-> Tensor[]",
     disentangled_attention_bwd,
     _disentangled_attention_bwd_fake,
@@ -676,9 +794,9 @@ _disentangled_attention_bwd = register(
 class DisentangledAttentionFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, pos_key, pos_query, cu_seqlens, *rest):
-        out, statistics = _disentangled_attention_fwd(q, k, v, pos_key, pos_query, cu_seqlens, *rest)
+        out, lse = _disentangled_attention_fwd(q, k, v, pos_key, pos_query, cu_seqlens, *rest)
         *scalars, seed, offset = rest
-        ctx.save_for_backward(q, k, v, pos_key, pos_query, out, statistics, cu_seqlens, seed)
+        ctx.save_for_backward(q, k, v, pos_key, pos_query, out, lse, cu_seqlens, seed)
         ctx.scalars = *scalars, offset
         return out
 
@@ -699,9 +817,15 @@ def disentangled_attention(
 ):  # fmt: skip
     """DeBERTa's attention: arguments and result of `reference.disentangled_attention`.
 
-    float16, bfloat16 or float32; head sizes up to 128; `seed` an int64 tensor [1] when dropout_p > 0. Raises ValueError
-    and TypeError.
+    float16, bfloat16 or float32, the same for all; head sizes up to 128. Raises TypeError and ValueError;
+    `ops.disentangled_attention` looks at the rest of the arguments.
     """
+    tensors = [x for x in (q, k, v, pos_key, pos_query) if x is not None]
+    if q.dtype not in _DTYPES or any(x.dtype != q.dtype for x in tensors):
+        dtypes = ", ".join(str(x.dtype) for x in tensors)
+        raise TypeError(f"q, k, v, pos_key, pos_query are {dtypes}: expected one of float16, bfloat16, float32 for all")
+    if q.shape[-1] > 128:
+        raise ValueError(f"the head size is {q.shape[-1]}: expected at most 128")
     terms = (pos_key is not None) + (pos_query is not None)
     scale = (q.shape[-1] * (1 + terms)) ** -0.5 if scale is None else scale
     return DisentangledAttentionFunction.apply(
