@@ -5,16 +5,16 @@
     out     = (keep * p / (1 - dropout_p)) v
 
 PyTorch writes and reads q pos_keyᵀ and k pos_queryᵀ, 2*H*T*P elements for tables of P rows, gathers S x S scores from
-both, and passes over such scores half a dozen times more. Fused: read q, k, v, write out, 4*T*H*K elements, and one fp32
-a row and head (two in fp32); the tables come from cache. The backward reads q, k, v, out, dout and writes dq, dk, dv,
-8*T*H*K, in kernels that each recompute the probabilities from what the forward saved and read their operands again, from
-cache. The sums for the tables' gradients, in fp32, are twice as many rows as there are distances, for each group.
+both, and passes over such scores half a dozen times more. Fused: read q, k, v, write out, 4*T*H*K elements, and one
+fp32 a row and head (two in fp32); the tables come from cache. The backward reads q, k, v, out, dout and writes dq, dk,
+dv, 8*T*H*K, in kernels that each recompute the probabilities from what the forward saved and read their operands again,
+from cache. The sums for the tables' gradients, in fp32, are two rows for each distance, head and group of sequences.
 
 Inside a tile of M queries and N keys the distances i - j are M + N - 1 neighbours. Their rows of pos_key are loaded as
 a band, one row for each distance (so several may be the same row: buckets), and q bandᵀ is a product for tensor cores.
 The score of a pair stands in its row i at column i - j + N - 1: each row is read from another column on. That shift is
 the same in all tiles. It is a gather along a flat index, which goes through shared memory, in an order of elements that
-has no bank conflicts and whose addresses are a register plus a constant (NOTES.md). The same with k and pos_query, where
+has no bank conflicts and addresses of a register plus a constant (NOTES.md). The same with k and pos_query, where
 the shift depends on j. The backward shifts the gradients of the scores back, as operands of products with the bands.
 
 The gradients of the tables: all tiles with one i0 - j0, a diagonal, have the same band. A program walks a diagonal, and
@@ -589,10 +589,10 @@ _TILES = {
     ("dq", True, False): (16, 8, 1),
     ("dkdv", False, True): (64, 4, 1),
     ("dkdv", False, False): (32, 4, 1),
-    ("dkdv", True, False): (16, 8, 1),
+    ("dkdv", True, False): (16, 4, 1),
     ("dband", False, True): (64, 4, 1),
     ("dband", False, False): (32, 8, 1),
-    ("dband", True, False): (16, 4, 1),
+    ("dband", True, False): (16, 8, 1),
 }
 
 
@@ -610,8 +610,13 @@ def _settings(kernel, q, max_seqlen, has_dropout):
             blocks["IS_EARLY"] = has_dropout and rows[0] == 64
         return dict(BLOCK=rows[0], **blocks)
 
-    is_large = not (is_full or is_wide) and max_seqlen > 32 and capability() >= 90
+    # one tile is a sequence of up to 64 tokens: then the bands' gradient, which has no loop to share its loads, spills
+    shortest = 64 if kernel == "dband" and has_dropout else 32
+    is_large = not (is_full or is_wide) and max_seqlen > shortest and capability() >= 90
     default = settings(*_TILES[kernel, is_full, is_large])
+    if is_full and is_wide and kernel in ("dq", "dkdv"):
+        # fp32 rows of over 64 elements: twice the warps, half the registers each
+        default = settings(16, 16, 1)
     if kernel == "fwd" and not (is_full or is_wide or is_large) and max_seqlen > 32:
         default = settings(64, 32, 4, 2)
     small = _TILES[kernel, False, False]
