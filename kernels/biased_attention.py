@@ -4,8 +4,9 @@
 
 A bias is a position's score for a query that is 1: with q' = [q, 1, 1], k' = [k, 0, 0] and a table of positions
 pos_key[r] = [0, high, low], high + low = bias[r] / scale, the score q' · (k' + pos_key[i - j]) · scale is that above.
-Two columns carry the bias because 16 bits would not. They cost nothing where K and K + 2 pad to the same power of two,
-and half of the products at K = 64. Beside the traffic of those kernels, q, k and v are written and read once more.
+Two columns carry the bias because 16 bits would not; zeros fill up to a multiple of 16, so that rows are read by 16
+bytes. They cost nothing where K and K + 2 pad to the same power of two, and half of the products at K = 64. Beside the
+traffic of those kernels, q, k and v are written and read once more.
 
 B sequences, T packed tokens, H heads, K head size.
 """
@@ -32,9 +33,11 @@ def biased_attention(q, k, v, bias, cu_seqlens, max_seqlen, *, scale=None, dropo
     # the low part alone brings the gradient
     high = whole.detach().to(q.dtype)
     low = (whole - high.float()).to(q.dtype)
-    pos_key = F.pad(torch.stack((high, low), -1), (K, 0))
+    wider = -(K + 2) % 16 + 2
+    pos_key = F.pad(torch.stack((high, low), -1), (K, wider - 2))
+    k, v = (F.pad(x, (0, wider)) for x in (k, v))
     out = disentangled_attention(
-        F.pad(q, (0, 2), value=1.0), F.pad(k, (0, 2)), F.pad(v, (0, 2)), pos_key, None, cu_seqlens, max_seqlen,
+        F.pad(q, (0, wider), value=1.0), k, v, pos_key, None, cu_seqlens, max_seqlen,
         max_relative_positions=bias.shape[0] // 2, scale=scale, dropout_p=dropout_p, seed=seed, offset=offset,
     )  # fmt: skip
     return out[..., :K]

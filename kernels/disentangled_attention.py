@@ -614,6 +614,8 @@ def _settings(kernel, q, max_seqlen, has_dropout):
     shortest = 64 if kernel == "dband" and has_dropout else 32
     is_large = not (is_full or is_wide) and max_seqlen > shortest and capability() >= 90
     default = settings(*_TILES[kernel, is_full, is_large])
+    if is_full and has_dropout and kernel == "dband" and capability() < 90:
+        default = settings(16, 4, 1)
     if is_full and is_wide and kernel in ("dq", "dkdv"):
         # fp32 rows of over 64 elements: twice the warps, half the registers each
         default = settings(16, 16, 1)
@@ -653,6 +655,7 @@ def disentangled_attention_fwd(
 ):  # fmt: skip
     """(out [T, H, K], lse fp32 [2 or 1, H, T]: see `_store_lse`)."""
     q, k, v = _unpacked(q, k, v)
+    cu_seqlens = unit_columns(cu_seqlens)
     T, H, K = q.shape
     B = cu_seqlens.shape[0] - 1
     out = torch.empty(T, H, K, dtype=q.dtype, device=q.device)
@@ -701,6 +704,7 @@ def disentangled_attention_bwd(
     )
     dtables = [x for x in (dpos_key, dpos_query) if x is not None]
     q, k, v = _unpacked(q, k, v)
+    cu_seqlens = unit_columns(cu_seqlens)
     dout = unit_columns(dout)
     T, H, K = q.shape
     B = cu_seqlens.shape[0] - 1
