@@ -112,7 +112,7 @@ def test_both_losses_and_every_gradient_equal_transformers(case, sharing, monkey
     sampled = torch.where(torch.rand(int(picked.sum())) < 0.4, text[picked], torch.randint(10, 99, text[picked].shape))
     corrupted = text.masked_scatter(picked, sampled)
     replaced = (corrupted != text).long()
-    assert 0 < replaced.sum() < picked.sum()
+    assert 0 < replaced.sum() <= picked.sum()
 
     monkeypatch.setattr(ours, "sample", lambda hidden, draws: sampled)
     batch, _ = pack_inputs(ours.config, input_ids, mask, labels=labels)
