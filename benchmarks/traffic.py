@@ -1,6 +1,6 @@
 """Counted traffic: the bytes and FLOPs of every kernel that an op launches, and of plain PyTorch's kernels beside it.
 
-    python benchmarks/traffic.py      writes benchmarks/results/traffic.json and .png, and the table in kernels/NOTES.md
+    python benchmarks/traffic.py      writes benchmarks/results/traffic.{json,md,png}, and the table in kernels/NOTES.md
 
 Nothing here is timed, and no GPU is needed. Three things are counted:
 
@@ -698,6 +698,18 @@ def plot(result, path):
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
+def report(result):
+    """The same table as a page of the benchmarks' results, with its plot."""
+    page = (
+        "# Floors from counted traffic\n\n"
+        "**Counted, not timed**: the least time that an H200 needs for each op (4.3 TB/s, 788 TFLOP/s), beside plain\n"
+        f"PyTorch's: BERT-base, {result['dtype']}, {result['sizes']['T']:,} tokens. How it is counted stands in "
+        "[the notes](../../kernels/NOTES.md#floors).\n\n"
+        f"{markdown(result)}\n![the same as bars](traffic.png)\n"
+    )
+    RESULT.with_suffix(".md").write_text(page, encoding="utf-8")
+
+
 BEGIN, END = "<!-- traffic.py writes this table -->\n", "<!-- until here -->\n"
 
 
@@ -709,6 +721,7 @@ def main():
     notes = NOTES.read_text(encoding="utf-8")
     before, rest = notes.split(BEGIN)
     NOTES.write_text(before + BEGIN + markdown(result) + END + rest.split(END)[1], encoding="utf-8")
+    report(result)
     print(markdown(result), end="")
 
 
