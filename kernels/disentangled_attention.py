@@ -614,8 +614,9 @@ def _settings(kernel, q, max_seqlen, has_dropout):
     shortest = 64 if kernel == "dband" and has_dropout else 32
     is_large = not (is_full or is_wide) and max_seqlen > shortest and capability() >= 90
     default = settings(*_TILES[kernel, is_full, is_large])
-    if is_full and has_dropout and kernel == "dband" and capability() < 90:
-        default = settings(16, 4, 1)
+    if kernel == "dband" and (is_full and has_dropout and capability() < 90 or not is_full and capability() == 0):
+        # fp32 on Ampere, and AMD's wider warps
+        default = settings(16 if is_full else 32, 4, 1)
     if is_full and is_wide and kernel in ("dq", "dkdv"):
         # fp32 rows of over 64 elements: twice the warps, half the registers each
         default = settings(16, 16, 1)
