@@ -164,7 +164,7 @@ def test_values_and_gradients(dtype, terms, dropout_p, seed, device, poison):
     )
 
 
-@pytest.mark.parametrize("K", [8, 13, 40, 64, 128])
+@pytest.mark.parametrize("K", [8, 13, 64, 128])
 def test_head_sizes(K, device, poison):
     assert_kernel_within_budget(*arguments([21, 5], K, device, span=32), **PLAIN)
 
@@ -356,7 +356,7 @@ def test_the_kernels_look_up_the_same_rows(buckets, furthest):
     assert torch.equal(index.long(), reference.relative_index(301, buckets, furthest))
 
 
-@pytest.mark.parametrize("form", ["qkv", "q, kv", "q, k, v", "no table"])
+@pytest.mark.parametrize("form", ["q, kv", "q, k, v", "no table"])
 def test_operators(form, seed, device):
     """Schema, fake implementation, no aliases, and tracing, by PyTorch's own checks."""
     q, k, v = {
