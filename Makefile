@@ -32,6 +32,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks/bench_ops.py --benchmark-columns=median,iqr,rounds
 	$(BIN)/python benchmarks/bench_training_step.py
 	$(BIN)/python benchmarks/bench_families.py
+	$(BIN)/python benchmarks/bench_disentangled_attention.py
 
 # everything that wants a GPU, in ten minutes, without network: tests, tuning, benchmarks, with the first Python that sees
 # a GPU and has torch, triton and pytest. Without any, a rehearsal in Triton's interpreter
