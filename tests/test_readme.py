@@ -25,6 +25,25 @@ def test_training_step_figures_are_the_measured_ones():
         assert abs(medians[0] / medians[2] - case["speedup_on_mkl"]) < 0.02
 
 
+def test_family_figures_are_the_measured_ones():
+    spec = importlib.util.spec_from_file_location("bench_families", ROOT / "benchmarks" / "bench_families.py")
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    result = json.loads((RESULTS / "families.json").read_text(encoding="utf-8"))
+    assert [row["family"] for row in result["families"]] == list(bench.MODELS)
+    assert bench.markdown(result) in README
+    assert bench.sentences_line(result) in README
+    assert bench.describe(result) in README
+    for row in result["families"]:
+        assert max(row["loss_difference"], row["hidden_difference"]) <= 1e-4
+        for kind in ("train", "inference"):
+            part = row[kind]
+            # the summary follows from the raw seconds
+            assert bench.summary(part["seconds"])["speedup"] == part["speedup"]
+            least = 1.5 if row["family"].startswith("deberta") else 1.0
+            assert part["speedup"]["transformers"] >= least, row["family"]
+
+
 def test_demo_figures_are_the_measured_ones():
     row = json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))
     for name in ("eval_masked_accuracy", "eval_baseline_accuracy"):
