@@ -24,9 +24,13 @@ _MODULES = {
     "ReplacedTokenPretraining": "heads",
     "SentenceEmbedder": "sentences",
     "SequenceClassifier": "heads",
+    "SwapReport": "swapping",
     "TokenClassifier": "heads",
     "pack": "packing",
     "preset": "variants",
+    "swap": "swapping",
+    "swapped": "swapping",
+    "unswap": "swapping",
     "unpack": "packing",
 }
 __all__ = ["ops", *_MODULES]

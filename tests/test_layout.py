@@ -14,7 +14,8 @@ LIBRARY = sorted((ROOT / "fastbert").glob("*.py"))
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 # these look at kernels and at Triton, and run no op
 COMPILING = {"kernel_cases.py", "offline.py", "machine_code.py", "doctor.py"}
-HUGGINGFACE = {"variants.py", "swap.py"}  # the two files that may know HuggingFace's classes and key names
+# those that may know HuggingFace's classes and key names
+HUGGINGFACE = {"variants.py", "swapping.py", "replacements.py"}
 
 
 def tree(path):

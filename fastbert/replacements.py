@@ -1,0 +1,889 @@
+"""What runs in place of HuggingFace's modules, see `swapping.py`: their own parameters under their own names, our ops.
+
+Letters: B sequences, S padded length, T real tokens, N rows (T where padding is gone, else B * S), D hidden size,
+H heads, K head size, M picked tokens.
+
+A stack, the module that loops over layers, drops the padding from its hidden states, calls its layers with [1, T, D],
+and puts the padding back at the end. What is a mask otherwise is then a `Packed`, which every layer hands on unread to
+its attention. All other modules work row by row and never notice.
+"""
+
+import dataclasses
+import functools
+import inspect
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from . import ops
+
+
+@dataclass(frozen=True)
+class Options:
+    """The switches of `swapping.swap`, as each swapped module keeps them."""
+
+    attention: bool
+    layer_norm: bool
+    gelu: bool
+    loss: bool
+    unpad: bool
+    logits: str
+
+
+class Replacement:
+    """A forward that takes the place of another class's, of which `self` is an instance all the same.
+
+    PARTS: the switches of `swap` that each ask for it. WHAT: what the report says runs now.
+    """
+
+    PARTS = ()
+    WHAT = ""
+
+    @staticmethod
+    def refuses(module):
+        """Why this one stays as it is, or None."""
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------------- packing
+
+
+@dataclass
+class Packed:
+    """Which rows are tokens of which sequence; stands where a mask does otherwise.
+
+    cu_seqlens: int32 [B + 1]; max_seqlen: an int. indices: int64 [T], the tokens' places in [B * S], None where every
+    place has one. shape: (B, S). inside: whether hidden states come without padding, [1, T, D], rather than [B, S, D].
+    """
+
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    indices: torch.Tensor | None
+    shape: tuple
+    inside: bool
+
+    def pack(self, x):
+        """[B, S, ...] or [B * S, ...] -> the tokens' rows [T, ...]."""
+        x = x.reshape(self.shape[0] * self.shape[1], *x.shape[2:]) if x.shape[:2] == self.shape else x
+        return x if self.indices is None else x[self.indices]
+
+    def unpack(self, x):
+        """[T, ...] -> [B, S, ...], 0 where no token is."""
+        if self.indices is not None:
+            rows = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:])
+            x = rows.index_copy(0, self.indices, x)
+        return x.view(*self.shape, *x.shape[1:])
+
+    def to(self, device, non_blocking=False):
+        """On another device: accelerate moves arguments from layer to layer so."""
+        indices = self.indices if self.indices is None else self.indices.to(device, non_blocking=non_blocking)
+        return dataclasses.replace(
+            self, cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking), indices=indices
+        )
+
+
+def key_mask(mask, B, S):
+    """A mask of any of HuggingFace's forms as bool [B, S], True for tokens; None: all are; False: it hides more than
+    padding, and no sequence of tokens says the same."""
+    if mask is None:
+        return None
+    if not torch.is_tensor(mask) or mask.dim() not in (2, 3, 4):
+        return False
+    if mask.dim() == 3:
+        mask = mask[:, None]
+    if mask.dim() == 4:
+        if mask.shape[1] != 1:
+            return False
+        mask = mask[:, 0]
+        if mask.shape[1] != 1 and mask.stride(1) != 0 and not torch.equal(mask, mask[:, :1].expand_as(mask)):
+            return False
+        mask = mask[:, 0]
+        if mask.is_floating_point():
+            # added to the scores: 0 or so little that nothing is left
+            if not bool(((mask == 0) | (mask <= torch.finfo(mask.dtype).min / 2)).all()):
+                return False
+            mask = mask == 0
+    if mask.shape[-1] != S:
+        return False
+    return mask.bool().expand(B, S)
+
+
+def packing(hidden, mask, kwargs, *, inside, by_distance):
+    """The Packed of hidden states [B, S, ...] under a mask, None where it would not do: where the mask says more than
+    that, and where padding stands before a sequence.
+
+    kwargs: of the call; cu_seq_lens_q and max_length_q, as HuggingFace's collators give them, go before the mask.
+    by_distance: the attention looks at how far tokens are apart, so there may be no padding between them.
+    """
+    B, S = hidden.shape[:2]
+    if kwargs.get("cu_seq_lens_q") is not None:
+        cu_seqlens = kwargs["cu_seq_lens_q"].to(torch.int32)
+        longest = kwargs.get("max_length_q")
+        return Packed(
+            cu_seqlens,
+            int((cu_seqlens[1:] - cu_seqlens[:-1]).max() if longest is None else longest),
+            None,
+            (B, S),
+            inside,
+        )
+    kept = key_mask(mask, B, S)
+    if kept is False or B * S == 0:
+        return None
+    if kept is not None:
+        indices = kept.flatten().nonzero()[:, 0]
+        if len(indices) == 0:
+            return None
+        if len(indices) < B * S:
+            lengths = kept.sum(1)
+            # a model that reads the first place reads a padding token there, and what that one attends to
+            unlike = ~kept[:, 0]
+            if by_distance:
+                last = S - 1 - kept.flip(1).int().argmax(1)
+                unlike = unlike | (last + 1 != lengths)
+            if bool((unlike & (lengths > 0)).any()):
+                return None
+            cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+            return Packed(cu_seqlens, S, indices, (B, S), inside)
+    return Packed(torch.arange(0, B * S + 1, S, dtype=torch.int32, device=hidden.device), S, None, (B, S), inside)
+
+
+# hooks from these look at no shape
+_BLIND = ("torch.distributed", "accelerate", "deepspeed", "transformers.utils.output_capturing")
+
+
+def is_watched(module):
+    """Whether a hook of the user looks at what is inside a module: then shapes there must be what they were."""
+    everywhere = nn.modules.module
+    if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
+        return True
+    for inner in module.modules():
+        for hooks in (inner._forward_hooks, inner._forward_pre_hooks, inner._backward_hooks, inner._backward_pre_hooks):
+            if hooks and inner is not module and not all(_is_blind(hook) for hook in hooks.values()):
+                return True
+    return False
+
+
+def _is_blind(hook):
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return (getattr(hook, "__module__", None) or "").startswith(_BLIND)
+
+
+def _asks(stack, kwargs, name):
+    """Whether a call or the model's config asks for output_hidden_states or output_attentions."""
+    value = kwargs.get(name)
+    return bool(getattr(_config(stack), name, False) if value is None else value)
+
+
+def _config(stack):
+    # DistilBERT's stack has none itself, but its attention does
+    return next(config for module in stack.modules() if (config := vars(module).get("config")) is not None)
+
+
+# ------------------------------------------------------------------------------------------------------ single steps
+
+
+def is_plain(module, cls):
+    """Whether `module` is of `cls` (or what took its place) and calling it does nothing but its forward: no adapter,
+    no hook, no parametrization. Only then its parameters may be used without calling it."""
+    kind = type(module)
+    return (kind is cls or vars(kind).get("replaces") is cls) and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+    )
+
+
+def linear(module, x):
+    return ops.linear(x, module.weight, module.bias) if is_plain(module, nn.Linear) else module(x)
+
+
+def dropping(module, device):
+    """The dropout arguments of an op for an nn.Dropout. A fresh seed from torch's generator, so that manual_seed and
+    activation checkpointing replay it."""
+    if not module.training or module.p == 0.0:
+        return {}
+    return dict(dropout_p=module.p, seed=torch.randint(-(2**63), 2**63 - 1, (1,), device=device))
+
+
+def layer_norm(module, x, residual=None, dropout=None):
+    """LayerNorm(dropout(x) + residual), in one pass where the modules allow it. x, residual [..., D]."""
+    eps = getattr(module, "eps", None) or getattr(module, "variance_epsilon", None)
+    if not any(is_plain(module, cls) for cls in _layer_norms(module)) or module.weight is None:
+        x = x if dropout is None else dropout(x)
+        return module(x if residual is None else x + residual)
+    options = {}
+    if dropout is not None and is_plain(dropout, nn.Dropout):
+        options = dropping(dropout, x.device)
+    elif dropout is not None:
+        x = dropout(x)
+    rows = x.reshape(-1, x.shape[-1])
+    residual = residual if residual is None else residual.reshape(rows.shape)
+    return ops.layer_norm(rows, module.weight, module.bias, residual=residual, eps=eps, **options).view(x.shape)
+
+
+def _layer_norms(module):
+    # DeBERTa v1 has one of its own, which computes the same
+    kind = vars(type(module)).get("replaces", type(module))
+    return (kind,) if kind is nn.LayerNorm or kind.__name__ == "DebertaLayerNorm" else ()
+
+
+def gelu_form(activation):
+    """Which GELU a module of HuggingFace's or torch's is, as `torch.nn.functional.gelu` names it; None: another."""
+    kind = vars(type(activation)).get("replaces", type(activation))
+    if kind is nn.GELU:
+        return activation.approximate
+    return {
+        "GELUActivation": "none", "NewGELUActivation": "tanh", "GELUTanh": "tanh", "PytorchGELUTanh": "tanh",
+        "FastGELUActivation": "tanh",
+    }.get(kind.__name__)  # fmt: skip
+
+
+def linear_gelu(dense, activation, x):
+    """activation(dense(x)), the bias added inside the GELU's kernel."""
+    approximate = gelu_form(activation)
+    if approximate is None or not is_plain(activation, vars(type(activation)).get("replaces", type(activation))):
+        return activation(linear(dense, x))
+    if not is_plain(dense, nn.Linear):
+        return ops.bias_gelu(dense(x), None, approximate=approximate)
+    return ops.bias_gelu(ops.linear(x, dense.weight), dense.bias, approximate=approximate)
+
+
+def _refuses_activation(name):
+    def refuses(module):
+        activation = getattr(module, name)
+        if gelu_form(activation) is None:
+            kind = getattr(activation, "__name__", type(activation).__name__)
+            return f"its activation, {kind}, is no GELU"
+        return None
+
+    return staticmethod(refuses)
+
+
+def attend(packed, q, k, v, heads, op=ops.attention, **options):
+    """Attention of [N, H * K] rows each, [N, H * K]. `op`: that of `ops` which takes (q, k, v, cu_seqlens, longest)."""
+    D = q.shape[-1]
+    if not packed.inside:
+        q, k, v = (packed.pack(x) for x in (q, k, v))
+    q, k, v = (x.reshape(len(x), heads, -1) for x in (q, k, v))
+    out = op(q, k, v, packed.cu_seqlens, packed.max_seqlen, **options).reshape(-1, D)
+    return out if packed.inside else packed.unpack(out).view(-1, D)
+
+
+def _rows(x):
+    """[B, S, D] -> [B * S, D]."""
+    return x.flatten(0, 1)
+
+
+# ------------------------------------------------------------------------------------------------------- attention
+
+
+class SelfAttention(Replacement):
+    """BERT's, and what its copies call the same."""
+
+    PARTS = ("attention",)
+    WHAT = "fused attention"
+    QUERY, KEY, VALUE = "query", "key", "value"
+
+    @staticmethod
+    def refuses(module):
+        if getattr(module, "is_decoder", False) or getattr(module, "is_causal", False):
+            return "a decoder's attention is causal"
+        return None
+
+    def forward(self, hidden_states, attention_mask=None, *args, **kwargs):
+        if not isinstance(attention_mask, Packed):
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        return self._attended(hidden_states, attention_mask).view(hidden_states.shape[:-1] + (-1,)), None
+
+    def _attended(self, hidden_states, packed):
+        x = _rows(hidden_states)
+        q, k, v = (linear(getattr(self, name), x) for name in (self.QUERY, self.KEY, self.VALUE))
+        heads = q.shape[-1] // self.attention_head_size
+        return attend(packed, q, k, v, heads, scale=self.scaling, **dropping(self._dropout(), x.device))
+
+    def _dropout(self):
+        return self.dropout
+
+
+class AlbertAttention(SelfAttention):
+    """The same with the output projection and the norm behind it."""
+
+    WHAT = "fused attention, add and norm"
+
+    def forward(self, hidden_states, attention_mask=None, *args, **kwargs):
+        if not isinstance(attention_mask, Packed):
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        out = linear(self.dense, self._attended(hidden_states, attention_mask)).view_as(hidden_states)
+        return layer_norm(self.LayerNorm, out, hidden_states, self.output_dropout), None
+
+    def _dropout(self):
+        return self.attention_dropout
+
+
+class DistilBertAttention(SelfAttention):
+    QUERY, KEY, VALUE = "q_lin", "k_lin", "v_lin"
+
+    def forward(self, hidden_states, attention_mask=None, *args, **kwargs):
+        if not isinstance(attention_mask, Packed):
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        return linear(self.out_lin, self._attended(hidden_states, attention_mask)).view_as(hidden_states), None
+
+
+class MPNetAttention(Replacement):
+    """With a number for each distance: `position_bias` is then the `bias` of `ops.biased_attention`."""
+
+    PARTS = ("attention",)
+    WHAT = "fused attention with distances"
+
+    def forward(self, hidden_states, attention_mask=None, position_bias=None, *args, **kwargs):
+        if not isinstance(attention_mask, Packed):
+            return super().forward(hidden_states, attention_mask, position_bias, *args, **kwargs)
+        x = _rows(hidden_states)
+        q, k, v = (linear(module, x) for module in (self.q, self.k, self.v))
+        op = functools.partial(_biased, bias=position_bias)
+        out = attend(attention_mask, q, k, v, self.num_attention_heads, op, **dropping(self.dropout, x.device))
+        return (linear(self.o, out).view_as(hidden_states),)
+
+
+def _biased(q, k, v, cu_seqlens, max_seqlen, *, bias, **options):
+    return ops.biased_attention(q, k, v, bias, cu_seqlens, max_seqlen, **options)
+
+
+def _disentangled(q, k, v, cu_seqlens, max_seqlen, *, positions, **options):
+    return ops.disentangled_attention(q, k, v, *positions, cu_seqlens, max_seqlen, **options)
+
+
+class DebertaV2Attention(Replacement):
+    PARTS = ("attention",)
+    WHAT = "fused disentangled attention"
+
+    @staticmethod
+    def refuses(module):
+        if not module.relative_attention or not set(module.pos_att_type) & {"c2p", "p2c"}:
+            return "it has no relative positions"
+        if set(module.pos_att_type) - {"c2p", "p2c"}:
+            return f"pos_att_type {module.pos_att_type} has more than c2p and p2c"
+        return None
+
+    def forward(
+        self, hidden_states, attention_mask, output_attentions=False, query_states=None, relative_pos=None,
+        rel_embeddings=None,
+    ):  # fmt: skip
+        if not isinstance(attention_mask, Packed):
+            return super().forward(
+                hidden_states, attention_mask, output_attentions, query_states, relative_pos, rel_embeddings
+            )
+        x, H = _rows(hidden_states), self.num_attention_heads
+        q, k, v = (linear(module, x) for module in (self.query_proj, self.key_proj, self.value_proj))
+        relative = self.pos_dropout(rel_embeddings)
+        share = self.share_att_key
+        positions = (
+            linear(self.key_proj if share else self.pos_key_proj, relative) if "c2p" in self.pos_att_type else None,
+            linear(self.query_proj if share else self.pos_query_proj, relative) if "p2c" in self.pos_att_type else None,
+        )
+        out = attend(
+            attention_mask, q, k, v, H,
+            functools.partial(_disentangled, positions=[p if p is None else p.view(len(p), H, -1) for p in positions]),
+            position_buckets=max(self.position_buckets, 0), max_relative_positions=self.max_relative_positions,
+            **dropping(self.dropout, x.device),
+        )  # fmt: skip
+        return out.view_as(hidden_states), None
+
+
+class DebertaAttention(Replacement):
+    """DeBERTa v1's: each head's query, key and value stand side by side in one projection."""
+
+    PARTS = ("attention",)
+    WHAT = "fused disentangled attention"
+
+    @staticmethod
+    def refuses(module):
+        return "it has talking heads" if module.talking_head else DebertaV2Attention.refuses(module)
+
+    def forward(
+        self, hidden_states, attention_mask, output_attentions=False, query_states=None, relative_pos=None,
+        rel_embeddings=None,
+    ):  # fmt: skip
+        if not isinstance(attention_mask, Packed):
+            return super().forward(
+                hidden_states, attention_mask, output_attentions, query_states, relative_pos, rel_embeddings
+            )
+        x, H = _rows(hidden_states), self.num_attention_heads
+        q, k, v = linear(self.in_proj, x).view(len(x), H, 3, -1).unbind(2)
+        q, k, v = q.flatten(1) + self.q_bias, k.flatten(1), v.flatten(1) + self.v_bias
+        relative = self.pos_dropout(rel_embeddings)
+        positions = (
+            linear(self.pos_proj, relative) if "c2p" in self.pos_att_type else None,
+            linear(self.pos_q_proj, relative) if "p2c" in self.pos_att_type else None,
+        )
+        out = attend(
+            attention_mask, q, k, v, H,
+            functools.partial(_disentangled, positions=[p if p is None else p.view(len(p), H, -1) for p in positions]),
+            max_relative_positions=self.max_relative_positions, **dropping(self.dropout, x.device),
+        )  # fmt: skip
+        return out.view_as(hidden_states), None
+
+
+class ModernBertAttention(Replacement):
+    """With rotary positions, in some layers within a window."""
+
+    PARTS = ("attention",)
+    WHAT = "fused attention, rotary"
+
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, **kwargs):
+        if not isinstance(attention_mask, Packed):
+            return super().forward(hidden_states, position_embeddings, attention_mask, **kwargs)
+        B, S, D = hidden_states.shape
+        x = _rows(hidden_states)
+        qkv = linear(self.Wqkv, x).view(B, S, 3, -1, self.head_dim)
+        cos, sin = (table[:, :, None, None] for table in position_embeddings)
+        turning = qkv[:, :, :2].float()
+        a, b = turning.chunk(2, -1)
+        q, k = (turning * cos + torch.cat((-b, a), -1) * sin).to(qkv.dtype).unbind(2)
+        dropout_p = self.attention_dropout if self.training else 0.0
+        options = dict(dropout_p=dropout_p, seed=_seed(x.device)) if dropout_p else {}
+        # their bound leaves out the last token that the window holds, to suit flash-attention
+        window = None if self.sliding_window is None else self.sliding_window - 1
+        q, k, v = (t.reshape(B * S, -1) for t in (q, k, qkv[:, :, 2]))
+        out = attend(attention_mask, q, k, v, D // self.head_dim, scale=self.head_dim**-0.5, window=window, **options)
+        return self.out_drop(linear(self.Wo, out)).view(B, S, -1), None
+
+
+def _seed(device):
+    return torch.randint(-(2**63), 2**63 - 1, (1,), device=device)
+
+
+# ------------------------------------------------------------------------------------------- norms and feed-forward
+
+
+class AddNorm(Replacement):
+    """LayerNorm(dropout(dense(x)) + residual)."""
+
+    PARTS = ("layer_norm",)
+    WHAT = "linear, fused dropout, add and norm"
+
+    def forward(self, hidden_states, input_tensor):
+        return layer_norm(self.LayerNorm, linear(self.dense, hidden_states), input_tensor, self.dropout)
+
+
+class MPNetAttentionNorm(Replacement):
+    PARTS = ("layer_norm",)
+    WHAT = "fused dropout, add and norm"
+
+    def forward(self, hidden_states, attention_mask=None, position_bias=None, output_attentions=False, **kwargs):
+        attended, *rest = self.attn(hidden_states, attention_mask, position_bias, output_attentions=output_attentions)
+        return layer_norm(self.LayerNorm, attended, hidden_states, self.dropout), *rest
+
+
+class DebertaLayerNorm(Replacement):
+    PARTS = ("layer_norm",)
+    WHAT = "fused norm"
+
+    def forward(self, hidden_states):
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        return ops.layer_norm(rows, self.weight, self.bias, eps=self.variance_epsilon).view(hidden_states.shape)
+
+
+class Intermediate(Replacement):
+    """gelu(dense(x))."""
+
+    PARTS = ("gelu",)
+    WHAT = "linear, fused bias and GELU"
+    refuses = _refuses_activation("intermediate_act_fn")
+
+    def forward(self, hidden_states):
+        return linear_gelu(self.dense, self.intermediate_act_fn, hidden_states)
+
+
+class DistilBertFeedForward(Replacement):
+    PARTS = ("gelu",)
+    WHAT = "linear, fused bias and GELU"
+    refuses = _refuses_activation("activation")
+
+    def ff_chunk(self, input):
+        return self.dropout(linear(self.lin2, linear_gelu(self.lin1, self.activation, input)))
+
+    def forward(self, input):
+        return super().forward(input)
+
+
+class DistilBertBlock(Replacement):
+    PARTS = ("layer_norm",)
+    WHAT = "fused add and norm"
+
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        attended, _ = self.attention(hidden_states, attention_mask=attention_mask, **kwargs)
+        x = layer_norm(self.sa_layer_norm, attended, hidden_states)
+        return layer_norm(self.output_layer_norm, self.ffn(x), x)
+
+
+class AlbertBlock(Replacement):
+    PARTS = ("layer_norm", "gelu")
+    WHAT = "linear, fused bias and GELU, add and norm"
+    refuses = _refuses_activation("activation")
+
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        if self.chunk_size_feed_forward:
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        x, _ = self.attention(hidden_states, attention_mask, **kwargs)
+        if self.fastbert_options.gelu:
+            y = linear(self.ffn_output, linear_gelu(self.ffn, self.activation, x))
+        else:
+            y = self.ff_chunk(x)
+        return (
+            layer_norm(self.full_layer_layer_norm, y, x)
+            if self.fastbert_options.layer_norm
+            else self.full_layer_layer_norm(y + x)
+        )
+
+
+class ModernBertFeedForward(Replacement):
+    PARTS = ("gelu",)
+    WHAT = "linear, fused GELU"
+    refuses = _refuses_activation("act")
+
+    def forward(self, hidden_states):
+        x, gate = linear(self.Wi, hidden_states).chunk(2, -1)
+        x = ops.bias_gelu(x, None, approximate=gelu_form(self.act)) * gate
+        return linear(self.Wo, self.drop(x))
+
+
+class Transform(Replacement):
+    """LayerNorm(gelu(dense(x))): what a masked-LM head does first."""
+
+    PARTS = ("gelu", "layer_norm")
+    WHAT = "linear, fused bias, GELU and norm"
+    refuses = _refuses_activation("transform_act_fn")
+
+    def forward(self, hidden_states):
+        if self.fastbert_options.gelu and self.fastbert_options.layer_norm:
+            return gelu_norm(self.dense, gelu_form(self.transform_act_fn), self.LayerNorm, hidden_states)
+        if self.fastbert_options.gelu:
+            return self.LayerNorm(linear_gelu(self.dense, self.transform_act_fn, hidden_states))
+        return layer_norm(self.LayerNorm, self.transform_act_fn(self.dense(hidden_states)))
+
+
+def gelu_norm(dense, approximate, norm, x):
+    """LayerNorm(gelu(dense(x))), in one pass after the product where the modules allow it."""
+    if not is_plain(dense, nn.Linear) or not is_plain(norm, nn.LayerNorm):
+        return layer_norm(norm, ops.bias_gelu(linear(dense, x), None, approximate=approximate))
+    rows = x.reshape(-1, x.shape[-1])
+    y = ops.gelu_layer_norm(
+        ops.linear(rows, dense.weight), dense.bias, norm.weight, norm.bias, approximate=approximate, eps=norm.eps
+    )
+    return y.view(*x.shape[:-1], -1)
+
+
+# ---------------------------------------------------------------------------------------------------------- stacks
+
+
+class Stack(Replacement):
+    """The loop over layers, on real tokens alone."""
+
+    PARTS = ("attention",)
+    WHAT = "the layers without padding"
+    BY_DISTANCE = False
+
+    @staticmethod
+    def refuses(module):
+        config = _config(module)
+        if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
+            return "a decoder attends causally, or to another model"
+        if getattr(config, "chunk_size_feed_forward", 0):
+            return "chunk_size_feed_forward cuts padded lengths"
+        return None
+
+    def forward(self, hidden_states, attention_mask=None, *args, **kwargs):
+        packed = self._packing(hidden_states, attention_mask, kwargs)
+        if packed is None:
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        if not packed.inside:
+            return super().forward(hidden_states, packed, *args, **kwargs)
+        out = super().forward(packed.pack(hidden_states)[None], packed, *args, **kwargs)
+        out.last_hidden_state = packed.unpack(out.last_hidden_state[0])
+        return out
+
+    def _packing(self, hidden_states, attention_mask, kwargs):
+        """The Packed to call the layers with, None where they must be called as ever."""
+        if any(kwargs.get(name) is not None for name in ("encoder_hidden_states", "past_key_values")):
+            return None
+        if kwargs.get("use_cache") or _asks(self, kwargs, "output_attentions"):
+            return None
+        inside = (
+            self.fastbert_options.unpad and not _asks(self, kwargs, "output_hidden_states") and not is_watched(self)
+        )
+        return packing(hidden_states, attention_mask, kwargs, inside=inside, by_distance=self.BY_DISTANCE)
+
+
+class MPNetStack(Stack):
+    BY_DISTANCE = True
+
+    def forward(
+        self, hidden_states, attention_mask=None, output_attentions=False, output_hidden_states=False,
+        return_dict=False, **kwargs,
+    ):  # fmt: skip
+        asked = dict(output_attentions=output_attentions, output_hidden_states=output_hidden_states)
+        packed = self._packing(hidden_states, attention_mask, {**kwargs, **asked})
+        if packed is None:
+            return super(Stack, self).forward(hidden_states, attention_mask, **asked, return_dict=return_dict, **kwargs)
+        # row max_seqlen + i - j is of a query at i and a key at j
+        distance = torch.arange(-packed.max_seqlen, packed.max_seqlen, device=hidden_states.device)
+        buckets = F.one_hot(self.relative_position_bucket(-distance), self.relative_attention_bias.num_embeddings)
+        bias = buckets.to(hidden_states.dtype) @ self.relative_attention_bias.weight.to(hidden_states.dtype)
+        return _run(self, hidden_states, packed, lambda layer, x: layer(x, packed, bias)[0], asked, return_dict)
+
+
+def _run(stack, hidden_states, packed, call, asked, return_dict, after_first=None):
+    """A loop over `stack.layer` for the families whose own loop reads the mask; `call(layer, x)` runs one."""
+    x = packed.pack(hidden_states)[None] if packed.inside else hidden_states
+    restored = (lambda x: packed.unpack(x[0])) if packed.inside else (lambda x: x)
+    states = [hidden_states]
+    for i, layer in enumerate(stack.layer):
+        x = call(layer, x)
+        if i == 0 and after_first is not None:
+            padded = after_first(hidden_states, restored(x))
+            x = packed.pack(padded)[None] if packed.inside else padded
+        if asked["output_hidden_states"] or i + 1 == len(stack.layer):
+            states.append(restored(x))
+    every = tuple(states) if asked["output_hidden_states"] else None
+    if not return_dict:
+        return (states[-1],) if every is None else (states[-1], every)
+    return _output_class(stack)(last_hidden_state=states[-1], hidden_states=every)
+
+
+def _output_class(stack):
+    return inspect.getmodule(vars(type(stack))["replaces"]).BaseModelOutput
+
+
+class DebertaStack(Stack):
+    BY_DISTANCE = True
+
+    @staticmethod
+    def refuses(module):
+        return None if module.relative_attention else "it has no relative positions"
+
+    def forward(
+        self, hidden_states, attention_mask, output_hidden_states=True, output_attentions=False, query_states=None,
+        relative_pos=None, return_dict=True,
+    ):  # fmt: skip
+        given = query_states is not None or relative_pos is not None or not torch.is_tensor(hidden_states)
+        packed = None
+        if not given and not output_attentions and attention_mask.dim() == 2:
+            inside = self.fastbert_options.unpad and not is_watched(self)
+            packed = packing(hidden_states, attention_mask, {}, inside=inside, by_distance=True)
+        if packed is None:
+            return super(Stack, self).forward(
+                hidden_states, attention_mask, output_hidden_states, output_attentions, query_states, relative_pos,
+                return_dict,
+            )  # fmt: skip
+        relative = self.get_rel_embedding()
+        conv = getattr(self, "conv", None)
+        return _run(
+            self, hidden_states, packed, lambda layer, x: layer(x, packed, rel_embeddings=relative)[0],
+            dict(output_hidden_states=output_hidden_states), return_dict,
+            after_first=None if conv is None else lambda first, x: conv(first, x, attention_mask),
+        )  # fmt: skip
+
+
+class ModernBertStack(Stack):
+    """ModernBERT's model is its own stack: the padding goes before the embeddings."""
+
+    BY_DISTANCE = True
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, **kwargs):
+        x = input_ids if input_ids is not None else inputs_embeds
+        packed = None
+        if x is not None and (input_ids is None or inputs_embeds is None) and not isinstance(attention_mask, dict):
+            packed = self._packing(x, attention_mask, kwargs)
+        if packed is None:
+            return super(Stack, self).forward(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
+        B, S = packed.shape
+        if position_ids is None:
+            position_ids = torch.arange(S, device=x.device)[None]
+        if packed.inside:
+            position_ids = packed.pack(position_ids.expand(B, S))[None]
+            x = packed.pack(x)[None]
+        return_dict = kwargs.pop("return_dict", None)
+        out = super(Stack, self).forward(
+            x if input_ids is not None else None, dict.fromkeys(("full_attention", "sliding_attention"), packed),
+            position_ids, x if input_ids is None else None, **kwargs,
+        )  # fmt: skip
+        if packed.inside:
+            out.last_hidden_state = packed.unpack(out.last_hidden_state[0])
+        return out if (self.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
+
+
+# ---------------------------------------------------------------------------------------------------- heads and losses
+
+
+def _named(self, args, kwargs):
+    """All arguments of a call of a model's forward by their names."""
+    names = list(inspect.signature(vars(type(self))["replaces"].forward).parameters)[1:]
+    return {**dict(zip(names, args)), **kwargs}
+
+
+def _mean(loss_sum, count, num_items):
+    """The mean, over the whole of a step where its number of labels is known; 0 where there is no label."""
+    return loss_sum / (count.clamp(min=1) if num_items is None else num_items)
+
+
+class LossHead(Replacement):
+    """A head whose loss is a mean over labels. Under gradient accumulation and several processes HuggingFace's Trainer
+    hands the number of labels of the whole step to the model and expects it to divide by that; theirs do not."""
+
+    PARTS = ("loss",)
+    WHAT = "loss by the number of labels of the whole step"
+
+    def forward(self, *args, **kwargs):
+        kwargs = _named(self, args, kwargs)
+        num_items, labels = kwargs.pop("num_items_in_batch", None), kwargs.get("labels")
+        out = super().forward(**kwargs)
+        if num_items is None or labels is None:
+            return out
+        count = (labels != -100).sum()
+        if isinstance(out, tuple):
+            return (out[0] * count / num_items, *out[1:])
+        out.loss = out.loss * count / num_items
+        return out
+
+
+class MaskedLM(Replacement):
+    """A masked-language model: the head and the loss on picked tokens alone; in training no scores are kept."""
+
+    PARTS = ("loss",)
+    WHAT = "head and loss on picked tokens alone"
+    SCORES = "logits"
+
+    @staticmethod
+    def refuses(module):
+        if getattr(module.config, "is_decoder", False):
+            return "a decoder"
+        return None if _vocabulary_head(module) is not None else "its head is not one that fastbert knows"
+
+    def forward(self, *args, **kwargs):
+        kwargs = _named(self, args, kwargs)
+        labels, num_items = kwargs.pop("labels", None), kwargs.pop("num_items_in_batch", None)
+        if labels is None:
+            return super().forward(**kwargs)
+        return_dict = kwargs.pop("return_dict", None)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        if self.training and self.fastbert_options.logits == "evaluation":
+            out = self.base_model(**kwargs, return_dict=True)
+            hidden = out[0]
+            labels = labels.to(hidden.device).flatten()
+            picks = (labels != -100).nonzero()[:, 0]
+            loss = _mean(*picked_loss(self, hidden.flatten(0, -2)[picks], labels[picks]), num_items)
+            fields = dict(loss=loss, hidden_states=out.get("hidden_states"), attentions=out.get("attentions"))
+            cls = inspect.getmodule(vars(type(self))["replaces"]).MaskedLMOutput
+        else:
+            out = super().forward(**kwargs, return_dict=True)
+            scores = out[self.SCORES].flatten(0, -2)
+            labels = labels.to(scores.device).flatten()
+            picks = (labels != -100).nonzero()[:, 0]
+            loss_sum = F.cross_entropy(scores[picks].float(), labels[picks], reduction="sum")
+            fields, cls = {**out, "loss": _mean(loss_sum, (labels != -100).sum(), num_items)}, type(out)
+        out = cls(**fields)
+        return out if return_dict else out.to_tuple()
+
+
+def picked_loss(model, rows, labels):
+    """(sum of the cross-entropies, how many) of hidden states [M, D] and labels [M], all of them picked."""
+    transform, decoder = _vocabulary_head(model)
+    rows = transform(rows)
+    count = (labels != -100).sum()
+    if is_plain(decoder, nn.Linear):
+        return ops.masked_cross_entropy(rows, decoder.weight, decoder.bias, labels)[0], count
+    return F.cross_entropy(decoder(rows).float(), labels, reduction="sum"), count
+
+
+def _vocabulary_head(model):
+    """(what a masked-LM head does with hidden states before the vocabulary, its last linear layer), None: unknown."""
+    kind = vars(type(model)).get("replaces", type(model)).__name__
+    find = _VOCABULARY_HEADS.get(kind)
+    try:
+        return None if find is None else find(model)
+    except AttributeError:
+        return None
+
+
+def _lm_head(model):
+    head = model.lm_head
+    return lambda x: gelu_norm(head.dense, "none", head.layer_norm, x), head.decoder
+
+
+def _bert_head(model):
+    return model.cls.predictions.transform, model.cls.predictions.decoder
+
+
+def _albert_head(model):
+    head = model.predictions
+    return lambda x: head.LayerNorm(linear_gelu(head.dense, head.activation, x)), head.decoder
+
+
+def _distilbert_head(model):
+    return (
+        lambda x: layer_norm(model.vocab_layer_norm, linear_gelu(model.vocab_transform, model.activation, x)),
+        model.vocab_projector,
+    )
+
+
+_VOCABULARY_HEADS = {
+    "BertForMaskedLM": _bert_head,
+    "BertForPreTraining": _bert_head,
+    "RobertaForMaskedLM": _lm_head,
+    "XLMRobertaForMaskedLM": _lm_head,
+    "MPNetForMaskedLM": _lm_head,
+    "AlbertForMaskedLM": _albert_head,
+    "DistilBertForMaskedLM": _distilbert_head,
+    "ElectraForMaskedLM": lambda model: (model.generator_predictions, model.generator_lm_head),
+    "DebertaForMaskedLM": _bert_head,
+    "DebertaV2ForMaskedLM": _bert_head,
+    "ModernBertForMaskedLM": lambda model: (model.head, model.decoder),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------- tables
+
+
+def _table():
+    table = {}
+    heads = ("SequenceClassification", "TokenClassification", "MultipleChoice", "NextSentencePrediction")
+    for folder, name, own in (
+        ("bert", "Bert", {"PredictionHeadTransform": Transform}),
+        ("roberta", "Roberta", {}),
+        ("xlm_roberta", "XLMRoberta", {}),
+        ("electra", "Electra", {}),
+        ("mpnet", "MPNet", {"SelfAttention": MPNetAttention, "Attention": MPNetAttentionNorm, "Encoder": MPNetStack}),
+        ("deberta", "Deberta", {"Encoder": DebertaStack, "LayerNorm": DebertaLayerNorm}),
+        ("deberta_v2", "DebertaV2", {"Encoder": DebertaStack}),
+        ("albert", "Albert", {"Attention": AlbertAttention, "Layer": AlbertBlock, "Transformer": Stack}),
+        ("distilbert", "DistilBert", {"SelfAttention": DistilBertAttention}),
+        (
+            "modernbert", "ModernBert",
+            {"Attention": ModernBertAttention, "MLP": ModernBertFeedForward, "Model": ModernBertStack},
+        ),
+    ):  # fmt: skip
+        kinds = {
+            "Encoder": Stack, "SelfAttention": SelfAttention, "SelfOutput": AddNorm, "Output": AddNorm,
+            "Intermediate": Intermediate, "ForMaskedLM": MaskedLM,
+            **{f"For{head}": LossHead for head in heads}, **own,
+        }  # fmt: skip
+        prefix = f"transformers.models.{folder}.modeling_{folder}."
+        table |= {f"{prefix}{name}{kind}": replacement for kind, replacement in kinds.items()}
+    table["transformers.models.deberta.modeling_deberta.LegacyDebertaPredictionHeadTransform"] = Transform
+    table["transformers.models.deberta_v2.modeling_deberta_v2.LegacyDebertaV2PredictionHeadTransform"] = Transform
+    table["transformers.models.deberta.modeling_deberta.DisentangledSelfAttention"] = DebertaAttention
+    table["transformers.models.deberta_v2.modeling_deberta_v2.DisentangledSelfAttention"] = DebertaV2Attention
+    table["transformers.models.distilbert.modeling_distilbert.Transformer"] = Stack
+    table["transformers.models.distilbert.modeling_distilbert.TransformerBlock"] = DistilBertBlock
+    table["transformers.models.distilbert.modeling_distilbert.FFN"] = DistilBertFeedForward
+    return table
+
+
+# full name of HuggingFace's class -> what takes its place
+TABLE = _table()

@@ -1,0 +1,213 @@
+"""Swap: make a model that is already built fast, in place, and take it back.
+
+A module changes its class and nothing else: its new class derives from the old one and overrides `forward` (PyTorch's
+`fully_shard` and `parametrize` work the same way). So parameters, buffers, names, hooks, and every reference that
+someone holds stay what they were; no library is patched, no other model is touched.
+
+This file is the mechanism. What runs instead stands in `replacements.py` (HuggingFace) and `torch_replacements.py`.
+"""
+
+import contextlib
+import functools
+import itertools
+import re
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from . import replacements, torch_replacements
+
+# full name of a class -> what takes its place
+TABLE = {**torch_replacements.TABLE, **replacements.TABLE}
+PARTS = ("attention", "layer_norm", "gelu", "loss")
+
+
+@dataclass
+class Row:
+    """One module: its name in the model ("" is the model itself), its class, what runs there now ("" if it stayed),
+    and why it stayed ("" if it did not)."""
+
+    name: str
+    module: str
+    became: str = ""
+    reason: str = ""
+
+
+@dataclass
+class SwapReport:
+    """What `swap` has done. `print(report)` shows it as a table, layers that fared alike in one line."""
+
+    rows: list = field(default_factory=list)
+
+    @property
+    def swapped(self):
+        """The rows of what runs fastbert now."""
+        return [row for row in self.rows if row.became]
+
+    @property
+    def stayed(self):
+        """The rows of what was looked at and left as it was, each with its reason."""
+        return [row for row in self.rows if not row.became]
+
+    def raise_if_incomplete(self):
+        """RuntimeError that names what stayed and why, or that nothing was found to swap."""
+        if not self.rows:
+            raise RuntimeError(
+                "fastbert.swap found nothing to swap: no module of this model is of a class that it knows"
+            )
+        if self.stayed:
+            lines = [
+                f"{name or 'the model'} ({module}): {reason}" for name, module, _, reason in self._lines(self.stayed)
+            ]
+            raise RuntimeError("fastbert.swap left some modules as they were: " + "; ".join(lines))
+
+    @staticmethod
+    def _lines(rows):
+        """(names, class, became, reason), once for all layers that differ in their numbers only."""
+        groups = {}
+        for row in rows:
+            pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", row.name)
+            groups.setdefault((pattern, row.module, row.became, row.reason), []).append(row.name)
+        for (_, module, became, reason), names in groups.items():
+            yield _joined(names), module, became, reason
+
+    def __str__(self):
+        lines = [
+            (name or "(the model)", module, became or f"stays: {reason}")
+            for name, module, became, reason in self._lines(self.rows)
+        ]
+        head = ("module", "class", "runs")
+        widths = [max(len(line[i]) for line in (head, *lines)) for i in range(2)]
+        table = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in (head, *lines)]
+        table.insert(1, "-" * max(map(len, table)))
+        return "\n".join([*table, f"{len(self.swapped)} modules swapped, {len(self.stayed)} left as they were"])
+
+
+def _joined(names):
+    """`layer.0.x`, `layer.1.x`, `layer.2.x` as `layer.0-2.x`."""
+    if len(names) == 1:
+        return names[0]
+    parts = [re.split(r"(?<=\.)(\d+)(?=\.|$)", name) for name in names]
+    joined = list(parts[0])
+    for i, column in enumerate(zip(*parts)):
+        numbers = sorted({int(x) for x in column}) if i % 2 else []
+        if len(numbers) > 1:
+            whole = numbers == list(range(numbers[0], numbers[-1] + 1))
+            joined[i] = f"{numbers[0]}-{numbers[-1]}" if whole else ",".join(map(str, numbers))
+    return "".join(joined)
+
+
+def swap(model, *, attention=True, layer_norm=True, gelu=True, loss=True, unpad="auto", logits="evaluation"):
+    """Make `model` (any nn.Module that holds modules of a known kind) run fastbert's kernels, in place.
+
+    attention, layer_norm, gelu, loss: which parts. unpad: "auto" runs a stack of layers on the real tokens alone where
+    nobody looks at what is inside it; False never does. logits: whether a masked-language model that was given labels
+    returns its scores too: in "evaluation" only, or "always"; without labels it always does.
+
+    Known: HuggingFace's BERT, RoBERTa, XLM-R, ALBERT, DistilBERT, ELECTRA, DeBERTa (v1, v2, v3), MPNet and ModernBERT
+    with any head, also inside of other models (sentence-transformers); nn.TransformerEncoder and its layers,
+    nn.LayerNorm, nn.GELU, nn.CrossEntropyLoss. Returns a SwapReport. A second swap changes nothing but what it switches
+    otherwise. Raises ValueError for a switch that does not exist, TypeError for what is no nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: expected a torch.nn.Module")
+    if unpad not in ("auto", True, False):
+        raise ValueError(f"unpad is {unpad!r}: expected 'auto', True or False")
+    if logits not in ("evaluation", "always"):
+        raise ValueError(f"logits is {logits!r}: expected 'evaluation' or 'always'")
+    wanted = dict(zip(PARTS, (attention, layer_norm, gelu, loss)))
+    for name, value in wanted.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} is {value!r}: expected True or False")
+    options = replacements.Options(unpad=bool(unpad), logits=logits, **wanted)
+    unswap(model)
+    rows, found = [], list(model.named_modules())
+    for name, module in found:
+        replacement = TABLE.get(_full_name(type(module)))
+        if replacement is None:
+            relative = next((cls for cls in type(module).__mro__[1:] if _full_name(cls) in TABLE), None)
+            if relative is not None and _overrides(type(module), relative):
+                rows.append(
+                    Row(name, type(module).__name__, reason=f"a class of its own, derived from {relative.__name__}")
+                )
+            continue
+        row = Row(name, type(module).__name__)
+        if not any(wanted[part] for part in replacement.PARTS):
+            row.reason = f"switched off: {' and '.join(replacement.PARTS)}"
+        elif "forward" in vars(module):
+            row.reason = "its forward has been set on the instance"
+        else:
+            row.reason = replacement.refuses(module) or ""
+        if not row.reason:
+            row.became = replacement.WHAT
+            module.__class__ = _class_of(replacement, type(module))
+            module.fastbert_options = options
+        rows.append(row)
+    return SwapReport(rows)
+
+
+def unswap(model):
+    """Give every module of `model` its own class back. Harmless where nothing was swapped."""
+    for module in model.modules():
+        original = vars(type(module)).get("replaces")
+        if original is not None:
+            module.__class__ = original
+            vars(module).pop("fastbert_options", None)
+
+
+@contextlib.contextmanager
+def swapped(model, **switches):
+    """`with swapped(model) as report:` swaps as `swap` does, and gives the model back at the end, as it was before."""
+    before = {id(module): (module, type(module), vars(module).get("fastbert_options")) for module in model.modules()}
+    try:
+        yield swap(model, **switches)
+    finally:
+        unswap(model)
+        for module, cls, options in before.values():
+            if "replaces" in vars(cls):
+                module.__class__, module.fastbert_options = cls, options
+
+
+def _full_name(cls):
+    return f"{cls.__module__}.{cls.__qualname__}" if "replaces" not in vars(cls) else ""
+
+
+def _overrides(cls, base):
+    """Whether a class derived from `base` computes something of its own."""
+    between = itertools.takewhile(lambda c: c is not base, cls.__mro__)
+    return all("replaces" not in vars(c) for c in cls.__mro__) and any("forward" in vars(c) for c in between)
+
+
+@functools.cache
+def _class_of(replacement, original):
+    """`original` with the forward of `replacement`. It goes by the same name: others look classes up by it."""
+
+    @functools.wraps(original.forward)  # keeps the signature, from which HuggingFace's Trainer reads what to pass
+    def forward(self, *args, **kwargs):
+        return replacement.forward(self, *args, **kwargs)
+
+    return type(
+        original.__name__,
+        (replacement, original),
+        {
+            "__module__": original.__module__,
+            "__qualname__": original.__qualname__,
+            "__doc__": original.__doc__,
+            "__reduce_ex__": _reduce,
+            "forward": forward,
+            "replaces": original,
+            "replacement": replacement,
+        },
+    )
+
+
+def _reduce(self, protocol):
+    # the class is made on the fly: a pickle names what it is made from
+    cls = type(self)
+    state = self.__getstate__() if hasattr(self, "__getstate__") else vars(self)
+    return _new, (vars(cls)["replacement"], vars(cls)["replaces"]), state
+
+
+def _new(replacement, original):
+    cls = _class_of(replacement, original)
+    return cls.__new__(cls)
