@@ -5,6 +5,7 @@ python benchmarks/machine.py          writes machine.json to benchmarks/results/
 
 import argparse
 import json
+import os
 import platform
 import shutil
 import statistics
@@ -17,6 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from fastbert import ops
 from fastbert.report import versions
 
 
@@ -24,11 +26,16 @@ def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def rehearsing(device):
+    """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 FASTBERT_IMPL=triton): no time means anything."""
+    return device.type != "cuda" and ops.uses_triton(device)
+
+
 def folder(device):
-    """Where results of this device belong; those of a rehearsal, without a GPU, are not kept."""
+    """Where results of this device belong; those of a rehearsal are not kept."""
     results = Path(__file__).resolve().parent / "results"
     if device.type != "cuda":
-        return results / "rehearsal"
+        return results / ("rehearsal" if rehearsing(device) else "cpu")
     from fastbert.kernels._launch import device_name
 
     return results / device_name()
@@ -36,7 +43,7 @@ def folder(device):
 
 def describe(device):
     """{what: ...} of the device and the software, to stand beside every result."""
-    facts = {"device": platform.processor() or platform.machine(), **versions()}
+    facts = {"device": _processor(), **versions()}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         facts["device"] = properties.name
@@ -46,8 +53,19 @@ def describe(device):
         facts["cuda"] = torch.version.cuda or f"hip {torch.version.hip}"
         facts["driver"] = _driver()
     else:
+        facts["cores"], facts["threads"] = os.cpu_count(), torch.get_num_threads()
+        # a figure taken beside other work is worth less
+        facts["load_average"] = round(os.getloadavg()[0], 2)
+    if rehearsing(device):
         facts["rehearsal"] = "Triton's interpreter, tiny shapes: no time here means anything"
     return facts
+
+
+def _processor():
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def _driver():
@@ -58,13 +76,16 @@ def _driver():
 
 
 def ceilings(device):
-    """{"copy": bytes a second, read and written; "product": FLOPs a second of a bf16 matrix product}, both measured."""
+    """{"copy": bytes a second, read and written; "product": FLOPs a second of a matrix product}, both measured.
+
+    The product is in bf16 on a GPU; on a CPU in fp32, and of torch's two libraries by the faster.
+    """
     clock = Clock(device)
     return {"copy": _copy_rate(clock), "product": _product_rate(clock)}
 
 
 def _copy_rate(clock):
-    elements = 2**20
+    elements = 2**20 if rehearsing(clock.device) else 2**27
     if clock.device.type == "cuda":
         # many times any cache, and what fits
         elements = min(2**31, torch.cuda.mem_get_info(clock.device)[0] // 8)
@@ -74,11 +95,16 @@ def _copy_rate(clock):
 
 
 def _product_rate(clock):
-    # large enough to keep every multiprocessor busy
-    side = 8192 if clock.device.type == "cuda" else 256
+    # large enough to keep every multiprocessor, or core, busy
+    side = 8192 if clock.device.type == "cuda" else 256 if rehearsing(clock.device) else 2048
+    dtype = torch.bfloat16 if clock.device.type == "cuda" else torch.float32
     # random numbers: a product of zeros draws less power, and runs faster
-    a, b = (torch.randn(side, side, device=clock.device).to(torch.bfloat16) for _ in range(2))
-    return 2 * side**3 / _median_seconds(clock, lambda: a @ b)
+    a, b = (torch.randn(side, side, device=clock.device).to(dtype) for _ in range(2))
+    calls = [lambda: a @ b]
+    if clock.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        # oneDNN, which torch contains and chooses for some dtypes and processors only
+        calls.append(lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""))
+    return 2 * side**3 / min(_median_seconds(clock, call) for call in calls)
 
 
 def _median_seconds(clock, call, rounds=10):
@@ -90,9 +116,10 @@ class Clock:
 
     def __init__(self, device):
         self.device = device
+        # more than the caches between processor and memory hold: 256 MiB on a GPU, 64 on a CPU
+        elements = 2**26 if device.type == "cuda" else 1 if rehearsing(device) else 2**24
+        self.cold = torch.empty(elements, dtype=torch.int32, device=device)
         if device.type == "cuda":
-            # more than the cache between processor and memory holds
-            self.cold = torch.empty(2**26, dtype=torch.int32, device=device)
             # how long a sequence of calls takes to be queued, in cycles of the device
             self.cycles = {}
 
@@ -117,6 +144,7 @@ class Clock:
         return [a.elapsed_time(b) / 1000 for a, b in zip(events, events[1:])]
 
     def _on_the_host(self, calls):
+        self.cold.zero_()
         seconds, result = [], ()
         for call in calls:
             start = time.perf_counter()
@@ -126,15 +154,27 @@ class Clock:
 
 
 def gib_per_call(device, call):
-    """GiB of GPU memory that a call takes at its highest, beyond what was there; None on a CPU."""
+    """GiB of memory that a call takes at its highest, beyond what was there, as torch's allocator tells."""
     if device.type != "cuda":
-        return None
+        return _gib_on_a_cpu(call)
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     call()
     torch.cuda.synchronize(device)
     return (torch.cuda.max_memory_allocated(device) - before) / 2**30
+
+
+def _gib_on_a_cpu(call):
+    """Without what libraries take beside the allocator, such as oneDNN's own buffers."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    held = highest = 0
+    changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        highest = max(highest, held)
+    return highest / 2**30
 
 
 def main():
@@ -147,7 +187,7 @@ def main():
     for name, value in facts.items():
         print(f"{name}: {value}")
     print(f"copy: {rates['copy'] / 1e12:.3f} TB/s read and written")
-    print(f"bf16 matrix product: {rates['product'] / 1e12:.1f} TFLOP/s")
+    print(f"matrix product, {'bf16' if here.type == 'cuda' else 'fp32'}: {rates['product'] / 1e12:.2f} TFLOP/s")
     output.mkdir(parents=True, exist_ok=True)
     (output / "machine.json").write_text(json.dumps({**facts, "ceilings": rates}, indent=1) + "\n", encoding="utf-8")
 

@@ -6,11 +6,12 @@
 Every op runs forward and backward at the shapes of BERT-base and -large, MiniLM and DeBERTa-base, in bf16 and fp32,
 with and without dropout, under the search of kernels/_launch.py. A class of shapes whose default is the fastest, or
 within the noise of it, gets no entry, so that a better default takes effect. Without a GPU it rehearses on tiny shapes
-in Triton's interpreter (TRITON_INTERPRET=1 FASTBERT_IMPL=triton).
+in Triton's interpreter.
 """
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
@@ -21,6 +22,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__" and not torch.cuda.is_available():
+    # before anything imports triton
+    os.environ |= {"TRITON_INTERPRET": "1", "FASTBERT_IMPL": "triton"}
 
 import machine
 import op_cases
