@@ -16,7 +16,8 @@ class EncoderConfig:
     inner_group_num layers that run in turn. attention: the class in the attention slot, see `layers.ATTENTIONS`.
 
     DeBERTa: position_buckets (0: none), max_relative_positions, pos_att_type (of "c2p" and "p2c"), share_att_key,
-    norm_rel_ebd (the table of relative positions has a LayerNorm), conv_kernel_size (0: none), conv_act.
+    norm_rel_ebd (the table of relative positions has a LayerNorm), conv_kernel_size (0: none), conv_act,
+    enhanced_mask_decoder (the masked-LM head adds a table of positions, see `layers.MaskDecoder`).
     MPNet: distance_buckets (0: none).
 
     pre_norm: norms stand before attention and feed-forward, which is gated then. windows: how far each layer sees to
@@ -65,6 +66,7 @@ class EncoderConfig:
     norm_rel_ebd: bool = False
     conv_kernel_size: int = 0
     conv_act: str = "tanh"
+    enhanced_mask_decoder: bool = False
     attention_bias: bool = True
     mlp_bias: bool = True
     norm_bias: bool = True
@@ -100,6 +102,10 @@ class EncoderConfig:
         for act in (self.hidden_act, self.head_act or self.hidden_act):
             if act not in ACTIVATIONS:
                 raise ValueError(f"hidden_act is {act!r}: expected one of {', '.join(ACTIVATIONS)}")
+        if self.enhanced_mask_decoder and (self.position_biased_input or "disentangled" not in self.attention):
+            raise ValueError(
+                "enhanced_mask_decoder is true: expected disentangled attention, and position_biased_input false"
+            )
         if self.labels is not None and len(self.labels) != self.num_labels:
             raise ValueError(f"{len(self.labels)} labels have names: expected num_labels, {self.num_labels}")
         for name in (field.name for field in dataclasses.fields(self) if "dropout" in field.name):
@@ -125,9 +131,14 @@ class EncoderConfig:
         return self.embedding_size or self.hidden_size
 
     @property
+    def has_positions(self):
+        """Whether there is a table of absolute positions, of max_position_embeddings rows."""
+        return self.position_biased_input or self.enhanced_mask_decoder
+
+    @property
     def max_length(self):
         """Tokens of the longest sequence that the position table allows; without one, there is no longest."""
-        if not self.position_biased_input:
+        if not self.has_positions:
             return 2**31 - 1
         return self.max_position_embeddings - self.position_offset
 

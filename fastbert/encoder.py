@@ -80,7 +80,11 @@ class Block(nn.Module):
         """x [T, D] -> [T, D], or [M, D] when the layout asks for some rows only."""
         dropout = dropout.copy()
         attended = self.attention(x, layout, dropout)
-        x = self.attention_norm(attended, x if layout.rows is None else x[layout.rows], dropout)
+        return self.after_attention(attended, x if layout.rows is None else x[layout.rows], dropout)
+
+    def after_attention(self, attended, asking, dropout):
+        """What attention gave, and the rows that asked, both [T, D] or [M, D], through the rest of the layer."""
+        x = self.attention_norm(attended, asking, dropout)
         return self.feed_forward_norm(self.feed_forward(x), x, dropout)
 
 
@@ -123,12 +127,12 @@ class Encoder(nn.Module):
         self.convolution = Convolution(config) if config.conv_kernel_size else None
         self.apply(lambda module: initialize(module, config))
 
-    def forward(self, batch, rows=None, dropout=None):
+    def forward(self, batch, rows=None, dropout=None, decoder=None):
         """Hidden states [T, D] of a packing.Batch; of the rows `rows` (int64 [M], ascending) only, [M, D], if given.
 
         With rows, the last layer's queries, feed-forward and norms run on these rows alone, which changes nothing in
-        their values. dropout: a Dropout that a head goes on drawing from. Raises ValueError when a sequence is longer
-        than the model has positions.
+        their values. dropout: a Dropout that a head goes on drawing from. decoder: a head's MaskDecoder, which runs the
+        last layer in its own way. Raises ValueError when a sequence is longer than the model has positions.
         """
         if batch.max_seqlen > self.config.max_length:
             raise ValueError(
@@ -145,7 +149,9 @@ class Encoder(nn.Module):
             x = self.blocks[i](x, layout, dropout.of_layer(n))
             if n == 0 and self.convolution is not None:
                 x = self.convolution(embedded, x, layout, dropout)
-        x = self.blocks[last](x, layout if rows is None else layout.asking(rows), dropout.of_layer(len(earlier)))
+        layout = layout if rows is None else layout.asking(rows)
+        last, place = self.blocks[last], dropout.of_layer(len(earlier))
+        x = last(x, layout, place) if decoder is None else decoder(last, x, layout, place)
         dropout.offset = dropout.of_layer(len(earlier) + 1).offset
         return x if self.final_norm is None else self.final_norm(x)
 

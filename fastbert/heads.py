@@ -13,7 +13,7 @@ from torch import nn
 
 from . import ops, pretrained, variants
 from .encoder import Encoder, initialize
-from .layers import VocabularyTransform, dropped
+from .layers import MaskDecoder, VocabularyTransform, dropped
 from .packing import Batch, pack, unpack
 
 
@@ -107,7 +107,10 @@ class MaskedLM(Model):
         super().__init__(config)
         self.transform = VocabularyTransform(config)
         self.vocabulary_bias = nn.Parameter(torch.zeros(config.vocab_size))
-        self.transform.apply(lambda module: initialize(module, config))
+        self.mask_decoder = MaskDecoder(config) if config.enhanced_mask_decoder else None
+        for part in (self.transform, self.mask_decoder):
+            if part is not None:
+                part.apply(lambda module: initialize(module, config))
 
     def forward(self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, labels=None):
         """Loss when there are labels, else logits. Returns MaskedLMOutput.
@@ -118,7 +121,11 @@ class MaskedLM(Model):
         batch, restore = pack_inputs(self.config, input_ids, attention_mask, token_type_ids, position_ids, labels)
         if batch.labels is None:
             return MaskedLMOutput(logits=restore(self.logits(batch)))
-        return self._masked_lm(self.encoder(batch, rows=batch.picks), batch)
+        return self._masked_lm(self.hidden(batch, batch.picks), batch)
+
+    def hidden(self, batch, rows=None):
+        """What the head reads: hidden states of the rows `rows` (int64 [M], ascending; None: all T), [M, D]."""
+        return self.encoder(batch, rows, decoder=self.mask_decoder)
 
     def label_counts(self, batch):
         """What the losses of a packing.Batch are divided by: see `MaskedLMOutput.divided`. Waits for its device."""
@@ -126,7 +133,7 @@ class MaskedLM(Model):
 
     def logits(self, batch, rows=None):
         """Vocabulary scores of the rows `rows` (int64 [M], ascending; None: all T) of a packing.Batch: [M, V]."""
-        hidden = self.transform(self.encoder(batch, rows=rows))
+        hidden = self.transform(self.hidden(batch, rows))
         return ops.linear(hidden, self.encoder.embeddings.word.weight, self.vocabulary_bias)
 
     def _masked_lm(self, hidden, batch):
@@ -424,7 +431,7 @@ class ReplacedTokenPretraining(nn.Module):
         if batch.labels is None:
             raise ValueError("labels is None: expected the tokens of the text where it is masked, and -100 elsewhere")
         generator = self.generator
-        hidden = generator.transform(generator.encoder(batch, rows=batch.picks))
+        hidden = generator.transform(generator.hidden(batch, batch.picks))
         predicted = ops.masked_cross_entropy(
             hidden, generator.encoder.embeddings.word.weight, generator.vocabulary_bias, batch.labels[batch.picks]
         )
@@ -603,7 +610,7 @@ def pack_inputs(config, input_ids, attention_mask=None, token_type_ids=None, pos
     limits = [("input_ids", input_ids, config.vocab_size)]
     if config.type_vocab_size:
         limits.append(("token_type_ids", token_type_ids, config.type_vocab_size))
-    if config.position_biased_input:
+    if config.has_positions:
         limits.append(("position_ids", position_ids, config.max_position_embeddings))
     for name, ids, rows in limits:
         if ids is not None and ids.numel() and not torch.compiler.is_compiling():

@@ -120,6 +120,11 @@ class RotaryAttention(nn.Module):
         return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 
 
+def longest_of(layout):
+    """What all distances in a batch are below."""
+    return layout.max_seqlen if layout.columns is None else int(layout.columns.max()) + 1
+
+
 class DistanceBias(nn.Module):
     """A number for each head and bucket of distances, one table for all layers (Raffel et al. 2020): MPNet's."""
 
@@ -131,7 +136,7 @@ class DistanceBias(nn.Module):
 
     def forward(self, layout):
         """[2 * span, H], span = layout.max_seqlen: row span + i - j is that of a query at i and a key at j."""
-        span = layout.max_seqlen if layout.columns is None else int(layout.columns.max()) + 1
+        span = longest_of(layout)
         distance = torch.arange(-span, span, device=self.table.weight.device)
         # a product and no lookup: its gradient is a sum in a fixed order on every device
         return (
@@ -177,12 +182,23 @@ class RelativePositions(nn.Module):
     def __init__(self, config):
         super().__init__()
         span = config.position_buckets or config.max_relative_positions
+        self.buckets, self.furthest = config.position_buckets, config.max_relative_positions
         self.table = nn.Embedding(2 * span, config.hidden_size)
         self.norm = Norm(config) if config.norm_rel_ebd else None
 
     def forward(self, layout):
-        """[2 * span, D]."""
-        return self.table.weight if self.norm is None else self.norm(self.table.weight)
+        """(rows [2 * span, D], position_buckets, max_relative_positions): see `reference.disentangled_attention`.
+
+        Only the middle of the table where the distances in a batch end there, and each has a row of its own: as if
+        there were no buckets, and no more rows.
+        """
+        table, buckets, furthest = self.table.weight, self.buckets, self.furthest
+        span, longest = len(table) // 2, longest_of(layout)
+        # rows in steps of 64: each number of them is a compilation under torch.compile
+        rows = -(-longest // 64) * 64
+        if longest <= (buckets // 2 + 1 if buckets else span) and rows < span:
+            table, buckets, furthest = table[span - rows : span + rows], 0, rows
+        return table if self.norm is None else self.norm(table), buckets, furthest
 
 
 class DisentangledAttention(nn.Module):
@@ -197,26 +213,39 @@ class DisentangledAttention(nn.Module):
         self.pos_key = nn.Linear(D, D) if "c2p" in own else None
         self.pos_query = nn.Linear(D, D) if "p2c" in own else None
 
-    def forward(self, x, layout, dropout):
-        """x [T, D] -> [T, D], or [M, D] when the layout asks for some rows only."""
-        qkv = SelfAttention._project(x, self.query, self.key, self.value)
-        return self._attend(
-            qkv.view(-1, 3, self.config.num_attention_heads, self.config.head_size), None, None,
-            self.key if self.config.share_att_key else self.pos_key,
-            self.query if self.config.share_att_key else self.pos_query,
-            layout, dropout,
-        )  # fmt: skip
+    def forward(self, x, layout, dropout, asking=None):
+        """x [T, D] -> [T, D], or [M, D] when the layout asks for some rows only.
+
+        asking: as many rows of D, whose queries stand in place of those of x: MaskDecoder's.
+        """
+        H, K = self.config.num_attention_heads, self.config.head_size
+        if asking is None:
+            q, k, v = SelfAttention._project(x, self.query, self.key, self.value).view(-1, 3, H, K), None, None
+        else:
+            q = self._placed(SelfAttention._project(asking, self.query).view(-1, H, K), layout, len(x))
+            k, v = SelfAttention._project(x, self.key, self.value).view(-1, 2, H, K).unbind(1)
+        pos_key, pos_query = (self.key, self.query) if self.config.share_att_key else (self.pos_key, self.pos_query)
+        return self._attend(q, k, v, pos_key, pos_query, layout, dropout)
+
+    @staticmethod
+    def _placed(q, layout, T):
+        """q [M, H, K] of the rows that ask as [T, H, K]; in the others is some neighbour's, of which nobody reads."""
+        if layout.rows is None:
+            return q
+        return nn.functional.pad(q, (0, 0, 0, 0, 0, 1))[
+            torch.searchsorted(layout.rows, torch.arange(T, device=q.device))
+        ]
 
     def _attend(self, q, k, v, pos_key, pos_query, layout, dropout):
         config = self.config
-        relative = dropped(layout.shared["relative"], config.hidden_dropout_prob, dropout)
+        relative, buckets, furthest = layout.shared["relative"]
+        relative = dropped(relative, config.hidden_dropout_prob, dropout)
         positions = [
             ops.linear(relative, linear.weight, linear.bias).view(-1, config.num_attention_heads, config.head_size)
             if term in config.pos_att_type
             else None
             for term, linear in (("c2p", pos_key), ("p2c", pos_query))
         ]
-        buckets, furthest = config.position_buckets, config.max_relative_positions
         options = dropout(config.attention_probs_dropout_prob)
         if layout.columns is None:
             out = ops.disentangled_attention(
@@ -224,7 +253,7 @@ class DisentangledAttention(nn.Module):
                 position_buckets=buckets, max_relative_positions=furthest, **options,
             )  # fmt: skip
         else:
-            length = int(layout.columns.max()) + 1
+            length = longest_of(layout)
             rows = reference.relative_index(length, buckets, furthest).to(q.device)
             scores = gaps.relative_scores(*positions, lambda distance: rows[distance + length - 1])
             q, k, v = (q, k, v) if k is not None else q.unbind(1)
@@ -249,12 +278,41 @@ class PackedDisentangledAttention(DisentangledAttention):
         self.pos_query = nn.Linear(D, D) if "p2c" in config.pos_att_type else None
         self.output = nn.Linear(D, D)
 
-    def forward(self, x, layout, dropout):
+    def forward(self, x, layout, dropout, asking=None):
+        """See DisentangledAttention."""
         H, K = self.config.num_attention_heads, self.config.head_size
         q_bias, v_bias = self.q_bias.view(H, K), self.v_bias.view(H, K)
-        bias = torch.stack((q_bias, torch.zeros_like(q_bias), v_bias), 1).flatten()
-        q, k, v = ops.linear(x, self.in_proj.weight, bias).view(-1, H, 3, K).unbind(2)
+        bias = torch.stack((q_bias, torch.zeros_like(q_bias), v_bias), 1)
+        if asking is None:
+            q, k, v = ops.linear(x, self.in_proj.weight, bias.flatten()).view(-1, H, 3, K).unbind(2)
+        else:
+            weight = self.in_proj.weight.view(H, 3, K, -1)
+            q = ops.linear(asking, weight[:, 0].flatten(0, 1), self.q_bias).view(-1, H, K)
+            q = self._placed(q, layout, len(x))
+            k, v = ops.linear(x, weight[:, 1:].flatten(0, 2), bias[:, 1:].flatten()).view(-1, H, 2, K).unbind(2)
         return self._attend(q, k, v, self.pos_key, self.pos_query, layout, dropout)
+
+
+class MaskDecoder(nn.Module):
+    """DeBERTa's enhanced mask decoder (He et al. 2021, section 3.2): before the words, absolute positions.
+
+    The last layer runs twice, and both times reads what the layer before it gave. What asks there is at first the same
+    with the positions added, then what came out the first time. As in microsoft/DeBERTa's masked_language_model.py.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def forward(self, block, x, layout, dropout):
+        """block: the last; x [T, D] -> [T, D], or [M, D] when the layout asks for some rows only."""
+        dropout = dropout.copy()
+        rows = slice(None) if layout.rows is None else layout.rows
+        asking = x[rows] + self.position(layout.position_ids[rows]).to(x.dtype)
+        for _ in range(2):
+            attended = block.attention(x, layout, dropout, asking)
+            asking = block.after_attention(attended, asking, dropout)
+        return asking
 
 
 class Convolution(nn.Module):

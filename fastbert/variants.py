@@ -170,6 +170,8 @@ def _read_deberta(values):
         position_buckets=0 if is_packed else max(values.get("position_buckets", -1), 0),
         max_relative_positions=furthest if furthest > 0 else values.get("max_position_embeddings", 512),
         norm_rel_ebd="layer_norm" in str(values.get("norm_rel_ebd", "none")).lower(),
+        # ours: transformers has no such decoder, and the published config.json do not speak of theirs
+        enhanced_mask_decoder=bool(values.get("enhanced_mask_decoder", False)),
     )
 
 
@@ -178,6 +180,8 @@ def _write_deberta(config):
         relative_attention=bool(config.pos_att_type), pos_att_type=list(config.pos_att_type),
         max_relative_positions=config.max_relative_positions,
     )  # fmt: skip
+    if config.enhanced_mask_decoder:
+        values["enhanced_mask_decoder"] = True
     if config.model_type == "deberta-v2":
         values["position_buckets"] = config.position_buckets or -1
         values["norm_rel_ebd"] = "layer_norm" if config.norm_rel_ebd else "none"
@@ -190,6 +194,7 @@ def _deberta(**names):
         names={
             **_encoder("deberta."),
             "encoder.relative.table": "deberta.encoder.rel_embeddings",
+            "mask_decoder.position": "deberta.embeddings.position_embeddings",
             "transform.dense": "cls.predictions.transform.dense",
             "transform.norm": "cls.predictions.transform.LayerNorm",
             "vocabulary_bias": "cls.predictions.bias",

@@ -6,9 +6,11 @@ from helpers import cu_seqlens_of
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastbert import reference, variants
 from fastbert.config import EncoderConfig
-from fastbert.encoder import Encoder
+from fastbert.encoder import Encoder, Layout
 from fastbert.heads import MaskedLM, Pretraining
+from fastbert.layers import RelativePositions
 from fastbert.packing import Batch, pack
 from fastbert.variants import PRESETS, preset
 
@@ -190,3 +192,34 @@ def test_slack_tokens_change_nothing():
     torch.testing.assert_close(a.loss_sum, b.loss_sum, rtol=0, atol=1e-10)
     for x, y in zip(da, db):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (dict(), {1: 64, 64: 64, 65: 128, 448: 448, 449: 512, 512: 512, 700: 512}),
+        (dict(position_buckets=256), {1: 64, 65: 128, 128: 128, 129: 192, 130: 256, 700: 256}),
+        (dict(position_buckets=6), {1: 6, 5: 6}),
+    ],
+    ids=["v1", "v3", "few"],
+)
+def test_relative_positions_that_no_distance_asks_for_are_left_out(values, expected):
+    """Every distance finds the row that it has in the whole table; `expected`: longest sequence -> half the rows."""
+    model = variants.config_of("deberta-v2", hidden_size=24, max_relative_positions=512, norm_rel_ebd=True, **values)
+    relative = RelativePositions(model)
+    torch.nn.init.normal_(relative.table.weight)
+    whole = relative.norm(relative.table.weight)
+    for longest, span in expected.items():
+        layout = Layout(torch.tensor([0, longest], dtype=torch.int32), longest, torch.arange(longest))
+        rows, *scale = relative(layout)
+        assert len(rows) == 2 * span
+        index = reference.relative_index(longest, model.position_buckets, model.max_relative_positions)
+        assert torch.equal(rows[reference.relative_index(longest, *scale)], whole[index])
+        # padding within a sequence: the columns are as far apart
+        layout = Layout(torch.tensor([0, 2], dtype=torch.int32), 2, torch.arange(2), torch.tensor([0, longest - 1]))
+        assert torch.equal(relative(layout)[0], rows)
+        relative.zero_grad()
+        (rows * torch.randn_like(rows)).sum().backward()
+        middle = len(whole) // 2
+        inside = (torch.arange(len(whole)) - middle + 0.5).abs() < span
+        assert torch.equal(relative.table.weight.grad.ne(0).any(1), inside)

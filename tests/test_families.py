@@ -55,12 +55,15 @@ CASES = {
     "electra-square": ("Electra", {**SIZES, "embedding_size": 36, "hidden_act": "gelu_new"}),
     "distilbert": ("DistilBert", DISTILBERT),
     "deberta": ("Deberta", {**SIZES, **RELATIVE}),
+    # more relative positions than sequences of 17 tokens ask for
+    "deberta-far": ("Deberta", {**SIZES, **RELATIVE, "max_relative_positions": 90}),
     "deberta-c2p": ("Deberta", {**SIZES, **RELATIVE, "pos_att_type": ["c2p"], "type_vocab_size": 2}),
     "deberta-v2": ("DebertaV2", {**SIZES, **RELATIVE, "position_buckets": 4}),
     "deberta-v2-p2c": ("DebertaV2", {**SIZES, **RELATIVE, "pos_att_type": ["p2c"], "max_relative_positions": 6}),
     "deberta-v2-plain": ("DebertaV2", SIZES),
     "deberta-v2-xlarge": ("DebertaV2", {**SIZES, **V3, "conv_kernel_size": 3, "conv_act": "gelu"}),
     "deberta-v3": ("DebertaV2", {**SIZES, **V3}),
+    "deberta-v3-far": ("DebertaV2", {**SIZES, **V3, "position_buckets": 256, "max_relative_positions": 300}),
     "mpnet": ("MPNet", SIZES),
     "modernbert": ("ModernBert", MODERNBERT),
 }  # fmt: skip
