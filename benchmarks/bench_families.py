@@ -58,11 +58,10 @@ def config_of(model, layers):
     return config.replace(num_hidden_layers=layers, **changes)
 
 
-def padded_batch(config, share=0.15):
-    """HuggingFace's arguments for the uneven batch: random words, `share` of the real ones picked."""
-    lengths = LENGTHS["text, 60 % fill"]
+def padded_batch(config, lengths=LENGTHS["text, 60 % fill"], share=0.15):
+    """HuggingFace's arguments for sequences of these lengths: random words, `share` of the real ones picked."""
     generator = torch.Generator().manual_seed(0)
-    attention_mask = (torch.arange(LENGTH) < torch.tensor(lengths)[:, None]).long()
+    attention_mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
     ids = torch.randint(1000, 30000, attention_mask.shape, generator=generator)
     ids = ids.where(attention_mask.bool(), config.pad_token_id)
     picked = (torch.rand(ids.shape, generator=generator) < share) & attention_mask.bool()
