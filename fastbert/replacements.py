@@ -11,6 +11,7 @@ its attention. All other modules work row by row and never notice.
 import dataclasses
 import functools
 import inspect
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -185,12 +186,18 @@ def _config(stack):
 # ------------------------------------------------------------------------------------------------------ single steps
 
 
+def original(module):
+    """The class of a module before the swap, whatever has derived from that since (fully_shard does)."""
+    return getattr(type(module), "replaces", type(module))
+
+
 def is_plain(module, cls):
     """Whether `module` is of `cls` (or what took its place) and calling it does nothing but its forward: no adapter,
     no hook, no parametrization. Only then its parameters may be used without calling it."""
     kind = type(module)
     return (kind is cls or vars(kind).get("replaces") is cls) and not (
-        module._forward_hooks
+        nn.modules.module._has_any_global_hook()
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
@@ -228,13 +235,13 @@ def layer_norm(module, x, residual=None, dropout=None):
 
 def _layer_norms(module):
     # DeBERTa v1 has one of its own, which computes the same
-    kind = vars(type(module)).get("replaces", type(module))
+    kind = original(module)
     return (kind,) if kind is nn.LayerNorm or kind.__name__ == "DebertaLayerNorm" else ()
 
 
 def gelu_form(activation):
     """Which GELU a module of HuggingFace's or torch's is, as `torch.nn.functional.gelu` names it; None: another."""
-    kind = vars(type(activation)).get("replaces", type(activation))
+    kind = original(activation)
     if kind is nn.GELU:
         return activation.approximate
     return {
@@ -246,11 +253,11 @@ def gelu_form(activation):
 def linear_gelu(dense, activation, x):
     """activation(dense(x)), the bias added inside the GELU's kernel."""
     approximate = gelu_form(activation)
-    if approximate is None or not is_plain(activation, vars(type(activation)).get("replaces", type(activation))):
+    if approximate is None or not is_plain(activation, original(activation)):
         return activation(linear(dense, x))
     if not is_plain(dense, nn.Linear):
         return ops.bias_gelu(dense(x), None, approximate=approximate)
-    return ops.bias_gelu(ops.linear(x, dense.weight), dense.bias, approximate=approximate)
+    return ops.linear_gelu(x, dense.weight, dense.bias, approximate=approximate)
 
 
 def _refuses_activation(name):
@@ -298,13 +305,13 @@ class SelfAttention(Replacement):
     def forward(self, hidden_states, attention_mask=None, *args, **kwargs):
         if not isinstance(attention_mask, Packed):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
-        return self._attended(hidden_states, attention_mask).view(hidden_states.shape[:-1] + (-1,)), None
+        return self._attended(hidden_states, attention_mask), None
 
     def _attended(self, hidden_states, packed):
-        x = _rows(hidden_states)
-        q, k, v = (linear(getattr(self, name), x) for name in (self.QUERY, self.KEY, self.VALUE))
+        q, k, v = (_rows(linear(getattr(self, name), hidden_states)) for name in (self.QUERY, self.KEY, self.VALUE))
         heads = q.shape[-1] // self.attention_head_size
-        return attend(packed, q, k, v, heads, scale=self.scaling, **dropping(self._dropout(), x.device))
+        out = attend(packed, q, k, v, heads, scale=self.scaling, **dropping(self._dropout(), q.device))
+        return out.view(*hidden_states.shape[:-1], -1)
 
     def _dropout(self):
         return self.dropout
@@ -318,7 +325,7 @@ class AlbertAttention(SelfAttention):
     def forward(self, hidden_states, attention_mask=None, *args, **kwargs):
         if not isinstance(attention_mask, Packed):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
-        out = linear(self.dense, self._attended(hidden_states, attention_mask)).view_as(hidden_states)
+        out = linear(self.dense, self._attended(hidden_states, attention_mask))
         return layer_norm(self.LayerNorm, out, hidden_states, self.output_dropout), None
 
     def _dropout(self):
@@ -331,7 +338,7 @@ class DistilBertAttention(SelfAttention):
     def forward(self, hidden_states, attention_mask=None, *args, **kwargs):
         if not isinstance(attention_mask, Packed):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
-        return linear(self.out_lin, self._attended(hidden_states, attention_mask)).view_as(hidden_states), None
+        return linear(self.out_lin, self._attended(hidden_states, attention_mask)), None
 
 
 class MPNetAttention(Replacement):
@@ -343,11 +350,10 @@ class MPNetAttention(Replacement):
     def forward(self, hidden_states, attention_mask=None, position_bias=None, *args, **kwargs):
         if not isinstance(attention_mask, Packed):
             return super().forward(hidden_states, attention_mask, position_bias, *args, **kwargs)
-        x = _rows(hidden_states)
-        q, k, v = (linear(module, x) for module in (self.q, self.k, self.v))
+        q, k, v = (_rows(linear(module, hidden_states)) for module in (self.q, self.k, self.v))
         op = functools.partial(_biased, bias=position_bias)
-        out = attend(attention_mask, q, k, v, self.num_attention_heads, op, **dropping(self.dropout, x.device))
-        return (linear(self.o, out).view_as(hidden_states),)
+        out = attend(attention_mask, q, k, v, self.num_attention_heads, op, **dropping(self.dropout, q.device))
+        return (linear(self.o, out.view(*hidden_states.shape[:-1], -1)),)
 
 
 def _biased(q, k, v, cu_seqlens, max_seqlen, *, bias, **options):
@@ -378,8 +384,8 @@ class DebertaV2Attention(Replacement):
             return super().forward(
                 hidden_states, attention_mask, output_attentions, query_states, relative_pos, rel_embeddings
             )
-        x, H = _rows(hidden_states), self.num_attention_heads
-        q, k, v = (linear(module, x) for module in (self.query_proj, self.key_proj, self.value_proj))
+        H = self.num_attention_heads
+        q, k, v = (_rows(linear(module, hidden_states)) for module in (self.query_proj, self.key_proj, self.value_proj))
         relative = self.pos_dropout(rel_embeddings)
         share = self.share_att_key
         positions = (
@@ -390,7 +396,7 @@ class DebertaV2Attention(Replacement):
             attention_mask, q, k, v, H,
             functools.partial(_disentangled, positions=[p if p is None else p.view(len(p), H, -1) for p in positions]),
             position_buckets=max(self.position_buckets, 0), max_relative_positions=self.max_relative_positions,
-            **dropping(self.dropout, x.device),
+            **dropping(self.dropout, q.device),
         )  # fmt: skip
         return out.view_as(hidden_states), None
 
@@ -413,8 +419,8 @@ class DebertaAttention(Replacement):
             return super().forward(
                 hidden_states, attention_mask, output_attentions, query_states, relative_pos, rel_embeddings
             )
-        x, H = _rows(hidden_states), self.num_attention_heads
-        q, k, v = linear(self.in_proj, x).view(len(x), H, 3, -1).unbind(2)
+        H = self.num_attention_heads
+        q, k, v = linear(self.in_proj, hidden_states).view(hidden_states.shape[:2].numel(), H, 3, -1).unbind(2)
         q, k, v = q.flatten(1) + self.q_bias, k.flatten(1), v.flatten(1) + self.v_bias
         relative = self.pos_dropout(rel_embeddings)
         positions = (
@@ -424,7 +430,7 @@ class DebertaAttention(Replacement):
         out = attend(
             attention_mask, q, k, v, H,
             functools.partial(_disentangled, positions=[p if p is None else p.view(len(p), H, -1) for p in positions]),
-            max_relative_positions=self.max_relative_positions, **dropping(self.dropout, x.device),
+            max_relative_positions=self.max_relative_positions, **dropping(self.dropout, q.device),
         )  # fmt: skip
         return out.view_as(hidden_states), None
 
@@ -439,19 +445,18 @@ class ModernBertAttention(Replacement):
         if not isinstance(attention_mask, Packed):
             return super().forward(hidden_states, position_embeddings, attention_mask, **kwargs)
         B, S, D = hidden_states.shape
-        x = _rows(hidden_states)
-        qkv = linear(self.Wqkv, x).view(B, S, 3, -1, self.head_dim)
+        qkv = linear(self.Wqkv, hidden_states).view(B, S, 3, -1, self.head_dim)
         cos, sin = (table[:, :, None, None] for table in position_embeddings)
         turning = qkv[:, :, :2].float()
         a, b = turning.chunk(2, -1)
         q, k = (turning * cos + torch.cat((-b, a), -1) * sin).to(qkv.dtype).unbind(2)
         dropout_p = self.attention_dropout if self.training else 0.0
-        options = dict(dropout_p=dropout_p, seed=_seed(x.device)) if dropout_p else {}
+        options = dict(dropout_p=dropout_p, seed=_seed(q.device)) if dropout_p else {}
         # their bound leaves out the last token that the window holds, to suit flash-attention
         window = None if self.sliding_window is None else self.sliding_window - 1
         q, k, v = (t.reshape(B * S, -1) for t in (q, k, qkv[:, :, 2]))
         out = attend(attention_mask, q, k, v, D // self.head_dim, scale=self.head_dim**-0.5, window=window, **options)
-        return self.out_drop(linear(self.Wo, out)).view(B, S, -1), None
+        return self.out_drop(linear(self.Wo, out.view(B, S, -1))), None
 
 
 def _seed(device):
@@ -576,7 +581,7 @@ def gelu_norm(dense, approximate, norm, x):
     y = ops.gelu_layer_norm(
         ops.linear(rows, dense.weight), dense.bias, norm.weight, norm.bias, approximate=approximate, eps=norm.eps
     )
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 # ---------------------------------------------------------------------------------------------------------- stacks
@@ -657,7 +662,13 @@ def _run(stack, hidden_states, packed, call, asked, return_dict, after_first=Non
 
 
 def _output_class(stack):
-    return inspect.getmodule(vars(type(stack))["replaces"]).BaseModelOutput
+    return _beside(stack, "BaseModelOutput")
+
+
+def _beside(module, name):
+    """What stands under a name in the file of a module's class, or of the first that it derives from and has it."""
+    files = (sys.modules.get(cls.__module__) for cls in type(module).__mro__)
+    return next(getattr(file, name) for file in files if hasattr(file, name))
 
 
 class DebertaStack(Stack):
@@ -723,7 +734,7 @@ class ModernBertStack(Stack):
 
 def _named(self, args, kwargs):
     """All arguments of a call of a model's forward by their names."""
-    names = list(inspect.signature(vars(type(self))["replaces"].forward).parameters)[1:]
+    names = list(inspect.signature(original(self).forward).parameters)[1:]
     return {**dict(zip(names, args)), **kwargs}
 
 
@@ -779,7 +790,7 @@ class MaskedLM(Replacement):
             picks = (labels != -100).nonzero()[:, 0]
             loss = _mean(*picked_loss(self, hidden.flatten(0, -2)[picks], labels[picks]), num_items)
             fields = dict(loss=loss, hidden_states=out.get("hidden_states"), attentions=out.get("attentions"))
-            cls = inspect.getmodule(vars(type(self))["replaces"]).MaskedLMOutput
+            cls = _beside(self, "MaskedLMOutput")
         else:
             out = super().forward(**kwargs, return_dict=True)
             scores = out[self.SCORES].flatten(0, -2)
@@ -803,8 +814,7 @@ def picked_loss(model, rows, labels):
 
 def _vocabulary_head(model):
     """(what a masked-LM head does with hidden states before the vocabulary, its last linear layer), None: unknown."""
-    kind = vars(type(model)).get("replaces", type(model)).__name__
-    find = _VOCABULARY_HEADS.get(kind)
+    find = next((_VOCABULARY_HEADS[c.__name__] for c in type(model).__mro__ if c.__name__ in _VOCABULARY_HEADS), None)
     try:
         return None if find is None else find(model)
     except AttributeError:
