@@ -111,6 +111,21 @@ def key_mask(mask, B, S):
     return mask.bool().expand(B, S)
 
 
+def is_static():
+    """Whether a graph is made that must hold for every batch: then no shape may depend on how many tokens are real."""
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return True
+    return torch.compiler.is_compiling() and _compiles_whole()
+
+
+@torch.compiler.assume_constant_result
+def _compiles_whole():
+    """Whether torch.compile, which calls this while it traces, was told fullgraph=True."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    return bool(getattr(InstructionTranslator.current_tx(), "one_graph", False))
+
+
 def packing(hidden, mask, kwargs, *, inside, by_distance):
     """The Packed of hidden states [B, S, ...] under a mask, None where it would not do: where the mask says more than
     that, and where padding stands before a sequence.
@@ -118,6 +133,8 @@ def packing(hidden, mask, kwargs, *, inside, by_distance):
     kwargs: of the call; cu_seq_lens_q and max_length_q, as HuggingFace's collators give them, go before the mask.
     by_distance: the attention looks at how far tokens are apart, so there may be no padding between them.
     """
+    if is_static():
+        return None
     B, S = hidden.shape[:2]
     if kwargs.get("cu_seq_lens_q") is not None:
         cu_seqlens = kwargs["cu_seq_lens_q"].to(torch.int32)
@@ -740,7 +757,8 @@ def _named(self, args, kwargs):
 
 def _mean(loss_sum, count, num_items):
     """The mean, over the whole of a step where its number of labels is known; 0 where there is no label."""
-    return loss_sum / (count.clamp(min=1) if num_items is None else num_items)
+    number = torch.as_tensor(count if num_items is None else num_items, device=loss_sum.device)
+    return loss_sum / number.clamp(min=1)
 
 
 class LossHead(Replacement):
@@ -754,12 +772,17 @@ class LossHead(Replacement):
         kwargs = _named(self, args, kwargs)
         num_items, labels = kwargs.pop("num_items_in_batch", None), kwargs.get("labels")
         out = super().forward(**kwargs)
-        if num_items is None or labels is None:
+        if labels is None:
             return out
-        count = (labels != -100).sum()
+        loss = out[0] if isinstance(out, tuple) else out.loss
+        count = (labels != -100).sum().to(loss.device)
+        # their mean over no label is NaN
+        loss = torch.where(count == 0, 0, loss)
+        if num_items is not None:
+            loss = _mean(loss * count, count, num_items)
         if isinstance(out, tuple):
-            return (out[0] * count / num_items, *out[1:])
-        out.loss = out.loss * count / num_items
+            return loss, *out[1:]
+        out.loss = loss
         return out
 
 
@@ -796,7 +819,7 @@ class MaskedLM(Replacement):
             scores = out[self.SCORES].flatten(0, -2)
             labels = labels.to(scores.device).flatten()
             picks = (labels != -100).nonzero()[:, 0]
-            loss_sum = F.cross_entropy(scores[picks].float(), labels[picks], reduction="sum")
+            loss_sum = _cross_entropy(scores[picks], labels[picks])
             fields, cls = {**out, "loss": _mean(loss_sum, (labels != -100).sum(), num_items)}, type(out)
         out = cls(**fields)
         return out if return_dict else out.to_tuple()
@@ -809,7 +832,12 @@ def picked_loss(model, rows, labels):
     count = (labels != -100).sum()
     if is_plain(decoder, nn.Linear):
         return ops.masked_cross_entropy(rows, decoder.weight, decoder.bias, labels)[0], count
-    return F.cross_entropy(decoder(rows).float(), labels, reduction="sum"), count
+    return _cross_entropy(decoder(rows), labels), count
+
+
+def _cross_entropy(scores, labels):
+    """The sum, in fp32 or wider."""
+    return F.cross_entropy(scores.to(torch.promote_types(scores.dtype, torch.float32)), labels, reduction="sum")
 
 
 def _vocabulary_head(model):

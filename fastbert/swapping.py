@@ -13,6 +13,7 @@ import itertools
 import re
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from . import replacements, torch_replacements
@@ -184,6 +185,9 @@ def _class_of(replacement, original):
 
     @functools.wraps(original.forward)  # keeps the signature, from which HuggingFace's Trainer reads what to pass
     def forward(self, *args, **kwargs):
+        # a graph that leaves this process, and is for any lengths, is theirs
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+            return original.forward(self, *args, **kwargs)
         return replacement.forward(self, *args, **kwargs)
 
     return type(
