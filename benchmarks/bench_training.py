@@ -1,0 +1,329 @@
+"""One short pretraining run three times: fastbert's `pretrain`, transformers' Trainer, the Trainer on a swapped model.
+
+    python benchmarks/bench_training.py                     about seven minutes on two cores
+    python benchmarks/bench_training.py --steps 200         shorter
+
+The same initial weights, text (that of benchmarks/demo.py), sequences, masks and order of batches, the same AdamW,
+learning rate and clipping, no dropout: what differs is the library alone, so the losses agree against tokens, and the
+time tells them apart. The text is cut into full sequences, as one does for transformers too, so hardly anything is
+padding. transformers gets each batch padded to its longest sequence and made before the clock starts; fastbert makes
+its batches in the run. Both multiply in bfloat16 where that is faster on this machine.
+
+Time is that of training alone: held-out text is read beside the clock, by each library with its own model. Results:
+loss against time and against tokens, and the time to a given held-out masked accuracy, the same for all: --accuracy, or
+what the run that ends worst has reached twice. The Trainer needs accelerate; where it is not installed its runs are
+listed as not measured. Writes training.json; benchmarks/report.py draws it.
+"""
+
+import argparse
+import importlib.util
+import math
+import os
+import sys
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import demo
+import machine
+import report
+
+import fastbert
+from fastbert import optim
+from fastbert.data import MaskedBatches
+from fastbert.heads import MaskedLM
+from fastbert.pretrain import EVAL_SEED, PretrainConfig, pretrain
+from fastbert.report import read_metrics
+from fastbert.shards import Shards, prepare
+from fastbert.tokenizer import train_wordpiece
+
+TRAINER, SWAPPED = "transformers + Trainer", "transformers, swapped"
+MASKED_AT_LEAST = 0.01
+
+
+def settings(quick):
+    """(EncoderConfig, options of pretrain) for the machine at hand: the demo's model, in batches of half its size."""
+    model, options, _ = demo.settings()
+    model = model.replace(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    options = {name: value for name, value in options.items() if name != "max_minutes"}
+    if not torch.cuda.is_available():
+        options |= {"tokens_per_batch": 1024}
+    if quick:
+        model = model.replace(
+            hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, vocab_size=1000
+        )
+        options |= {"tokens_per_batch": 256}
+    return model, options
+
+
+def write_data(work, model, limit=None):
+    """Shards of the demo's text, for training and held out; the directory of a model with its first weights."""
+    demo.write_text(work / "text")
+    parts = {part: sorted((work / "text").glob(f"{part}-*.txt")) for part in ("train", "held-out")}
+    if limit:
+        for file in parts["train"] + parts["held-out"]:
+            file.write_text(file.read_text(encoding="utf-8")[:limit], encoding="utf-8")
+    tokenizer = train_wordpiece(parts["train"], model.vocab_size)
+    for part, files in parts.items():
+        prepare(files, tokenizer, work / part, progress=False)
+    torch.manual_seed(0)
+    model = model.replace(vocab_size=tokenizer.get_vocab_size())
+    MaskedLM(model).save_pretrained(work / "first")
+    return model
+
+
+def run_fastbert(work, options):
+    """`pretrain`, as a user runs it. (curve, held-out rows)."""
+    pretrain(
+        PretrainConfig(
+            train_file=(str(work / "train"),), eval_file=(str(work / "held-out"),), output_dir=str(work / "fastbert"),
+            model=str(work / "first"), save_steps=10**6, **options,
+        )
+    )  # fmt: skip
+    curve, held_out, seconds, tokens = [], [], 0.0, 0
+    for row in read_metrics(work / "fastbert"):
+        if "loss" in row:
+            seconds += (row["tokens"] - tokens) / row["tokens_per_second"]
+            tokens = row["tokens"]
+            curve.append({"step": row["step"], "tokens": tokens, "seconds": seconds, "loss": row["loss"]})
+        else:
+            held_out.append({
+                "step": row["step"], "tokens": row["tokens"], "seconds": seconds, "loss": row["eval_loss"],
+                "accuracy": row["eval_masked_accuracy"], "baseline": row["eval_baseline_accuracy"],
+            })  # fmt: skip
+    return curve, held_out
+
+
+def padded(batch):
+    """HuggingFace's arguments for a packed batch of fixed capacity, padded to its longest sequence."""
+    starts = batch.cu_seqlens.long()
+    lengths = starts.diff()
+    starts, lengths = starts[:-1][lengths > 0], lengths[lengths > 0]
+    columns = torch.arange(int(lengths.max()))
+    mask = columns < lengths[:, None]
+    places = (starts[:, None] + columns).clamp(max=len(batch.input_ids) - 1)
+    return {
+        "input_ids": batch.input_ids[places].where(mask, 0),
+        "attention_mask": mask.long(),
+        "labels": batch.labels[places].where(mask, -100),
+    }
+
+
+def batches_of(shards, options, seed):
+    """The loader that `pretrain` makes of these options."""
+    return MaskedBatches(
+        shards, max_seq_length=options["max_seq_length"], tokens_per_batch=options["tokens_per_batch"], capacity=True,
+        seed=seed, mlm_probability=0.15,
+    )  # fmt: skip
+
+
+def in_order(loader, steps):
+    """The first `steps` batches, epoch after epoch."""
+
+    def endless():
+        epoch = 0
+        while True:
+            yield from loader.epoch(epoch)
+            epoch += 1
+
+    return list(islice(endless(), steps))
+
+
+class Batches(torch.utils.data.IterableDataset):
+    """What the Trainer takes for examples: batches that are whole already, in their order."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+def run_trainer(work, options, swapped):
+    """transformers' Trainer on the same batches. (curve, held-out rows)."""
+    from transformers import BertForMaskedLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    steps, device = options["max_steps"], machine.device()
+    defaults = {field.name: field.default for field in PretrainConfig.__dataclass_fields__.values()}
+    model = BertForMaskedLM.from_pretrained(work / "first", attn_implementation="sdpa")
+    if swapped:
+        fastbert.swap(model)
+    train = in_order(batches_of(Shards.open(work / "train"), options, options["seed"]), steps)
+    tokens = torch.tensor([int(batch.cu_seqlens[-1]) for batch in train]).cumsum(0).tolist()
+    held_out = [padded(batch) for batch in batches_of(Shards.open(work / "held-out"), options, EVAL_SEED).epoch(0)]
+    optimizer = optim.adamw(
+        model, learning_rate=options["learning_rate"], weight_decay=defaults["weight_decay"],
+        betas=(defaults["adam_beta1"], defaults["adam_beta2"]), epsilon=defaults["adam_epsilon"],
+    )  # fmt: skip
+    warmup = defaults["warmup_ratio"] * steps
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: optim.linear(step, steps, warmup))
+    curve, seen = [], []
+
+    class Clock(TrainerCallback):
+        """Notes losses with the time of training, and stops while the held-out text is read."""
+
+        def __init__(self):
+            self.seconds, self.since = 0.0, None
+
+        def lap(self):
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            now = time.perf_counter()
+            self.seconds += now - self.since
+            self.since = now
+            return self.seconds
+
+        def on_train_begin(self, *_, **__):
+            self.since = time.perf_counter()
+
+        def on_log(self, args, state, control, logs=None, **_):
+            if "loss" in (logs or {}):
+                place = {"step": state.global_step, "tokens": tokens[state.global_step - 1]}
+                curve.append({**place, "seconds": self.lap(), "loss": float(logs["loss"])})
+
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step % options["eval_steps"] == 0 or state.global_step == steps:
+                place = {"step": state.global_step, "tokens": tokens[state.global_step - 1], "seconds": self.lap()}
+                seen.append(place | held_out_figures(model, held_out, options["bf16"], device))
+                self.since = time.perf_counter()
+
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(work / "trainer"), max_steps=steps, per_device_train_batch_size=1, seed=options["seed"],
+            bf16=options["bf16"], use_cpu=device.type == "cpu", max_grad_norm=defaults["max_grad_norm"],
+            logging_steps=options["logging_steps"], save_strategy="no", report_to="none", disable_tqdm=True,
+            dataloader_pin_memory=False, remove_unused_columns=False,
+        ),
+        train_dataset=Batches([padded(batch) for batch in train]),
+        data_collator=lambda batches: batches[0],
+        optimizers=(optimizer, schedule),
+        callbacks=[Clock()],
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return curve, seen
+
+
+@torch.no_grad()
+def held_out_figures(model, batches, bf16, device):
+    """Loss and accuracy over the picks of the held-out batches, as `fastbert.pretrain.evaluate` counts them."""
+    loss = correct = count = 0
+    model.eval()
+    for batch in batches:
+        batch = {name: x.to(device) for name, x in batch.items()}
+        labels = batch.pop("labels")
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            logits = model(**batch).logits
+        logits, labels = logits[labels != -100].float(), labels[labels != -100]
+        loss += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+        correct += int((logits.argmax(-1) == labels).sum())
+        count += len(labels)
+    model.train()
+    return {"loss": loss / count, "accuracy": correct / count}
+
+
+def row_of(name, curve, held_out):
+    last = curve[-1]
+    return {
+        "implementation": name, "steps": last["step"], "tokens": last["tokens"],
+        "training_seconds": round(last["seconds"], 3), "tokens_per_s": round(last["tokens"] / last["seconds"]),
+        "curve": rounded(curve), "held_out": rounded(held_out),
+    }  # fmt: skip
+
+
+def rounded(rows):
+    return [{name: round(x, 5) if isinstance(x, float) else x for name, x in row.items()} for row in rows]
+
+
+def seconds_to(held_out, accuracy):
+    """When a run is first as accurate on held-out text, between evaluations along a line; None if it never is."""
+    before = {"seconds": 0.0, "accuracy": 0.0}
+    for row in held_out:
+        if row["accuracy"] >= accuracy:
+            share = (accuracy - before["accuracy"]) / (row["accuracy"] - before["accuracy"])
+            return round(before["seconds"] + share * (row["seconds"] - before["seconds"]), 2)
+        before = row
+    return None
+
+
+def common_accuracy(rows):
+    """The highest whole per cent that every run holds at its last two evaluations, so that no single one decides."""
+    lowest = min(min(point["accuracy"] for point in row["held_out"][-2:]) for row in rows)
+    return max(math.floor(100 * lowest) / 100, MASKED_AT_LEAST)
+
+
+def largest_difference(rows, upto=20):
+    """How far the losses of the first `upto` logged points are apart: until rounding has grown, the runs are one."""
+    curves = [[point["loss"] for point in row["curve"][:upto]] for row in rows]
+    return max((max(losses) - min(losses) for losses in zip(*curves)), default=0.0)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=1500, help="optimizer steps of each run")
+    parser.add_argument("--accuracy", type=float, help="time to this held-out masked accuracy, such as 0.3")
+    parser.add_argument("--quick", action="store_true", help="a tiny model and little text: does it run?")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/<device>")
+    options = parser.parse_args(arguments)
+    if options.steps < 20:
+        parser.error(f"--steps is {options.steps}: expected at least 20")
+    device = machine.device()
+    file = (options.output or machine.folder(device)) / "training.json"
+    model, how = settings(options.quick)
+    how |= {
+        "max_steps": options.steps, "max_seq_length": model.max_length, "eval_steps": max(options.steps // 15, 10),
+        "logging_steps": 10, "seed": 0,
+    }  # fmt: skip
+    result = report.new(device, {"options": how})
+    with tempfile.TemporaryDirectory() as directory:
+        work = Path(directory)
+        model = write_data(work, model, 40_000 if options.quick else None)
+        runs = {"fastbert": lambda: run_fastbert(work, how)}
+        if importlib.util.find_spec("accelerate") is None:
+            result["not_measured"] |= {TRAINER: "accelerate is not installed", SWAPPED: "accelerate is not installed"}
+        else:
+            runs[TRAINER] = lambda: run_trainer(work, how, swapped=False)
+            if hasattr(fastbert, "swap"):
+                runs[SWAPPED] = lambda: run_trainer(work, how, swapped=True)
+            else:
+                result["not_measured"][SWAPPED] = "this fastbert has no swap"
+        for name, run in runs.items():
+            row = row_of(name, *run())
+            result["rows"].append(row)
+            print(
+                f"{name}: {row['steps']} steps, {row['tokens']:,} tokens in {row['training_seconds']:.1f} s of "
+                f"training, {row['tokens_per_s']:,} a second; held out: loss "
+                f"{row['held_out'][-1]['loss']:.3f}, accuracy {row['held_out'][-1]['accuracy']:.1%}",
+                flush=True,
+            )
+    apart = largest_difference(result["rows"])
+    allowed = 0.02 if how["bf16"] else 1e-3
+    if apart > allowed * result["rows"][0]["curve"][0]["loss"]:
+        raise AssertionError(
+            f"the losses of the same batches are {apart:.3f} apart: the runs are not the same training"
+        )
+    accuracy = options.accuracy or common_accuracy(result["rows"])
+    result["settings"] |= {
+        "accuracy": accuracy, "largest_loss_difference": apart, "model": model.to_dict(),
+        "what": f"A BERT of {model.num_hidden_layers} layers of {model.hidden_size} with {model.vocab_size:,} pieces, "
+        f"{how['tokens_per_batch']:,} tokens a step in sequences of at most {model.max_length}, "
+        f"{'bfloat16' if how['bf16'] else 'float32'} products, on two translations of the Bible",
+    }  # fmt: skip
+    for row in result["rows"]:
+        row["seconds_to_accuracy"] = seconds_to(row["held_out"], accuracy)
+    report.save(result, file)
+    print(f"\n{report.training_table(result)}\n\nwritten to {file}; python benchmarks/report.py draws it")
+
+
+if __name__ == "__main__":
+    main()

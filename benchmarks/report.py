@@ -1,0 +1,911 @@
+"""The results of a device as one page, with plots; and the figures of the project's README, from the same results.
+
+    python benchmarks/report.py                          every folder of benchmarks/results that holds results
+    python benchmarks/report.py --device cpu             one of them
+    python benchmarks/report.py --readme                 the README's figures too
+
+It reads benchmarks/results/<device>/*.json and writes README.md and plots beside them. It times nothing, so what it
+writes follows from the committed results alone. A file of results is
+
+    {"machine": {...}, "date": "2026-11-23", "command": "python ...", "settings": {...},
+     "rows": [{names and sizes, "seconds": {implementation: [one for each round]}, "summary": {...}}],
+     "not_measured": {implementation: why}}
+
+and the files older than this form (training_step, families, demo, disentangled_attention) are read as they are. Ratios
+are medians, over rounds, of another's time over fastbert's: below 1 fastbert is slower, and the page says so. Each run
+with other ratios than the last adds a line to history.jsonl, from which the history is drawn.
+
+In README.md what stands between <!-- figures: NAME --> and <!-- end --> is written by --readme: see `FIGURES`.
+"""
+
+import argparse
+import datetime
+import itertools
+import json
+import re
+import shlex
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+for place in (str(ROOT / "benchmarks"), str(ROOT)):
+    if place not in sys.path:
+        sys.path.insert(0, place)
+
+import machine  # noqa: E402
+
+# ours in blue, others in greys and in Okabe and Ito's colours, told apart with every kind of colour vision
+OURS, OURS_TOO, SWAPPED = "#2563eb", "#93c5fd", "#009E73"
+OTHERS = ("#9aa5b1", "#52606d", "#E69F00", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the form of a result
+
+
+def device(name="auto"):
+    """The torch.device that a benchmark runs on. Raises ValueError where there is no such device."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device is cuda: PyTorch finds no GPU here")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def new(device, settings):
+    """A result without rows: the machine as it is now, the date, and the command that runs."""
+    return {
+        "machine": machine.describe(device), "date": datetime.date.today().isoformat(), "command": _command(),
+        "settings": settings, "rows": [], "not_measured": {},
+    }  # fmt: skip
+
+
+def _command():
+    """The command that runs, as one types it in the repository."""
+    script = Path(sys.argv[0]).resolve()
+    if not script.is_relative_to(ROOT / "benchmarks"):
+        return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return shlex.join(["python", str(script.relative_to(ROOT)), *sys.argv[1:]])
+
+
+def save(result, file):
+    """Write a result, its raw numbers in one line each, so that the file can be read and compared."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = re.sub(r"\[\s+([-\d.,e\s]+?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", json.dumps(result, indent=1))
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.replace(file)
+
+
+def read(folder):
+    """{name: result} of the JSON files in a folder."""
+    return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is compared, whatever the form of the file
+
+
+def comparisons(results):
+    """(name, {implementation: [seconds]}) of everything that was timed side by side with fastbert, in any form."""
+    for file, result in results.items():
+        if file == "disentangled_attention":
+            for row in result["rows"]:
+                pass_ = "forward and backward" if row["backward"] else "forward"
+                name = f"DeBERTa's attention, {row['length']} tokens, {row['fill']:.0%} fill, {pass_}"
+                yield name, {x: [row[x] / 1e3] for x in ("fastbert", "transformers")}
+        elif file == "families" and "families" in result:
+            for row in result["families"]:
+                for pass_ in ("train", "inference"):
+                    yield f"{row['family']}, {result['layers']} layers, {pass_}", row[pass_]["seconds"]
+            if result.get("sentences"):
+                yield f"{result['sentences']['texts']} sentences embedded", result["sentences"]["seconds"]
+        elif file == "training_step":
+            for case in result["cases"]:
+                libraries = {
+                    name: value for name, value in case.items() if isinstance(value, dict) and name != "failed"
+                }
+                seconds = {x: v.get("seconds") or [v["median_ms"] / 1e3] for x, v in libraries.items()}
+                yield f"BERT-base training step, {case['case']}", seconds
+        elif file == "ops" and result["rows"] and "variant" in result["rows"][0]:
+            for name, rows in itertools.groupby(result["rows"], key=lambda row: row["case"]):
+                yield name, {row["variant"]: [row["both_us"] / 1e6] for row in rows}
+        elif isinstance(result.get("rows"), list):
+            for row in result["rows"]:
+                if isinstance(row.get("seconds"), dict) and ours_of(row["seconds"]):
+                    yield name_of(row), row["seconds"]
+
+
+def ours_of(seconds):
+    """The name of fastbert's own implementation among those of a row; None where it has none."""
+    return next((name for name in seconds if name == "fastbert" or name.startswith("fastbert ")), None)
+
+
+def is_ours(name):
+    return name.startswith("fastbert") or name.endswith("swapped")
+
+
+def name_of(row):
+    """What a row of the common form measures, in words."""
+    for key in ("name", "case"):
+        if isinstance(row.get(key), str):
+            parts = [row[key]] + ([row["pass"]] if "pass" in row and row["pass"] not in row[key] else [])
+            return " ".join(parts)
+    if "sweep" in row:
+        shape = f"{row['sequences']} x {row['length']}, {row['fill']:.0%} fill"
+        share = f", {row['picked_share']:.0%} picked" if row.get("picked_share") is not None else ""
+        return f"{row['model']} ({row['layers']} layers) {row['pass']}, {shape}{share}, {row['dtype']}"
+    left_out = ("seconds", "summary")
+    return ", ".join(str(value) for key, value in row.items() if key not in left_out and isinstance(value, str | int))
+
+
+def ratio(times, ours):
+    """The median, over rounds, of another's time over fastbert's."""
+    if len(times) == len(ours):
+        return statistics.median(a / b for a, b in zip(times, ours))
+    return statistics.median(times) / statistics.median(ours)
+
+
+def ratios(results):
+    """{name: {implementation: times fastbert's time}} of `comparisons`."""
+    found = {}
+    for name, seconds in comparisons(results):
+        ours = ours_of(seconds)
+        found[name] = {x: round(ratio(t, seconds[ours]), 3) for x, t in seconds.items() if x != ours and t}
+    return found
+
+
+def losses(results):
+    """Lines on every row where an implementation that is not fastbert's is faster than it."""
+    found = []
+    for name, others in ratios(results).items():
+        for other, times in sorted(others.items(), key=lambda item: item[1]):
+            if times < 1 and not is_ours(other):
+                found.append(f"{name}: {other} takes {times:.2f}x of fastbert's time")
+    return found
+
+
+def not_measured(results):
+    """{implementation: why not} over all files."""
+    found = {}
+    for result in results.values():
+        if isinstance(result, dict):
+            found |= result.get("not_measured") or {}
+            for case, refused in (result.get("refused") or {}).items():
+                for name, reason in refused.items():
+                    found.setdefault(f"{name} ({case.split(' ')[0]})", reason)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tables
+
+
+def table(head, rows):
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    return "\n".join(lines + [f"| {' | '.join(map(str, row))} |" for row in rows])
+
+
+def duration(seconds):
+    """Seconds in the unit that reads best."""
+    for factor, unit in ((1, "s"), (1e3, "ms"), (1e6, "µs")):
+        if seconds * factor >= 1 or unit == "µs":
+            return f"{seconds * factor:.3g} {unit}" if seconds * factor < 1000 else f"{seconds * factor:.0f} {unit}"
+
+
+def times_of(value):
+    """A ratio; one below 1 is a loss, and printed as one."""
+    return f"**{value:.2f}x**" if value >= 1 else f"{value:.2f}x, a loss"
+
+
+def spread(seconds):
+    if len(seconds) < 2:
+        return ""
+    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return f" ±{50 * (high - low) / median:.0f} %"
+
+
+def models_table(rows):
+    """The rows of models.json, one line for each implementation."""
+    lines = []
+    for row in rows:
+        names = f"{row['model']} ({row['layers']} layers), {row['pass']}"
+        picked = f", {row['picked_share']:.0%} picked" if row["picked_share"] is not None else ""
+        shape = f"{row['sequences']} x {row['length']}, {row['fill']:.0%} fill{picked}, {row['dtype']}"
+        for name, figures in row["summary"].items():
+            memory = figures.get("peak_gib", "")
+            against = "" if name == "fastbert" else times_of(figures["times_fastbert"])
+            if is_ours(name) and name != "fastbert":
+                against = f"{figures['times_fastbert']:.2f}x"
+            lines.append(
+                (
+                    names, shape, name, duration(figures["median_s"]) + spread(row["seconds"][name]),
+                    f"{figures['real_tokens_per_s']:,}", f"{figures['padded_tokens_per_s']:,}",
+                    f"{figures['tflop_per_s']:.3g}", f"{figures['mfu']:.0%}", memory, against,
+                )
+            )  # fmt: skip
+            names = shape = ""
+    head = ("model, pass", "batch", "library", "median", "real tokens/s", "padded tokens/s", "TFLOP/s", "MFU", "GiB",
+            "of fastbert's time")  # fmt: skip
+    return table(head, lines)
+
+
+def training_table(result):
+    """training.json: what each run reached, and when."""
+    lines = []
+    ours = next(row for row in result["rows"] if row["implementation"] == "fastbert")
+    for row in result["rows"]:
+        reached = row["seconds_to_accuracy"]
+        against = ""
+        if row is not ours and reached and ours["seconds_to_accuracy"]:
+            against = times_of(reached / ours["seconds_to_accuracy"])
+        lines.append(
+            (
+                row["implementation"], f"{row['steps']:,}", f"{row['tokens']:,}", f"{row['training_seconds']:.0f} s",
+                f"{row['tokens_per_s']:,}", f"{row['held_out'][-1]['loss']:.3f}",
+                f"{row['held_out'][-1]['accuracy']:.1%}", "not reached" if reached is None else f"{reached:.0f} s",
+                against,
+            )
+        )  # fmt: skip
+    goal = f"to {result['settings']['accuracy']:.0%} held-out accuracy"
+    head = ("run", "steps", "tokens", "training", "real tokens/s", "held-out loss", "accuracy", goal, "of fastbert's")
+    return table(head, lines)
+
+
+def data_table(result):
+    """data.json: what the data path makes, and what eats it."""
+    lines = [
+        (row["name"], f"{row['tokens_per_s']:,}", row["against"], f"{row['against_tokens_per_s']:,}",
+         f"{row['ratio']:.2f}x" + ("" if row["ratio"] >= row["wanted"] else ", a loss"))
+        for row in result["rows"]
+    ]  # fmt: skip
+    return table(("data path", "tokens/s", "against", "tokens/s", "ratio"), lines)
+
+
+def generic_table(result):
+    """Any file of the common form: a line for each row, the median of each implementation, and of fastbert's time."""
+    lines = []
+    for row in result["rows"]:
+        seconds = row.get("seconds")
+        if not isinstance(seconds, dict) or not seconds:
+            continue
+        ours, name = ours_of(seconds), name_of(row)
+        for implementation, times in seconds.items():
+            if not times:
+                continue
+            against = "" if ours in (None, implementation) else times_of(ratio(times, seconds[ours]))
+            lines.append((name, implementation, duration(statistics.median(times)) + spread(times), against))
+            name = ""
+    return table(("what", "implementation", "median", "of fastbert's time"), lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# plots
+
+
+def _figure(columns, lines=1, size=(5.2, 3.9), **settings):
+    """(figure, axes as a flat list)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(size[0] * columns, size[1] * lines), layout="constrained", squeeze=False, **settings
+    )
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+    return figure, list(axes.flat)
+
+
+def _save(figure, path, title):
+    import matplotlib.pyplot as plt
+
+    figure.suptitle(title, fontsize=8, color="#52606d")
+    # no date and no version in the file: the same results give the same picture
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _colours(names):
+    """{implementation: colour}, the same in every plot."""
+    fixed = {
+        "fastbert": OURS, "fastbert, packed": "#1e3a8a", "fastbert on MKL": OURS_TOO, "swapped": SWAPPED,
+        "transformers, swapped": SWAPPED, "sentence-transformers, swapped": SWAPPED, "transformers sdpa": OTHERS[0],
+        "transformers": OTHERS[0], "transformers + Trainer": OTHERS[0], "transformers eager": OTHERS[2],
+        "transformers compiled": OTHERS[1], "transformers flash_attention_2": OTHERS[3],
+        "sentence-transformers": OTHERS[1],
+    }  # fmt: skip
+    rest = itertools.cycle(OTHERS[3:])
+    return {name: fixed.get(name) or next(rest) for name in names}
+
+
+def about(result):
+    """The device, versions and date behind a result, in a line."""
+    facts = result.get("machine") or result
+    if "threads" in facts:
+        where = f"{facts.get('device') or facts.get('cpu')}, {facts['threads']} threads"
+    else:
+        where = facts.get("device", "")
+    known = [f"{name} {facts[name]}" for name in ("fastbert", "torch", "triton", "transformers") if facts.get(name)]
+    return ", ".join([where, *known, *([result["date"]] if result.get("date") else [])])
+
+
+def plot_speed(results, path):
+    """Bars: how many times fastbert's time the others take, row by row, at 60 % fill and without padding."""
+    rows = [row for row in results["models"]["rows"] if row["sweep"] in ("fill", "families")]
+    rows = [row for row in rows if row["sweep"] == "families" or row["fill"] < 0.7 or row["fill"] == 1]
+    panels = [("inference", "inference"), ("train", "training step")]
+    panels = [(key, title) for key, title in panels if any(row["pass"] == key for row in rows)]
+    longest = max(sum(row["pass"] == key for row in rows) for key, _ in panels)
+    figure, axes = _figure(len(panels), size=(6.4, 0.55 * longest + 1.4))
+    names = list(dict.fromkeys(name for row in rows for name in row["summary"] if name != "fastbert"))
+    colours = _colours(names)
+    for axis, (key, title) in zip(axes, panels):
+        shown = [row for row in rows if row["pass"] == key][::-1]
+        ticks, height = [], 0.0
+        for row in shown:
+            present = [name for name in names if name in row["summary"]][::-1]
+            start = height
+            for name in present:
+                value = row["summary"][name]["times_fastbert"]
+                axis.barh(height, value, 0.9, color=colours[name])
+                axis.text(value, height, f" {value:.2f}", va="center", fontsize=6.5)
+                height += 1
+            ticks.append((start + height - 1) / 2)
+            height += 0.8
+        labels = [
+            f"{row['model']}, {row['layers']} layers\n{row['fill']:.0%} fill, {row['dtype'].replace('bfloat', 'bf')}"
+            .replace("float32", "fp32")
+            for row in shown
+        ]  # fmt: skip
+        axis.set_yticks(ticks, labels, fontsize=7)
+        axis.axvline(1, color=OURS, linewidth=1.5)
+        axis.text(1, height, " fastbert = 1", color=OURS, fontsize=7, va="bottom")
+        axis.set_xlim(left=0)
+        axis.margins(x=0.08, y=0.01)
+        axis.set_title(f"{title}: times fastbert's time", loc="left", fontsize=10)
+    handles = [_patch(colours[name]) for name in names]
+    figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    _save(figure, path, f"Whole models, more is slower. {about(results['models'])}")
+
+
+def _patch(colour):
+    from matplotlib.patches import Patch
+
+    return Patch(color=colour)
+
+
+def plot_memory(results, path):
+    """Bars of peak memory, from the training step and, on a GPU, from the models."""
+    groups = []
+    for case in results.get("training_step", {}).get("cases", ()):
+        parts = {name: value for name, value in case.items() if isinstance(value, dict) and name != "failed"}
+        values = {
+            name: part["peak_memory_mib"] / 1024 if "peak_memory_mib" in part else part.get("gib_of_a_step")
+            for name, part in parts.items()
+        }
+        groups.append((f"BERT-base step\n{case['case']}", values))
+    for row in results.get("models", {}).get("rows", ()):
+        values = {name: figures.get("peak_gib") for name, figures in row["summary"].items()}
+        if row["sweep"] == "fill" and row["fill"] in (1.0, min(r["fill"] for r in results["models"]["rows"])):
+            groups.append((f"{row['model']} {row['pass']}\nS = {row['length']}, {row['fill']:.0%} fill", values))
+    groups = [(name, {x: v for x, v in values.items() if v is not None}) for name, values in groups]
+    groups = [(name, values) for name, values in groups if values]
+    if not groups:
+        return False
+    names = list(dict.fromkeys(name for _, values in groups for name in values))
+    colours = _colours(names)
+    figure, (axis,) = _figure(1, size=(max(5.5, 2.2 * len(groups) + 1.5), 3.6))
+    width = 0.8 / len(names)
+    for i, name in enumerate(names):
+        places = [x + width * i for x, (_, values) in enumerate(groups) if name in values]
+        bars = axis.bar(
+            places, [v[name] for _, v in groups if name in v], 0.92 * width, color=colours[name], label=name
+        )
+        axis.bar_label(bars, fmt="%.2f", fontsize=7)
+    axis.set_xticks([x + 0.4 - width / 2 for x in range(len(groups))], [name for name, _ in groups], fontsize=8)
+    axis.set_ylabel("GiB", fontsize=8)
+    axis.margins(y=0.12)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    _save(figure, path, f"Peak memory, less is better. {about(results.get('training_step') or results['models'])}")
+    return True
+
+
+def plot_scaling(results, path):
+    """How cost grows with length, batch and picked share, and how speed does with fill."""
+    rows, panels = results["models"]["rows"], []
+    for sweep, key, title in (
+        ("fill", "fill", "share of the rectangle that is text"), ("length", "length", "tokens in a sequence"),
+        ("batch", "sequences", "sequences in a batch"), ("picked", "picked_share", "share of tokens picked"),
+    ):  # fmt: skip
+        kinds = {}
+        for row in rows:
+            if row["sweep"] == sweep or (sweep == "picked" and row["sweep"] == "fill" and _like_picked(row, rows)):
+                kinds.setdefault((row["model"], row["layers"], row["pass"], row["dtype"]), []).append(row)
+        if sweep == "picked":
+            kinds = {kind: found for kind, found in kinds.items() if any(row["sweep"] == "picked" for row in found)}
+        panels += [
+            (sweep, key, title, kind, found) for kind, found in kinds.items() if len({r[key] for r in found}) > 1
+        ]
+    if not panels:
+        return False
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, axes = _figure(columns, lines, size=(4.9, 3.5))
+    names = list(dict.fromkeys(name for *_, found in panels for row in found for name in row["summary"]))
+    colours = _colours(names)
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (sweep, key, title, (model, layers, pass_, dtype), found) in zip(axes, panels):
+        # length keeps the tokens, so a time for each token; elsewhere the batch itself is what costs
+        figure_of = "real_tokens_per_s" if sweep in ("length", "batch", "fill") else "median_s"
+        for name in names:
+            points = sorted((row[key], row["summary"][name][figure_of]) for row in found if name in row["summary"])
+            if not points:
+                continue
+            scale = 1e3 if figure_of == "median_s" else 1
+            style = dict(linewidth=2.2 if name.startswith("fastbert") else 1.4, marker="o", markersize=3.5)
+            axis.plot([x for x, _ in points], [y * scale for _, y in points], color=colours[name], label=name, **style)
+        if key in ("length", "sequences"):
+            from matplotlib.ticker import NullLocator
+
+            axis.set_xscale("log", base=2)
+            ticks = sorted({row[key] for row in found})
+            axis.set_xticks(ticks, [str(x) for x in ticks])
+            axis.xaxis.set_minor_locator(NullLocator())
+        else:
+            from matplotlib.ticker import PercentFormatter
+
+            axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel(title, fontsize=8)
+        unit = "real tokens per second (more is better)" if figure_of != "median_s" else "ms a step (less is better)"
+        axis.set_ylabel(unit, fontsize=8)
+        axis.grid(axis="y", color="#dddddd", linewidth=0.6)
+        kind = {"train": "training step", "inference": "inference"}[pass_]
+        short = dtype.replace("bfloat16", "bf16").replace("float32", "fp32")
+        axis.set_title(f"{model} ({layers} layers), {kind}, {short}", loc="left", fontsize=9)
+    handles = {}
+    for axis in axes:
+        handles |= dict(zip(*axis.get_legend_handles_labels()[::-1]))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8)
+    _save(figure, path, f"How cost grows. {about(results['models'])}")
+    return True
+
+
+def _like_picked(row, rows):
+    """Whether a row of the fill sweep belongs to the curve over picked shares too."""
+    others = [other for other in rows if other["sweep"] == "picked"]
+    keys = ("model", "pass", "dtype", "layers", "sequences", "length", "fill")
+    return any(all(row[key] == other[key] for key in keys) for other in others)
+
+
+def plot_training(result, path):
+    """Loss against time and against tokens, and held-out accuracy against time, all runs on one picture."""
+    figure, axes = _figure(3, size=(4.7, 3.7))
+    colours = _colours([row["implementation"] for row in result["rows"]])
+    panels = (
+        ("seconds", "training time, seconds", "loss", "loss of picked tokens (nats)"),
+        ("tokens", "real tokens read", "loss", "the same against tokens"),
+        ("seconds", "training time, seconds", "accuracy", "held-out masked accuracy"),
+    )
+    for axis, (x, label, y, title) in zip(axes, panels):
+        for i, row in enumerate(result["rows"]):
+            colour, name = colours[row["implementation"]], row["implementation"]
+            points = row["held_out"] if y == "accuracy" else row["curve"]
+            # the curves of the middle panel lie on each other: the first is the widest, so that all can be seen
+            width = 1.2 + (1.6 * (len(result["rows"]) - 1 - i) if x == "tokens" else 0.6)
+            marker = dict(marker="o", markersize=3.5) if y == "accuracy" else {}
+            axis.plot(
+                [p[x] for p in points], [p[y] for p in points], color=colour, label=name, linewidth=width, **marker
+            )
+        axis.set_xlabel(label, fontsize=8)
+        axis.set_title(title, loc="left", fontsize=9)
+        axis.set_xlim(left=0)
+        axis.grid(axis="y", color="#dddddd", linewidth=0.6)
+    from matplotlib.ticker import EngFormatter, PercentFormatter
+
+    axes[1].xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes[2].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes[2].set_ylim(bottom=0)
+    axes[2].axhline(result["settings"]["accuracy"], color="#52606d", linewidth=1, linestyle="--")
+    baseline = result["rows"][0]["held_out"][-1].get("baseline")
+    if baseline:
+        axes[2].axhline(baseline, color="#bbbbbb", linewidth=1, linestyle=":")
+        axes[2].text(0, baseline, " always the most frequent token", fontsize=7, va="bottom", color="#777777")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    _save(figure, path, f"The same model, text, masks and order. {about(result)}")
+
+
+def roofline_points(results):
+    """(points, ceilings, title) of every op: measured where there are results of a device, else counted.
+
+    A point is {"op", "pass", "which": "fastbert" or "plain PyTorch", "bytes", "flops": of that implementation, "useful
+    bytes", "useful flops": what the op needs, "seconds"}.
+    """
+    ops = results.get("ops")
+    if ops and ops["rows"] and _ceilings(ops) and all("bytes" in row and "flops" in row for row in ops["rows"]):
+        points = []
+        for row in ops["rows"]:
+            for name, times in row["seconds"].items():
+                if times and (name == "fastbert" or name == "eager"):
+                    points.append({
+                        "op": row["op"], "pass": row.get("pass", ""),
+                        "which": "fastbert" if name == "fastbert" else "plain PyTorch", "bytes": row["bytes"],
+                        "flops": row["flops"], "useful bytes": row["bytes"], "useful flops": row["flops"],
+                        "seconds": statistics.median(times),
+                    })  # fmt: skip
+        return points, _ceilings(ops), f"measured. {about(ops)}"
+    counted = json.loads((RESULTS / "traffic.json").read_text(encoding="utf-8"))
+    points, seen = [], set()
+    for row in counted["rows"]:
+        for which, passes in (("fastbert", row["fastbert"]), (row["against"], row["plain"])):
+            for pass_, figures in passes.items():
+                key = row["op"], row["shape"], which, pass_
+                # the first way of plain PyTorch is the eager one
+                if key in seen or (which != "fastbert" and (row["op"], row["shape"], "eager", pass_) in seen):
+                    continue
+                seen |= {key} | ({(row["op"], row["shape"], "eager", pass_)} if which != "fastbert" else set())
+                needed = row["fastbert"][pass_]
+                points.append({
+                    "op": row["op"], "shape": row["shape"], "pass": pass_,
+                    "which": "fastbert" if which == "fastbert" else "plain PyTorch", "bytes": figures["bytes"],
+                    "flops": figures["flops"], "useful bytes": needed["bytes"], "useful flops": needed["flops"],
+                    "seconds": figures["seconds"],
+                })  # fmt: skip
+    ceilings = {"copy": counted["ceilings"]["bytes_per_second"], "product": counted["ceilings"]["flops_per_second"]}
+    return points, ceilings, "counted traffic at an H200's measured ceilings, not timed"
+
+
+def _ceilings(ops):
+    ceilings = ops.get("ceilings") or ops.get("settings", {}).get("ceilings") or {}
+    return ceilings if {"copy", "product"} <= ceilings.keys() else None
+
+
+def plot_roofline(results, path):
+    """Ops with matrix products under the roof; those without, by the bandwidth that they make of the memory."""
+    points, ceilings, title = roofline_points(results)
+    names = list(dict.fromkeys(point["op"] for point in points))
+    palette = dict(zip(names, ("#2563eb", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#52606d", "#8c564b",
+                               "#17becf", "#bcbd22", "#000000")))  # fmt: skip
+    figure, axes = _figure(2, size=(6.3, 4.6), width_ratios=[1.35, 1])
+    left, right = axes
+    copy, product = ceilings["copy"], ceilings["product"]
+    with_products = [point for point in points if point["useful flops"] and point["flops"]]
+    xs = [point["flops"] / point["bytes"] for point in with_products] or [1.0]
+    low, high = min(xs) / 2, max(max(xs), product / copy) * 4
+    grid = [low, product / copy, high]
+    left.plot(grid, [min(product, x * copy) / 1e12 for x in grid], color="#333333", linewidth=1.6, zorder=1)
+    left.text(high, product / 1e12, f"{product / 1e12:,.3g} TFLOP/s", ha="right", va="bottom", fontsize=8)
+    left.text(low * 1.15, low * 1.15 * copy * 1.35 / 1e12, f"{copy / 1e12:,.3g} TB/s", fontsize=8, va="bottom")
+    marks = {"forward": "o", "backward": "s", "both": "D"}
+    for point in with_products:
+        ours = point["which"] == "fastbert"
+        left.scatter(
+            point["flops"] / point["bytes"], point["useful flops"] / point["seconds"] / 1e12, s=44 if ours else 34,
+            marker=marks.get(point["pass"], "o"), facecolor=palette[point["op"]] if ours else "white",
+            edgecolor=palette[point["op"]], linewidth=1.3, zorder=3 if ours else 2,
+        )  # fmt: skip
+    left.set_xscale("log")
+    left.set_yscale("log")
+    left.set_xlabel("FLOPs of matrix products for a byte moved", fontsize=8)
+    left.set_ylabel("TFLOP/s of what the op needs", fontsize=8)
+    left.set_title("ops with matrix products", loc="left", fontsize=9)
+    left.grid(color="#eeeeee", linewidth=0.6)
+
+    rest = [point for point in points if not point["useful flops"]]
+    groups = list(dict.fromkeys((point["op"], point.get("shape", ""), point["pass"]) for point in rest))[::-1]
+    for y, (op, shape, pass_) in enumerate(groups):
+        for point in rest:
+            if (point["op"], point.get("shape", ""), point["pass"]) == (op, shape, pass_):
+                ours = point["which"] == "fastbert"
+                right.barh(
+                    y + (0.2 if ours else -0.2), point["useful bytes"] / point["seconds"] / 1e12, 0.38,
+                    color=palette[op] if ours else "white", edgecolor=palette[op], linewidth=1,
+                )  # fmt: skip
+    labels = [f"{op}{f' ({shape})' if shape else ''}, {pass_}" for op, shape, pass_ in groups]
+    right.set_yticks(range(len(groups)), labels, fontsize=7)
+    right.axvline(copy / 1e12, color="#333333", linewidth=1.6)
+    right.set_xlabel("TB/s of what the op needs", fontsize=8)
+    right.set_title("ops without: memory alone is the roof", loc="left", fontsize=9)
+    from matplotlib.lines import Line2D
+
+    shapes = [
+        Line2D([], [], linestyle="", marker=marks.get(pass_, "o"), color="#333333", label=pass_)
+        for pass_ in dict.fromkeys(point["pass"] for point in points)
+    ]
+    filled = [_patch("#555555"), _outline("#555555")]
+    colours = [_patch(palette[name]) for name in names if any(p["op"] == name for p in with_products)]
+    coloured = [name for name in names if any(p["op"] == name for p in with_products)]
+    figure.legend(
+        [*shapes, *filled, *colours], [*(x.get_label() for x in shapes), "fastbert", "plain PyTorch", *coloured],
+        loc="outside lower center", ncols=4, frameon=False, fontsize=8,
+    )  # fmt: skip
+    _save(figure, path, f"Roofline: {title}")
+    return title
+
+
+def _outline(colour):
+    from matplotlib.patches import Patch
+
+    return Patch(facecolor="white", edgecolor=colour)
+
+
+def headline(results):
+    """{name: the best peer's time over fastbert's} of what stands for the whole, for the history."""
+    found = {}
+    for name, others in ratios(results).items():
+        peers = [times for other, times in others.items() if not is_ours(other)]
+        if peers:
+            found[name] = min(peers)
+    return found
+
+
+def record_history(results, file):
+    """Add a line to history.jsonl when the ratios are others than in its last; all lines."""
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    now = headline(results)
+    if now and (not lines or lines[-1]["ratios"] != now):
+        dates = [result["date"] for result in results.values() if isinstance(result, dict) and result.get("date")]
+        facts = next((r["machine"] for r in results.values() if isinstance(r, dict) and r.get("machine")), {})
+        lines.append({
+            "date": max(dates, default=""), **{x: facts[x] for x in ("fastbert", "torch") if x in facts}, "ratios": now,
+        })  # fmt: skip
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return lines
+
+
+def plot_history(lines, path):
+    """Every ratio over the runs that have it, and their geometric mean."""
+    figure, (axis,) = _figure(1, size=(8, 4))
+    names = {name for line in lines for name in line["ratios"]}
+    for name in sorted(names):
+        points = [(i, line["ratios"][name]) for i, line in enumerate(lines) if name in line["ratios"]]
+        axis.plot([x for x, _ in points], [y for _, y in points], color=OTHERS[0], linewidth=0.8, alpha=0.6)
+    in_all = [name for name in names if all(name in line["ratios"] for line in lines)]
+    if in_all:
+        means = [statistics.geometric_mean(line["ratios"][name] for name in in_all) for line in lines]
+        axis.plot(
+            means, color=OURS, linewidth=2.5, marker="o", label=f"geometric mean of the {len(in_all)} in all runs"
+        )
+        axis.legend(frameon=False, fontsize=8)
+    axis.axhline(1, color="#333333", linewidth=1)
+    axis.set_yscale("log")
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+    axis.yaxis.set_major_formatter(ScalarFormatter())
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    labels = [f"{line['date']}\n{line.get('fastbert', '')}" for line in lines]
+    axis.set_xticks(range(len(lines)), labels, fontsize=8)
+    axis.set_ylabel("best peer's time over fastbert's", fontsize=8)
+    _save(figure, path, "History: above 1 fastbert is faster than every peer")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the page
+
+
+def page(folder, results, pictures, history):
+    """README.md of a device: pictures, tables, losses, what was not measured, and how to get the same."""
+    first = next((r for r in results.values() if isinstance(r, dict) and (r.get("machine") or r.get("cpu"))), {})
+    lines = [f"# Measured on {first.get('machine', first).get('device') or first.get('cpu') or folder.name}", ""]
+    lines += [
+        "Written by `python benchmarks/report.py` from the JSON files beside it, which hold the raw seconds. Libraries",
+        "took turns in one process, after their results were compared. Ratios are medians, over rounds, of another's",
+        "time over fastbert's: above 1 fastbert is faster. ± is half of the distance between the quartiles.", "",
+    ]  # fmt: skip
+    what = []
+    for name, result in results.items():
+        if isinstance(result, dict):
+            command = result.get("command") or OLD_COMMANDS.get(name)
+            command = f"`{command}`" if command else ""
+            what.append((f"[{name}.json]({name}.json)", result.get("date", ""), about(result) or "", command))
+    lines += [table(("results", "date", "device and versions", "command"), what), ""]
+    lost = losses(results)
+    lines += ["## Losses", ""]
+    lines += [f"- {line}" for line in lost] if lost else ["None: nothing that was timed here is faster than fastbert."]
+    lines += [""]
+    sections = (
+        ("training_step", "A training step of BERT-base"), ("families", "Every family"), ("models", "Whole models"),
+        ("training", "Training, side by side"), ("data", "The data path"), ("ops", "Ops"),
+        ("disentangled_attention", "DeBERTa's attention"), ("demo", "The demo"),
+    )  # fmt: skip
+    for name, title in sections:
+        if name in results:
+            lines += [f"## {title}", "", *section(name, results[name], pictures), ""]
+    for name, result in results.items():
+        known = [section_name for section_name, _ in sections]
+        if name not in known and isinstance(result, dict) and _has_seconds(result):
+            lines += [f"## {name}", "", generic_table(result), ""]
+    for picture, title in (("memory", "Memory"), ("roofline", "Roofline")):
+        if picture in pictures:
+            lines += [f"## {title}", "", f"![{pictures[picture]}]({picture}.png)", ""]
+    if "history" in pictures:
+        lines += ["## History", "", f"![{pictures['history']}](history.png)", ""]
+    elif history:
+        lines += ["## History", "", "One run so far: [history.jsonl](history.jsonl).", ""]
+    missing = not_measured(results)
+    if missing:
+        lines += ["## Not measured", "", table(("what", "why"), [(a, b.replace("|", "/")) for a, b in missing.items()])]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+OLD_COMMANDS = {
+    "training_step": "python benchmarks/bench_training_step.py", "families": "python benchmarks/bench_families.py",
+    "disentangled_attention": "python benchmarks/bench_disentangled_attention.py", "demo": "make demo",
+    "machine": "python benchmarks/machine.py",
+}  # fmt: skip
+
+
+def _has_seconds(result):
+    rows = result.get("rows")
+    return isinstance(rows, list) and any(isinstance(row.get("seconds"), dict) for row in rows)
+
+
+def section(name, result, pictures):
+    """The lines of one file's section."""
+    if name == "training_step" and "cpu" in result:
+        import bench_training_step as bench
+
+        return [bench.markdown(result), "", bench.describe(result) + ".", "", "![Speed and memory](training_step.png)"]
+    if name == "training_step":
+        import bench_training_step_gpu as bench
+
+        return [bench.markdown(result).partition("\n\n")[2].strip()]
+    if name == "families":
+        import bench_families as bench
+
+        lines = [bench.markdown(result), "", bench.describe(result) + "."]
+        lines += ["", bench.sentences_line(result) + "."] if result.get("sentences") else []
+        return [*lines, "", "![Every family](families.png)"]
+    if name == "models":
+        shown = [f"![{pictures[x]}]({x}.png)\n" for x in ("speed", "scaling") if x in pictures]
+        settings = result["settings"]
+        rates = ", ".join(f"{dtype} {rate / 1e12:.3g}" for dtype, rate in settings["product_flops_per_s"].items())
+        lines = [*shown, f"{about(result)}. MFU is of the measured matrix product, TFLOP/s: {rates}. FLOPs, counted on"]
+        lines += [f"real tokens: {settings['flops']}.", ""]
+        for sweep, rows in itertools.groupby(result["rows"], key=lambda row: row["sweep"]):
+            rows = list(rows)
+            lines += [
+                f"<details><summary>{sweep}: {len(rows)} rows</summary>",
+                "",
+                models_table(rows),
+                "",
+                "</details>",
+            ]
+        if settings.get("left_out"):
+            lines += ["", f"Left out for want of time: {'; '.join(settings['left_out'])}."]
+        return lines
+    if name == "training":
+        lines = [f"![{pictures['training']}](training.png)\n"] if "training" in pictures else []
+        return [*lines, training_table(result), "", f"{result['settings']['what']}. {about(result)}."]
+    if name == "data":
+        return [data_line(result), "", data_table(result), "", f"{about(result)}."]
+    if name == "ops" and result["rows"] and "variant" in result["rows"][0]:
+        import bench_ops as bench
+
+        return [bench.markdown(result).partition("\n\n")[2].replace("\n## ", "\n### ").strip()]
+    if name == "demo":
+        return [demo_line(result), "", "![The demo's loss and held-out masked accuracy](demo.png)"]
+    if name == "disentangled_attention":
+        rows = [
+            (row["length"], f"{row['fill']:.0%}", "forward, backward" if row["backward"] else "forward",
+             f"{row['transformers']:.1f} -> {row['fastbert']:.1f} ms", times_of(row["transformers"] / row["fastbert"]))
+            for row in result["rows"]
+        ]  # fmt: skip
+        return [table(("length", "fill", "pass", "transformers -> fastbert", "speed"), rows)]
+    return [generic_table(result)]
+
+
+def data_line(result):
+    """The data path in one number and its ratio."""
+    row = next(row for row in result["rows"] if row["name"].startswith("loader"))
+    return (
+        f"The loader makes {row['tokens_per_s']:,} masked, packed tokens a second, **{row['ratio']:.0f} times** what "
+        f"{row['against']} eats ({row['against_tokens_per_s']:,})."
+    )
+
+
+def demo_line(result):
+    """What the demo's model has learned, in a sentence."""
+    return (
+        f"it gets {result['eval_masked_accuracy']:.1%} of them right; always guessing the most frequent token gets "
+        f"{result['eval_baseline_accuracy']:.1%}."
+    )
+
+
+def write(folder):
+    """Pictures and page of one folder of results. Returns the files written."""
+    results = read(folder)
+    if not results:
+        return []
+    pictures = {}
+    models = results.get("models")
+    if models and models["rows"]:
+        if any(row["sweep"] in ("fill", "families") for row in models["rows"]):
+            plot_speed(results, folder / "speed.png")
+            pictures["speed"] = "Every model: how many times fastbert's time the others take"
+        if plot_scaling(results, folder / "scaling.png"):
+            pictures["scaling"] = "How cost grows with fill, length, batch and picked share"
+    if plot_memory(results, folder / "memory.png"):
+        pictures["memory"] = "Peak memory"
+    if results.get("training", {}).get("rows"):
+        plot_training(results["training"], folder / "training.png")
+        pictures["training"] = "Loss against time and tokens, and held-out accuracy against time"
+    pictures["roofline"] = f"Roofline: {plot_roofline(results, folder / 'roofline.png')}"
+    history = record_history(results, folder / "history.jsonl")
+    if len(history) > 1:
+        plot_history(history, folder / "history.png")
+        pictures["history"] = "The ratios of every run"
+    (folder / "README.md").write_text(page(folder, results, pictures, history), encoding="utf-8")
+    return [folder / "README.md", *(folder / f"{name}.png" for name in pictures)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the figures of the project's README
+
+
+def _from(module, function, file, device="cpu"):
+    def text():
+        result = json.loads((RESULTS / device / f"{file}.json").read_text(encoding="utf-8"))
+        return getattr(__import__(module), function)(result)
+
+    return text
+
+
+# name -> function that gives what stands in the README between the marks of that name
+FIGURES = {
+    "training_step": _from("bench_training_step", "markdown", "training_step"),
+    "training_step_about": _from("bench_training_step", "describe", "training_step"),
+    "families": _from("bench_families", "markdown", "families"),
+    "families_about": _from("bench_families", "describe", "families"),
+    "sentences": _from("bench_families", "sentences_line", "families"),
+    "demo": _from("report", "demo_line", "demo"),
+    "training": _from("report", "training_table", "training"),
+    "training_about": _from("report", "about", "training"),
+    "data": _from("report", "data_line", "data"),
+    "models_about": _from("report", "about", "models"),
+}
+BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n?)(.*?)(\n?<!-- end -->)", re.DOTALL)
+
+
+def with_figures(text):
+    """The README `text` with its figures as the committed results have them. Raises ValueError for an unknown name."""
+
+    def filled(match):
+        if match[2] not in FIGURES:
+            raise ValueError(f"README.md has figures of {match[2]!r}: expected one of {', '.join(FIGURES)}")
+        return match[1] + FIGURES[match[2]]() + match[4]
+
+    return BLOCK.sub(filled, text)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--device", help="a folder of benchmarks/results, or any folder; default: all that hold results"
+    )
+    parser.add_argument("--readme", action="store_true", help="write the figures of README.md too")
+    options = parser.parse_args(arguments)
+    folders = [place for place in sorted(RESULTS.iterdir()) if place.is_dir() and place.name != "rehearsal"]
+    if options.device:
+        folders = [RESULTS / options.device if (RESULTS / options.device).is_dir() else Path(options.device)]
+        if not list(folders[0].glob("*.json")):
+            known = ", ".join(place.name for place in sorted(RESULTS.iterdir()) if place.is_dir())
+            parser.error(f"--device is {options.device!r}: no such results, expected one of {known}, or a folder")
+    for place in folders:
+        for file in write(place):
+            print(file.relative_to(ROOT) if file.is_relative_to(ROOT) else file)
+    if options.readme:
+        readme = ROOT / "README.md"
+        readme.write_text(with_figures(readme.read_text(encoding="utf-8")), encoding="utf-8")
+        print("README.md")
+
+
+if __name__ == "__main__":
+    main()
