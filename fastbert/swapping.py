@@ -9,12 +9,13 @@ This file is the mechanism. What runs instead stands in `replacements.py` (Huggi
 
 import contextlib
 import functools
+import inspect
 import itertools
 import re
 from dataclasses import dataclass, field
 
-import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from . import replacements, torch_replacements
 
@@ -124,16 +125,13 @@ def swap(model, *, attention=True, layer_norm=True, gelu=True, loss=True, unpad=
     unswap(model)
     rows, found = [], list(model.named_modules())
     for name, module in found:
-        replacement = TABLE.get(_full_name(type(module)))
-        if replacement is None:
-            relative = next((cls for cls in type(module).__mro__[1:] if _full_name(cls) in TABLE), None)
-            if relative is not None and _overrides(type(module), relative):
-                rows.append(
-                    Row(name, type(module).__name__, reason=f"a class of its own, derived from {relative.__name__}")
-                )
+        known = next((cls for cls in type(module).__mro__ if _full_name(cls) in TABLE), None)
+        if known is None or hasattr(type(module), "replaces"):
             continue
-        row = Row(name, type(module).__name__)
-        if not any(wanted[part] for part in replacement.PARTS):
+        row, replacement = Row(name, type(module).__name__), TABLE[_full_name(known)]
+        if _overrides(type(module), known) or parametrize.is_parametrized(module):
+            row.reason = f"a class of its own, derived from {known.__name__}"
+        elif not any(wanted[part] for part in replacement.PARTS):
             row.reason = f"switched off: {' and '.join(replacement.PARTS)}"
         elif "forward" in vars(module):
             row.reason = "its forward has been set on the instance"
@@ -174,9 +172,10 @@ def _full_name(cls):
 
 
 def _overrides(cls, base):
-    """Whether a class derived from `base` computes something of its own."""
+    """Whether a class derived from `base` may compute something of its own: it overrides what `base` itself defines."""
     between = itertools.takewhile(lambda c: c is not base, cls.__mro__)
-    return all("replaces" not in vars(c) for c in cls.__mro__) and any("forward" in vars(c) for c in between)
+    names = {name for c in between for name in vars(c) if not name.startswith(("__", "get_", "set_"))}
+    return "forward" in names or any(inspect.isfunction(vars(base).get(name)) for name in names)
 
 
 @functools.cache
@@ -185,9 +184,8 @@ def _class_of(replacement, original):
 
     @functools.wraps(original.forward)  # keeps the signature, from which HuggingFace's Trainer reads what to pass
     def forward(self, *args, **kwargs):
-        # a graph that leaves this process, and is for any lengths, is theirs
-        if torch.jit.is_tracing() or torch.compiler.is_exporting():
-            return original.forward(self, *args, **kwargs)
+        if replacement.yields():
+            return replacement.as_ever(self, *args, **kwargs)
         return replacement.forward(self, *args, **kwargs)
 
     return type(
