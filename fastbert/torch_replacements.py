@@ -1,9 +1,36 @@
-"""What runs in place of torch.nn's modules, see `swapping.py`."""
+"""What runs in place of torch.nn's modules, see `swapping.py`: their own parameters under their own names, our ops.
 
+Letters: B sequences, S padded length, T real tokens, D hidden size, H heads, K head size, N rows, C classes.
+
+A layer and a stack of layers compute real tokens alone, and give 0 where padding stands. (torch does the same in its
+fast path for inference, and elsewhere gives what the padding happened to attend to.)
+"""
+
+import dataclasses
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
 from torch import nn
 
 from . import ops
-from .replacements import Replacement
+from .reference import matmul
+from .replacements import Packed, Replacement, dropping, gelu_form, is_plain, is_watched, linear, packing
+
+# what a program of the kernels holds: columns of a norm, columns of a head
+MOST_COLUMNS, MOST_HEAD_SIZE = 8192, 128
+
+
+def _takes(x):
+    """Whether our ops compute what torch does on x, a tensor of any shape."""
+    if type(x) not in (torch.Tensor, nn.Parameter) or x.is_nested or x.device.type == "meta" or x.numel() == 0:
+        return False
+    # torch.func's vmap and grad want more of a Function than ours have
+    if not x.is_floating_point() or torch._C._are_functorch_transforms_active():
+        return False
+    # the kernels compute in fp32
+    return x.dtype != torch.float64 or not ops.uses_triton(x.device)
 
 
 class LayerNorm(Replacement):
@@ -12,15 +39,18 @@ class LayerNorm(Replacement):
 
     @staticmethod
     def refuses(module):
-        if len(module.normalized_shape) != 1:
-            return f"it normalises over {len(module.normalized_shape)} dimensions"
-        if module.weight is None:
-            return "it has no weight"
+        columns = math.prod(module.normalized_shape)
+        if columns > MOST_COLUMNS:
+            return f"it normalises over {columns} numbers, and the kernels hold {MOST_COLUMNS}"
         return None
 
     def forward(self, input):
-        rows = input.reshape(-1, input.shape[-1])
-        return ops.layer_norm(rows, self.weight, self.bias, eps=self.eps).view(input.shape)
+        shape = self.normalized_shape
+        if not _takes(input) or input.shape[-len(shape) :] != shape:
+            return super().forward(input)
+        weight, bias = (p if p is None else p.flatten() for p in (self.weight, self.bias))
+        rows = input.reshape(-1, math.prod(shape))
+        return ops.layer_norm(rows, weight, bias, eps=self.eps).view(input.shape)
 
 
 class GELU(Replacement):
@@ -28,11 +58,424 @@ class GELU(Replacement):
     WHAT = "fused GELU"
 
     def forward(self, input):
-        return ops.bias_gelu(input, None, approximate=self.approximate)
+        # torch's keeps the memory format of its input
+        if not _takes(input) or not input.is_contiguous():
+            return super().forward(input)
+        rows = input.view(-1, input.shape[-1] if input.dim() else 1)
+        return ops.bias_gelu(rows, None, approximate=self.approximate).view(input.shape)
+
+
+# ------------------------------------------------------------------------------------------------------- transformer
+
+
+def _packing(x, padding, batch_first, *, inside):
+    """The Packed of x [B, S, D] (or [S, B, D], or [S, D]) under torch's key_padding_mask: bool, True where padding is,
+    or floating, added to the scores. None where that mask does more than hide padding."""
+    if x.dim() not in (2, 3):
+        return None
+    if x.dim() == 2:
+        x, padding, batch_first = x[None], padding if padding is None else padding[None], True
+    x = x if batch_first else x.transpose(0, 1)
+    B, S = x.shape[:2]
+    kept = None
+    if padding is not None:
+        if padding.shape != (B, S) or padding.requires_grad:
+            return None
+        if padding.dtype == torch.bool:
+            kept = ~padding
+        elif padding.is_floating_point():
+            kept = padding == 0
+            if not bool((kept | (padding <= torch.finfo(padding.dtype).min / 2)).all()):
+                return None
+        else:
+            return None
+    packed = packing(x, kept, {}, inside=inside, by_distance=False)
+    if packed is None or batch_first:
+        return packed
+    # the places where the tokens of each sequence stand in [S, B, D]
+    places = torch.arange(B * S, device=x.device) if packed.indices is None else packed.indices
+    return dataclasses.replace(packed, indices=places % S * B + places // S, shape=(S, B))
+
+
+def _pack(packed, x):
+    return packed.pack(x.view(*packed.shape, x.shape[-1]))
+
+
+def _is_swapped(module, replacement):
+    """Whether `module` runs `replacement`, and calling it does nothing else."""
+    cls = vars(type(module))
+    return cls.get("replacement") is replacement and is_plain(module, cls["replaces"])
+
+
+class MultiheadAttention(Replacement):
+    PARTS = ("attention",)
+    WHAT = "fused self-attention (with an attn_mask or need_weights: torch's)"
+
+    @staticmethod
+    def refuses(module):
+        if not module._qkv_same_embed_dim:
+            return "its keys or values have another width (kdim, vdim)"
+        if module.bias_k is not None or module.add_zero_attn:
+            return "it adds a key to each sequence (add_bias_kv, add_zero_attn)"
+        if module.head_dim > MOST_HEAD_SIZE:
+            return f"its heads have {module.head_dim} columns, and the kernels hold {MOST_HEAD_SIZE}"
+        return None
+
+    def forward(
+        self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True,
+        is_causal=False,
+    ):  # fmt: skip
+        packed = key_padding_mask if isinstance(key_padding_mask, Packed) else None
+        asks_more = need_weights or attn_mask is not None or is_causal
+        if packed is None and query is key and key is value and not asks_more and _takes(query):
+            packed = _packing(query, key_padding_mask, self.batch_first, inside=False)
+        if packed is None:
+            return super().forward(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+        rows = query if packed.inside else _pack(packed, query)
+        qkv = ops.linear(rows, self.in_proj_weight, self.in_proj_bias).view(len(rows), 3, self.num_heads, -1)
+        options = {}
+        if self.training and self.dropout > 0.0:
+            options = dict(dropout_p=self.dropout, seed=_seed(rows.device))
+        out = ops.attention(qkv, None, None, packed.cu_seqlens, packed.max_seqlen, **options).flatten(1)
+        # never called by torch either
+        out = ops.linear(out, self.out_proj.weight, self.out_proj.bias)
+        return (out if packed.inside else packed.unpack(out).view(query.shape)), None
+
+
+def _seed(device):
+    return torch.randint(-(2**63), 2**63 - 1, (1,), device=device)
+
+
+class TransformerEncoderLayer(Replacement):
+    PARTS = ("attention", "layer_norm", "gelu")
+    WHAT = "fused steps between the products"
+
+    def forward(self, src, src_mask=None, src_key_padding_mask=None, is_causal=False):
+        if isinstance(src_key_padding_mask, Packed):
+            return self._block(src, key_padding_mask=src_key_padding_mask)
+        its_own = vars(self).keys() & {"_sa_block", "_ff_block"}
+        if its_own or not _takes(src) or (is_causal and src_mask is None):
+            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+        if src_mask is None and self.fastbert_options.unpad and _packs(self) and not is_watched(self):
+            packed = _packing(src, src_key_padding_mask, self.self_attn.batch_first, inside=True)
+            if packed is not None:
+                rows = self._block(_pack(packed, src), key_padding_mask=packed)
+                return packed.unpack(rows).view(src.shape)
+        # the forms in which torch hands masks on
+        padding = F._canonical_mask(
+            src_key_padding_mask, "src_key_padding_mask", F._none_or_dtype(src_mask), "src_mask", src.dtype
+        )
+        mask = F._canonical_mask(src_mask, "src_mask", None, "", src.dtype, check_other=False)
+        return self._block(src, attn_mask=mask, key_padding_mask=padding, is_causal=is_causal)
+
+    def _block(self, x, **masks):
+        def attended(x):
+            return self.self_attn(x, x, x, need_weights=False, **masks)[0]
+
+        if self.norm_first:
+            x = x + self.dropout1(attended(self.norm1(x)))
+            return x + self.dropout2(self._feed_forward(self.norm2(x)))
+        x = self._add_norm(self.norm1, self.dropout1, attended(x), x)
+        return self._add_norm(self.norm2, self.dropout2, self._feed_forward(x), x)
+
+    def _add_norm(self, norm, dropout, x, residual):
+        """norm(residual + dropout(x)), in one pass where the modules allow it."""
+        fuses = self.fastbert_options.layer_norm and is_plain(norm, nn.LayerNorm)
+        if not fuses or norm.normalized_shape != x.shape[-1:]:
+            return norm(residual + dropout(x))
+        options = {}
+        if is_plain(dropout, nn.Dropout):
+            options = dropping(dropout, x.device)
+        else:
+            x = dropout(x)
+        rows, residual = (y.reshape(-1, y.shape[-1]) for y in (x, residual))
+        return ops.layer_norm(rows, norm.weight, norm.bias, residual=residual, eps=norm.eps, **options).view(x.shape)
+
+    def _feed_forward(self, x):
+        approximate = _gelu_of(self.activation) if self.fastbert_options.gelu else None
+        if approximate is not None and is_plain(self.linear1, nn.Linear):
+            weight, bias = self.linear1.weight, self.linear1.bias
+            y = ops.linear_gelu(x.flatten(0, -2), weight, bias, approximate=approximate).view(*x.shape[:-1], -1)
+        else:
+            y = self.activation(_linear(self.linear1, x))
+        return _linear(self.linear2, self.dropout(y))
+
+
+def _linear(module, x):
+    """`module`(x) for x [..., D]."""
+    return linear(module, x.flatten(0, -2)).view(*x.shape[:-1], -1) if is_plain(module, nn.Linear) else module(x)
+
+
+def _gelu_of(activation):
+    """Which GELU an activation is, as `torch.nn.functional.gelu` names it; None: another, or watched."""
+    if activation is F.gelu:
+        return "none"
+    if isinstance(activation, functools.partial) and activation.func is F.gelu and not activation.args:
+        return activation.keywords.get("approximate", "none") if activation.keywords.keys() <= {"approximate"} else None
+    return gelu_form(activation) if isinstance(activation, nn.GELU) and is_plain(activation, nn.GELU) else None
+
+
+def _packs(layer):
+    """Whether a layer can be called with a Packed in place of its padding mask."""
+    is_ours = _is_swapped(layer, TransformerEncoderLayer) and not vars(layer).keys() & {"_sa_block", "_ff_block"}
+    return is_ours and _is_swapped(layer.self_attn, MultiheadAttention)
+
+
+class TransformerEncoder(Replacement):
+    PARTS = ("attention",)
+    WHAT = "the layers without padding"
+
+    @staticmethod
+    def refuses(module):
+        others = {type(layer).__name__ for layer in module.layers if type(layer) is not nn.TransformerEncoderLayer}
+        return f"it has layers of another class, {', '.join(sorted(others))}" if others else None
+
+    def forward(self, src, mask=None, src_key_padding_mask=None, is_causal=None):
+        packed = None
+        if mask is None and not is_causal and _takes(src) and not is_watched(self) and all(map(_packs, self.layers)):
+            orders = {layer.self_attn.batch_first for layer in self.layers}
+            if len(orders) == 1:
+                packed = _packing(src, src_key_padding_mask, *orders, inside=self.fastbert_options.unpad)
+        if packed is None:
+            return super().forward(src, mask, src_key_padding_mask, is_causal)
+        x = _pack(packed, src) if packed.inside else src
+        for layer in self.layers:
+            x = layer(x, src_key_padding_mask=packed)
+        norm = self.norm
+        if norm is not None and is_plain(norm, nn.LayerNorm) and norm.normalized_shape == x.shape[-1:]:
+            x, norm = norm(x), None
+        x = packed.unpack(x).view(src.shape) if packed.inside else x
+        return x if norm is None else norm(x)
+
+
+class Decoder(Replacement):
+    """nn.TransformerDecoder and its layers."""
+
+    PARTS = ("attention",)
+
+    @staticmethod
+    def refuses(module):
+        return "a decoder attends causally, and to another model"
+
+
+# -------------------------------------------------------------------------------------------------------------- loss
+
+
+class CrossEntropyLoss(Replacement):
+    """Where no row has a label, the mean is 0 and so are all gradients; torch's are NaN.
+
+    Where many rows have none, softmax and gradient are those of the others alone. The logits are what they were, also
+    to everyone else who uses them: see RowGradient.
+    """
+
+    PARTS = ("loss",)
+    WHAT = "cross-entropy of the labelled rows alone"
+
+    def forward(self, input, target):
+        if (
+            input.dim() == 0
+            or target.is_floating_point()
+            or target.shape != input.shape[:1] * (input.dim() > 1) + input.shape[2:]
+        ):
+            return super().forward(input, target)
+        if input.numel() == 0 and target.numel() == 0 and self.reduction == "mean":
+            return input.sum()
+        if not _takes(input):
+            return super().forward(input, target)
+        kept = target != self.ignore_index
+        if input.numel() >= _MANY_LOGITS and not torch.compiler.is_compiling():
+            places = kept.flatten().nonzero()[:, 0]
+            if len(places) <= _FEW_LABELS * target.numel():
+                logits = input if input.dim() == 2 else input.movedim(1, -1).flatten(0, -2)
+                return self._of_rows(logits, target, places)
+        if self.reduction != "mean":
+            return super().forward(input, target)
+        # no look at the numbers, for which a GPU would have to wait
+        none = ~kept.any()
+        return super().forward(input, target.masked_fill(none, 0)).masked_fill(none, 0.0)
+
+    def _of_rows(self, logits, target, places):
+        """The loss of logits [N, C] and target, of which only those at `places` [M] have a label."""
+        if torch.is_grad_enabled() and logits.requires_grad and _is_product(logits):
+            rows = TakeRowsFunction.apply(logits, places)
+        else:
+            rows = logits.index_select(0, places)
+        if len(places) == 0 and self.reduction == "mean":
+            return rows.sum()
+        labels = target.flatten()[places]
+        options = dict(ignore_index=self.ignore_index, reduction=self.reduction, label_smoothing=self.label_smoothing)
+        loss = F.cross_entropy(rows, labels, self.weight, **options)
+        if self.reduction != "none":
+            return loss
+        return loss.new_zeros(target.numel()).index_copy(0, places, loss).view(target.shape)
+
+
+# below that many numbers the whole costs less than to look which rows have a label
+_MANY_LOGITS = 2**16
+# with more labels than that, picking rows saves less than it costs
+_FEW_LABELS = 0.75
+
+
+def _is_product(logits):
+    """Whether what a linear layer returns has reached the loss unchanged but for its shape and dtype, unobserved."""
+    if logits._backward_hooks or logits.retains_grad:
+        return False
+    node = logits.grad_fn
+    while node is not None and node.name() in _REARRANGING:
+        node = node.next_functions[0][0]
+    return node is not None and node.name() in ("AddmmBackward0", "MmBackward0")
+
+
+_REARRANGING = {
+    "ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "AliasBackward0", "ToCopyBackward0",
+    "PermuteBackward0", "TransposeBackward0",
+}  # fmt: skip
+
+
+class TakeRowsFunction(torch.autograd.Function):
+    """x[places] for x [N, C], whose gradient is a RowGradient."""
+
+    @staticmethod
+    def forward(ctx, x, places):
+        ctx.save_for_backward(places)
+        ctx.N = len(x)
+        return x.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx, dout):
+        (places,) = ctx.saved_tensors
+        # only of itself, not of what is computed from it, could a second derivative be taken
+        rows = _Rows(dout, places, ctx.N)
+        return (rows.dense() if torch.is_grad_enabled() else RowGradient(rows, (ctx.N, dout.shape[1]))), None
+
+
+class _Rows:
+    """What the views of one RowGradient share: values [M, C] at `places` [M] of N rows, the others 0."""
+
+    def __init__(self, values, places, N):
+        self.values, self.places, self.N = values, places, N
+        self.whole = None
+
+    def dense(self):
+        """[N, C], from the first call on what counts: somebody may write to it."""
+        if self.whole is None:
+            self.whole = self.values.new_zeros(self.N, self.values.shape[1]).index_copy(0, self.places, self.values)
+        return self.whole
+
+
+class RowGradient(torch.Tensor):
+    """The gradient of logits [..., C] that knows which rows are 0, so that a linear layer's backward multiplies the
+    others alone, and [N, C] is never held. To all but matrix products it is the tensor that it stands for.
+
+    rows: a _Rows. shape [..., C], of N rows in all. order: the dimensions in another order than that, as for `permute`.
+    """
+
+    @staticmethod
+    def __new__(cls, rows, shape, order=None):
+        own = shape if order is None else [shape[d] for d in order]
+        return torch.Tensor._make_wrapper_subclass(cls, own, dtype=rows.values.dtype, device=rows.values.device)
+
+    def __init__(self, rows, shape, order=None):
+        own = list(range(len(shape)))
+        self.rows, self.straight = rows, torch.Size(shape)
+        self.order = own if order is None else order
+        self.is_straight = self.order == own
+
+    def dense(self):
+        return self.rows.dense().view(self.straight).permute(self.order)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        step = _STEPS.get(function)
+        if step is not None and all(x.rows.whole is None for x in args if isinstance(x, RowGradient)):
+            result = step(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        args, kwargs = torch.utils._pytree.tree_map_only(RowGradient, RowGradient.dense, (args, kwargs))
+        return function(*args, **kwargs)
+
+    def __repr__(self):
+        return repr(self.dense())
+
+    def __reduce_ex__(self, protocol):
+        return self.dense().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo):
+        return self.dense().clone()
+
+    def numpy(self, *, force=False):
+        return self.dense().numpy(force=force)
+
+    def tolist(self):
+        return self.dense().tolist()
+
+
+def _viewed(x, shape=None):
+    shape = x.shape if shape is None else torch.empty(x.shape, device="meta").view(shape).shape
+    if shape == x.shape:
+        return RowGradient(x.rows, x.straight, x.order)
+    return RowGradient(x.rows, shape) if x.is_straight and shape[-1:] == x.shape[-1:] else NotImplemented
+
+
+def _permuted(x, order):
+    return RowGradient(x.rows, x.straight, [x.order[d] for d in order])
+
+
+def _transposed(x, a=0, b=1):
+    order = list(range(x.dim()))
+    order[a], order[b] = order[b], order[a]
+    return _permuted(x, order) if len(order) > 1 else NotImplemented
+
+
+def _product(x, y):
+    if not isinstance(x, RowGradient) or isinstance(y, RowGradient):
+        return NotImplemented
+    values, places = x.rows.values, x.rows.places
+    if not x.is_straight:
+        return matmul(values.t(), y[places])
+    return y.new_zeros(len(x), y.shape[1]).index_copy_(0, places, matmul(values, y))
+
+
+def _summed(x, dim=None, keepdim=False, *, dtype=None):
+    if not x.is_straight or x.dim() != 2 or list(dim or ()) != [0]:
+        return NotImplemented
+    return x.rows.values.sum(0, keepdim, dtype=dtype)
+
+
+def _copied(x, *, dtype=None, **others):
+    if any(value not in (None, False, torch.strided, x.device) for value in others.values()):
+        return NotImplemented
+    return RowGradient(_Rows(x.rows.values.to(dtype or x.dtype), x.rows.places, x.rows.N), x.straight, x.order)
+
+
+_STEPS = {
+    torch.ops.aten.view.default: _viewed,
+    torch.ops.aten._unsafe_view.default: _viewed,
+    torch.ops.aten.detach.default: _viewed,
+    torch.ops.aten.alias.default: _viewed,
+    torch.ops.aten.t.default: _transposed,
+    torch.ops.aten.transpose.int: _transposed,
+    torch.ops.aten.permute.default: _permuted,
+    torch.ops.aten.mm.default: _product,
+    torch.ops.aten.sum.dim_IntList: _summed,
+    torch.ops.aten._to_copy.default: _copied,
+}
 
 
 # full name of torch's class -> what takes its place
 TABLE = {
     f"{cls.__module__}.{cls.__qualname__}": replacement
-    for cls, replacement in {nn.LayerNorm: LayerNorm, nn.GELU: GELU}.items()
+    for cls, replacement in {
+        nn.LayerNorm: LayerNorm,
+        nn.GELU: GELU,
+        nn.MultiheadAttention: MultiheadAttention,
+        nn.TransformerEncoderLayer: TransformerEncoderLayer,
+        nn.TransformerEncoder: TransformerEncoder,
+        nn.TransformerDecoderLayer: Decoder,
+        nn.TransformerDecoder: Decoder,
+        nn.CrossEntropyLoss: CrossEntropyLoss,
+    }.items()
 }
