@@ -47,6 +47,15 @@ class Replacement:
         """Why this one stays as it is, or None."""
         return None
 
+    @staticmethod
+    def yields():
+        """Whether `as_ever` is to run rather than `forward`: a graph that leaves this process, and is for any lengths,
+        is the model's own."""
+        return torch.jit.is_tracing() or torch.compiler.is_exporting()
+
+    def as_ever(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
 
 # ---------------------------------------------------------------------------------------------------------- packing
 
@@ -77,6 +86,10 @@ class Packed:
             x = rows.index_copy(0, self.indices, x)
         return x.view(*self.shape, *x.shape[1:])
 
+    def blank(self, x):
+        """[B, S, ...] with 0 where no token is."""
+        return x if self.indices is None else self.unpack(self.pack(x))
+
     def to(self, device, non_blocking=False):
         """On another device: accelerate moves arguments from layer to layer so."""
         indices = self.indices if self.indices is None else self.indices.to(device, non_blocking=non_blocking)
@@ -85,30 +98,40 @@ class Packed:
         )
 
 
-def key_mask(mask, B, S):
-    """A mask of any of HuggingFace's forms as bool [B, S], True for tokens; None: all are; False: it hides more than
-    padding, and no sequence of tokens says the same."""
+def key_mask(mask, B, S, *, by_distance):
+    """Where the tokens are under a mask of any of HuggingFace's forms: bool [B, S], or None where every place has one;
+    and whether sequences of tokens say all that the mask does: a bool, or a tensor of one.
+
+    They do not where it hides more than padding, or padding stands before a sequence: a model that reads the first
+    place reads a padding token there, and what that one attends to. by_distance: nor where padding stands between
+    tokens, as the attention looks at how far they are apart.
+    """
     if mask is None:
-        return None
-    if not torch.is_tensor(mask) or mask.dim() not in (2, 3, 4):
-        return False
+        return None, True
+    if not torch.is_tensor(mask) or mask.dim() not in (2, 3, 4) or mask.shape[-1] != S:
+        return None, False
+    says_all = True
     if mask.dim() == 3:
         mask = mask[:, None]
     if mask.dim() == 4:
         if mask.shape[1] != 1:
-            return False
+            return None, False
         mask = mask[:, 0]
-        if mask.shape[1] != 1 and mask.stride(1) != 0 and not torch.equal(mask, mask[:, :1].expand_as(mask)):
-            return False
+        if mask.shape[1] != 1 and mask.stride(1) != 0:
+            says_all = (mask == mask[:, :1]).all()
         mask = mask[:, 0]
         if mask.is_floating_point():
             # added to the scores: 0 or so little that nothing is left
-            if not bool(((mask == 0) | (mask <= torch.finfo(mask.dtype).min / 2)).all()):
-                return False
+            says_all = ((mask == 0) | (mask <= torch.finfo(mask.dtype).min / 2)).all() & says_all
             mask = mask == 0
-    if mask.shape[-1] != S:
-        return False
-    return mask.bool().expand(B, S)
+    kept = mask.bool().expand(B, S)
+    lengths = kept.sum(1)
+    unlike = ~kept[:, 0]
+    if by_distance:
+        last = S - 1 - kept.flip(1).int().argmax(1)
+        unlike = unlike | (last + 1 != lengths)
+    # and with no token at all, attention is over the padding
+    return kept, kept.any() & ~(unlike & (lengths > 0)).any() & says_all
 
 
 def is_static():
@@ -128,10 +151,9 @@ def _compiles_whole():
 
 def packing(hidden, mask, kwargs, *, inside, by_distance):
     """The Packed of hidden states [B, S, ...] under a mask, None where it would not do: where the mask says more than
-    that, and where padding stands before a sequence.
+    that (see `key_mask`).
 
     kwargs: of the call; cu_seq_lens_q and max_length_q, as HuggingFace's collators give them, go before the mask.
-    by_distance: the attention looks at how far tokens are apart, so there may be no padding between them.
     """
     if is_static():
         return None
@@ -146,23 +168,15 @@ def packing(hidden, mask, kwargs, *, inside, by_distance):
             (B, S),
             inside,
         )
-    kept = key_mask(mask, B, S)
-    if kept is False or B * S == 0:
+    if B * S == 0:
+        return None
+    kept, says_all = key_mask(mask, B, S, by_distance=by_distance)
+    if not says_all:
         return None
     if kept is not None:
         indices = kept.flatten().nonzero()[:, 0]
-        if len(indices) == 0:
-            return None
         if len(indices) < B * S:
-            lengths = kept.sum(1)
-            # a model that reads the first place reads a padding token there, and what that one attends to
-            unlike = ~kept[:, 0]
-            if by_distance:
-                last = S - 1 - kept.flip(1).int().argmax(1)
-                unlike = unlike | (last + 1 != lengths)
-            if bool((unlike & (lengths > 0)).any()):
-                return None
-            cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+            cu_seqlens = F.pad(kept.sum(1).cumsum(0), (1, 0)).to(torch.int32)
             return Packed(cu_seqlens, S, indices, (B, S), inside)
     return Packed(torch.arange(0, B * S + 1, S, dtype=torch.int32, device=hidden.device), S, None, (B, S), inside)
 
@@ -174,12 +188,19 @@ _BLIND = ("torch.distributed", "accelerate", "deepspeed", "transformers.utils.ou
 def is_watched(module):
     """Whether a hook of the user looks at what is inside a module: then shapes there must be what they were."""
     everywhere = nn.modules.module
-    if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
-        return True
-    for inner in module.modules():
+    return bool(everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks) or _has_hooks_inside(module)
+
+
+def _has_hooks_inside(module):
+    # for every call of a model: Module.modules() takes three times as long
+    for inner in module._modules.values():
+        if inner is None:
+            continue
         for hooks in (inner._forward_hooks, inner._forward_pre_hooks, inner._backward_hooks, inner._backward_pre_hooks):
-            if hooks and inner is not module and not all(_is_blind(hook) for hook in hooks.values()):
+            if hooks and not all(_is_blind(hook) for hook in hooks.values()):
                 return True
+        if inner._modules and _has_hooks_inside(inner):
+            return True
     return False
 
 
@@ -236,24 +257,28 @@ def dropping(module, device):
 
 def layer_norm(module, x, residual=None, dropout=None):
     """LayerNorm(dropout(x) + residual), in one pass where the modules allow it. x, residual [..., D]."""
-    eps = getattr(module, "eps", None) or getattr(module, "variance_epsilon", None)
-    if not any(is_plain(module, cls) for cls in _layer_norms(module)) or module.weight is None:
+    eps = _eps(module)
+    if eps is None or module.weight is None:
         x = x if dropout is None else dropout(x)
         return module(x if residual is None else x + residual)
     options = {}
-    if dropout is not None and is_plain(dropout, nn.Dropout):
-        options = dropping(dropout, x.device)
-    elif dropout is not None:
-        x = dropout(x)
+    if dropout is not None and dropout.training:
+        if is_plain(dropout, nn.Dropout):
+            options = dropping(dropout, x.device)
+        else:
+            x = dropout(x)
     rows = x.reshape(-1, x.shape[-1])
     residual = residual if residual is None else residual.reshape(rows.shape)
     return ops.layer_norm(rows, module.weight, module.bias, residual=residual, eps=eps, **options).view(x.shape)
 
 
-def _layer_norms(module):
+def _eps(norm):
+    """The epsilon of a LayerNorm over the last dimension whose parameters may be used; None for other modules."""
+    if is_plain(norm, nn.LayerNorm):
+        return norm.eps if len(norm.normalized_shape) == 1 else None
     # DeBERTa v1 has one of its own, which computes the same
-    kind = original(module)
-    return (kind,) if kind is nn.LayerNorm or kind.__name__ == "DebertaLayerNorm" else ()
+    kind = original(norm)
+    return norm.variance_epsilon if kind.__name__ == "DebertaLayerNorm" and is_plain(norm, kind) else None
 
 
 def gelu_form(activation):
@@ -616,28 +641,53 @@ class Stack(Replacement):
         config = _config(module)
         if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
             return "a decoder attends causally, or to another model"
-        if getattr(config, "chunk_size_feed_forward", 0):
-            return "chunk_size_feed_forward cuts padded lengths"
         return None
+
+    @staticmethod
+    def yields():
+        return is_static()
+
+    def as_ever(self, *args, **kwargs):
+        # padded places are 0 in this graph too
+        out = super().as_ever(*args, **kwargs)
+        kwargs = _named(self, args, kwargs)
+        if kwargs.get("cu_seq_lens_q") is None and self._takes(kwargs):
+            kept, says_all = key_mask(kwargs.get("attention_mask"), *out[0].shape[:2], by_distance=self.BY_DISTANCE)
+            if kept is not None:
+                last = out[0].masked_fill((~kept & says_all)[..., None], 0)
+                if isinstance(out, tuple):
+                    return last, *out[1:]
+                out.last_hidden_state = last
+        return out
 
     def forward(self, hidden_states, attention_mask=None, *args, **kwargs):
         packed = self._packing(hidden_states, attention_mask, kwargs)
         if packed is None:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         if not packed.inside:
-            return super().forward(hidden_states, packed, *args, **kwargs)
+            out = super().forward(hidden_states, packed, *args, **kwargs)
+            out.last_hidden_state = packed.blank(out.last_hidden_state)
+            return out
         out = super().forward(packed.pack(hidden_states)[None], packed, *args, **kwargs)
         out.last_hidden_state = packed.unpack(out.last_hidden_state[0])
         return out
 
+    def _takes(self, kwargs):
+        """Whether what a call asks for can be had from packed attention."""
+        if any(kwargs.get(name) is not None for name in ("encoder_hidden_states", "past_key_values")):
+            return False
+        return not (kwargs.get("use_cache") or _asks(self, kwargs, "output_attentions"))
+
     def _packing(self, hidden_states, attention_mask, kwargs):
         """The Packed to call the layers with, None where they must be called as ever."""
-        if any(kwargs.get(name) is not None for name in ("encoder_hidden_states", "past_key_values")):
-            return None
-        if kwargs.get("use_cache") or _asks(self, kwargs, "output_attentions"):
+        if not self._takes(kwargs):
             return None
         inside = (
-            self.fastbert_options.unpad and not _asks(self, kwargs, "output_hidden_states") and not is_watched(self)
+            self.fastbert_options.unpad
+            and not _asks(self, kwargs, "output_hidden_states")
+            # which cuts padded lengths
+            and not getattr(_config(self), "chunk_size_feed_forward", 0)
+            and not is_watched(self)
         )
         return packing(hidden_states, attention_mask, kwargs, inside=inside, by_distance=self.BY_DISTANCE)
 
@@ -664,13 +714,16 @@ def _run(stack, hidden_states, packed, call, asked, return_dict, after_first=Non
     """A loop over `stack.layer` for the families whose own loop reads the mask; `call(layer, x)` runs one."""
     x = packed.pack(hidden_states)[None] if packed.inside else hidden_states
     restored = (lambda x: packed.unpack(x[0])) if packed.inside else (lambda x: x)
+    ended = restored if packed.inside else packed.blank
     states = [hidden_states]
     for i, layer in enumerate(stack.layer):
         x = call(layer, x)
         if i == 0 and after_first is not None:
             padded = after_first(hidden_states, restored(x))
             x = packed.pack(padded)[None] if packed.inside else padded
-        if asked["output_hidden_states"] or i + 1 == len(stack.layer):
+        if i + 1 == len(stack.layer):
+            states.append(ended(x))
+        elif asked["output_hidden_states"]:
             states.append(restored(x))
     every = tuple(states) if asked["output_hidden_states"] else None
     if not return_dict:
@@ -741,8 +794,8 @@ class ModernBertStack(Stack):
             x if input_ids is not None else None, dict.fromkeys(("full_attention", "sliding_attention"), packed),
             position_ids, x if input_ids is None else None, **kwargs,
         )  # fmt: skip
-        if packed.inside:
-            out.last_hidden_state = packed.unpack(out.last_hidden_state[0])
+        last = out.last_hidden_state
+        out.last_hidden_state = packed.unpack(last[0]) if packed.inside else packed.blank(last)
         return out if (self.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
 
 
@@ -810,7 +863,7 @@ class MaskedLM(Replacement):
             out = self.base_model(**kwargs, return_dict=True)
             hidden = out[0]
             labels = labels.to(hidden.device).flatten()
-            picks = (labels != -100).nonzero()[:, 0]
+            picks = slice(None) if is_static() else (labels != -100).nonzero()[:, 0]
             loss = _mean(*picked_loss(self, hidden.flatten(0, -2)[picks], labels[picks]), num_items)
             fields = dict(loss=loss, hidden_states=out.get("hidden_states"), attentions=out.get("attentions"))
             cls = _beside(self, "MaskedLMOutput")
