@@ -363,7 +363,7 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x):
-        x = ops.bias_gelu(ops.linear(x, self.up.weight), self.up.bias, approximate=self.config.approximate)
+        x = ops.linear_gelu(x, self.up.weight, self.up.bias, approximate=self.config.approximate)
         return ops.linear(x, self.down.weight, self.down.bias)
 
 

@@ -190,7 +190,7 @@ def _is_uniform(starts, rows):
 
 
 def _uniform_attention(q, k, v, B, scale):
-    """Attention of B sequences of one length: nothing to gather, which on a small batch costs as much as it computes."""
+    """Attention of B sequences of one length: nothing to gather, which costs a small batch as much as it computes."""
     if k is None:
         q, k, v = q.unbind(1)
     elif v is None:
