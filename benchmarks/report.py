@@ -161,9 +161,10 @@ def losses(results):
     """Lines on every row where an implementation that is not fastbert's is faster than it."""
     found = []
     for name, others in ratios(results).items():
-        for other, times in sorted(others.items(), key=lambda item: item[1]):
-            if times < 1 and not is_ours(other):
-                found.append(f"{name}: {other} takes {times:.2f}x of fastbert's time")
+        faster = sorted((times, other) for other, times in others.items() if times < 1 and not is_ours(other))
+        if faster:
+            rest = f", and {', '.join(other for _, other in faster[1:])} less than all of it" if faster[1:] else ""
+            found.append(f"{name}: {faster[0][1]} takes {faster[0][0]:.2f}x of fastbert's time{rest}")
     return found
 
 
@@ -258,10 +259,28 @@ def data_table(result):
     """data.json: what the data path makes, and what eats it."""
     lines = [
         (row["name"], f"{row['tokens_per_s']:,}", row["against"], f"{row['against_tokens_per_s']:,}",
-         f"{row['ratio']:.2f}x" + ("" if row["ratio"] >= row["wanted"] else ", a loss"))
+         times_of(row["ratio"]))
         for row in result["rows"]
     ]  # fmt: skip
     return table(("data path", "tokens/s", "against", "tokens/s", "ratio"), lines)
+
+
+def ops_table(rows):
+    """Both passes of every op: fastbert, and the fastest of what else there is."""
+    lines = []
+    for row in rows:
+        if row["pass"] != "both" or "fastbert" not in row["seconds"]:
+            continue
+        figures, ours = row["summary"]["fastbert"], row["seconds"]["fastbert"]
+        others = {name: ratio(times, ours) for name, times in row["seconds"].items() if name != "fastbert" and times}
+        best = min(others, key=others.get, default=None)
+        lines.append(
+            (row["case"], duration(statistics.median(ours)) + spread(ours), figures.get("gb_per_s", ""),
+             figures.get("tflop_per_s", ""), figures.get("percent_of_ceiling", ""), best or "none here",
+             times_of(others[best]) if best else "")
+        )  # fmt: skip
+    head = ("op, forward and backward", "fastbert", "GB/s", "TFLOP/s", "% of ceiling", "fastest other", "its time")
+    return table(head, lines)
 
 
 def generic_table(result):
@@ -323,15 +342,17 @@ def _colours(names):
     return {name: fixed.get(name) or next(rest) for name in names}
 
 
-def about(result):
+def about(result, dated=True):
     """The device, versions and date behind a result, in a line."""
-    facts = result.get("machine") or result
-    if "threads" in facts:
+    facts = next((x for x in (result.get("machine"), result.get("about")) if isinstance(x, dict)), result)
+    if isinstance(facts.get("machine"), str):
+        where = facts["machine"]
+    elif "threads" in facts:
         where = f"{facts.get('device') or facts.get('cpu')}, {facts['threads']} threads"
     else:
         where = facts.get("device", "")
     known = [f"{name} {facts[name]}" for name in ("fastbert", "torch", "triton", "transformers") if facts.get(name)]
-    return ", ".join([where, *known, *([result["date"]] if result.get("date") else [])])
+    return ", ".join([where, *known, *([result["date"]] if dated and result.get("date") else [])])
 
 
 def plot_speed(results, path):
@@ -363,14 +384,15 @@ def plot_speed(results, path):
             for row in shown
         ]  # fmt: skip
         axis.set_yticks(ticks, labels, fontsize=7)
-        axis.axvline(1, color=OURS, linewidth=1.5)
-        axis.text(1, height, " fastbert = 1", color=OURS, fontsize=7, va="bottom")
+        axis.axvline(1, color=OURS, linewidth=1.8)
         axis.set_xlim(left=0)
         axis.margins(x=0.08, y=0.01)
         axis.set_title(f"{title}: times fastbert's time", loc="left", fontsize=10)
-    handles = [_patch(colours[name]) for name in names]
-    figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    _save(figure, path, f"Whole models, more is slower. {about(results['models'])}")
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=OURS, linewidth=1.8), *(_patch(colours[name]) for name in names)]
+    figure.legend(handles, ["fastbert", *names], loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    _save(figure, path, f"Whole models: a bar beyond the blue line is slower than fastbert. {about(results['models'])}")
 
 
 def _patch(colour):
@@ -380,38 +402,42 @@ def _patch(colour):
 
 
 def plot_memory(results, path):
-    """Bars of peak memory, from the training step and, on a GPU, from the models."""
-    groups = []
+    """Bars of peak memory: of a process that trains, and of a call beyond the weights. Whether there was any."""
+    panels = {}
     for case in results.get("training_step", {}).get("cases", ()):
         parts = {name: value for name, value in case.items() if isinstance(value, dict) and name != "failed"}
-        values = {
-            name: part["peak_memory_mib"] / 1024 if "peak_memory_mib" in part else part.get("gib_of_a_step")
-            for name, part in parts.items()
-        }
-        groups.append((f"BERT-base step\n{case['case']}", values))
+        if any("peak_memory_mib" in part for part in parts.values()):
+            values = {name: part["peak_memory_mib"] for name, part in parts.items()}
+            panels.setdefault("a process that trains BERT-base, MiB", []).append((case["case"], values))
+        else:
+            values = {name: part["gib_of_a_step"] for name, part in parts.items() if part.get("gib_of_a_step")}
+            panels.setdefault("a step of BERT-base beyond the weights, GiB", []).append((case["case"], values))
     for row in results.get("models", {}).get("rows", ()):
-        values = {name: figures.get("peak_gib") for name, figures in row["summary"].items()}
-        if row["sweep"] == "fill" and row["fill"] in (1.0, min(r["fill"] for r in results["models"]["rows"])):
-            groups.append((f"{row['model']} {row['pass']}\nS = {row['length']}, {row['fill']:.0%} fill", values))
-    groups = [(name, {x: v for x, v in values.items() if v is not None}) for name, values in groups]
-    groups = [(name, values) for name, values in groups if values]
-    if not groups:
+        values = {name: 1024 * figures["peak_gib"] for name, figures in row["summary"].items() if "peak_gib" in figures}
+        if row["sweep"] == "fill" and (row["fill"] == 1 or 0.55 < row["fill"] < 0.75) and values:
+            kind = {"train": "a training step", "inference": "inference"}[row["pass"]]
+            short = row["dtype"].replace("bfloat16", "bf16").replace("float32", "fp32")
+            place = f"{row['sequences']} x {row['length']}\n{row['fill']:.0%} fill, {short}"
+            panels.setdefault(f"{kind} of {row['model']} beyond the weights, MiB", []).append((place, values))
+    panels = {title: groups for title, groups in panels.items() if any(values for _, values in groups)}
+    if not panels:
         return False
-    names = list(dict.fromkeys(name for _, values in groups for name in values))
-    colours = _colours(names)
-    figure, (axis,) = _figure(1, size=(max(5.5, 2.2 * len(groups) + 1.5), 3.6))
-    width = 0.8 / len(names)
-    for i, name in enumerate(names):
-        places = [x + width * i for x, (_, values) in enumerate(groups) if name in values]
-        bars = axis.bar(
-            places, [v[name] for _, v in groups if name in v], 0.92 * width, color=colours[name], label=name
-        )
-        axis.bar_label(bars, fmt="%.2f", fontsize=7)
-    axis.set_xticks([x + 0.4 - width / 2 for x in range(len(groups))], [name for name, _ in groups], fontsize=8)
-    axis.set_ylabel("GiB", fontsize=8)
-    axis.margins(y=0.12)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    _save(figure, path, f"Peak memory, less is better. {about(results.get('training_step') or results['models'])}")
+    figure, axes = _figure(len(panels), size=(5.2, 3.8))
+    names = list(dict.fromkeys(x for groups in panels.values() for _, values in groups for x in values))
+    colours, handles = _colours(names), {}
+    for axis, (title, groups) in zip(axes, panels.items()):
+        here = [name for name in names if any(name in values for _, values in groups)]
+        width = 0.84 / len(here)
+        for i, name in enumerate(here):
+            shown = [(x + width * i, values[name]) for x, (_, values) in enumerate(groups) if name in values]
+            bars = axis.bar([x for x, _ in shown], [y for _, y in shown], 0.92 * width, color=colours[name])
+            axis.bar_label(bars, fmt="%.1f" if title.endswith("GiB") else "%.0f", fontsize=7)
+            handles[name] = _patch(colours[name])
+        axis.set_xticks([x + 0.42 - width / 2 for x in range(len(groups))], [name for name, _ in groups], fontsize=8)
+        axis.set_title(title, loc="left", fontsize=9)
+        axis.margins(y=0.12)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8)
+    _save(figure, path, f"Peak memory, less is better. {about(results.get('models') or results['training_step'])}")
     return True
 
 
@@ -443,7 +469,10 @@ def plot_scaling(results, path):
     for axis, (sweep, key, title, (model, layers, pass_, dtype), found) in zip(axes, panels):
         # length keeps the tokens, so a time for each token; elsewhere the batch itself is what costs
         figure_of = "real_tokens_per_s" if sweep in ("length", "batch", "fill") else "median_s"
+        own = {name for row in found if row["sweep"] == sweep for name in row["summary"]}
         for name in names:
+            if name not in own:
+                continue
             points = sorted((row[key], row["summary"][name][figure_of]) for row in found if name in row["summary"])
             if not points:
                 continue
@@ -511,9 +540,10 @@ def plot_training(result, path):
 
     axes[1].xaxis.set_major_formatter(EngFormatter(sep=""))
     axes[2].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes[2].set_ylim(bottom=0)
-    axes[2].axhline(result["settings"]["accuracy"], color="#52606d", linewidth=1, linestyle="--")
-    baseline = result["rows"][0]["held_out"][-1].get("baseline")
+    goal, baseline = result["settings"]["accuracy"], result["rows"][0]["held_out"][-1].get("baseline")
+    highest = max([goal, baseline or 0, *(point["accuracy"] for row in result["rows"] for point in row["held_out"])])
+    axes[2].set_ylim(0, 1.15 * highest)
+    axes[2].axhline(goal, color="#52606d", linewidth=1, linestyle="--")
     if baseline:
         axes[2].axhline(baseline, color="#bbbbbb", linewidth=1, linestyle=":")
         axes[2].text(0, baseline, " always the most frequent token", fontsize=7, va="bottom", color="#777777")
@@ -523,43 +553,44 @@ def plot_training(result, path):
 
 
 def roofline_points(results):
-    """(points, ceilings, title) of every op: measured where there are results of a device, else counted.
+    """(points, ceilings, title) of every op, forward and backward: measured on this device, else counted.
 
-    A point is {"op", "pass", "which": "fastbert" or "plain PyTorch", "bytes", "flops": of that implementation, "useful
-    bytes", "useful flops": what the op needs, "seconds"}.
+    A point is {"op", "shape", "which": "fastbert" or "plain PyTorch", "bytes", "flops": what that implementation moves
+    and multiplies, "useful bytes", "useful flops": the least that any of them does, "seconds"}.
     """
-    ops = results.get("ops")
-    if ops and ops["rows"] and _ceilings(ops) and all("bytes" in row and "flops" in row for row in ops["rows"]):
-        points = []
+    ops, points = results.get("ops"), []
+    if ops and _ceilings(ops):
         for row in ops["rows"]:
-            for name, times in row["seconds"].items():
-                if times and (name == "fastbert" or name == "eager"):
+            if row.get("pass") != "both" or not {"bytes", "flops"} <= row.keys():
+                continue
+            for name, which in (("fastbert", "fastbert"), ("eager", "plain PyTorch")):
+                if row["seconds"].get(name):
                     points.append({
-                        "op": row["op"], "pass": row.get("pass", ""),
-                        "which": "fastbert" if name == "fastbert" else "plain PyTorch", "bytes": row["bytes"],
+                        "op": row["op"], "shape": row.get("shape", name_of(row)), "which": which, "bytes": row["bytes"],
                         "flops": row["flops"], "useful bytes": row["bytes"], "useful flops": row["flops"],
-                        "seconds": statistics.median(times),
+                        "seconds": statistics.median(row["seconds"][name]),
                     })  # fmt: skip
-        return points, _ceilings(ops), f"measured. {about(ops)}"
+        if points:
+            return points, _ceilings(ops), f"measured. {about(ops)}"
     counted = json.loads((RESULTS / "traffic.json").read_text(encoding="utf-8"))
-    points, seen = [], set()
+    groups = {}
     for row in counted["rows"]:
-        for which, passes in (("fastbert", row["fastbert"]), (row["against"], row["plain"])):
-            for pass_, figures in passes.items():
-                key = row["op"], row["shape"], which, pass_
-                # the first way of plain PyTorch is the eager one
-                if key in seen or (which != "fastbert" and (row["op"], row["shape"], "eager", pass_) in seen):
-                    continue
-                seen |= {key} | ({(row["op"], row["shape"], "eager", pass_)} if which != "fastbert" else set())
-                needed = row["fastbert"][pass_]
-                points.append({
-                    "op": row["op"], "shape": row["shape"], "pass": pass_,
-                    "which": "fastbert" if which == "fastbert" else "plain PyTorch", "bytes": figures["bytes"],
-                    "flops": figures["flops"], "useful bytes": needed["bytes"], "useful flops": needed["flops"],
-                    "seconds": figures["seconds"],
-                })  # fmt: skip
+        groups.setdefault((row["op"], row["shape"]), []).append(row)
+    for (op, shape), rows in groups.items():
+        # of several ways to write it in plain PyTorch the first is the usual one; the least is the least of all
+        ways = [("fastbert", rows[0]["fastbert"]), *(("plain PyTorch", row["plain"]) for row in rows)]
+        sums = [(which, *(_both(passes, x) for x in ("bytes", "flops", "seconds"))) for which, passes in ways]
+        least = {f"useful {x}": min(way[i] for way in sums) for i, x in ((1, "bytes"), (2, "flops"))}
+        for which, size, flops, seconds in sums[:2]:
+            points.append(
+                {"op": op, "shape": shape, "which": which, "bytes": size, "flops": flops, "seconds": seconds, **least}
+            )
     ceilings = {"copy": counted["ceilings"]["bytes_per_second"], "product": counted["ceilings"]["flops_per_second"]}
     return points, ceilings, "counted traffic at an H200's measured ceilings, not timed"
+
+
+def _both(passes, what):
+    return sum(figures[what] for figures in passes.values())
 
 
 def _ceilings(ops):
@@ -571,60 +602,68 @@ def plot_roofline(results, path):
     """Ops with matrix products under the roof; those without, by the bandwidth that they make of the memory."""
     points, ceilings, title = roofline_points(results)
     names = list(dict.fromkeys(point["op"] for point in points))
-    palette = dict(zip(names, ("#2563eb", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#52606d", "#8c564b",
-                               "#17becf", "#bcbd22", "#000000")))  # fmt: skip
-    figure, axes = _figure(2, size=(6.3, 4.6), width_ratios=[1.35, 1])
+    palette = dict(zip(names, itertools.cycle((OURS, "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#52606d",
+                                               "#8c564b", "#17becf", "#bcbd22"))))  # fmt: skip
+    rest = [point for point in points if not point["useful flops"]]
+    groups = list(dict.fromkeys((point["op"], point["shape"]) for point in rest))[::-1]
+    figure, axes = _figure(2, size=(6.6, max(4.8, 0.42 * len(groups) + 1.2)), width_ratios=[1.35, 1])
     left, right = axes
     copy, product = ceilings["copy"], ceilings["product"]
-    with_products = [point for point in points if point["useful flops"] and point["flops"]]
-    xs = [point["flops"] / point["bytes"] for point in with_products] or [1.0]
-    low, high = min(xs) / 2, max(max(xs), product / copy) * 4
-    grid = [low, product / copy, high]
-    left.plot(grid, [min(product, x * copy) / 1e12 for x in grid], color="#333333", linewidth=1.6, zorder=1)
-    left.text(high, product / 1e12, f"{product / 1e12:,.3g} TFLOP/s", ha="right", va="bottom", fontsize=8)
-    left.text(low * 1.15, low * 1.15 * copy * 1.35 / 1e12, f"{copy / 1e12:,.3g} TB/s", fontsize=8, va="bottom")
-    marks = {"forward": "o", "backward": "s", "both": "D"}
-    for point in with_products:
-        ours = point["which"] == "fastbert"
-        left.scatter(
-            point["flops"] / point["bytes"], point["useful flops"] / point["seconds"] / 1e12, s=44 if ours else 34,
-            marker=marks.get(point["pass"], "o"), facecolor=palette[point["op"]] if ours else "white",
-            edgecolor=palette[point["op"]], linewidth=1.3, zorder=3 if ours else 2,
-        )  # fmt: skip
-    left.set_xscale("log")
-    left.set_yscale("log")
-    left.set_xlabel("FLOPs of matrix products for a byte moved", fontsize=8)
-    left.set_ylabel("TFLOP/s of what the op needs", fontsize=8)
-    left.set_title("ops with matrix products", loc="left", fontsize=9)
-    left.grid(color="#eeeeee", linewidth=0.6)
+    under = [point for point in points if point["useful flops"]]
+    xs = [point["flops"] / point["bytes"] for point in under] or [1.0]
+    low, high = min(xs) / 2, max(max(xs), product / copy) * 3
+    left.plot(
+        [low, product / copy, high], [low * copy / 1e12, product / 1e12, product / 1e12], color="#333333", zorder=1
+    )
+    left.text(high, 1.04 * product / 1e12, f"{product / 1e12:,.3g} TFLOP/s", ha="right", va="bottom", fontsize=8)
+    left.text(low, 1.35 * low * copy / 1e12, f"{copy / 1e12:,.3g} TB/s", fontsize=8, va="bottom")
+    shapes = list(dict.fromkeys((point["op"], point["shape"]) for point in under))
+    # too many shapes for a legend: then it names the ops alone
+    is_long = len(shapes) > 10
+    marks = dict(zip(shapes, itertools.cycle("o" if is_long else "osD^vP*X<>")))
+    named = set()
+    for (op, shape), mark in marks.items():
+        two = [point for point in under if (point["op"], point["shape"]) == (op, shape)]
+        places = [(p["flops"] / p["bytes"], p["useful flops"] / p["seconds"] / 1e12) for p in two]
+        left.plot([x for x, _ in places], [y for _, y in places], color=palette[op], linewidth=0.8, alpha=0.5, zorder=2)
+        for point, (x, y) in zip(two, places):
+            ours = point["which"] == "fastbert"
+            label = op if is_long else f"{op}, {shape}"
+            left.scatter(
+                x, y, s=52, marker=mark, facecolor=palette[op] if ours else "white", edgecolor=palette[op],
+                linewidth=1.3, zorder=3, label=label if ours and label not in named else None,
+            )  # fmt: skip
+            named |= {label} if ours else set()
+    for scale, axis in ((left.set_xscale, left.xaxis), (left.set_yscale, left.yaxis)):
+        from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    rest = [point for point in points if not point["useful flops"]]
-    groups = list(dict.fromkeys((point["op"], point.get("shape", ""), point["pass"]) for point in rest))[::-1]
-    for y, (op, shape, pass_) in enumerate(groups):
+        scale("log")
+        axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axis.set_minor_formatter(NullFormatter())
+    left.set_ylim(top=1.8 * product / 1e12)
+    left.set_xlabel("FLOPs of matrix products for a byte moved", fontsize=8)
+    left.set_ylabel("TFLOP/s of the FLOPs that are needed", fontsize=8)
+    left.set_title("ops with matrix products, forward and backward", loc="left", fontsize=9)
+    left.grid(color="#eeeeee", linewidth=0.6)
+    left.legend(loc="lower right", fontsize=7, frameon=False)
+
+    for y, (op, shape) in enumerate(groups):
         for point in rest:
-            if (point["op"], point.get("shape", ""), point["pass"]) == (op, shape, pass_):
+            if (point["op"], point["shape"]) == (op, shape):
                 ours = point["which"] == "fastbert"
                 right.barh(
-                    y + (0.2 if ours else -0.2), point["useful bytes"] / point["seconds"] / 1e12, 0.38,
+                    y + (0.2 if ours else -0.2), point["useful bytes"] / point["seconds"] / 1e12, 0.36,
                     color=palette[op] if ours else "white", edgecolor=palette[op], linewidth=1,
                 )  # fmt: skip
-    labels = [f"{op}{f' ({shape})' if shape else ''}, {pass_}" for op, shape, pass_ in groups]
-    right.set_yticks(range(len(groups)), labels, fontsize=7)
-    right.axvline(copy / 1e12, color="#333333", linewidth=1.6)
-    right.set_xlabel("TB/s of what the op needs", fontsize=8)
+    right.set_yticks(
+        range(len(groups)), [shape if shape.startswith(op) else f"{op}\n{shape}" for op, shape in groups], fontsize=7
+    )
+    right.axvline(copy / 1e12, color="#333333")
+    right.set_xlabel("TB/s of the bytes that are needed", fontsize=8)
     right.set_title("ops without: memory alone is the roof", loc="left", fontsize=9)
-    from matplotlib.lines import Line2D
-
-    shapes = [
-        Line2D([], [], linestyle="", marker=marks.get(pass_, "o"), color="#333333", label=pass_)
-        for pass_ in dict.fromkeys(point["pass"] for point in points)
-    ]
-    filled = [_patch("#555555"), _outline("#555555")]
-    colours = [_patch(palette[name]) for name in names if any(p["op"] == name for p in with_products)]
-    coloured = [name for name in names if any(p["op"] == name for p in with_products)]
     figure.legend(
-        [*shapes, *filled, *colours], [*(x.get_label() for x in shapes), "fastbert", "plain PyTorch", *coloured],
-        loc="outside lower center", ncols=4, frameon=False, fontsize=8,
+        [_patch("#555555"), _outline("#555555")], ["fastbert", "plain PyTorch"], loc="outside lower center", ncols=2,
+        frameon=False, fontsize=8,
     )  # fmt: skip
     _save(figure, path, f"Roofline: {title}")
     return title
@@ -704,7 +743,7 @@ def page(folder, results, pictures, history):
         if isinstance(result, dict):
             command = result.get("command") or OLD_COMMANDS.get(name)
             command = f"`{command}`" if command else ""
-            what.append((f"[{name}.json]({name}.json)", result.get("date", ""), about(result) or "", command))
+            what.append((f"[{name}.json]({name}.json)", result.get("date", ""), about(result, dated=False), command))
     lines += [table(("results", "date", "device and versions", "command"), what), ""]
     lost = losses(results)
     lines += ["## Losses", ""]
@@ -790,6 +829,8 @@ def section(name, result, pictures):
         import bench_ops as bench
 
         return [bench.markdown(result).partition("\n\n")[2].replace("\n## ", "\n### ").strip()]
+    if name == "ops":
+        return [ops_table(result["rows"]), "", f"{about(result)}. Every variant and pass: [ops.md](ops.md)."]
     if name == "demo":
         return [demo_line(result), "", "![The demo's loss and held-out masked accuracy](demo.png)"]
     if name == "disentangled_attention":
