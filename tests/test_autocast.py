@@ -73,6 +73,10 @@ def ours_and_torchs(device, impl, dtype):
             lambda: F.layer_norm(x + residual, (D,), weight, bias),
         ),
         "bias_gelu": (lambda: ops.bias_gelu(x, bias, **options), lambda: F.gelu(x + bias)),
+        "linear_gelu": (
+            lambda: ops.linear_gelu(x, table, words, **options),
+            lambda: F.gelu(F.linear(x, table, words)),
+        ),
         "gelu_layer_norm": (
             lambda: ops.gelu_layer_norm(x, bias, weight, bias, **options),
             lambda: F.layer_norm(F.gelu(x + bias), (D,), weight, bias),
