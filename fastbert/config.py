@@ -1,9 +1,17 @@
 """EncoderConfig: the numbers that distinguish one encoder from another, under HuggingFace's names."""
 
 import dataclasses
+import numbers
 from dataclasses import dataclass
 
 ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+# a field's annotation -> what it may be: NumPy's numbers too, and 1 for 1.0
+_KINDS = {
+    int: numbers.Integral,
+    int | None: numbers.Integral | None,
+    float: numbers.Real,
+    float | None: numbers.Real | None,
+}
 
 
 @dataclass(frozen=True)
@@ -86,12 +94,20 @@ class EncoderConfig:
     problem_type: str | None = None
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, kinds = getattr(self, field.name), _KINDS.get(field.type, field.type)
+            if not isinstance(value, kinds):
+                expected = getattr(field.type, "__name__", field.type)
+                raise ValueError(f"{field.name} is {value!r}: expected {expected}")
         for name in (
             "vocab_size",
             "hidden_size",
+            "num_hidden_layers",
             "num_attention_heads",
             "intermediate_size",
             "max_position_embeddings",
+            "inner_group_num",
+            "num_labels",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1")
@@ -99,6 +115,8 @@ class EncoderConfig:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}"
             )
+        if not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(f"pad_token_id is {self.pad_token_id}: expected 0 to {self.vocab_size - 1}")
         for act in (self.hidden_act, self.head_act or self.hidden_act):
             if act not in ACTIVATIONS:
                 raise ValueError(f"hidden_act is {act!r}: expected one of {', '.join(ACTIVATIONS)}")

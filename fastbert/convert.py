@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from . import heads, variants
+from . import heads, pretrained, variants
 from .sentences import SentenceEmbedder
 
 # files beside the weights that go along as they are
@@ -24,6 +24,13 @@ def load(directory, *, allow_pickle=False):
     table = variants.family(values.get("model_type", "bert")).architectures
     known = {architecture: head for head, architecture in table.items()}
     named = [name for name in values.get("architectures") or [] if name in known]
+    if not values.get("architectures"):
+        # as DeBERTa's authors publish it
+        tensors = variants.from_hf_names(
+            pretrained.stored_tensors(directory, allow_pickle), variants.read_config(directory / "config.json")
+        )
+        bias = variants.family(values.get("model_type", "bert")).names["vocabulary_bias"]
+        named = [table["MaskedLM" if bias in tensors else "SentenceEmbedder"]]
     if not named:
         raise ValueError(
             f"{directory / 'config.json'} names no architecture that is known: has {values.get('architectures')}, "

@@ -137,6 +137,7 @@ class MaskedLM(Model):
         return ops.linear(hidden, self.encoder.embeddings.word.weight, self.vocabulary_bias)
 
     def _masked_lm(self, hidden, batch):
+        _check_labels(batch.labels, self.config.vocab_size)
         loss_sum, count, correct = ops.masked_cross_entropy(
             self.transform(hidden), self.encoder.embeddings.word.weight, self.vocabulary_bias, batch.labels[batch.picks]
         )
@@ -561,6 +562,15 @@ class QuestionAnswerer(_TokenScores):
         return output
 
 
+def _check_labels(labels, number):
+    """ValueError for a label outside 0 .. number - 1 that is not -100: elsewhere than on a CPU the device finds it."""
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    outside = labels[(labels != -100) & ((labels < 0) | (labels >= number))]
+    if len(outside):
+        raise ValueError(f"labels hold {int(outside[0])}: expected 0 to {number - 1}, or -100 for none")
+
+
 def _classified(logits, labels, config):
     """ClassifierOutput with the loss that the labels' type and shape, or config.problem_type, ask for."""
     kind = config.problem_type if config is not None else "single_label_classification"
@@ -572,6 +582,7 @@ def _classified(logits, labels, config):
     if kind == "single_label_classification":
         if labels.shape != logits.shape[:-1]:
             raise ValueError(f"labels have shape {tuple(labels.shape)}: expected {tuple(logits.shape[:-1])}")
+        _check_labels(labels, logits.shape[-1])
         known = labels != -100
         loss_sum = F.cross_entropy(scores, labels, reduction="sum")
         return ClassifierOutput(logits, loss_sum, known.sum(), ((scores.argmax(-1) == labels) & known).sum())
@@ -604,7 +615,18 @@ def pack_inputs(config, input_ids, attention_mask=None, token_type_ids=None, pos
     """(Batch, function that gives packed rows the caller's layout) of HuggingFace's arguments, each [B, S]."""
     if isinstance(input_ids, Batch):
         return input_ids, lambda rows: rows
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: expected [batch, length]")
     B, S = input_ids.shape
+    given = dict(input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids, labels=labels)
+    for name, ids in given.items():
+        if ids is None:
+            continue
+        if ids.is_floating_point() or ids.is_complex():
+            raise ValueError(f"{name} are of {ids.dtype}: expected integers")
+        # positions and segments may be the same for all rows
+        if ids.shape != (B, S) and (name in ("input_ids", "labels") or ids.shape not in ((S,), (1, S))):
+            raise ValueError(f"{name} has shape {tuple(ids.shape)}: expected {(B, S)}, that of input_ids")
     if config.max_length < S and position_ids is None:
         raise ValueError(f"input_ids are {S} tokens long: the model has {config.max_length} positions")
     limits = [("input_ids", input_ids, config.vocab_size)]

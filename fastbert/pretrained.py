@@ -15,6 +15,10 @@ from . import variants
 from .encoder import initialize
 
 WEIGHTS, PICKLED_WEIGHTS = "model.safetensors", "pytorch_model.bin"
+# what safetensors calls the types that no weights are of
+_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+}  # fmt: skip
 
 
 def load(make, directory, *, head, other=None, allow_pickle=False, dtype=torch.float32, **changes):
@@ -23,10 +27,12 @@ def load(make, directory, *, head, other=None, allow_pickle=False, dtype=torch.f
     make: gives the model of a config. head: its class's name. other: parameters by our names that lie elsewhere.
     """
     directory = Path(directory)
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is no directory: expected one with config.json and {WEIGHTS}")
     if "num_labels" in changes:
         changes.setdefault("labels", None)
     config = variants.read_config(directory / "config.json").replace(**changes)
-    stored = variants.from_hf_names(_stored(directory, allow_pickle), config)
+    stored = variants.from_hf_names(stored_tensors(directory, allow_pickle), config)
     # no memory yet: each tensor is read once, into the model
     with torch.device("meta"):
         model = make(config)
@@ -40,28 +46,33 @@ def load(make, directory, *, head, other=None, allow_pickle=False, dtype=torch.f
     own = model.state_dict()
     names = variants.hf_names([name for name in own if name not in other], config, head)
 
+    row = variants.family(config.model_type)
+    _untie(stored, row.tied, names, directory)
     missing = [ours for ours, theirs in names.items() if theirs not in stored]
     lost = [names[ours] for ours in missing if ours.startswith("encoder.")]
     if lost:
         raise ValueError(f"{directory} lacks {len(lost)} of the encoder's tensors, the first is {lost[0]}")
     for ours, theirs in names.items():
-        if theirs in stored and stored[theirs][0] != own[ours].shape:
+        if theirs not in stored:
+            continue
+        shape, stored_dtype, _ = stored[theirs]
+        if shape != own[ours].shape:
             raise ValueError(
-                f"{directory}: {theirs} has shape {tuple(stored[theirs][0])}, "
-                f"config.json wants {tuple(own[ours].shape)}"
+                f"{directory}: {theirs} has shape {tuple(shape)}, config.json wants {tuple(own[ours].shape)}"
             )
+        if not stored_dtype.is_floating_point:
+            raise ValueError(f"{directory}: {theirs} is of {stored_dtype}: expected floating-point numbers")
     if missing:
         fresh = ", ".join(names[ours] for ours in missing)
         warnings.warn(f"{directory} lacks {fresh}: these start fresh and want training", stacklevel=3)
         _start_fresh(model, missing)
-    row = variants.family(config.model_type)
-    heads = tuple(theirs for ours, theirs in row.names.items() if not ours.startswith("encoder."))
+    heads = tuple(theirs for ours, theirs in row.names.items() if not ours.startswith(("encoder.", f"{head}.")))
     known = {*names.values(), *row.tied}
     unknown = [name for name in stored if name not in known and not name.startswith(heads)]
     if unknown:
         warnings.warn(f"{directory} has tensors that this model does not use: {', '.join(unknown)}", stacklevel=3)
 
-    tensors = {ours: stored[theirs][1]().to(dtype) for ours, theirs in names.items() if theirs in stored}
+    tensors = {ours: stored[theirs][-1]().to(dtype) for ours, theirs in names.items() if theirs in stored}
     tensors |= {ours: x.to(dtype) for ours, x in other.items()}
     model.load_state_dict(tensors, strict=False, assign=True)
     return model.eval()
@@ -89,8 +100,28 @@ def save(model, directory, *, elsewhere=()):
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _stored(directory, allow_pickle):
-    """{name: (shape, function that reads the tensor)} of a directory's weights, whole or in shards."""
+def _untie(stored, tied, names, directory):
+    """A tensor that is stored under the name of its copy alone gets its own; one that is no copy is refused.
+
+    tied: names of what are copies of the word table or of the vocabulary's bias, or buffers, in checkpoints.
+    """
+    originals = {
+        "weight": names.get("encoder.embeddings.word.weight"),
+        # a model without the head does not care for its bias
+        "bias": names.get("vocabulary_bias"),
+    }
+    for copy in tied:
+        original = originals.get(copy.rpartition(".")[-1])
+        if copy not in stored or original is None:
+            continue
+        if original not in stored:
+            stored[original] = stored[copy]
+        elif "vocabulary_bias" in names and not torch.equal(stored[copy][-1](), stored[original][-1]()):
+            raise ValueError(f"{directory}: {copy} is not the same as {original}: expected them to be tied")
+
+
+def stored_tensors(directory, allow_pickle):
+    """{name: (shape, dtype, function that reads the tensor)} of a directory's weights, whole or in shards."""
     for whole, read, allowed in ((WEIGHTS, _safetensors, True), (PICKLED_WEIGHTS, _pickled, allow_pickle)):
         index = directory / f"{whole}.index.json"
         if not (directory / whole).exists() and not index.exists():
@@ -112,12 +143,16 @@ def _stored(directory, allow_pickle):
 
 def _safetensors(path):
     try:
-        file = safe_open(path, "pt")
-        # mapped, not read
-        return {
-            name: (torch.Size(file.get_slice(name).get_shape()), lambda name=name: file.get_tensor(name))
-            for name in file.keys()  # noqa: SIM118
-        }
+        file, tensors = safe_open(path, "pt"), {}
+        for name in file.keys():  # noqa: SIM118
+            piece = file.get_slice(name)
+            # mapped, not read
+            tensors[name] = (
+                torch.Size(piece.get_shape()),
+                _DTYPES.get(piece.get_dtype(), torch.float32),
+                (lambda name=name: file.get_tensor(name)),
+            )
+        return tensors
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
 
@@ -126,9 +161,12 @@ def _pickled(path):
     try:
         # files from before torch 1.6 are no zip archives, and cannot be mapped
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} cannot be read as a file of tensors: {str(error).splitlines()[0]}") from None
-    return {name: (x.shape, lambda x=x: x) for name, x in tensors.items()}
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} cannot be read as a file of tensors: {reason}") from None
+    if not isinstance(tensors, dict) or not all(torch.is_tensor(x) for x in tensors.values()):
+        raise ValueError(f"{path} holds something else than tensors by name: expected a model's state_dict")
+    return {name: (x.shape, x.dtype, lambda x=x: x) for name, x in tensors.items()}
 
 
 def _start_fresh(model, names):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from . import ops, pretrained, variants
@@ -146,7 +146,7 @@ class SentenceEmbedder(Model):
         and for a module that is not known here.
         """
         directory = Path(directory)
-        found, folder = _read_modules(directory)
+        found, folder = _read_modules(directory, allow_pickle)
         folder = directory / folder
         if any((folder / name).exists() for name in ("tokenizer.json", "vocab.txt")):
             found["tokenizer"] = load_tokenizer(folder)
@@ -204,7 +204,7 @@ _MODE_KEYS = {
 }  # fmt: skip
 
 
-def _read_modules(directory):
+def _read_modules(directory, allow_pickle):
     """(arguments of SentenceEmbedder, the encoder's folder) from modules.json."""
     found, folder = dict(pooling="mean", normalize=False, dense=[], weights=[]), ""
     if not (directory / "modules.json").exists():
@@ -230,11 +230,8 @@ def _read_modules(directory):
                     f"{place / 'config.json'}: activation {activation!r}, expected one of {list(_ACTIVATIONS)}"
                 )
             found["dense"].append((values["in_features"], values["out_features"], values.get("bias", True), activation))
-            try:
-                tensors = load_file(place / "model.safetensors")
-            except Exception as error:
-                raise ValueError(f"{place / 'model.safetensors'} cannot be read: {error}") from None
-            found["weights"].append({name.removeprefix("linear."): x for name, x in tensors.items()})
+            tensors = pretrained.stored_tensors(place, allow_pickle)
+            found["weights"].append({name.removeprefix("linear."): read() for name, (*_, read) in tensors.items()})
         elif kind == "Normalize":
             found["normalize"] = True
         else:

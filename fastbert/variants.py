@@ -194,7 +194,7 @@ def _deberta(**names):
         names={
             **_encoder("deberta."),
             "encoder.relative.table": "deberta.encoder.rel_embeddings",
-            "mask_decoder.position": "deberta.embeddings.position_embeddings",
+            "MaskedLM.mask_decoder.position": "deberta.embeddings.position_embeddings",
             "transform.dense": "cls.predictions.transform.dense",
             "transform.norm": "cls.predictions.transform.LayerNorm",
             "vocabulary_bias": "cls.predictions.bias",
