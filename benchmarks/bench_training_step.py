@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
@@ -177,6 +178,7 @@ def machine():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
     return {
+        "date": date.today().isoformat(),
         "cpu": cpu,
         "threads": torch.get_num_threads(),
         "load_average_before": round(os.getloadavg()[0], 2),

@@ -20,12 +20,14 @@ In README.md what stands between <!-- figures: NAME --> and <!-- end --> is writ
 
 import argparse
 import datetime
+import importlib
 import itertools
 import json
 import re
 import shlex
 import statistics
 import sys
+import textwrap
 from pathlib import Path
 
 import torch
@@ -233,6 +235,28 @@ def models_table(rows):
     return table(head, lines)
 
 
+def models_summary(result):
+    """models.json in a few lines: against the fastest of transformers' ways at each place, by pass and dtype."""
+    lines = []
+    for row in result["rows"]:
+        if row["sweep"] != "fill":
+            continue
+        others = {x: f for x, f in row["summary"].items() if not is_ours(x)}
+        if not others:
+            continue
+        best = min(others, key=lambda name: others[name]["times_fastbert"])
+        ours, swapped = row["summary"]["fastbert"], row["summary"].get("swapped")
+        times = others[best]["times_fastbert"]
+        of_swapped = f"{times / swapped['times_fastbert']:.2f}x" if swapped else ""
+        lines.append(
+            (f"{row['model']}, {row['pass']}, {row['dtype']}", f"{row['fill']:.0%}",
+             f"{best.removeprefix('transformers ')}: {duration(others[best]['median_s'])}", duration(ours["median_s"]),
+             f"{ours['real_tokens_per_s']:,}", times_of(times), of_swapped)
+        )  # fmt: skip
+    head = ("model", "fill", "transformers' fastest", "fastbert", "real tokens/s", "speed", "swapped")
+    return table(head, lines)
+
+
 def training_table(result):
     """training.json: what each run reached, and when."""
     lines = []
@@ -323,6 +347,8 @@ def _figure(columns, lines=1, size=(5.2, 3.9), **settings):
 def _save(figure, path, title):
     import matplotlib.pyplot as plt
 
+    # so many letters of this size go into a line
+    title = textwrap.fill(title, int(14 * figure.get_figwidth()))
     figure.suptitle(title, fontsize=8, color="#52606d")
     # no date and no version in the file: the same results give the same picture
     figure.savefig(path, dpi=130, metadata={"Software": None})
@@ -342,9 +368,14 @@ def _colours(names):
     return {name: fixed.get(name) or next(rest) for name in names}
 
 
+def _facts(result):
+    """What a result says of its machine, wherever its form keeps that."""
+    return next((x for x in (result.get("machine"), result.get("about")) if isinstance(x, dict)), result)
+
+
 def about(result, dated=True):
     """The device, versions and date behind a result, in a line."""
-    facts = next((x for x in (result.get("machine"), result.get("about")) if isinstance(x, dict)), result)
+    facts = _facts(result)
     if isinstance(facts.get("machine"), str):
         where = facts["machine"]
     elif "threads" in facts:
@@ -616,7 +647,7 @@ def plot_roofline(results, path):
         [low, product / copy, high], [low * copy / 1e12, product / 1e12, product / 1e12], color="#333333", zorder=1
     )
     left.text(high, 1.04 * product / 1e12, f"{product / 1e12:,.3g} TFLOP/s", ha="right", va="bottom", fontsize=8)
-    left.text(low, 1.35 * low * copy / 1e12, f"{copy / 1e12:,.3g} TB/s", fontsize=8, va="bottom")
+    left.text(low, 1.9 * low * copy / 1e12, f"{copy / 1e12:,.3g} TB/s", fontsize=8, va="bottom")
     shapes = list(dict.fromkeys((point["op"], point["shape"]) for point in under))
     # too many shapes for a legend: then it names the ops alone
     is_long = len(shapes) > 10
@@ -690,11 +721,11 @@ def record_history(results, file):
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
     now = headline(results)
     if now and (not lines or lines[-1]["ratios"] != now):
-        dates = [result["date"] for result in results.values() if isinstance(result, dict) and result.get("date")]
-        facts = next((r["machine"] for r in results.values() if isinstance(r, dict) and r.get("machine")), {})
-        lines.append({
-            "date": max(dates, default=""), **{x: facts[x] for x in ("fastbert", "torch") if x in facts}, "ratios": now,
-        })  # fmt: skip
+        dates = [result["date"] for result in results.values() if result.get("date")]
+        facts = next((fact for fact in map(_facts, results.values()) if "fastbert" in fact), {})
+        named = {name: facts[name] for name in ("fastbert", "torch") if name in facts}
+        day = max(dates, default=datetime.date.today().isoformat())
+        lines.append({"date": day, **named, "ratios": now})
         file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return lines
 
@@ -731,8 +762,9 @@ def plot_history(lines, path):
 
 def page(folder, results, pictures, history):
     """README.md of a device: pictures, tables, losses, what was not measured, and how to get the same."""
-    first = next((r for r in results.values() if isinstance(r, dict) and (r.get("machine") or r.get("cpu"))), {})
-    lines = [f"# Measured on {first.get('machine', first).get('device') or first.get('cpu') or folder.name}", ""]
+    facts = [_facts(result) for result in results.values()]
+    device = next((x for fact in facts for x in (fact.get("cpu"), fact.get("device")) if x and x != "cpu"), folder.name)
+    lines = [f"# Measured on {device}", ""]
     lines += [
         "Written by `python benchmarks/report.py` from the JSON files beside it, which hold the raw seconds. Libraries",
         "took turns in one process, after their results were compared. Ratios are medians, over rounds, of another's",
@@ -891,26 +923,42 @@ def write(folder):
 # the figures of the project's README
 
 
-def _from(module, function, file, device="cpu"):
+def _from(file, module, function, device="cpu"):
+    """What `function` of a benchmark's module, or of this one, says of a file of results."""
+
     def text():
         result = json.loads((RESULTS / device / f"{file}.json").read_text(encoding="utf-8"))
-        return getattr(__import__(module), function)(result)
+        return (globals()[function] if module is None else getattr(importlib.import_module(module), function))(result)
 
     return text
 
 
+def _about(file, module=None):
+    """Device, versions, date, rounds and the command, as far as the file has them."""
+
+    def text(result):
+        known = about(result) if module is None else importlib.import_module(module).describe(result)
+        dated = f", {result['date']}" if module and result.get("date") else ""
+        rounds = result.get("rounds") if module else result["settings"].get("rounds")
+        medians = f", medians of {rounds} rounds" if isinstance(rounds, int) else ""
+        return f"{known}{dated}{medians}, by `{result.get('command') or OLD_COMMANDS[file]}`"
+
+    return lambda: text(json.loads((RESULTS / "cpu" / f"{file}.json").read_text(encoding="utf-8")))
+
+
 # name -> function that gives what stands in the README between the marks of that name
 FIGURES = {
-    "training_step": _from("bench_training_step", "markdown", "training_step"),
-    "training_step_about": _from("bench_training_step", "describe", "training_step"),
-    "families": _from("bench_families", "markdown", "families"),
-    "families_about": _from("bench_families", "describe", "families"),
-    "sentences": _from("bench_families", "sentences_line", "families"),
-    "demo": _from("report", "demo_line", "demo"),
-    "training": _from("report", "training_table", "training"),
-    "training_about": _from("report", "about", "training"),
-    "data": _from("report", "data_line", "data"),
-    "models_about": _from("report", "about", "models"),
+    "training_step": _from("training_step", "bench_training_step", "markdown"),
+    "training_step_about": _about("training_step", "bench_training_step"),
+    "families": _from("families", "bench_families", "markdown"),
+    "families_about": _about("families", "bench_families"),
+    "sentences": _from("families", "bench_families", "sentences_line"),
+    "demo": _from("demo", None, "demo_line"),
+    "models": _from("models", None, "models_summary"),
+    "models_about": _about("models"),
+    "training": _from("training", None, "training_table"),
+    "training_about": _about("training"),
+    "data": _from("data", None, "data_line"),
 }
 BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n?)(.*?)(\n?<!-- end -->)", re.DOTALL)
 

@@ -1,53 +1,79 @@
 """The README states what was measured: its figures are those of the raw results beside the benchmarks."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
+
+import bench_families
+import bench_training_step
+import report
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "benchmarks" / "results" / "cpu"
 
+# a number with the unit of something measured
+FIGURE = re.compile(
+    r"(?<![\w.-])\d[\d,.]*\s?(?:x|ms|s|µs|[KMGT]i?B(?:/s)?|[GTP]FLOP(?:/s|s)?|%|tokens|times|seconds|a second)(?![\w-])"
+)
+# figures that no benchmark gives: what the tests allow, where the README says so
+STATED = ["2x", "3x"]
 
-def test_training_step_figures_are_the_measured_ones():
-    spec = importlib.util.spec_from_file_location("bench", ROOT / "benchmarks" / "bench_training_step.py")
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
+
+def test_what_stands_between_marks_is_generated():
+    """After a new result: `python benchmarks/report.py --readme`."""
+    assert report.with_figures(README) == README
+    assert {name for _, name, *_ in report.BLOCK.findall(README)} >= {
+        "training_step", "training_step_about", "families", "families_about", "sentences", "demo",
+    }  # fmt: skip
+
+
+def test_a_changed_figure_is_found():
+    for old, new in (("3.92x", "3.93x"), ("35.7%", "36.7%"), ("at 420 a second", "at 430 a second")):
+        assert README.count(old) == 1, f"{old} was to be changed here"
+        assert report.with_figures(README.replace(old, new)) == README
+
+
+def test_no_figure_stands_elsewhere():
+    """A new figure goes between marks, as one of report.FIGURES, or, where nothing measures it, into STATED."""
+    prose = report.BLOCK.sub("", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
+    prose = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", prose)
+    assert FIGURE.findall(prose) == STATED
+    # that it can find one
+    found = FIGURE.findall("it is 2.5x as fast, 1,024 tokens in 3.1 s, 20 GB/s, at 420 a second; int8, v3, S=128, 3.11")
+    assert found == ["2.5x", "1,024 tokens", "3.1 s", "20 GB/s", "420 a second"]
+
+
+def test_training_step_figures_follow_from_the_raw_seconds():
     result = json.loads((RESULTS / "training_step.json").read_text(encoding="utf-8"))
-    assert bench.markdown(result) in README
-    assert bench.describe(result) in README
     for case in result["cases"]:
         assert case["largest_loss_difference"] <= 1e-5
-        # the summary follows from the raw seconds
-        medians = [sorted(case[library]["seconds"])[result["rounds"] // 2] for library in bench.LIBRARIES]
+        medians = [
+            sorted(case[library]["seconds"])[result["rounds"] // 2] for library in bench_training_step.LIBRARIES
+        ]
         assert abs(medians[0] / medians[1] - case["speedup"]) < 0.02
         assert abs(medians[0] / medians[2] - case["speedup_on_mkl"]) < 0.02
 
 
-def test_family_figures_are_the_measured_ones():
-    spec = importlib.util.spec_from_file_location("bench_families", ROOT / "benchmarks" / "bench_families.py")
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
+def test_family_figures_follow_from_the_raw_seconds():
     result = json.loads((RESULTS / "families.json").read_text(encoding="utf-8"))
-    assert [row["family"] for row in result["families"]] == list(bench.MODELS)
-    assert bench.markdown(result) in README
-    assert bench.sentences_line(result) in README
-    assert bench.describe(result) in README
+    assert [row["family"] for row in result["families"]] == list(bench_families.MODELS)
     for row in result["families"]:
         assert max(row["loss_difference"], row["hidden_difference"]) <= 1e-4
         for kind in ("train", "inference"):
             part = row[kind]
-            # the summary follows from the raw seconds
-            assert bench.summary(part["seconds"])["speedup"] == part["speedup"]
+            assert bench_families.summary(part["seconds"])["speedup"] == part["speedup"]
             least = 1.5 if row["family"].startswith("deberta") else 1.0
             assert part["speedup"]["transformers"] >= least, row["family"]
 
 
-def test_demo_figures_are_the_measured_ones():
-    row = json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))
-    for name in ("eval_masked_accuracy", "eval_baseline_accuracy"):
-        assert f"{row[name]:.1%}" in README
+def test_pictures_of_results_have_their_raw_numbers_beside_them():
+    pictures = re.findall(r"!\[[^\]]+\]\((benchmarks/results/[^)]+)\.png\)", README)
+    assert len(pictures) >= 2
+    for picture in pictures:
+        assert (ROOT / f"{picture}.png").exists()
+        # a picture of the report draws what the page beside it tabulates
+        assert (ROOT / f"{picture}.json").exists() or (ROOT / picture).with_name("README.md").exists()
 
 
 def test_every_file_that_the_readme_links_is_there():
