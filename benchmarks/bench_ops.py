@@ -1,31 +1,32 @@
 """Each op, forward and backward, against what a user would write or install instead.
 
-    pytest benchmarks/bench_ops.py                     on a CPU: a table for each op, by pytest-benchmark (make bench)
-    pytest benchmarks/bench_ops.py --benchmark-json new.json        keep it; --benchmark-compare shows change
-    python benchmarks/bench_ops.py                     on a GPU: every variant at full size (part of make gpu)
+    python benchmarks/bench_ops.py                        every variant in turns: about six minutes on two cores
+    python benchmarks/bench_ops.py --quick                one shape of each op, and nothing that compiles: a minute
+    python benchmarks/bench_ops.py --ops attention pooling
+    pytest benchmarks/bench_ops.py --benchmark-json new.json      by pytest-benchmark, variant after variant
 
-On the CPU the batch is 8 sequences of 26 to 128 tokens, 60 % of its padded rectangle, in fp32. fastbert is its own
-plain PyTorch there; only the peers tell something.
+On a GPU it is 65,536 real tokens in bf16; on a CPU 1,024 or 2,048 in fp32, where fastbert is its own plain PyTorch. A
+peer that needs padding gets the rectangle, which is what it computes in a real model, already padded; rates count real
+tokens only. Variants take turns, round after round, in alternating order, each from a cold cache; on a GPU they are
+timed on the device's own stream without the host's time.
 
-On a GPU it is 65,536 real tokens in bf16, full or ragged. A peer that needs padding gets the rectangle, which is what
-it computes in a real model, already padded; rates count real tokens only. Variants take turns, round after round, each
-from a cold cache, timed on the device's own stream without the host's time; a row is the median. Each variant must
-agree with the reference in fp32 before it is timed. Under dropout masks differ between libraries: there only fastbert,
-whose mask the reference draws too, is checked again, and the rest must have passed without dropout. Writes ops.json,
-ops.csv, ops.md and ops.png. Without a GPU the script rehearses on tiny shapes in Triton's interpreter
-(TRITON_INTERPRET=1 FASTBERT_IMPL=triton).
+Each variant must agree with the reference, in fp32 (in fp64 where fp32 is timed), before it is timed. Under dropout
+masks differ between libraries: there only fastbert, whose mask the reference draws too, is checked again, and the rest
+must have passed without dropout.
+
+Writes ops.json, ops.csv and ops.md. With TRITON_INTERPRET=1 FASTBERT_IMPL=triton and no GPU it rehearses on tiny shapes
+in Triton's interpreter.
 """
 
 import argparse
 import csv
 import itertools
-import json
+import logging
 import statistics
 import sys
 import time
 import warnings
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 
 import pytest
@@ -35,30 +36,34 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import machine
 import op_cases
-from op_cases import Case, Unavailable, build, results, variants
+import report
+from op_cases import Case, results
+from op_peers import NotApplicable, Unavailable, build, variants
 
 LENGTHS = (26, 40, 55, 70, 84, 99, 113, 128)
 TOLERANCE = {torch.bfloat16: 0.03, torch.float16: 0.005, torch.float32: 1e-4}
-# what pytest runs: the rest needs a GPU, or compiles for a minute
-ON_A_CPU = ("fastbert", "eager", "sdpa", "dense", "torch linear_cross_entropy")
-ROWS = [
-    (op, name)
-    for op in op_cases.OPS
-    if op != "disentangled_attention"  # has a benchmark of its own
-    for name in variants(op)
-    if name in ON_A_CPU
-]
+# torch.compile is in them
+COMPILING = ("compiled", "flex", "cut_cross_entropy, compiled")
+PASSES = ("forward", "backward", "both")
+# whose shapes an op is timed at, where they are not BERT's
+MODELS = {"disentangled_attention": "deberta-base", "biased_attention": "mpnet-base"}
+ROWS = [(op, name) for op in op_cases.OPS for name in variants(op) if name not in COMPILING]
 
 
 @pytest.mark.parametrize(("op", "variant"), ROWS, ids=[f"{op}-{variant}" for op, variant in ROWS])
 def test_op(benchmark, device, op, variant):
-    case = Case(op, "bert-base", LENGTHS, torch.float32)
+    case = Case(op, MODELS.get(op, "bert-base"), LENGTHS, torch.float32)
     arguments = case.arguments(device)
     try:
         run = build(variants(op)[variant], arguments)
-    except Unavailable as reason:
-        pytest.skip(str(reason))
-    assert op_cases.disagreement(results(run), op_cases.truth(case, arguments)) < TOLERANCE[case.dtype]
+        error = op_cases.disagreement(results(run), op_cases.truth(case, arguments, torch.float64))
+    except (Unavailable, NotApplicable) as reason:
+        pytest.skip(str(reason) or "the same as another variant")
+    except RuntimeError as failure:
+        if variant == "fastbert":
+            raise
+        pytest.skip(line_of(failure))
+    assert error < TOLERANCE[case.dtype]
     gradient = op_cases.cotangent(run)
 
     def both():
@@ -67,207 +72,336 @@ def test_op(benchmark, device, op, variant):
             torch.cuda.synchronize()
 
     benchmark.group = op
-    benchmark.extra_info.update(device=device.type, tokens=sum(LENGTHS), padded_tokens=len(LENGTHS) * max(LENGTHS))
-    benchmark.pedantic(both, rounds=10, warmup_rounds=2)
+    benchmark.extra_info.update(device=device.type, tokens=sum(LENGTHS), padded_tokens=case.padded_tokens)
+    benchmark.pedantic(both, rounds=5, warmup_rounds=1)
 
 
-def cases(device):
-    """The cases of a full run, the ones that matter most first."""
-    if device.type != "cuda":
-        attention = [Case("attention", "tiny", lengths, torch.float32) for lengths in ((8, 8, 8), (3, 8, 5, 8, 2))]
-        found = attention + [Case(op, "tiny", (3, 8, 5, 8, 2), torch.float32) for op in op_cases.OPS[1:]]
+def line_of(failure):
+    return f"{type(failure).__name__}: {failure}".partition("\n")[0][:200]
+
+
+def cases(device, quick=False):
+    """The cases of a run, the ones that matter most first."""
+    if machine.rehearsing(device):
+        tiny = {"disentangled_attention": "tiny-deberta"}
+        found = [Case(op, tiny.get(op, "tiny"), (3, 8, 5, 8, 2), torch.float32) for op in op_cases.OPS]
+        found.insert(1, replace(found[0], lengths=(8, 8, 8)))
+    elif device.type == "cpu":
+        found = _on_a_cpu()
     else:
-        # a quarter where memory is short
-        tokens = 65536 if torch.cuda.mem_get_info(device)[0] > 40 * 2**30 else 16384
-        found = []
-        for op in op_cases.OPS:
-            by_length = op in ("attention", "disentangled_attention")
-            for S in (128, 512) if by_length or op == "pooling" else (128,):
-                found.append(Case(op, "bert-base", tuple(op_cases.ragged_lengths(tokens, S))))
-                if by_length:
-                    found.append(Case(op, "bert-base", tuple(op_cases.full_lengths(tokens, S))))
-    deberta = "deberta-base" if device.type == "cuda" else "tiny-deberta"
-    found = [replace(c, model=deberta) if c.op == "disentangled_attention" else c for c in found]
-    # with dropout right after without: what passed the one is timed in the other
-    return [
-        replace(case, dropout_p=p)
-        for case in found
-        for p in ((0.0, 0.1) if case.op in op_cases.WITH_DROPOUT else (0.0,))
-    ]
+        found = _on_a_gpu(device)
+    if quick:
+        # ragged at the first shape of each op
+        first = {}
+        for case in found:
+            first.setdefault(case.op, case)
+        return list(first.values())
+    # with dropout right after without: what passed the one is timed in the other. Once for each op on a CPU, where
+    # drawing it is most of the time
+    dropped, with_dropout = set(), []
+    for case in found:
+        with_dropout.append(case)
+        if case.op in op_cases.WITH_DROPOUT and (device.type == "cuda" or case.op not in dropped):
+            dropped.add(case.op)
+            with_dropout.append(replace(case, dropout_p=0.1))
+    return with_dropout
 
 
-def agreeing(case, device, passed):
-    """{variant: Run} of those that agree with the reference, and {variant: why not} of the others."""
+def _on_a_gpu(device):
+    # a quarter where memory is short
+    tokens = 65536 if torch.cuda.mem_get_info(device)[0] > 40 * 2**30 else 16384
+    found = []
+    for op in op_cases.OPS:
+        model = MODELS.get(op, "bert-base")
+        by_length = op.endswith("attention")
+        for S in (128, 512) if by_length or op == "pooling" else (128,):
+            found.append(Case(op, model, tuple(op_cases.ragged_lengths(tokens, S))))
+            if by_length:
+                found.append(Case(op, model, tuple(op_cases.full_lengths(tokens, S))))
+    # other widths, should time be left
+    for model in ("bert-large", "minilm"):
+        for op in ("attention", "layer_norm", "bias_gelu", "masked_cross_entropy"):
+            found.append(Case(op, model, tuple(op_cases.ragged_lengths(tokens, 128))))
+    return found
+
+
+def _on_a_cpu():
+    found = []
+    for op in op_cases.OPS:
+        # sentences are embedded with MiniLM
+        sentences = op in ("pooling", "contrastive_cross_entropy")
+        model = "minilm" if sentences else MODELS.get(op, "bert-base")
+        # half as many where each is compared with the whole vocabulary
+        tokens = 512 if op == "masked_cross_entropy" else 1024
+        found.append(Case(op, model, tuple(op_cases.ragged_lengths(tokens, 128)), torch.float32))
+        if op != "contrastive_cross_entropy":  # knows no lengths
+            found.append(Case(op, model, tuple(op_cases.full_lengths(tokens, 128)), torch.float32))
+        if op.endswith("attention"):
+            found.append(Case(op, model, tuple(op_cases.ragged_lengths(2048, 512)), torch.float32))
+        if op == "attention":
+            found.append(Case(op, model, tuple(op_cases.full_lengths(2048, 512)), torch.float32))
+        if op in ("attention", "layer_norm", "bias_gelu", "masked_cross_entropy"):
+            found.append(Case(op, "minilm", tuple(op_cases.ragged_lengths(tokens, 128)), torch.float32))
+        if op in ("attention", "layer_norm", "bias_gelu"):
+            found.append(Case(op, "bert-large", tuple(op_cases.ragged_lengths(tokens, 128)), torch.float32))
+    return found
+
+
+def agreeing(case, device, passed, quick=False):
+    """{variant: Run} of those that agree with the reference, their errors, and {variant: why not} of the others."""
+    torch._dynamo.reset()
     arguments = case.arguments(device)
-    wanted = None if case.dropout_p else op_cases.truth(case, arguments)
     if case.dropout_p:
         # the reference's masks of every score would take most of the memory
         few = replace(case, lengths=tuple(itertools.islice(case.lengths, 8)))
         few_arguments = few.arguments(device)
-        few_wanted = op_cases.truth(few, few_arguments)
-    runs, refused = {}, {}
+        wanted = _truth(few, few_arguments)
+    else:
+        wanted = _truth(case, arguments)
+    runs, errors, refused = {}, {}, {}
     for name, make in variants(case.op).items():
+        if quick and name in COMPILING:
+            refused[name] = "takes its time to compile: left out by --quick"
+            continue
         try:
             if not case.dropout_p:
                 run = build(make, arguments)
                 error = op_cases.disagreement(results(run), wanted)
             elif name == "fastbert":
-                error = op_cases.disagreement(results(build(make, few_arguments)), few_wanted)
+                error = op_cases.disagreement(results(build(make, few_arguments)), wanted)
                 run = build(make, arguments)
-            elif name in passed:
-                error, run = 0.0, build(make, arguments)
-                results(run)
             else:
-                continue
+                error, run = None, build(make, arguments)
+                if name not in passed:
+                    refused[name] = "did not agree with the reference without dropout"
+                    continue
+                results(run)
+        except NotApplicable:
+            continue
         except Unavailable as reason:
             refused[name] = str(reason)
         except Exception as failure:
             if name == "fastbert":
                 raise
-            refused[name] = f"{type(failure).__name__}: {failure}".partition("\n")[0][:200]
+            refused[name] = line_of(failure)
         else:
-            if error < TOLERANCE[case.dtype]:
-                runs[name] = run
+            if error is None or error < TOLERANCE[case.dtype]:
+                runs[name], errors[name] = run, error
             else:
                 refused[name] = f"wrong: differs from the reference by {error:.1e}"
-    return runs, refused
+    return runs, errors, refused
 
 
-def measure(case, runs, clock, ceilings, rounds):
-    """A row for each of `runs`, timed in turns."""
-    device = clock.device
-    gradients = {name: op_cases.cotangent(run) for name, run in runs.items()}
+def _truth(case, arguments):
+    return op_cases.truth(case, arguments, torch.float64 if case.dtype == torch.float32 else torch.float32)
 
-    def backward(run, gradient):
-        return lambda output: torch.autograd.grad(output, run.leaves, gradient)
 
-    seconds = {name: [] for name in runs}
-    warm_up = 2 if device.type == "cuda" else 0
+def in_turns(runs, clock, rounds, budget):
+    """{variant: {"forward": seconds of each round, "backward": ...}}; no sixth round past `budget` seconds."""
+    gradients = {name: op_cases.cotangent(run) for name, run in runs.items() if not run.forward_only}
+
+    def calls(name):
+        run = runs[name]
+        if run.forward_only:
+            return (run.forward,)
+        return run.forward, lambda output: torch.autograd.grad(output, run.leaves, gradients[name])
+
+    calls = {name: calls(name) for name in runs}
+    seconds = {name: {"forward": [], "backward": []} for name in runs}
+    warm_up = 2 if clock.device.type == "cuda" else 1
+    began = time.monotonic()
     for i in range(-warm_up, rounds):
+        if i >= 5 and time.monotonic() - began > budget:
+            break
         for name in list(runs)[:: 1 if i % 2 else -1]:
-            taken = clock.seconds(runs[name].forward, backward(runs[name], gradients[name]))
+            taken = clock.seconds(*calls[name])
             if i >= 0:
-                seconds[name].append(taken)
-    floors = {
-        what: max(size / ceilings["copy"], flops / ceilings["product"]) for what, (size, flops) in case.floor().items()
-    }
-    floors["both"] = sum(floors.values())
-    size, flops = (sum(part) for part in zip(*case.floor().values()))
-    rows = []
+                for what, value in zip(("forward", "backward"), taken):
+                    seconds[name][what].append(value)
+    return seconds
+
+
+def measure(case, runs, errors, refused, clock, ceilings, rounds, budget):
+    """A row for each pass of a case, with the seconds of every one of `runs`."""
+    seconds = in_turns(runs, clock, rounds, budget)
+    memory = {}
     for name, run in runs.items():
-        passes = {"forward": [f for f, _ in seconds[name]], "backward": [b for _, b in seconds[name]]}
-        passes["both"] = [f + b for f, b in seconds[name]]
-        median = {what: statistics.median(times) for what, times in passes.items()}
-        low, _, high = statistics.quantiles(passes["both"], n=4, method="inclusive")
-        memory = machine.gib_per_call(device, lambda: torch.autograd.grad(run.forward(), run.leaves, gradients[name]))  # noqa: B023
+        memory["forward", name] = machine.gib_per_call(clock.device, run.forward)
+        if not run.forward_only:
+            gradient = op_cases.cotangent(run)
+            memory["both", name] = machine.gib_per_call(
+                clock.device,
+                lambda: torch.autograd.grad(run.forward(), run.leaves, gradient),  # noqa: B023
+            )
+    floor = case.floor()
+    floor["both"] = tuple(map(sum, zip(*floor.values())))
+    rows = []
+    for what in PASSES:
+        size, flops = floor[what]
+        # a pass after the other: "both" waits for each of them
+        least = {
+            x: max(floor[x][0] / ceilings["copy"], floor[x][1] / ceilings["product"]) for x in ("forward", "backward")
+        }
+        least["both"] = sum(least.values())
+        taken, missing = {}, dict(refused)
+        for name, run in runs.items():
+            if run.forward_only and what != "forward":
+                missing[name] = run.forward_only
+            elif what == "both":
+                taken[name] = [sum(pair) for pair in zip(seconds[name]["forward"], seconds[name]["backward"])]
+            else:
+                taken[name] = seconds[name][what]
         rows.append(
             {
-                "op": case.op, "case": case.name, "variant": name, "model": case.model, "dropout_p": case.dropout_p,
-                "tokens": sum(case.lengths), "padded_tokens": len(case.lengths) * max(case.lengths),
-                **{f"{what}_us": round(s * 1e6, 1) for what, s in median.items()},
-                "quartiles_us": [round(low * 1e6, 1), round(high * 1e6, 1)],
-                "gb_per_s": round(size / median["both"] / 1e9, 1),
-                "tflop_per_s": round(flops / median["both"] / 1e12, 2),
-                **{f"{what}_percent_of_ceiling": round(100 * floors[what] / s, 1) for what, s in median.items()},
-                "peak_gib": memory if memory is None else round(memory, 3),
+                "op": case.op, "case": case.name, "pass": what, "model": case.model, "dtype": str(case.dtype)[6:],
+                "length": max(case.lengths), "tokens": sum(case.lengths), "padded_tokens": case.padded_tokens,
+                "dropout_p": case.dropout_p, "bytes": size, "flops": flops, "floor_us": round(least[what] * 1e6, 1),
+                "bound_by": "bytes" if size / ceilings["copy"] > flops / ceilings["product"] else "flops",
+                "seconds": {name: [round(s, 9) for s in times] for name, times in taken.items()},
+                "summary": {
+                    name: _summary(times, taken["fastbert"], size, flops, least[what], memory.get((what, name)))
+                    for name, times in taken.items()
+                },
+                "disagreement": errors, "not_measured": missing,
             }
         )  # fmt: skip
-    for row in rows:
-        row["times_fastbert"] = round(row["both_us"] / rows[0]["both_us"], 2)
     return rows
+
+
+def _quartiles(values):
+    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * [values[0]]
+
+
+def _summary(times, ours, size, flops, least, gib):
+    low, median, high = _quartiles(times)
+    slower = _quartiles([a / b for a, b in zip(times, ours)])
+    return {
+        "median_us": round(median * 1e6, 1), "quartiles_us": [round(low * 1e6, 1), round(high * 1e6, 1)],
+        # how many times fastbert's time, round by round
+        "times_fastbert": round(slower[1], 3), "times_fastbert_quartiles": [round(slower[0], 3), round(slower[2], 3)],
+        "gb_per_s": round(size / median / 1e9, 1), "tflop_per_s": round(flops / median / 1e12, 3),
+        "percent_of_ceiling": round(100 * least / median, 1), "peak_gib": None if gib is None else round(gib, 4),
+    }  # fmt: skip
 
 
 def title(result):
     facts = result["machine"]
     words = f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}, {result['date']}"
+    if "threads" in facts:
+        words = f"{facts['threads']} threads of {words}"
     return f"REHEARSAL, times mean nothing: {words}" if "rehearsal" in facts else words
 
 
 def markdown(result):
     """The result as tables, one for each case."""
-    ceilings = result["ceilings"]
+    ceilings = result["settings"]["ceilings"]
     lines = [
         "# Ops",
         "",
-        f"{title(result)}. Measured ceilings: copy {ceilings['copy'] / 1e12:.2f} TB/s, bf16 product "
-        f"{ceilings['product'] / 1e12:.0f} TFLOP/s. Times are medians in µs; % is of the ceiling that binds: the least "
-        "bytes over the copy's rate or the FLOPs over the product's. Rates count real tokens.",
+        f"{title(result)}. `{result['command']}`. Measured ceilings: copy {ceilings['copy'] / 1e9:.0f} GB/s, matrix "
+        f"product {ceilings['product'] / 1e12:.2f} TFLOP/s. Times are medians in µs, quartiles those of both passes; "
+        "% is of the ceiling that binds: the least bytes over the copy's rate or the FLOPs over the product's. Rates "
+        "count real tokens.",
+        "",
+        *_losses(result["rows"]),
     ]
     for name, rows in itertools.groupby(result["rows"], key=lambda row: row["case"]):
+        rows = {row["pass"]: row for row in rows}
+        both = rows["both"]
         lines += [
             "",
             f"## {name}" + (" (rehearsal)" if "rehearsal" in result["machine"] else ""),
             "",
-            "| variant | forward | backward | both | of fastbert's | GB/s | TFLOP/s | % forward | % backward | GiB |",
-            "|---|---|---|---|---|---|---|---|---|---|",
+            f"At least {both['bytes'] / 1e6:.1f} MB and {both['flops'] / 1e9:.2f} GFLOP: {both['floor_us']} µs. "
+            f"{both['tokens']} tokens, {both['padded_tokens']} with padding.",
+            "",
+            "| variant | forward | backward | both | quartiles | times fastbert's | GB/s | TFLOP/s | % forward "
+            "| % backward | GiB |",
+            "|---|---|---|---|---|---|---|---|---|---|---|",
         ]
-        for row in rows:
-            lines.append(
-                f"| {row['variant']} | {row['forward_us']} | {row['backward_us']} | {row['both_us']} "
-                f"| {row['times_fastbert']}x | {row['gb_per_s']} | {row['tflop_per_s']} "
-                f"| {row['forward_percent_of_ceiling']} | {row['backward_percent_of_ceiling']} "
-                f"| {'' if row['peak_gib'] is None else row['peak_gib']} |"
-            )
-        refused = result["refused"].get(name, {})
-        if refused:
-            lines += ["", "Not timed:", ""]
-            lines += [f"- {variant}: {reason}" for variant, reason in refused.items()]
-    if result["left_out"]:
+        for variant, forward in rows["forward"]["summary"].items():
+            backward, whole = (rows[what]["summary"].get(variant) for what in PASSES[1:])
+            if whole is None:
+                cells = [forward["median_us"], "", "", "", f"{forward['times_fastbert']}x (forward)", "", ""]
+                cells += [forward["percent_of_ceiling"], "", forward["peak_gib"]]
+            else:
+                cells = [forward["median_us"], backward["median_us"], whole["median_us"]]
+                cells += [" to ".join(map(str, whole["quartiles_us"])), f"{whole['times_fastbert']}x"]
+                cells += [whole["gb_per_s"], whole["tflop_per_s"]]
+                cells += [forward["percent_of_ceiling"], backward["percent_of_ceiling"], whole["peak_gib"]]
+            lines.append(f"| {variant} | " + " | ".join("" if cell is None else str(cell) for cell in cells) + " |")
+        if both["not_measured"]:
+            lines += ["", "Not measured:", ""]
+            lines += [f"- {variant}: {reason}" for variant, reason in both["not_measured"].items()]
+    if result["settings"]["left_out"]:
         lines += ["", "Left out, for want of time:", ""]
-        lines += [f"- {name}" for name in result["left_out"]]
+        lines += [f"- {name}" for name in result["settings"]["left_out"]]
     return "\n".join(lines) + "\n"
 
 
-def plot(result, path):
-    """Bars: how many times fastbert's time every other variant takes, forward and backward, case by case."""
-    import matplotlib
+def lost(row):
+    """{variant: its time over fastbert's} of those that are faster in a row, beyond the spread of the rounds."""
+    return {
+        name: part["times_fastbert"]
+        for name, part in row["summary"].items()
+        if name != "fastbert" and part["times_fastbert_quartiles"][1] < 1
+    }
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    groups = [(name, list(rows)) for name, rows in itertools.groupby(result["rows"], key=lambda row: row["case"])]
-    columns = 3
-    lines = -(-len(groups) // columns)
-    height = 0.24 * max(len(rows) for _, rows in groups) + 0.7
-    figure, axes = plt.subplots(lines, columns, figsize=(15, height * lines + 0.5), layout="constrained", squeeze=False)
-    for axis, (name, rows) in itertools.zip_longest(axes.flat, groups, fillvalue=(None, None)):
-        if name is None:
-            axis.set_axis_off()
-            continue
-        rows = rows[::-1]
-        ours = [row["variant"] == "fastbert" for row in rows]
-        labels = [row["variant"] for row in rows]
-        axis.barh(labels, [row["forward_us"] for row in rows], color=["#2563eb" if own else "#9aa5b1" for own in ours])
-        bars = axis.barh(
-            labels, [row["backward_us"] for row in rows], left=[row["forward_us"] for row in rows],
-            color=["#93c5fd" if own else "#d3d9df" for own in ours],
-        )  # fmt: skip
-        axis.bar_label(
-            bars, [f"{row['both_us']:.0f} µs, {row['times_fastbert']}x" for row in rows], fontsize=7, padding=2
-        )
-        axis.set_title(name, fontsize=8)
-        axis.margins(x=0.35)
-        axis.tick_params(labelsize=7)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"Forward (dark) and backward (light), less is better. {title(result)}", fontsize=9)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def _losses(rows):
+    found = [(row, lost(row)) for row in rows]
+    found = [(row, others) for row, others in found if others]
+    if not found:
+        return ["Nothing here is faster than fastbert beyond the spread of the rounds."]
+    return ["Faster than fastbert, beyond the spread of the rounds:", ""] + [
+        f"- {row['case']}, {row['pass']}: "
+        + ", ".join(f"{name} ({times:.2f}x of its time)" for name, times in sorted(others.items(), key=lambda x: x[1]))
+        for row, others in found
+    ]
 
 
 def write(result, folder):
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "ops.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    measured = {name for row in result["rows"] for name in row["seconds"]}
+    result["not_measured"] = {
+        name: reason for row in result["rows"] for name, reason in row["not_measured"].items() if name not in measured
+    }
+    report.save(result, folder / "ops.json")
     (folder / "ops.md").write_text(markdown(result), encoding="utf-8")
     if result["rows"]:
+        names = [
+            name for name in result["rows"][0] if name not in ("seconds", "summary", "disagreement", "not_measured")
+        ]
         with open(folder / "ops.csv", "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, result["rows"][0])
-            writer.writeheader()
-            writer.writerows(result["rows"])
+            writer = csv.writer(file)
+            figures = list(result["rows"][0]["summary"]["fastbert"])
+            writer.writerow([*names, "variant", *figures])
+            for row in result["rows"]:
+                for variant, part in row["summary"].items():
+                    writer.writerow([*(row[name] for name in names), variant, *(part[name] for name in figures)])
+
+
+def told(rows):
+    """A case in a line: fastbert's times, and the best of the others."""
+    forward, backward, both = (row["summary"] for row in rows)
+    ours = both["fastbert"]
+    line = (
+        f"{rows[0]['case']}: {forward['fastbert']['median_us']} + {backward['fastbert']['median_us']} µs, "
+        f"{ours['percent_of_ceiling']} % of the ceiling"
+    )
+    others = {name: part for name, part in both.items() if name != "fastbert"}
+    if others:
+        best = min(others, key=lambda name: others[name]["times_fastbert"])
+        low, high = others[best]["times_fastbert_quartiles"]
+        verdict = "fastbert LOSES" if high < 1 else "fastbert wins" if low > 1 else "as fast, within the spread"
+        times = others[best]["times_fastbert"]
+        line += f"; best of {len(others)} others: {best}, {times:.2f}x fastbert's time: {verdict}"
+    return line
 
 
 def warm(todo, device):
     """Call every variant once, so that what it compiles lies in the caches on disk."""
     for case in todo:
+        torch._dynamo.reset()
         arguments = case.arguments(device)
         for make in variants(case.op).values():
             try:
@@ -278,65 +412,56 @@ def warm(todo, device):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/<device>")
+    parser.add_argument("--ops", nargs="+", choices=op_cases.OPS, default=op_cases.OPS)
+    parser.add_argument("--quick", action="store_true", help="one shape of each op, and nothing that compiles")
+    parser.add_argument("--rounds", type=int, help="timed calls of each variant; default: 20, with --quick 7")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no further case after this time")
-    parser.add_argument("--rounds", type=int, default=20, help="timed calls of each variant")
-    parser.add_argument("--op", nargs="+", choices=op_cases.OPS, default=op_cases.OPS)
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/<device>")
     parser.add_argument("--warm", metavar="I/N", help="only compile: the I-th of every N cases, and time nothing")
     options = parser.parse_args()
     warnings.simplefilter("ignore")  # torch explains at length why a backend does not take a call
     end = time.monotonic() + options.seconds
+    logging.getLogger("torch").setLevel(logging.ERROR)
     device = machine.device()
-    todo = [case for case in cases(device) if case.op in options.op]
+    todo = [case for case in cases(device, options.quick) if case.op in options.ops]
     if options.warm:
         i, n = map(int, options.warm.split("/"))
         return warm(todo[i::n], device)
 
     folder = options.output or machine.folder(device)
-    result = {
-        "machine": machine.describe(device), "date": date.today().isoformat(), "rounds": options.rounds,
-        "ceilings": machine.ceilings(device), "rows": [], "refused": {}, "left_out": [],
-    }  # fmt: skip
+    rounds = options.rounds or (7 if options.quick else 20)
+    # what a case may take in turns beyond five rounds
+    budget = 1e9 if device.type == "cuda" else 0.5 if options.quick else 2.0
+    ceilings = machine.ceilings(device)
+    result = report.new(device, {"rounds": rounds, "quick": options.quick, "ceilings": ceilings, "left_out": []})
     clock = machine.Clock(device)
     passed, failures = {}, []
-    for case in todo:
+    for number, case in enumerate(todo, 1):
         if time.monotonic() > end:
-            result["left_out"].append(case.name)
+            result["settings"]["left_out"].append(case.name)
             continue
         plain = replace(case, dropout_p=0.0)
         try:
-            runs, refused = agreeing(case, device, passed.get(plain, ()))
+            runs, errors, refused = agreeing(case, device, passed.get(plain, ()), options.quick)
+            if "fastbert" not in runs:
+                raise AssertionError(refused["fastbert"])
         except Exception as failure:
-            runs, refused = {}, {"fastbert": f"{type(failure).__name__}: {failure}"[:2000]}
-        passed.setdefault(plain, tuple(runs))
-        result["refused"][case.name] = refused
-        if "fastbert" not in runs:
             failures.append(case.name)
-            print(f"{case.name}: FAILED: {refused['fastbert']}", flush=True)
+            print(f"[{number}/{len(todo)}] {case.name}: FAILED: {str(failure)[:2000]}", flush=True)
             continue
-        rows = measure(case, runs, clock, result["ceilings"], options.rounds)
+        passed.setdefault(plain, tuple(runs))
+        rows = measure(case, runs, errors, refused, clock, ceilings, rounds, budget)
         result["rows"] += rows
-        best = min(rows[1:], key=lambda row: row["both_us"], default=None)
-        print(
-            f"{case.name}: {rows[0]['forward_us']} + {rows[0]['backward_us']} µs, "
-            f"{rows[0]['both_percent_of_ceiling']} % of the ceiling"
-            + (f"; best of {len(rows) - 1} others: {best['variant']}, {best['times_fastbert']}x" if best else ""),
-            flush=True,
-        )
+        print(f"[{number}/{len(todo)}] {told(rows)}", flush=True)
         write(result, folder)  # what is measured is kept, whatever comes next
         del runs
         if device.type == "cuda":
             torch.cuda.empty_cache()
     write(result, folder)
-    if result["rows"]:
-        try:
-            plot(result, folder / "ops.png")
-        except ImportError:
-            print("no plot: matplotlib is not installed")
-    print(
-        f"written to {folder}"
-        + (f"; left out for want of time: {len(result['left_out'])}" if result["left_out"] else "")
-    )
+    for name, reason in result["not_measured"].items():
+        print(f"not measured: {name}: {reason}")
+    left_out = len(result["settings"]["left_out"])
+    print(f"written to {folder}" + (f"; left out for want of time: {left_out}" if left_out else ""))
     sys.exit(bool(failures))
 
 

@@ -189,16 +189,12 @@ def highlights(results):
     ops, step = read("ops.json"), read("training_step.json")
     lines = []
     if ops:
+        import bench_ops
+
         cases = {}
         for row in ops["rows"]:
             cases.setdefault(row["case"], []).append(row)
-        for name, (ours, *others) in cases.items():
-            best = min(others, key=lambda row: row["both_us"], default=None)
-            against = f"{best['times_fastbert']}x against the best other, {best['variant']}" if best else "no other"
-            lines.append(
-                f"{name}: {ours['forward_percent_of_ceiling']} % and {ours['backward_percent_of_ceiling']} % of the "
-                f"ceiling, forward and backward; {against}"
-            )
+        lines += [bench_ops.told(rows) for rows in cases.values()]
     for case in step["cases"] if step else ():
         packed = case.get("fastbert, packed")
         others = [case[library] for library in ("transformers", "transformers, compiled") if library in case]

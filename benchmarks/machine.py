@@ -167,6 +167,7 @@ def gib_per_call(device, call):
 
 def _gib_on_a_cpu(call):
     """Without what libraries take beside the allocator, such as oneDNN's own buffers."""
+    os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler would tell of its own steps
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
     held = highest = 0

@@ -1,18 +1,17 @@
-"""The ops at the shapes of real models, what they cost at least, and what else a user could call instead.
+"""The ops at the shapes of real models, what they cost at least, and how one way to compute them is held to another.
 
-One table for the benchmarks of ops, the tuning of launches and the tests on a GPU. It is no script.
+One table for the benchmarks of ops, the tuning of launches and the tests on a GPU. What a user could call instead of
+fastbert stands in op_peers.py. Neither is a script.
 
 Letters: B sequences, S longest, T packed tokens, M picked tokens, D hidden, F feed-forward, H heads, K head size,
 V vocabulary.
 """
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastbert import ops, reference
 
@@ -34,6 +33,7 @@ MODELS = {
     "bert-base": Model(768, 12, 3072, 30522),
     "bert-large": Model(1024, 16, 4096, 30522),
     "minilm": Model(384, 12, 1536, 30522),
+    "mpnet-base": Model(768, 12, 3072, 30527),
     "deberta-base": Model(768, 12, 3072, 128100, position_buckets=256),
     # for rehearsals in Triton's interpreter
     "tiny": Model(32, 2, 40, 61),
@@ -44,11 +44,11 @@ OPS = [
     name
     for name in (
         "attention", "layer_norm", "bias_gelu", "masked_cross_entropy", "embedding", "gelu_layer_norm",
-        "disentangled_attention", "pooling", "contrastive_cross_entropy",
+        "disentangled_attention", "pooling", "contrastive_cross_entropy", "biased_attention",
     )
     if hasattr(ops, name)
 ]  # fmt: skip
-WITH_DROPOUT = ("attention", "layer_norm", "embedding", "disentangled_attention")
+WITH_DROPOUT = ("attention", "layer_norm", "embedding", "disentangled_attention", "biased_attention")
 PICKED = 0.15
 
 
@@ -66,6 +66,14 @@ def ragged_lengths(tokens, longest):
     return [n for n in lengths if n > 0]
 
 
+class Arguments(dict):
+    """What one call takes, by name, and the lengths of the sequences, which not every op is told."""
+
+    def __init__(self, values, lengths):
+        super().__init__(values)
+        self.lengths = lengths
+
+
 @dataclass(frozen=True)
 class Case:
     """An op at one shape."""
@@ -77,6 +85,11 @@ class Case:
     dropout_p: float = 0.0
 
     @property
+    def padded_tokens(self):
+        """Tokens of the rectangle that a model without packing computes."""
+        return len(self.lengths) * max(self.lengths)
+
+    @property
     def name(self):
         dtype = str(self.dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
         filled = "full" if len(set(self.lengths)) == 1 else "ragged"
@@ -84,7 +97,10 @@ class Case:
         return " ".join(parts + [f"dropout {self.dropout_p}"] * (self.dropout_p > 0))
 
     def arguments(self, device):
-        """What one call takes, by name. Weights [V, D] are scaled so that the loss is that of an untrained model."""
+        """What one call takes: Arguments. Weights [V, D] are scaled so that the loss is that of an untrained model."""
+        return Arguments(self._arguments(device), self.lengths)
+
+    def _arguments(self, device):
         model, T, S = MODELS[self.model], sum(self.lengths), max(self.lengths)
         D, H, K, V = model.hidden_size, model.heads, model.head_size, model.vocabulary
         M = max(round(PICKED * T), 1)
@@ -101,6 +117,9 @@ class Case:
             dropout = dict(dropout_p=self.dropout_p, seed=torch.tensor([5], device=device), offset=3)
         if self.op == "attention":
             return dict(q=normal(T, 3, H, K), k=None, v=None, cu_seqlens=cu_seqlens, max_seqlen=S, **dropout)
+        if self.op == "biased_attention":
+            bias = normal(2 * S, H)
+            return dict(q=normal(T, 3, H, K), k=None, v=None, bias=bias, cu_seqlens=cu_seqlens, max_seqlen=S, **dropout)
         if self.op == "disentangled_attention":
             span = model.position_buckets
             return dict(
@@ -135,7 +154,7 @@ class Case:
         D, V, M = model.hidden_size, model.vocabulary, max(round(PICKED * T), 1)
         pairs = D * sum(n * n for n in self.lengths)
         row = D * itemsize
-        if self.op == "attention":
+        if self.op in ("attention", "biased_attention"):
             return {"forward": (4 * T * row, 4 * pairs), "backward": (8 * T * row, 10 * pairs)}
         if self.op == "disentangled_attention":
             # three products for the scores, one with the values; backward makes the scores again
@@ -159,25 +178,22 @@ class Case:
         return {"forward": (3 * B * row, 4 * B * B * D), "backward": (6 * B * row, 8 * B * B * D)}
 
 
-class Unavailable(Exception):
-    """This variant cannot be had here, and why."""
-
-
 @dataclass
 class Run:
     """One way to compute a case.
 
     `packed` brings (output, gradients) into the form that fastbert's own have, `unpacked` an output's gradient into
-    the form that this way's output has.
+    the form that this way's output has. `forward_only` says why there is no backward, where there is none.
     """
 
     forward: Callable  # () -> output
     leaves: list  # what gradients are taken of
     packed: Callable = field(default=lambda output, gradients: (output, gradients))
     unpacked: Callable = field(default=lambda cotangent: cotangent)
+    forward_only: str = ""
 
     def __post_init__(self):
-        self.leaves = [x.detach().requires_grad_() for x in self.leaves]
+        self.leaves = [x.detach().requires_grad_(not self.forward_only) for x in self.leaves]
 
 
 def floating(arguments):
@@ -198,333 +214,6 @@ def run_of(function, arguments):
     return run
 
 
-# --- what a user writes without fastbert; dropout is torch's, whose masks differ from fastbert's
-
-
-def _layer_norm(x, weight, bias, residual, dropout_p=0.0, seed=None, offset=0):
-    return F.layer_norm(F.dropout(x, dropout_p) + residual, x.shape[-1:], weight, bias, 1e-12)
-
-
-def _bias_gelu(x, bias):
-    return F.gelu(x + bias)
-
-
-def _gelu_layer_norm(x, bias, weight, ln_bias):
-    return F.layer_norm(F.gelu(x + bias), x.shape[-1:], weight, ln_bias, 1e-12)
-
-
-def _embedding(
-    input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias,
-    dropout_p=0.0, seed=None, offset=0,
-):  # fmt: skip
-    z = F.embedding(input_ids, word) + F.embedding(position_ids, position) + F.embedding(token_type_ids, token_type)
-    return F.dropout(F.layer_norm(z, z.shape[-1:], weight, bias, 1e-12), dropout_p)
-
-
-def _masked_cross_entropy(hidden, weight, bias, labels):
-    return F.cross_entropy(F.linear(hidden, weight, bias).float(), labels, reduction="sum")
-
-
-def _contrastive_cross_entropy(query, document, scale):
-    scores = scale * (query @ document.T).float()
-    return F.cross_entropy(scores, torch.arange(len(query), device=query.device), reduction="sum")
-
-
-PLAIN = {
-    "layer_norm": _layer_norm,
-    "bias_gelu": _bias_gelu,
-    "gelu_layer_norm": _gelu_layer_norm,
-    "embedding": _embedding,
-    "masked_cross_entropy": _masked_cross_entropy,
-    "contrastive_cross_entropy": _contrastive_cross_entropy,
-}
-
-
-def _compiled(function):
-    torch._dynamo.reset()
-    return torch.compile(function, dynamic=False)
-
-
-class _Padded:
-    """The padded rectangle of packed rows: what a model without packing computes on."""
-
-    def __init__(self, arguments):
-        lengths = arguments["cu_seqlens"].diff()
-        self.S = int(lengths.max())
-        self.mask = torch.arange(self.S, device=lengths.device) < lengths[:, None]
-        # None where nothing is padded: then a model without packing needs no mask either
-        self.key_mask = None if bool(self.mask.all()) else self.mask[:, None, None, :]
-
-    def rectangle(self, rows):
-        """[T, ...] as [B, S, ...], padding 0."""
-        padded = rows.new_zeros(*self.mask.shape, *rows.shape[1:])
-        padded[self.mask] = rows
-        return padded
-
-    def heads_first(self, qkv):
-        """q, k, v, each [B, H, S, K], of the packed projection [T, 3, H, K]."""
-        return [self.rectangle(x).transpose(1, 2).contiguous() for x in qkv.unbind(1)]
-
-    def unpacked(self, cotangent):
-        return self.rectangle(cotangent).transpose(1, 2).contiguous()
-
-    def packed(self, output, gradients):
-        """(output [T, H, K], [gradient of the projection, [T, 3, H, K]]) of padded ones, each [B, H, S, K]."""
-        rows = [x.transpose(1, 2)[self.mask] for x in (output, *gradients[:3])]
-        return rows[0], [torch.stack(rows[1:], 1), *gradients[3:]]
-
-
-def _plain_attention(q, k, v, mask, dropout_p):
-    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    return F.dropout(torch.softmax(scores, -1), dropout_p) @ v
-
-
-def _padded_attention(attend):
-    """A variant that takes q, k, v [B, H, S, K], a key mask or None, and dropout's probability."""
-
-    def make(arguments):
-        padded = _Padded(arguments)
-        run = Run(None, padded.heads_first(arguments["q"]), padded.packed, padded.unpacked)
-        run.forward = lambda: attend(*run.leaves, padded.key_mask, arguments.get("dropout_p", 0.0))
-        return run
-
-    return make
-
-
-def _sdpa(backend=None):
-    def attend(q, k, v, mask, dropout_p):
-        if backend is None:
-            return F.scaled_dot_product_attention(q, k, v, mask, dropout_p)
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, mask, dropout_p)
-
-    return _padded_attention(attend)
-
-
-def _packed_attention(make_attend):
-    """A variant that takes packed q, k, v, each [T, H, K]."""
-
-    def make(arguments):
-        attend = make_attend(arguments)
-        run = Run(None, [x.contiguous() for x in arguments["q"].unbind(1)])
-        run.packed = lambda output, gradients: (output, [torch.stack(gradients, 1)])
-        run.forward = lambda: attend(*run.leaves)
-        return run
-
-    return make
-
-
-def _varlen(arguments):
-    from torch.nn.attention.varlen import varlen_attn
-
-    if arguments.get("dropout_p"):
-        raise Unavailable("torch's varlen_attn has no dropout")
-    cu_seqlens, S = arguments["cu_seqlens"], arguments["max_seqlen"]
-    return lambda q, k, v: varlen_attn(q, k, v, cu_seqlens, cu_seqlens, S, S)
-
-
-def _nested(arguments):
-    offsets, S = arguments["cu_seqlens"].long(), arguments["max_seqlen"]
-    shortest = int(offsets.diff().min())
-
-    def jagged(x):
-        nested = torch.nested.nested_tensor_from_jagged(x, offsets, min_seqlen=shortest, max_seqlen=S)
-        return nested.transpose(1, 2)
-
-    def attend(q, k, v):
-        out = F.scaled_dot_product_attention(jagged(q), jagged(k), jagged(v), dropout_p=arguments.get("dropout_p", 0.0))
-        return out.transpose(1, 2).values()
-
-    return attend
-
-
-def _flash_attn(arguments):
-    from flash_attn import flash_attn_varlen_qkvpacked_func
-
-    def attend(qkv):
-        return flash_attn_varlen_qkvpacked_func(
-            qkv, arguments["cu_seqlens"], arguments["max_seqlen"], dropout_p=arguments.get("dropout_p", 0.0)
-        )
-
-    run = Run(None, [arguments["q"]])
-    run.forward = lambda: attend(*run.leaves)
-    return run
-
-
-def _flashdeberta(arguments):
-    from flashdeberta.ops.flash_attention_varlen import flash_attention_with_disentangled_varlen
-
-    if arguments.get("dropout_p"):
-        raise Unavailable("flashdeberta has no dropout")
-    positions = [arguments[name].transpose(0, 1)[None].contiguous() for name in ("pos_key", "pos_query")]
-    cu_seqlens, S, K = arguments["cu_seqlens"], arguments["max_seqlen"], arguments["q"].shape[-1]
-    run = Run(None, [*(x.contiguous() for x in arguments["q"].unbind(1)), *positions])
-
-    def packed(output, gradients):
-        return output, [torch.stack(gradients[:3], 1), *(x[0].transpose(0, 1) for x in gradients[3:])]
-
-    run.packed = packed
-    run.forward = lambda: flash_attention_with_disentangled_varlen(
-        *run.leaves, cu_seqlens, cu_seqlens, S, S, False, (3 * K) ** -0.5,
-        arguments["position_buckets"], arguments["max_relative_positions"],
-    )  # fmt: skip
-    return run
-
-
-def _deberta_eager(arguments):
-    """DeBERTa's scores in full, the positions gathered, as transformers' eager code computes them."""
-    from transformers.models.deberta_v2.modeling_deberta_v2 import build_relative_position
-
-    padded = _Padded(arguments)
-    span, p = arguments["position_buckets"], arguments.get("dropout_p", 0.0)
-    probe = torch.empty(padded.S, 1, device=arguments["q"].device)
-    relative = build_relative_position(probe, probe, span, arguments["max_relative_positions"])
-    relative = relative.reshape(1, 1, padded.S, padded.S)
-    c2p, p2c = ((sign * relative + span).clamp(0, 2 * span - 1) for sign in (1, -1))
-    scale = (3 * arguments["q"].shape[-1]) ** -0.5
-    leaves = [*padded.heads_first(arguments["q"]), arguments["pos_key"], arguments["pos_query"]]
-    run = Run(None, leaves, padded.packed, padded.unpacked)
-
-    def forward():
-        q, k, v, pos_key, pos_query = run.leaves
-        shape = *q.shape[:2], padded.S, padded.S
-        scores = q @ k.transpose(-1, -2)
-        scores = scores + (q @ pos_key.permute(1, 2, 0)).gather(-1, c2p.expand(shape))
-        scores = scores + (k @ pos_query.permute(1, 2, 0)).gather(-1, p2c.expand(shape)).transpose(-1, -2)
-        scores = scores * scale
-        if padded.key_mask is not None:
-            scores = scores.masked_fill(~padded.key_mask, float("-inf"))
-        return F.dropout(torch.softmax(scores, -1), p) @ v
-
-    run.forward = forward
-    return run
-
-
-def _pooling_eager(arguments):
-    """As sentence-transformers does it: a masked mean over the padded rectangle, then F.normalize."""
-    padded = _Padded(arguments)
-    run = Run(None, [padded.rectangle(arguments["hidden"])])
-    run.packed = lambda output, gradients: (output, [gradients[0][padded.mask]])
-    weights = padded.mask[:, :, None].to(arguments["hidden"].dtype)
-
-    def forward():
-        (hidden,) = run.leaves
-        return F.normalize((hidden * weights).sum(1) / weights.sum(1), dim=-1)
-
-    run.forward = forward
-    return run
-
-
-def _dense_cross_entropy(arguments):
-    """Logits of every token, as the heads of transformers make them; the picked tokens stand evenly among them."""
-    hidden, labels = arguments["hidden"], arguments["labels"]
-    T = round(len(hidden) / PICKED)
-    picks = torch.arange(len(hidden), device=hidden.device) * T // len(hidden)
-    everything = torch.randn(T, hidden.shape[1], device=hidden.device, dtype=hidden.dtype)
-    everything[picks] = hidden
-    sparse = labels.new_full((T,), -100).index_copy(0, picks, labels)
-    run = run_of(_masked_cross_entropy, {**arguments, "hidden": everything, "labels": sparse})
-    run.packed = lambda output, gradients: (output, [gradients[0][picks], *gradients[1:]])
-    return run
-
-
-def _linear_cross_entropy(arguments):
-    if not hasattr(F, "linear_cross_entropy"):
-        raise Unavailable("this torch has no linear_cross_entropy")
-    # without options it is no more than linear and cross_entropy
-    options = {}
-    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        options["options"] = torch.nn.LinearCrossEntropyOptions()
-
-    def call(hidden, weight, bias, labels):
-        return F.linear_cross_entropy(hidden, weight, labels, linear_bias=bias, reduction="sum", **options)
-
-    return run_of(call, arguments)
-
-
-def _liger_cross_entropy(arguments):
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-    def call(hidden, weight, bias, labels):
-        return liger_fused_linear_cross_entropy(hidden, weight, labels, bias=bias, reduction="sum")
-
-    return run_of(call, arguments)
-
-
-def _cut_cross_entropy(arguments):
-    from cut_cross_entropy import linear_cross_entropy
-
-    if "bias" not in inspect.signature(linear_cross_entropy).parameters:
-        raise Unavailable("this version of cut_cross_entropy takes no bias")
-
-    def call(hidden, weight, bias, labels):
-        return linear_cross_entropy(hidden, weight, labels, bias=bias, reduction="sum")
-
-    return run_of(call, arguments)
-
-
-def _liger_layer_norm(arguments):
-    from liger_kernel.transformers.functional import liger_layer_norm
-
-    def call(x, weight, bias, residual, dropout_p=0.0, seed=None, offset=0):
-        return liger_layer_norm(F.dropout(x, dropout_p) + residual, weight, bias, 1e-12)
-
-    return run_of(call, arguments)
-
-
-def _flash_attn_layer_norm(arguments):
-    from flash_attn.ops.triton.layer_norm import layer_norm_fn
-
-    def call(x, weight, bias, residual, dropout_p=0.0, seed=None, offset=0):
-        return layer_norm_fn(x, weight, bias, residual=residual, eps=1e-12, dropout_p=dropout_p)
-
-    return run_of(call, arguments)
-
-
-PEERS = {
-    "attention": {
-        "eager": _padded_attention(_plain_attention),
-        "compiled": lambda arguments: _padded_attention(_compiled(_plain_attention))(arguments),
-        "sdpa": _sdpa(),
-        "sdpa flash": _sdpa(SDPBackend.FLASH_ATTENTION),
-        "sdpa efficient": _sdpa(SDPBackend.EFFICIENT_ATTENTION),
-        "sdpa cudnn": _sdpa(SDPBackend.CUDNN_ATTENTION),
-        "sdpa math": _sdpa(SDPBackend.MATH),
-        "torch varlen": _packed_attention(_varlen),
-        "torch nested": _packed_attention(_nested),
-        "flash_attn": _flash_attn,
-    },
-    "disentangled_attention": {"eager": _deberta_eager, "flashdeberta": _flashdeberta},
-    "layer_norm": {"liger": _liger_layer_norm, "flash_attn": _flash_attn_layer_norm},
-    "masked_cross_entropy": {
-        "dense": _dense_cross_entropy,
-        "torch linear_cross_entropy": _linear_cross_entropy,
-        "liger": _liger_cross_entropy,
-        "cut_cross_entropy": _cut_cross_entropy,
-    },
-    "pooling": {"eager": _pooling_eager},
-}
-
-
-def variants(op):
-    """{name: function from a case's arguments to a Run}, fastbert first. A function may raise Unavailable."""
-    found = {"fastbert": lambda arguments: run_of(getattr(ops, op), arguments)}
-    if op in PLAIN:
-        found["eager"] = lambda arguments: run_of(PLAIN[op], arguments)
-        found["compiled"] = lambda arguments: run_of(_compiled(PLAIN[op]), arguments)
-    return found | PEERS.get(op, {})
-
-
-def build(make, arguments):
-    """The variant's Run; Unavailable, with the reason, where it cannot be had."""
-    try:
-        return make(arguments)
-    except (ImportError, RuntimeError, AttributeError, TypeError) as error:
-        raise Unavailable(f"{type(error).__name__}: {error}".partition("\n")[0][:200]) from error
-
-
 def cotangent(run):
     """A gradient for the run's output: the same random numbers, token by token, whatever the form of that output."""
     with torch.no_grad():
@@ -535,7 +224,9 @@ def cotangent(run):
 
 
 def results(run):
-    """(output, gradients), packed."""
+    """(output, gradients), packed; no gradients of a run that has no backward."""
+    if run.forward_only:
+        return run.packed(run.forward(), run.leaves)[0], []
     gradient = cotangent(run)
     output = run.forward()
     gradients = torch.autograd.grad(output, run.leaves, gradient)
@@ -549,9 +240,10 @@ def truth(case, arguments, dtype=torch.float32):
 
 
 def disagreement(got, wanted):
-    """The largest relative error ||got - wanted|| / ||wanted|| of the output and the gradients."""
-    errors = []
-    for g, w in zip((got[0], *got[1]), (wanted[0], *wanted[1]), strict=True):
+    """The largest relative error ||got - wanted|| / ||wanted|| of the output and the gradients that there are."""
+    (output, gradients), errors = got, []
+    wanted = (wanted[0], *(wanted[1] if gradients else ()))
+    for g, w in zip((output, *gradients), wanted, strict=True):
         assert g.shape == w.shape, f"shape {tuple(g.shape)}, expected {tuple(w.shape)}"
         errors.append(((g.double() - w.double()).norm() / w.double().norm().clamp(min=1e-30)).item())
     return max(errors)

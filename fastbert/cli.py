@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import sys
 import warnings
+from pathlib import Path
 
 import click
 
@@ -223,6 +224,34 @@ def doctor(compiles, archs, dtypes, models, ops, candidates, json_file):
         raise ValueError("--arch, --dtype, --model, --op, --candidates and --json go with --compile")
     for line in script.doctor():
         click.echo(line)
+
+
+def _benchmark_suite():
+    """benchmarks/suite.py of the checkout that this package stands in."""
+    folder = Path(__file__).resolve().parent.parent / "benchmarks"
+    if not (folder / "suite.py").is_file():
+        raise ValueError("bench runs from a checkout of the repository: its folder benchmarks/ is not installed")
+    sys.path.insert(0, str(folder))
+    import suite
+
+    return suite
+
+
+@main.command(cls=Command)
+@click.option("--ops", multiple=True, metavar="NAME", help="Functions of fastbert.ops, or all.")
+@click.option("--models", multiple=True, metavar="NAME", help="Models, such as bert-base, or all.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--quick", is_flag=True, help="Few shapes and rounds: under a minute for the ops.")
+@click.option("--compare", metavar="FILE", help="Older results: exit code 1 if a ratio fell by more than its spread.")
+@click.option("--output", metavar="DIR", help="Where results go.  [default: benchmarks/results/<device>; for a part, "
+              "or with --quick, runs/bench]")  # fmt: skip
+def bench(**options):
+    """Measure fastbert side by side with whatever else is installed.
+
+    Every op, model, training run and the data path, or what --ops and --models name. Needs a checkout of the
+    repository; benchmarks/README.md says what is measured and how.
+    """
+    sys.exit(_benchmark_suite().run(**options))
 
 
 if __name__ == "__main__":
