@@ -497,6 +497,9 @@ def config_from_hf(values):
     model_type = values.get("model_type", "bert")
     if values.get("position_embedding_type", "absolute") != "absolute":
         raise ValueError(f"position_embedding_type is {values['position_embedding_type']!r}: expected 'absolute'")
+    for name in ("is_decoder", "add_cross_attention"):
+        if values.get(name):
+            raise ValueError(f"{name} is true: expected false, an encoder")
     keys = _keys(family(model_type))
     fields = {ours: values[theirs] for ours, theirs in keys.items() if values.get(theirs) is not None}
     if "embedding_width" in fields:
