@@ -22,15 +22,17 @@ from .replacements import Packed, Replacement, dropping, gelu_form, is_plain, is
 MOST_COLUMNS, MOST_HEAD_SIZE = 8192, 128
 
 
-def _takes(x):
-    """Whether our ops compute what torch does on x, a tensor of any shape."""
+def _is_ordinary(x):
+    """Whether x is a tensor with numbers in memory: nested ones, subclasses and what torch.func traces are torch's."""
     if type(x) not in (torch.Tensor, nn.Parameter) or x.is_nested or x.device.type == "meta" or x.numel() == 0:
         return False
-    # torch.func's vmap and grad want more of a Function than ours have
-    if not x.is_floating_point() or torch._C._are_functorch_transforms_active():
-        return False
+    return x.is_floating_point() and not torch._C._are_functorch_transforms_active()
+
+
+def _takes(x):
+    """Whether our ops compute what torch does on x, a tensor of any shape."""
     # the kernels compute in fp32
-    return x.dtype != torch.float64 or not ops.uses_triton(x.device)
+    return _is_ordinary(x) and (x.dtype != torch.float64 or not ops.uses_triton(x.device))
 
 
 class LayerNorm(Replacement):
@@ -102,9 +104,8 @@ def _pack(packed, x):
 
 
 def _is_swapped(module, replacement):
-    """Whether `module` runs `replacement`, and calling it does nothing else."""
-    cls = vars(type(module))
-    return cls.get("replacement") is replacement and is_plain(module, cls["replaces"])
+    """Whether calling `module` ends in the forward of `replacement`, through whatever hooks."""
+    return isinstance(module, replacement) and "forward" not in vars(module)
 
 
 class MultiheadAttention(Replacement):
@@ -148,6 +149,10 @@ def _seed(device):
     return torch.randint(-(2**63), 2**63 - 1, (1,), device=device)
 
 
+# the methods that torch's layer calls, which somebody may have set on an instance
+_BLOCKS = {"_sa_block", "_ff_block"}
+
+
 class TransformerEncoderLayer(Replacement):
     PARTS = ("attention", "layer_norm", "gelu")
     WHAT = "fused steps between the products"
@@ -155,8 +160,7 @@ class TransformerEncoderLayer(Replacement):
     def forward(self, src, src_mask=None, src_key_padding_mask=None, is_causal=False):
         if isinstance(src_key_padding_mask, Packed):
             return self._block(src, key_padding_mask=src_key_padding_mask)
-        its_own = vars(self).keys() & {"_sa_block", "_ff_block"}
-        if its_own or not _takes(src) or (is_causal and src_mask is None):
+        if vars(self).keys() & _BLOCKS or not _takes(src) or (is_causal and src_mask is None):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         if src_mask is None and self.fastbert_options.unpad and _packs(self) and not is_watched(self):
             packed = _packing(src, src_key_padding_mask, self.self_attn.batch_first, inside=True)
@@ -219,8 +223,24 @@ def _gelu_of(activation):
 
 def _packs(layer):
     """Whether a layer can be called with a Packed in place of its padding mask."""
-    is_ours = _is_swapped(layer, TransformerEncoderLayer) and not vars(layer).keys() & {"_sa_block", "_ff_block"}
-    return is_ours and _is_swapped(layer.self_attn, MultiheadAttention)
+    is_ours = _is_swapped(layer, TransformerEncoderLayer) and _is_swapped(layer.self_attn, MultiheadAttention)
+    return is_ours and not vars(layer).keys() & _BLOCKS and _is_rowwise(layer)
+
+
+def _is_rowwise(layer):
+    """Whether all that stands beside the attention treats each row alone, as far as its kind tells: what a user has put
+    there may look at whole sequences (stochastic depth, a convolution, a norm over S and D)."""
+    columns = layer.self_attn.embed_dim
+    activation = layer.activation
+    if isinstance(activation, nn.Module) and gelu_form(activation) is None:
+        is_torchs = type(activation).__module__ == nn.ReLU.__module__
+        if not is_torchs or hasattr(activation, "dim") or activation._parameters:
+            return False
+    return (
+        all(hasattr(x, "in_features") and hasattr(x, "out_features") for x in (layer.linear1, layer.linear2))
+        and all(getattr(x, "normalized_shape", None) == (columns,) for x in (layer.norm1, layer.norm2))
+        and all(isinstance(x, (nn.Dropout, nn.Identity)) for x in (layer.dropout, layer.dropout1, layer.dropout2))
+    )
 
 
 class TransformerEncoder(Replacement):
@@ -229,7 +249,9 @@ class TransformerEncoder(Replacement):
 
     @staticmethod
     def refuses(module):
-        others = {type(layer).__name__ for layer in module.layers if type(layer) is not nn.TransformerEncoderLayer}
+        # a layer that also stands elsewhere may have been swapped before
+        kinds = [vars(type(layer)).get("replaces", type(layer)) for layer in module.layers]
+        others = {kind.__name__ for kind in kinds if kind.forward is not nn.TransformerEncoderLayer.forward}
         return f"it has layers of another class, {', '.join(sorted(others))}" if others else None
 
     def forward(self, src, mask=None, src_key_padding_mask=None, is_causal=None):
@@ -274,18 +296,16 @@ class CrossEntropyLoss(Replacement):
     WHAT = "cross-entropy of the labelled rows alone"
 
     def forward(self, input, target):
-        if (
-            input.dim() == 0
-            or target.is_floating_point()
-            or target.shape != input.shape[:1] * (input.dim() > 1) + input.shape[2:]
-        ):
+        # [N, C] and [N], [B, C, ...] and [B, ...], or [C] and []; else probabilities, or an error
+        shape = input.shape[:1] + input.shape[2:] if input.dim() > 1 else input.shape[1:]
+        if target.is_floating_point() or target.shape != shape:
             return super().forward(input, target)
-        if input.numel() == 0 and target.numel() == 0 and self.reduction == "mean":
+        if input.dim() > 1 and target.numel() == 0 and self.reduction == "mean":
             return input.sum()
-        if not _takes(input):
+        if not _is_ordinary(input):
             return super().forward(input, target)
         kept = target != self.ignore_index
-        if input.numel() >= _MANY_LOGITS and not torch.compiler.is_compiling():
+        if input.dim() > 1 and input.numel() >= _MANY_LOGITS and not _is_recorded(input):
             places = kept.flatten().nonzero()[:, 0]
             if len(places) <= _FEW_LABELS * target.numel():
                 logits = input if input.dim() == 2 else input.movedim(1, -1).flatten(0, -2)
@@ -310,6 +330,11 @@ class CrossEntropyLoss(Replacement):
         if self.reduction != "none":
             return loss
         return loss.new_zeros(target.numel()).index_copy(0, places, loss).view(target.shape)
+
+
+def _is_recorded(x):
+    """Whether what runs now on x will run again with other numbers, so that no shape may depend on them."""
+    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 # below that many numbers the whole costs less than to look which rows have a label
@@ -346,9 +371,9 @@ class TakeRowsFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         (places,) = ctx.saved_tensors
-        # only of itself, not of what is computed from it, could a second derivative be taken
         rows = _Rows(dout, places, ctx.N)
-        return (rows.dense() if torch.is_grad_enabled() else RowGradient(rows, (ctx.N, dout.shape[1]))), None
+        # with create_graph=True somebody differentiates what is done here
+        return rows.dense() if torch.is_grad_enabled() else RowGradient(rows, (ctx.N, dout.shape[1])), None
 
 
 class _Rows:
@@ -374,12 +399,16 @@ class RowGradient(torch.Tensor):
 
     @staticmethod
     def __new__(cls, rows, shape, order=None):
-        own = shape if order is None else [shape[d] for d in order]
-        return torch.Tensor._make_wrapper_subclass(cls, own, dtype=rows.values.dtype, device=rows.values.device)
+        like = torch.empty(shape, device="meta")
+        like = like if order is None else like.permute(order)
+        values = rows.values
+        return torch.Tensor._make_wrapper_subclass(
+            cls, like.shape, strides=like.stride(), dtype=values.dtype, device=values.device
+        )
 
     def __init__(self, rows, shape, order=None):
         own = list(range(len(shape)))
-        self.rows, self.straight = rows, torch.Size(shape)
+        self.rows, self.straight = rows, shape
         self.order = own if order is None else order
         self.is_straight = self.order == own
 
