@@ -27,12 +27,10 @@ test: $(INSTALLED)
 	@$(MAKE) --no-print-directory $(WEIGHTS) || echo "no pretrained weights can be fetched: the tests on them are skipped"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
+# the whole suite side by side with what else is installed; a part of it: make bench BENCH="--ops attention --quick"
 bench: $(INSTALLED)
-	@$(MAKE) --no-print-directory $(DEMO_TEXT) $(WEIGHTS) || echo "not all can be fetched: no sentences are embedded"
-	$(BIN)/python -m pytest benchmarks/bench_ops.py --benchmark-columns=median,iqr,rounds
-	$(BIN)/python benchmarks/bench_training_step.py
-	$(BIN)/python benchmarks/bench_families.py
-	$(BIN)/python benchmarks/bench_disentangled_attention.py
+	@$(MAKE) --no-print-directory $(DEMO_TEXT) $(WEIGHTS) || echo "not all can be fetched: some rows are left out"
+	$(BIN)/fastbert bench $(BENCH)
 
 # everything that wants a GPU, in ten minutes, without network: tests, tuning, benchmarks, with the first Python that sees
 # a GPU and has torch, triton and pytest. Without any, a rehearsal in Triton's interpreter

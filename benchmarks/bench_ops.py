@@ -280,7 +280,7 @@ def _summary(times, ours, size, flops, least, gib):
         # how many times fastbert's time, round by round
         "times_fastbert": round(slower[1], 3), "times_fastbert_quartiles": [round(slower[0], 3), round(slower[2], 3)],
         "gb_per_s": round(size / median / 1e9, 1), "tflop_per_s": round(flops / median / 1e12, 3),
-        "percent_of_ceiling": round(100 * least / median, 1), "peak_gib": None if gib is None else round(gib, 4),
+        "percent_of_ceiling": round(100 * least / median, 1), "peak_gib": None if gib is None else round(gib, 6),
     }  # fmt: skip
 
 

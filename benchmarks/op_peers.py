@@ -507,8 +507,8 @@ def _liger_cross_entropy(arguments):
 def _cut_cross_entropy(impl):
     """Cut Cross Entropy. Where it takes no bias the bias is one more column of the weight, for free.
 
-    A column that is one in every row of `hidden` and the bias in `weight`, and zeros up to a multiple of 16, stand
-    in its arguments before any clock starts.
+    A column that is one in every row of `hidden` and the bias in `weight`, and zeros up to a multiple of 64, as its
+    blocks like it, stand in its arguments before any clock starts.
     """
 
     def make(arguments):
@@ -540,7 +540,7 @@ def _cut_cross_entropy(impl):
 
 
 def _and_columns(x, column):
-    return torch.cat((x, column[:, None], x.new_zeros(len(x), 15)), 1)
+    return torch.cat((x, column[:, None], x.new_zeros(len(x), -(x.shape[1] + 1) % 64)), 1)
 
 
 def _liger_layer_norm(arguments):

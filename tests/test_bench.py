@@ -1,0 +1,505 @@
+"""The benchmark suite: its command, its ops, and the gate that flags ratios that fell."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import bench_ops
+import compare
+import machine
+import op_cases
+import op_peers
+import pytest
+import torch
+from click.testing import CliRunner
+from op_cases import Case
+
+from fastbert import cli, reference
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+
+
+def call(*arguments):
+    return CliRunner().invoke(cli.main, ["bench", *map(str, arguments)], prog_name="fastbert")
+
+
+def result_of(ours, theirs, name="layer_norm bert-base", **more):
+    """A result of one row: fastbert's seconds and those of another."""
+    row = {"case": name, "pass": "both", "seconds": {"fastbert": ours, "eager": theirs}}
+    return {"machine": {"device": "a CPU"}, "rows": [row], **more}
+
+
+def rounds(seconds, noise=0.0, seed=0, count=20):
+    generator = random.Random(seed)
+    return [seconds * (1 + noise * generator.uniform(-1, 1)) for _ in range(count)]
+
+
+def fallen(old, new):
+    return [change.name for change in compare.changes(old, new) if change.fell]
+
+
+# --- the gate
+
+
+def test_a_ratio_that_fell_is_flagged():
+    old = result_of(rounds(1.0, 0.02, 1), rounds(2.0, 0.02, 2))
+    slower = result_of(rounds(1.25, 0.02, 3), rounds(2.0, 0.02, 4))
+    assert fallen(old, slower) == [("layer_norm bert-base both", "eager", "fastbert")]
+    assert fallen(slower, old) == []
+    (change,) = compare.changes(slower, old)
+    assert change.rose
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_noise_is_not_flagged(seed):
+    old = result_of(rounds(1.0, 0.1, 4 * seed), rounds(2.0, 0.1, 4 * seed + 1))
+    new = result_of(rounds(1.0, 0.1, 4 * seed + 2), rounds(2.0, 0.1, 4 * seed + 3))
+    assert fallen(old, new) == []
+
+
+@pytest.mark.parametrize("times", [0.2, 0.9, 5.0])
+def test_a_faster_or_slower_machine_is_not_flagged(times):
+    ours, theirs = rounds(1.0, 0.02, 1), rounds(2.0, 0.02, 2)
+    # another seed, so that the rounds are others too
+    new = result_of(rounds(times, 0.02, 3), rounds(2.0 * times, 0.02, 4))
+    assert fallen(result_of(ours, theirs), new) == []
+
+
+def test_what_slows_a_whole_round_is_not_flagged():
+    """A busy machine: each round is slow by another factor, for all alike."""
+    generator = random.Random(0)
+    slow = [generator.uniform(1, 6) for _ in range(20)]
+    new = result_of([s * x for s, x in zip(slow, rounds(1.0, 0.01))], [2 * s for s in slow])
+    assert fallen(result_of(rounds(1.0), rounds(2.0)), new) == []
+
+
+@pytest.mark.parametrize("wide", ["old", "new"])
+def test_both_spreads_count(wide):
+    """2.0x -> 1.8x: a fall between quiet runs, and none when either is wide."""
+    noise = {"old": 0.0, "new": 0.0}
+    old, new = (result_of(rounds(1.0), rounds(r)) for r in (2.0, 1.8))
+    assert fallen(old, new)
+    noise[wide] = 0.2
+    old = result_of(rounds(1.0), rounds(2.0, noise["old"]))
+    new = result_of(rounds(1.0), rounds(1.8, noise["new"]))
+    assert fallen(old, new) == []
+
+
+def test_the_margin_is_both_spreads_and_at_least_two_percent_each():
+    (change,) = compare.changes(result_of([1, 1, 1, 1, 1], [1.8, 1.9, 2.0, 2.1, 2.2]), result_of([1] * 3, [2.0] * 3))
+    assert change.old.median == 2.0 and change.old.spread == pytest.approx(0.2)
+    assert change.new.spread == pytest.approx(0.04) and change.margin == pytest.approx(0.24)
+
+
+def test_too_few_rounds_are_no_ground():
+    assert compare.ratios(result_of([1.0, 1.0], [2.0, 2.0])) == {}
+    assert len(compare.ratios(result_of([1.0] * 3, [2.0] * 3))) == 1
+
+
+def test_every_implementation_of_ours_is_held_to_every_other():
+    seconds = {name: [1.0, 1.0, 1.0] for name in ("transformers eager", "transformers sdpa", "swapped", "fastbert")}
+    found = compare.ratios({"rows": [{"case": "bert-base", "seconds": seconds}]})
+    assert {(other, ours) for _, other, ours in found} == {
+        (f"transformers {kind}", ours) for kind in ("eager", "sdpa") for ours in ("swapped", "fastbert")
+    }
+
+
+@pytest.mark.parametrize("file", ["families", "training_step"])
+def test_committed_results_can_be_compared(file):
+    """The older forms too: nothing falls against itself, and everything when fastbert takes twice the time."""
+    path = ROOT / "benchmarks" / "results" / "cpu" / f"{file}.json"
+    old = compare.read(path)
+    assert fallen(old, compare.read(path)) == []
+
+    def slower(value, name=""):
+        if isinstance(value, dict):
+            return {key: slower(inner, name if key == "seconds" else key) for key, inner in value.items()}
+        if isinstance(value, list):
+            ours = name.startswith("fastbert") and all(isinstance(x, float) for x in value)
+            return [2 * x if ours else slower(x, name) for x in value]
+        return value
+
+    new = json.loads(json.dumps(slower(old)))
+    if file == "families":
+        for row in new["families"]:
+            for kind in ("train", "inference"):
+                for name, seconds in row[kind]["seconds"].items():
+                    row[kind]["seconds"][name] = [s * (2 if name.startswith("fastbert") else 1) for s in seconds]
+    names = {name for name, _, _ in fallen(old, new)}
+    assert len(names) >= 0.9 * len({name for name, _, _ in compare.ratios(old)}) > 1
+
+
+def test_the_table_and_the_exit_code(capsys):
+    old = result_of([1.0] * 5, [2.0] * 5)
+    assert compare.told(old, [result_of([2.0] * 5, [2.0] * 5, machine={"device": "another CPU"})]) == 1
+    said = capsys.readouterr().out
+    assert "FELL" in said and "2.00x" in said and "1.00x" in said and "eager / fastbert" in said
+    assert "device was a CPU, is another CPU" in said and "1 fell" in said
+    assert compare.told(old, [old]) == 0
+    assert "0 fell" in capsys.readouterr().out
+    # other things than before were measured
+    assert compare.told(old, [result_of([1.0] * 5, [2.0] * 5, name="pooling")]) == 2
+
+
+def test_the_script(tmp_path, monkeypatch, capsys):
+    for name, seconds in (("old", 1.0), ("new", 1.5)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(result_of([seconds] * 5, [2.0] * 5)))
+    (tmp_path / "empty.json").write_text('{"rows": []}')
+
+    def code_of(*files):
+        monkeypatch.setattr(sys, "argv", ["compare.py", *(str(tmp_path / file) for file in files)])
+        with pytest.raises(SystemExit) as ended:
+            compare.main()
+        return ended.value.code
+
+    assert code_of("old.json", "new.json") == 1 and code_of("new.json", "old.json") == 0
+    assert code_of("old.json", "empty.json") == 2
+    assert "holds nothing to compare" in capsys.readouterr().err
+
+
+# --- the command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--ops", "layernorm"], ["layernorm is unknown", "layer_norm, bias_gelu"]),
+        (["--ops", "pooling", "nothing"], ["nothing is unknown"]),
+        (["--models", "bert-huge"], ["bert-huge is unknown", "bert-base"]),
+        (["--device", "tpu"], ["tpu"]),
+        (["--compare", "nowhere.json"], ["nowhere.json"]),
+        (["--compare", ROOT / "README.md"], ["README.md is not JSON"]),
+        (["--compare", ROOT / "benchmarks" / "results" / "traffic.json"], ["holds nothing to compare"]),
+    ],
+    ids=lambda value: str(value[0])[:20],
+)
+def test_what_is_wrong_is_one_line(arguments, parts, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", None)
+    done = call(*arguments)
+    assert done.exit_code == 2, done.output
+    assert done.stderr.startswith("fastbert: error: ") and done.stderr.count("\n") == 1, done.stderr
+    for part in parts:
+        assert part in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there():
+    done = call("--device", "cuda")
+    assert done.exit_code == 2 and "finds no GPU" in done.stderr
+
+
+def test_without_a_checkout(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "fastbert" / "cli.py"))
+    done = call("--quick")
+    assert done.exit_code == 2 and "checkout of the repository" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """What the suite would start, (arguments, environment) each; `codes` of scripts that fail, `files` they write."""
+    calls = types.SimpleNamespace(all=[], codes={}, files={})
+
+    def run(command, cwd, env):
+        script = Path(command[1]).name
+        assert (ROOT / command[1]).is_file() and cwd == ROOT
+        calls.all.append((command[1:], env))
+        if script in calls.files:
+            folder = Path(command[command.index("--output") + 1])
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "ops.json").write_text(json.dumps(calls.files[script]))
+        return types.SimpleNamespace(returncode=calls.codes.get(script, 0))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return calls
+
+
+def test_names_choose_the_steps(started, tmp_path):
+    assert (
+        call("--ops", "attention", "pooling", "--models", "bert-base", "--quick", "--output", tmp_path).exit_code == 0
+    )
+    ops, models = ([Path(arguments[0]).name, *arguments[1:]] for arguments, _ in started.all)
+    assert ops == ["bench_ops.py", "--ops", "attention", "pooling", "--quick", "--output", str(tmp_path)]
+    assert models[:3] == ["bench_models.py", "--models", "bert-base"]
+    assert models[-3:] == ["--quick", "--output", str(tmp_path)]
+
+
+def test_without_names_everything_runs_and_a_part_never_replaces_the_whole(started):
+    assert call().exit_code == 0
+    scripts = [Path(arguments[0]).name for arguments, _ in started.all]
+    assert scripts[0] == "bench_ops.py" and scripts[-1] == "report.py"
+    assert {"bench_models.py", "bench_training.py", "bench_data.py"} < set(scripts)
+    assert all("results" in " ".join(arguments) for arguments, _ in started.all)
+    for part in (["--ops", "all"], ["--models", "all"], ["--quick"]):
+        started.all.clear()
+        assert call(*part).exit_code == 0
+        assert all(str(ROOT / "runs" / "bench") in arguments for arguments, _ in started.all), part
+
+
+def test_switches_of_the_user_do_not_reach_the_steps(started, monkeypatch):
+    monkeypatch.setenv("FASTBERT_IMPL", "reference")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    call("--ops", "pooling", "--device", "cpu")
+    ((_, environment),) = started.all
+    assert not {"FASTBERT_IMPL", "TRITON_INTERPRET"} & environment.keys()
+    assert environment["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_a_step_that_fails_is_told_and_does_not_stop_the_next(started, tmp_path):
+    started.codes["bench_ops.py"] = 1
+    done = call("--ops", "all", "--models", "all", "--output", tmp_path)
+    assert done.exit_code == 1 and len(started.all) == 2
+    assert "failed: ops" in done.stdout and "[2/2] models" in done.stdout
+
+
+@pytest.mark.parametrize(("seconds", "code"), [(1.0, 0), (1.5, 1)])
+def test_compare_reads_the_old_results_before_they_are_written_over(started, tmp_path, seconds, code):
+    file = tmp_path / "ops.json"
+    file.write_text(json.dumps(result_of([1.0] * 5, [2.0] * 5)))
+    started.files["bench_ops.py"] = result_of([seconds] * 5, [2.0] * 5)
+    done = call("--ops", "all", "--compare", file, "--output", tmp_path)
+    assert done.exit_code == code, done.output
+    assert f"{code} fell" in done.stdout
+    # what this run has not written is not compared
+    started.files.clear()
+    assert call("--ops", "all", "--compare", file, "--output", tmp_path).exit_code == 2
+
+
+# --- ops
+
+
+CASES = [
+    Case(op, "tiny-deberta" if op == "disentangled_attention" else "tiny", lengths, torch.float32)
+    for op in op_cases.OPS
+    for lengths in ((3, 8, 1, 5), (8, 8))
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_variant_that_runs_here_computes_the_op(case):
+    """Against the reference in fp64. What compiles is left out: it is the same functions."""
+    arguments = case.arguments(CPU)
+    wanted = op_cases.truth(case, arguments, torch.float64)
+    agreed = set()
+    for name, make in op_peers.variants(case.op).items():
+        if name in bench_ops.COMPILING:
+            continue
+        try:
+            run = op_peers.build(make, arguments)
+        except op_peers.Unavailable as reason:
+            assert str(reason).startswith(("not installed (No module named", "runs on GPUs only", "this torch")), reason
+            continue
+        except op_peers.NotApplicable:
+            continue
+        assert op_cases.disagreement(op_cases.results(run), wanted) < 1e-5, name
+        agreed.add(name)
+    assert {"fastbert", "eager"} <= agreed
+
+
+def test_a_disagreement_is_seen():
+    output, gradients = torch.ones(4), [torch.ones(3), torch.ones(2)]
+    wanted = (output, gradients)
+    assert op_cases.disagreement((output, gradients), wanted) == 0
+    assert op_cases.disagreement((output, [gradients[0], 1.01 * gradients[1]]), wanted) == pytest.approx(0.01)
+    # of what has no backward the output alone is held to the truth
+    assert op_cases.disagreement((1.02 * output, []), wanted) == pytest.approx(0.02)
+    with pytest.raises(ValueError):
+        op_cases.disagreement((output, gradients[:1]), wanted)
+
+
+def test_a_bias_as_a_column_is_the_bias(monkeypatch):
+    """Cut Cross Entropy's released version takes none."""
+    theirs = types.ModuleType("cut_cross_entropy")
+
+    def linear_cross_entropy(e, c, targets, impl, reduction):
+        assert e.shape[1] == c.shape[1] == 64 and impl == "torch_compile"
+        return torch.nn.functional.cross_entropy(e @ c.T, targets, reduction=reduction)
+
+    theirs.linear_cross_entropy = linear_cross_entropy
+    monkeypatch.setitem(sys.modules, "cut_cross_entropy", theirs)
+    case = Case("masked_cross_entropy", "tiny", (30, 40), torch.float32)
+    arguments = case.arguments(CPU)
+    run = op_peers.build(op_peers.variants(case.op)["cut_cross_entropy, compiled"], arguments)
+    assert op_cases.disagreement(op_cases.results(run), op_cases.truth(case, arguments, torch.float64)) < 1e-5
+
+
+def test_what_is_installed_and_needs_a_gpu_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
+    case = Case("layer_norm", "tiny", (3,), torch.float32)
+    with pytest.raises(op_peers.Unavailable, match="runs on GPUs only"):
+        op_peers.build(op_peers.variants("layer_norm")["liger"], case.arguments(CPU))
+
+
+@pytest.fixture
+def variants(monkeypatch):
+    """A run of bench_ops with these variants of layer_norm beside fastbert."""
+
+    def use(**found):
+        ours = {"fastbert": op_peers.variants("layer_norm")["fastbert"]}
+        monkeypatch.setattr(bench_ops, "variants", lambda op: ours | found)
+
+    return use
+
+
+def run_ops(monkeypatch, folder, *arguments):
+    """The exit code of bench_ops on a tiny layer_norm, without and with dropout, and what it wrote."""
+    case = Case("layer_norm", "tiny", (3, 8, 5), torch.float32)
+    both = [case, Case("layer_norm", "tiny", (3, 8, 5), torch.float32, 0.1)]
+    monkeypatch.setattr(bench_ops, "cases", lambda device, quick: both)
+    monkeypatch.setattr(machine, "ceilings", lambda device: {"copy": 1e10, "product": 1e11})
+    monkeypatch.setattr(sys, "argv", ["bench_ops.py", "--rounds", "3", "--output", str(folder), *arguments])
+    with pytest.raises(SystemExit) as ended:
+        bench_ops.main()
+    return ended.value.code, json.loads((folder / "ops.json").read_text(encoding="utf-8"))
+
+
+def eager(arguments):
+    return op_cases.run_of(op_peers.PLAIN["layer_norm"], arguments)
+
+
+def test_what_a_run_writes(variants, monkeypatch, tmp_path):
+    def forward_only(arguments):
+        run = eager(arguments)
+        run.forward_only = "no backward here"
+        return run
+
+    def nowhere(arguments):
+        raise op_peers.Unavailable("not installed")
+
+    variants(eager=eager, inference=forward_only, missing=nowhere)
+    code, result = run_ops(monkeypatch, tmp_path)
+    assert code == 0 and result.keys() >= {"machine", "date", "command", "settings", "rows", "not_measured"}
+    assert result["not_measured"] == {"missing": "not installed"}
+    assert [(row["dropout_p"], row["pass"]) for row in result["rows"]] == [
+        (p, what) for p in (0.0, 0.1) for what in ("forward", "backward", "both")
+    ]
+    forward, backward, both = result["rows"][:3]
+    assert forward["seconds"].keys() == {"fastbert", "eager", "inference"}
+    assert both["seconds"].keys() == backward["seconds"].keys() == {"fastbert", "eager"}
+    assert both["not_measured"] == {"inference": "no backward here", "missing": "not installed"}
+    # what is stated follows from the raw seconds
+    for row in result["rows"]:
+        assert row["tokens"] == 16 and row["padded_tokens"] == 24
+        for name, seconds in row["seconds"].items():
+            part, median = row["summary"][name], sorted(seconds)[1]
+            assert len(seconds) == 3 and part["median_us"] == pytest.approx(1e6 * median, abs=0.06)
+            ratios = sorted(a / b for a, b in zip(seconds, row["seconds"]["fastbert"]))
+            assert part["times_fastbert"] == pytest.approx(ratios[1], abs=1e-2)
+            assert part["gb_per_s"] == pytest.approx(row["bytes"] / median / 1e9, abs=0.06)
+    for i in range(3):
+        parts = [row["seconds"]["eager"][i] for row in (forward, backward, both)]
+        assert parts[0] + parts[1] == pytest.approx(parts[2])
+    # 3 and 4 rows of 32 fp32 numbers for each of 16 tokens
+    assert (forward["bytes"], backward["bytes"], both["bytes"]) == (6144, 8192, 14336)
+    assert both["floor_us"] == pytest.approx(1.4)
+    assert both["summary"]["eager"]["peak_gib"] > 0 and backward["summary"]["eager"]["peak_gib"] is None
+    assert len(compare.ratios(result)) == 8
+    page = (tmp_path / "ops.md").read_text(encoding="utf-8")
+    assert "| eager |" in page and "- missing: not installed" in page and "dropout 0.1" in page
+    lines = (tmp_path / "ops.csv").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 1 + 6 * 2 + 2 and lines[0].startswith("op,case,pass")
+
+
+def test_what_is_wrong_is_not_timed(variants, monkeypatch, tmp_path):
+    def wrong(arguments):
+        return op_cases.run_of(lambda **a: 1.001 * op_peers.PLAIN["layer_norm"](**a), arguments)
+
+    def wrong_gradient(arguments):
+        def function(x, weight, bias, residual, dropout_p=0.0, seed=None, offset=0):
+            y = op_peers.PLAIN["layer_norm"](x, weight, bias, residual)
+            return y + 0.01 * (bias - bias.detach())
+
+        return op_cases.run_of(function, arguments)
+
+    def breaks(arguments):
+        return op_cases.run_of(lambda **a: 1 / 0, arguments)
+
+    variants(eager=eager, wrong=wrong, gradient=wrong_gradient, breaks=breaks)
+    code, result = run_ops(monkeypatch, tmp_path)
+    assert code == 0
+    for row in result["rows"]:
+        assert row["seconds"].keys() == {"fastbert", "eager"}
+    plain, dropped = result["rows"][0]["not_measured"], result["rows"][3]["not_measured"]
+    assert plain["wrong"].startswith("wrong: differs from the reference by 1.0e-03")
+    assert plain["gradient"].startswith("wrong: ") and plain["breaks"].startswith("ZeroDivisionError")
+    assert dropped.keys() == plain.keys()
+
+
+def test_fastbert_itself_wrong_fails_the_run(variants, monkeypatch, tmp_path):
+    variants(eager=eager)
+    real = reference.layer_norm
+    monkeypatch.setattr(reference, "layer_norm", lambda *a, **k: 1.001 * real(*a, **k))
+    monkeypatch.setattr(
+        bench_ops, "_truth", lambda case, a: op_cases.results(eager({n: x.double() for n, x in a.items()}))
+    )
+    code, result = run_ops(monkeypatch, tmp_path)
+    assert code == 1 and not [row for row in result["rows"] if row["dropout_p"] == 0]
+
+
+def test_a_loss_is_called_a_loss():
+    def row(theirs):
+        seconds = {"fastbert": [2.0, 2.1, 1.9, 2.0], "eager": theirs}
+        parts = {name: bench_ops._summary(x, seconds["fastbert"], 1e9, 0, 1.0, None) for name, x in seconds.items()}
+        return {"case": "pooling", "pass": "both", "summary": parts}
+
+    lost, won, even = row([1.0, 1.1, 1.0, 0.9]), row([3.0] * 4), row([1.9, 2.2, 1.8, 2.1])
+    assert bench_ops.lost(lost) == {"eager": pytest.approx(0.5, abs=0.03)}
+    assert bench_ops.lost(won) == bench_ops.lost(even) == {}
+    assert "LOSES" in bench_ops.told([lost] * 3) and "wins" in bench_ops.told([won] * 3)
+    assert "within the spread" in bench_ops.told([even] * 3)
+    assert "eager (0.5" in "\n".join(bench_ops._losses([lost, won]))
+
+
+def test_the_cases_of_a_cpu():
+    """Quick ones are among the full ones, so that a quick run can be compared with a full one."""
+    full, quick = bench_ops.cases(CPU), bench_ops.cases(CPU, quick=True)
+    assert [case.op for case in quick] == op_cases.OPS and set(quick) <= set(full) and len(set(full)) == len(full)
+    for op in op_cases.WITH_DROPOUT:
+        assert {case.dropout_p for case in full if case.op == op} == {0.0, 0.1}, op
+    for op in op_cases.OPS:
+        shapes = {min(case.lengths) == max(case.lengths) for case in full if case.op == op}
+        assert shapes == ({False} if op == "contrastive_cross_entropy" else {True, False}), op
+    for case in full:
+        if case.dropout_p:
+            assert full[full.index(case) - 1] == Case(case.op, case.model, case.lengths, case.dtype)
+
+
+def test_memory_of_a_call_on_a_cpu():
+    x = torch.ones(2**18)  # 1 MiB
+    # the first result is let go before the third is there
+    assert machine.gib_per_call(CPU, lambda: ((x + 1) + 1) + 1) * 1024 == pytest.approx(2, rel=0.01)
+
+
+def test_every_variant_stands_in_the_readme():
+    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    for op in op_cases.OPS:
+        for name in op_peers.variants(op):
+            assert f"`{name.removesuffix(', all-true mask')}`" in text, name
+    for script in (ROOT / "benchmarks").glob("*.py"):
+        assert script.name in text, script.name
+
+
+def test_the_suites_run_under_plain_pytest(tmp_path):
+    file = tmp_path / "x.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "benchmarks/",
+        f"--benchmark-json={file}",
+        "-k",
+        "pooling",
+        "-p",
+        "no:xdist",
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(file.read_text(encoding="utf-8"))["benchmarks"]
+    assert {row["name"] for row in found} == {"test_op[pooling-fastbert]", "test_op[pooling-eager]"}
+    assert all(row["extra_info"]["tokens"] == sum(bench_ops.LENGTHS) for row in found)
