@@ -98,40 +98,28 @@ class Packed:
         )
 
 
-def key_mask(mask, B, S, *, by_distance):
-    """Where the tokens are under a mask of any of HuggingFace's forms: bool [B, S], or None where every place has one;
-    and whether sequences of tokens say all that the mask does: a bool, or a tensor of one.
-
-    They do not where it hides more than padding, or padding stands before a sequence: a model that reads the first
-    place reads a padding token there, and what that one attends to. by_distance: nor where padding stands between
-    tokens, as the attention looks at how far they are apart.
-    """
+def key_mask(mask, B, S):
+    """Where the tokens are under a mask of any of HuggingFace's forms: bool [B, S], or None where every place has one
+    or no such mask says what this one does; and whether it says just that: a bool, or a tensor of one."""
     if mask is None:
         return None, True
     if not torch.is_tensor(mask) or mask.dim() not in (2, 3, 4) or mask.shape[-1] != S:
         return None, False
-    says_all = True
-    if mask.dim() == 3:
-        mask = mask[:, None]
+    if mask.dim() == 2:
+        return mask.bool().expand(B, S), True
     if mask.dim() == 4:
         if mask.shape[1] != 1:
             return None, False
         mask = mask[:, 0]
-        if mask.shape[1] != 1 and mask.stride(1) != 0:
-            says_all = (mask == mask[:, :1]).all()
-        mask = mask[:, 0]
-        if mask.is_floating_point():
-            # added to the scores: 0 or so little that nothing is left
-            says_all = ((mask == 0) | (mask <= torch.finfo(mask.dtype).min / 2)).all() & says_all
-            mask = mask == 0
-    kept = mask.bool().expand(B, S)
-    lengths = kept.sum(1)
-    unlike = ~kept[:, 0]
-    if by_distance:
-        last = S - 1 - kept.flip(1).int().argmax(1)
-        unlike = unlike | (last + 1 != lengths)
-    # and with no token at all, attention is over the padding
-    return kept, kept.any() & ~(unlike & (lengths > 0)).any() & says_all
+    rows, mask, says_all = mask, mask[:, 0], True
+    if rows.shape[1] != 1 and rows.stride(1) != 0:
+        says_all = (rows == rows[:, :1]).all()
+    if mask.is_floating_point():
+        # added to the scores: 0 or so little that nothing is left
+        hides = (mask == 0) | (mask <= torch.finfo(mask.dtype).min / 2)
+        says_all = hides.all() if says_all is True else hides.all() & says_all
+        mask = mask == 0
+    return mask.bool().expand(B, S), says_all
 
 
 def is_static():
@@ -151,9 +139,10 @@ def _compiles_whole():
 
 def packing(hidden, mask, kwargs, *, inside, by_distance):
     """The Packed of hidden states [B, S, ...] under a mask, None where it would not do: where the mask says more than
-    that (see `key_mask`).
+    that, and where padding stands before a sequence.
 
     kwargs: of the call; cu_seq_lens_q and max_length_q, as HuggingFace's collators give them, go before the mask.
+    by_distance: the attention looks at how far tokens are apart, so there may be no padding between them.
     """
     if is_static():
         return None
@@ -170,19 +159,33 @@ def packing(hidden, mask, kwargs, *, inside, by_distance):
         )
     if B * S == 0:
         return None
-    kept, says_all = key_mask(mask, B, S, by_distance=by_distance)
+    kept, says_all = key_mask(mask, B, S)
     if not says_all:
         return None
     if kept is not None:
         indices = kept.flatten().nonzero()[:, 0]
+        # with no token at all, attention is over the padding
+        if len(indices) == 0:
+            return None
         if len(indices) < B * S:
-            cu_seqlens = F.pad(kept.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+            lengths = kept.sum(1)
+            # a model that reads the first place reads a padding token there, and what that one attends to
+            unlike = ~kept[:, 0]
+            if by_distance:
+                last = S - 1 - kept.flip(1).int().argmax(1)
+                unlike = unlike | (last + 1 != lengths)
+            if bool((unlike & (lengths > 0)).any()):
+                return None
+            cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
             return Packed(cu_seqlens, S, indices, (B, S), inside)
     return Packed(torch.arange(0, B * S + 1, S, dtype=torch.int32, device=hidden.device), S, None, (B, S), inside)
 
 
 # hooks from these look at no shape
-_BLIND = ("torch.distributed", "accelerate", "deepspeed", "transformers.utils.output_capturing")
+_BLIND = (
+    "torch.distributed", "accelerate", "deepspeed", "peft", "transformers.utils.output_capturing",
+    "transformers.modeling_utils",
+)  # fmt: skip
 
 
 def is_watched(module):
@@ -298,8 +301,14 @@ def linear_gelu(dense, activation, x):
     if approximate is None or not is_plain(activation, original(activation)):
         return activation(linear(dense, x))
     if not is_plain(dense, nn.Linear):
-        return ops.bias_gelu(dense(x), None, approximate=approximate)
-    return ops.linear_gelu(x, dense.weight, dense.bias, approximate=approximate)
+        return gelu(dense(x), approximate)
+    rows = x.reshape(-1, x.shape[-1])
+    return ops.linear_gelu(rows, dense.weight, dense.bias, approximate=approximate).view(*x.shape[:-1], -1)
+
+
+def gelu(x, approximate):
+    """x [..., F]."""
+    return ops.bias_gelu(x.reshape(-1, x.shape[-1]), None, approximate=approximate).view(x.shape)
 
 
 def _refuses_activation(name):
@@ -596,7 +605,7 @@ class ModernBertFeedForward(Replacement):
 
     def forward(self, hidden_states):
         x, gate = linear(self.Wi, hidden_states).chunk(2, -1)
-        x = ops.bias_gelu(x, None, approximate=gelu_form(self.act)) * gate
+        x = gelu(x, gelu_form(self.act)) * gate
         return linear(self.Wo, self.drop(x))
 
 
@@ -618,7 +627,7 @@ class Transform(Replacement):
 def gelu_norm(dense, approximate, norm, x):
     """LayerNorm(gelu(dense(x))), in one pass after the product where the modules allow it."""
     if not is_plain(dense, nn.Linear) or not is_plain(norm, nn.LayerNorm):
-        return layer_norm(norm, ops.bias_gelu(linear(dense, x), None, approximate=approximate))
+        return layer_norm(norm, gelu(linear(dense, x), approximate))
     rows = x.reshape(-1, x.shape[-1])
     y = ops.gelu_layer_norm(
         ops.linear(rows, dense.weight), dense.bias, norm.weight, norm.bias, approximate=approximate, eps=norm.eps
@@ -648,39 +657,38 @@ class Stack(Replacement):
         return is_static()
 
     def as_ever(self, *args, **kwargs):
-        # padded places are 0 in this graph too
         out = super().as_ever(*args, **kwargs)
         kwargs = _named(self, args, kwargs)
-        if kwargs.get("cu_seq_lens_q") is None and self._takes(kwargs):
-            kept, says_all = key_mask(kwargs.get("attention_mask"), *out[0].shape[:2], by_distance=self.BY_DISTANCE)
-            if kept is not None:
-                last = out[0].masked_fill((~kept & says_all)[..., None], 0)
-                if isinstance(out, tuple):
-                    return last, *out[1:]
-                out.last_hidden_state = last
-        return out
+        if kwargs.get("cu_seq_lens_q") is not None or not self._encodes(kwargs):
+            return out
+        kept, says_all = key_mask(kwargs.get("attention_mask"), *out[0].shape[:2])
+        if kept is None:
+            return out
+        # as in packed batches; but not in a sequence with padding at its first place, which a model may read
+        padding = ~kept & (kept[:, :1] | ~kept.any(1, keepdim=True)) & kept.any()
+        if says_all is not True:
+            padding = padding & says_all
+        return _with_last(out, out[0].masked_fill(padding[..., None], 0))
 
     def forward(self, hidden_states, attention_mask=None, *args, **kwargs):
         packed = self._packing(hidden_states, attention_mask, kwargs)
         if packed is None:
-            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+            return self.as_ever(hidden_states, attention_mask, *args, **kwargs)
         if not packed.inside:
             out = super().forward(hidden_states, packed, *args, **kwargs)
-            out.last_hidden_state = packed.blank(out.last_hidden_state)
-            return out
+            return _with_last(out, packed.blank(out[0]))
         out = super().forward(packed.pack(hidden_states)[None], packed, *args, **kwargs)
-        out.last_hidden_state = packed.unpack(out.last_hidden_state[0])
-        return out
+        return _with_last(out, packed.unpack(out[0][0]))
 
-    def _takes(self, kwargs):
-        """Whether what a call asks for can be had from packed attention."""
-        if any(kwargs.get(name) is not None for name in ("encoder_hidden_states", "past_key_values")):
-            return False
-        return not (kwargs.get("use_cache") or _asks(self, kwargs, "output_attentions"))
+    @staticmethod
+    def _encodes(kwargs):
+        """Whether a call is no decoder's."""
+        given = any(kwargs.get(name) is not None for name in ("encoder_hidden_states", "past_key_values"))
+        return not given and not kwargs.get("use_cache")
 
     def _packing(self, hidden_states, attention_mask, kwargs):
         """The Packed to call the layers with, None where they must be called as ever."""
-        if not self._takes(kwargs):
+        if not self._encodes(kwargs) or _asks(self, kwargs, "output_attentions"):
             return None
         inside = (
             self.fastbert_options.unpad
@@ -690,6 +698,19 @@ class Stack(Replacement):
             and not is_watched(self)
         )
         return packing(hidden_states, attention_mask, kwargs, inside=inside, by_distance=self.BY_DISTANCE)
+
+
+def _with_last(out, last):
+    """What a stack returns, with other hidden states of its last layer."""
+    if last is out[0]:
+        return out
+    if isinstance(out, tuple):
+        first, *rest = out
+        return last, *((*x[:-1], last) if isinstance(x, tuple) and x and x[-1] is first else x for x in rest)
+    if out.hidden_states and out.hidden_states[-1] is out.last_hidden_state:
+        out.hidden_states = (*out.hidden_states[:-1], last)
+    out.last_hidden_state = last
+    return out
 
 
 class MPNetStack(Stack):
@@ -702,7 +723,7 @@ class MPNetStack(Stack):
         asked = dict(output_attentions=output_attentions, output_hidden_states=output_hidden_states)
         packed = self._packing(hidden_states, attention_mask, {**kwargs, **asked})
         if packed is None:
-            return super(Stack, self).forward(hidden_states, attention_mask, **asked, return_dict=return_dict, **kwargs)
+            return self.as_ever(hidden_states, attention_mask, **asked, return_dict=return_dict, **kwargs)
         # row max_seqlen + i - j is of a query at i and a key at j
         distance = torch.arange(-packed.max_seqlen, packed.max_seqlen, device=hidden_states.device)
         buckets = F.one_hot(self.relative_position_bucket(-distance), self.relative_attention_bias.num_embeddings)
@@ -758,7 +779,7 @@ class DebertaStack(Stack):
             inside = self.fastbert_options.unpad and not is_watched(self)
             packed = packing(hidden_states, attention_mask, {}, inside=inside, by_distance=True)
         if packed is None:
-            return super(Stack, self).forward(
+            return self.as_ever(
                 hidden_states, attention_mask, output_hidden_states, output_attentions, query_states, relative_pos,
                 return_dict,
             )  # fmt: skip
@@ -782,7 +803,7 @@ class ModernBertStack(Stack):
         if x is not None and (input_ids is None or inputs_embeds is None) and not isinstance(attention_mask, dict):
             packed = self._packing(x, attention_mask, kwargs)
         if packed is None:
-            return super(Stack, self).forward(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
+            return self.as_ever(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
         B, S = packed.shape
         if position_ids is None:
             position_ids = torch.arange(S, device=x.device)[None]
@@ -794,8 +815,7 @@ class ModernBertStack(Stack):
             x if input_ids is not None else None, dict.fromkeys(("full_attention", "sliding_attention"), packed),
             position_ids, x if input_ids is None else None, **kwargs,
         )  # fmt: skip
-        last = out.last_hidden_state
-        out.last_hidden_state = packed.unpack(last[0]) if packed.inside else packed.blank(last)
+        out = _with_last(out, packed.unpack(out[0][0]) if packed.inside else packed.blank(out[0]))
         return out if (self.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
 
 
@@ -861,10 +881,7 @@ class MaskedLM(Replacement):
         return_dict = self.config.return_dict if return_dict is None else return_dict
         if self.training and self.fastbert_options.logits == "evaluation":
             out = self.base_model(**kwargs, return_dict=True)
-            hidden = out[0]
-            labels = labels.to(hidden.device).flatten()
-            picks = slice(None) if is_static() else (labels != -100).nonzero()[:, 0]
-            loss = _mean(*picked_loss(self, hidden.flatten(0, -2)[picks], labels[picks]), num_items)
+            loss = self._picked_loss(out[0], labels, num_items)
             fields = dict(loss=loss, hidden_states=out.get("hidden_states"), attentions=out.get("attentions"))
             cls = _beside(self, "MaskedLMOutput")
         else:
@@ -876,6 +893,49 @@ class MaskedLM(Replacement):
             fields, cls = {**out, "loss": _mean(loss_sum, (labels != -100).sum(), num_items)}, type(out)
         out = cls(**fields)
         return out if return_dict else out.to_tuple()
+
+    def _picked_loss(self, hidden, labels, num_items):
+        labels = labels.to(hidden.device).flatten()
+        picks = slice(None) if is_static() else (labels != -100).nonzero()[:, 0]
+        return _mean(*picked_loss(self, hidden.flatten(0, -2)[picks], labels[picks]), num_items)
+
+
+class Pretraining(MaskedLM):
+    """Both pretraining heads: the masked language model, and sentence pairs from the pooler. Theirs give a loss only
+    where both kinds of label are given. Of a step in several parts, each part's pairs count as its picked tokens do."""
+
+    SCORES = "prediction_logits"
+    # their argument for the pairs' labels, the head of the pairs, and its field in what the model returns
+    PAIRS = "next_sentence_label", "cls.seq_relationship", "seq_relationship_logits"
+
+    def forward(self, *args, **kwargs):
+        kwargs = _named(self, args, kwargs)
+        argument, head, field = self.PAIRS
+        labels, pair_labels = kwargs.pop("labels", None), kwargs.pop(argument, None)
+        num_items = kwargs.pop("num_items_in_batch", None)
+        if labels is None or pair_labels is None:
+            return super().forward(**kwargs)
+        return_dict = kwargs.pop("return_dict", None)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        if self.training and self.fastbert_options.logits == "evaluation":
+            out = self.base_model(**kwargs, return_dict=True)
+            loss = self._picked_loss(out[0], labels, num_items)
+            fields = {field: self.get_submodule(head)(out[1])}
+            fields |= dict(hidden_states=out.get("hidden_states"), attentions=out.get("attentions"))
+            cls = _beside(self, f"{self.config.model_type.capitalize()}ForPreTrainingOutput")
+        else:
+            out = super().forward(**kwargs, labels=labels, num_items_in_batch=num_items, return_dict=True)
+            loss, fields, cls = out.loss, dict(out), type(out)
+        scores, pair_labels = fields[field], pair_labels.to(fields[field].device).flatten()
+        pair_loss = _mean(_cross_entropy(scores.view(-1, 2), pair_labels), (pair_labels != -100).sum(), None)
+        if num_items is not None:
+            pair_loss = _mean(pair_loss * (labels != -100).sum().to(pair_loss.device), None, num_items)
+        out = cls(**{**fields, "loss": loss + pair_loss})
+        return out if return_dict else out.to_tuple()
+
+
+class AlbertPretraining(Pretraining):
+    PAIRS = "sentence_order_label", "sop_classifier", "sop_logits"
 
 
 def picked_loss(model, rows, labels):
@@ -930,6 +990,7 @@ _VOCABULARY_HEADS = {
     "XLMRobertaForMaskedLM": _lm_head,
     "MPNetForMaskedLM": _lm_head,
     "AlbertForMaskedLM": _albert_head,
+    "AlbertForPreTraining": _albert_head,
     "DistilBertForMaskedLM": _distilbert_head,
     "ElectraForMaskedLM": lambda model: (model.generator_predictions, model.generator_lm_head),
     "DebertaForMaskedLM": _bert_head,
@@ -945,14 +1006,20 @@ def _table():
     table = {}
     heads = ("SequenceClassification", "TokenClassification", "MultipleChoice", "NextSentencePrediction")
     for folder, name, own in (
-        ("bert", "Bert", {"PredictionHeadTransform": Transform}),
+        ("bert", "Bert", {"PredictionHeadTransform": Transform, "ForPreTraining": Pretraining}),
         ("roberta", "Roberta", {}),
         ("xlm_roberta", "XLMRoberta", {}),
-        ("electra", "Electra", {}),
+        ("electra", "Electra", {"ForPreTraining": LossHead}),
         ("mpnet", "MPNet", {"SelfAttention": MPNetAttention, "Attention": MPNetAttentionNorm, "Encoder": MPNetStack}),
         ("deberta", "Deberta", {"Encoder": DebertaStack, "LayerNorm": DebertaLayerNorm}),
         ("deberta_v2", "DebertaV2", {"Encoder": DebertaStack}),
-        ("albert", "Albert", {"Attention": AlbertAttention, "Layer": AlbertBlock, "Transformer": Stack}),
+        (
+            "albert", "Albert",
+            {
+                "Attention": AlbertAttention, "Layer": AlbertBlock, "Transformer": Stack,
+                "ForPreTraining": AlbertPretraining,
+            },
+        ),
         ("distilbert", "DistilBert", {"SelfAttention": DistilBertAttention}),
         (
             "modernbert", "ModernBert",
