@@ -1,6 +1,7 @@
 """Replaced-token detection: each number against transformers' two models, sharing, sampling, and whole runs."""
 
 import json
+import math
 import multiprocessing
 import random
 import signal
@@ -420,6 +421,31 @@ def test_it_learns_to_find_replaced_tokens(options):
     assert 0.8 < result["eval_rtd_baseline_accuracy"] < 1
     losses = [row["rtd_loss"] for row in report.read_metrics(options["output_dir"]) if "rtd_loss" in row]
     assert losses[-1] < 0.6 * losses[0]
+    assert result["eval_rtd_loss"] < 0.7 * entropy(1 - result["eval_rtd_baseline_accuracy"])
+
+
+def entropy(share):
+    """The least loss of one that knows what share of the tokens is replaced, and nothing of which."""
+    return -share * math.log(share) - (1 - share) * math.log(1 - share)
+
+
+@pytest.mark.parametrize(("case", "sharing"), [("deberta-v3", "gdes"), ("deberta-v3", "none"), ("electra", "gdes")])
+def test_beside_a_generator_that_stands_still_the_discriminator_must_learn(case, sharing, place):
+    """Both learning, DeBERTa's generator soon knows this text by heart, and there is nothing left to find."""
+    torch.manual_seed(0)
+    model = ReplacedTokenPretraining(config_of(case).replace(vocab_size=148), embedding_sharing=sharing)
+    before = {name: p.detach().clone() for name, p in model.generator.named_parameters() if "embeddings" not in name}
+    optimizer = torch.optim.AdamW(model.discriminator.parameters(), lr=3e-3)
+    batches = [batch for epoch in range(4) for batch in loader_of(place).epoch(epoch)][:60]
+    sums = []
+    for batch in batches:
+        sums.append(pretrain.accumulate(model, [batch]))
+        optimizer.step()
+        model.zero_grad()
+    first, last = ({k: sum(x[k] for x in some) for k in some[0]} for some in (sums[:10], sums[-10:]))
+    assert last["rtd_loss"] / last["rtd_count"] < 0.6 * entropy(last["rtd_replaced"] / last["rtd_count"])
+    assert last["rtd_found"] > 0.4 * last["rtd_replaced"] and last["rtd_loss"] < 0.6 * first["rtd_loss"]
+    assert all(torch.equal(x, model.generator.get_parameter(name)) for name, x in before.items())
 
 
 @pytest.mark.parametrize("family", ["electra", "deberta-v2"])
