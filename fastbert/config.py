@@ -5,6 +5,12 @@ import numbers
 from dataclasses import dataclass
 
 ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+_CHOICES = {
+    "conv_act": ("tanh", "gelu"),
+    "pooler_act": ("tanh", "relu", "gelu", "transform"),
+    "head_pooling": ("cls", "mean"),
+    "problem_type": (None, "regression", "single_label_classification", "multi_label_classification"),
+}
 # a field's annotation -> what it may be: NumPy's numbers too, and 1 for 1.0
 _KINDS = {
     int: numbers.Integral,
@@ -124,6 +130,13 @@ class EncoderConfig:
             raise ValueError(
                 "enhanced_mask_decoder is true: expected disentangled attention, and position_biased_input false"
             )
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(map(str, choices))}")
+        if set(self.pos_att_type) - {"c2p", "p2c"}:
+            raise ValueError(f"pos_att_type is {self.pos_att_type}: expected some of c2p, p2c")
+        if self.conv_kernel_size and self.conv_kernel_size % 2 == 0:
+            raise ValueError(f"conv_kernel_size is {self.conv_kernel_size}: expected an odd number, or 0 for none")
         if self.labels is not None and len(self.labels) != self.num_labels:
             raise ValueError(f"{len(self.labels)} labels have names: expected num_labels, {self.num_labels}")
         for name in (field.name for field in dataclasses.fields(self) if "dropout" in field.name):

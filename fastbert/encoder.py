@@ -152,6 +152,8 @@ class Encoder(nn.Module):
         layout = layout if rows is None else layout.asking(rows)
         last, place = self.blocks[last], dropout.of_layer(len(earlier))
         x = last(x, layout, place) if decoder is None else decoder(last, x, layout, place)
+        if not earlier and self.convolution is not None and decoder is None:
+            x = self.convolution(embedded, x, layout, dropout)
         dropout.offset = dropout.of_layer(len(earlier) + 1).offset
         return x if self.final_norm is None else self.final_norm(x)
 

@@ -327,17 +327,21 @@ class Convolution(nn.Module):
         self.dropout_p = config.hidden_dropout_prob
 
     def forward(self, embeddings, x, layout, dropout):
-        """embeddings, x [T, D] -> [T, D]: a sequence sees nothing of its neighbours."""
-        T, width = len(x), self.conv.kernel_size[0]
+        """embeddings [T, D]; x [T, D], or [M, D] when the layout asks for some rows only -> as x.
+
+        A sequence sees nothing of its neighbours.
+        """
+        T, width = len(embeddings), self.conv.kernel_size[0]
         rows = torch.arange(T, device=x.device)
         sequence = torch.searchsorted(layout.cu_seqlens[1:], rows.to(torch.int32), right=True)
+        column = rows - layout.cu_seqlens[sequence] if layout.columns is None else layout.columns
+        # ascending, and between two sequences more than the width apart
+        place = sequence * (longest_of(layout) + width) + column
         columns = []
         for shift in range(-(width // 2), width // 2 + 1):
-            there = (rows + shift).clamp(0, T - 1)
-            inside = (rows + shift == there) & (sequence[there] == sequence)
-            if layout.columns is not None:
-                inside &= layout.columns[there] - layout.columns == shift
-            columns.append(embeddings[there] * inside[:, None])
+            wanted = (place if layout.rows is None else place[layout.rows]) + shift
+            there = torch.searchsorted(place, wanted).clamp(max=T - 1)
+            columns.append(embeddings[there] * (place[there] == wanted)[:, None])
         weight = self.conv.weight.transpose(1, 2).flatten(1)
         y = dropped(ops.linear(torch.cat(columns, 1), weight, self.conv.bias), self.dropout_p, dropout)
         return self.norm(x + self.activation(y))

@@ -62,6 +62,7 @@ CASES = {
     "deberta-v2-p2c": ("DebertaV2", {**SIZES, **RELATIVE, "pos_att_type": ["p2c"], "max_relative_positions": 6}),
     "deberta-v2-plain": ("DebertaV2", SIZES),
     "deberta-v2-xlarge": ("DebertaV2", {**SIZES, **V3, "conv_kernel_size": 3, "conv_act": "gelu"}),
+    "deberta-v2-convolved-once": ("DebertaV2", {**SIZES, **V3, "conv_kernel_size": 5, "num_hidden_layers": 1}),
     "deberta-v3": ("DebertaV2", {**SIZES, **V3}),
     "deberta-v3-far": ("DebertaV2", {**SIZES, **V3, "position_buckets": 256, "max_relative_positions": 300}),
     "mpnet": ("MPNet", SIZES),

@@ -33,6 +33,13 @@ CONFIGS = {
     "a word for a number": (dict(hidden_dropout_prob="high"), "hidden_dropout_prob is 'high': expected float"),
     "no layers": (dict(num_hidden_layers=0), "num_hidden_layers is 0: expected at least 1"),
     "padding outside": (dict(pad_token_id=99), "pad_token_id is 99: expected 0 to 98"),
+    "pooling": (dict(model_type="modernbert", classifier_pooling="max"), "head_pooling is .max.: expected one of cls"),
+    "even width": (dict(model_type="deberta-v2", conv_kernel_size=4), "conv_kernel_size is 4: expected an odd number"),
+    "activation": (dict(model_type="deberta-v2", conv_act="relu"), "conv_act is 'relu': expected one of tanh, gelu"),
+    "unknown term": (
+        dict(model_type="deberta-v2", relative_attention=True, pos_att_type="c2p|p2p"),
+        "expected some of c2p, p2c",
+    ),
     "a decoder": (dict(is_decoder=True), "is_decoder is true: expected false, an encoder"),
     "relative": (dict(position_embedding_type="relative_key"), "position_embedding_type is 'relative_key'"),
     "no type": (dict(model_type=None), "model_type None: expected one of bert, roberta"),
