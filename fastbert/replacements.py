@@ -247,7 +247,10 @@ def is_plain(module, cls):
 
 
 def linear(module, x):
-    return ops.linear(x, module.weight, module.bias) if is_plain(module, nn.Linear) else module(x)
+    """x [..., D] through a linear layer."""
+    if not is_plain(module, nn.Linear):
+        return module(x)
+    return ops.linear(x.reshape(-1, x.shape[-1]), module.weight, module.bias).view(*x.shape[:-1], -1)
 
 
 def dropping(module, device):
