@@ -7,7 +7,9 @@ The same initial weights, text (that of benchmarks/demo.py), sequences, masks an
 learning rate and clipping, no dropout: what differs is the library alone, so the losses agree against tokens, and the
 time tells them apart. The text is cut into full sequences, as one does for transformers too, so hardly anything is
 padding. transformers gets each batch padded to its longest sequence and made before the clock starts; fastbert makes
-its batches in the run. Both multiply in bfloat16 where that is faster on this machine.
+its batches in the run. Both multiply in bfloat16 where that is faster on this machine. On a CPU the model is small: two
+layers of 256, so that the head over the vocabulary, of which fastbert computes the picked rows alone, is two fifths of
+the dense products, where it is a fifth in BERT-base.
 
 Time is that of training alone: held-out text is read beside the clock, by each library with its own model. Results:
 loss against time and against tokens, and the time to a given held-out masked accuracy, the same for all: --accuracy, or
@@ -48,12 +50,13 @@ MASKED_AT_LEAST = 0.01
 
 
 def settings(quick):
-    """(EncoderConfig, options of pretrain) for the machine at hand: the demo's model, in batches of half its size."""
+    """(EncoderConfig, options of pretrain) for the machine at hand: the demo's, the model on a CPU with two layers."""
     model, options, _ = demo.settings()
     model = model.replace(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     options = {name: value for name, value in options.items() if name != "max_minutes"}
     if not torch.cuda.is_available():
-        options |= {"tokens_per_batch": 1024}
+        # half of the demo's: in the minutes of three runs four layers do not leave the plateau that the demo tells of
+        model = model.replace(num_hidden_layers=2)
     if quick:
         model = model.replace(
             hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, vocab_size=1000
@@ -270,7 +273,7 @@ def largest_difference(rows, upto=20):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=1500, help="optimizer steps of each run")
+    parser.add_argument("--steps", type=int, default=1200, help="optimizer steps of each run")
     parser.add_argument("--accuracy", type=float, help="time to this held-out masked accuracy, such as 0.3")
     parser.add_argument("--quick", action="store_true", help="a tiny model and little text: does it run?")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/<device>")

