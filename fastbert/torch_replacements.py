@@ -16,7 +16,7 @@ from torch import nn
 
 from . import ops
 from .reference import matmul
-from .replacements import Packed, Replacement, dropping, gelu_form, is_plain, is_watched, linear, packing
+from .replacements import Packed, Replacement, dropping, gelu_form, is_plain, is_static, is_watched, linear, packing
 
 # what a program of the kernels holds: columns of a norm, columns of a head
 MOST_COLUMNS, MOST_HEAD_SIZE = 8192, 128
@@ -73,7 +73,7 @@ class GELU(Replacement):
 def _packing(x, padding, batch_first, *, inside):
     """The Packed of x [B, S, D] (or [S, B, D], or [S, D]) under torch's key_padding_mask: bool, True where padding is,
     or floating, added to the scores. None where that mask does more than hide padding."""
-    if x.dim() not in (2, 3):
+    if x.dim() not in (2, 3) or is_static():
         return None
     if x.dim() == 2:
         x, padding, batch_first = x[None], padding if padding is None else padding[None], True
@@ -223,24 +223,28 @@ def _gelu_of(activation):
 
 def _packs(layer):
     """Whether a layer can be called with a Packed in place of its padding mask."""
-    is_ours = _is_swapped(layer, TransformerEncoderLayer) and _is_swapped(layer.self_attn, MultiheadAttention)
-    return is_ours and not vars(layer).keys() & _BLOCKS and _is_rowwise(layer)
+    # for every layer of every call: Module.__getattr__ would take most of the time
+    parts = layer._modules
+    is_ours = _is_swapped(layer, TransformerEncoderLayer) and _is_swapped(parts["self_attn"], MultiheadAttention)
+    return is_ours and not _BLOCKS & vars(layer).keys() and _is_rowwise(parts, (parts["self_attn"].embed_dim,))
 
 
-def _is_rowwise(layer):
+def _is_rowwise(parts, shape):
     """Whether all that stands beside the attention treats each row alone, as far as its kind tells: what a user has put
     there may look at whole sequences (stochastic depth, a convolution, a norm over S and D)."""
-    columns = layer.self_attn.embed_dim
-    activation = layer.activation
-    if isinstance(activation, nn.Module) and gelu_form(activation) is None:
+    activation = parts.get("activation")
+    if activation is not None and gelu_form(activation) is None:
         is_torchs = type(activation).__module__ == nn.ReLU.__module__
         if not is_torchs or hasattr(activation, "dim") or activation._parameters:
             return False
-    return (
-        all(hasattr(x, "in_features") and hasattr(x, "out_features") for x in (layer.linear1, layer.linear2))
-        and all(getattr(x, "normalized_shape", None) == (columns,) for x in (layer.norm1, layer.norm2))
-        and all(isinstance(x, (nn.Dropout, nn.Identity)) for x in (layer.dropout, layer.dropout1, layer.dropout2))
-    )
+    for name in ("linear1", "linear2"):
+        # as linear layers of all makes have it
+        if not hasattr(parts[name], "in_features"):
+            return False
+    for name in ("norm1", "norm2"):
+        if getattr(parts[name], "normalized_shape", None) != shape:
+            return False
+    return all(isinstance(parts[name], (nn.Dropout, nn.Identity)) for name in ("dropout", "dropout1", "dropout2"))
 
 
 class TransformerEncoder(Replacement):
