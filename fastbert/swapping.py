@@ -103,8 +103,9 @@ def swap(model, *, attention=True, layer_norm=True, gelu=True, loss=True, unpad=
     """Make `model` (any nn.Module that holds modules of a known kind) run fastbert's kernels, in place.
 
     attention, layer_norm, gelu, loss: which parts. unpad: "auto" runs a stack of layers on the real tokens alone where
-    nobody looks at what is inside it; False never does. logits: whether a masked-language model that was given labels
-    returns its scores too: in "evaluation" only, or "always"; without labels it always does.
+    nobody looks at what is inside it, and leaves torch's encoders as they are beside a decoder of torch's, which may
+    read their padded places; with True these run so too; False never does. logits: whether a masked-language model that
+    was given labels returns its scores too: in "evaluation" only, or "always"; without labels it always does.
 
     Known: HuggingFace's BERT, RoBERTa, XLM-R, ALBERT, DistilBERT, ELECTRA, DeBERTa (v1, v2, v3), MPNet and ModernBERT
     with any head, also inside of other models (sentence-transformers); nn.TransformerEncoder and its layers,
@@ -124,6 +125,7 @@ def swap(model, *, attention=True, layer_norm=True, gelu=True, loss=True, unpad=
     options = replacements.Options(unpad=bool(unpad), logits=logits, **wanted)
     unswap(model)
     rows, found = [], list(model.named_modules())
+    read = set() if unpad is True else _encoders_of_decoders(model)
     for name, module in found:
         known = next((cls for cls in type(module).__mro__ if _full_name(cls) in TABLE), None)
         if known is None or hasattr(type(module), "replaces"):
@@ -135,6 +137,8 @@ def swap(model, *, attention=True, layer_norm=True, gelu=True, loss=True, unpad=
             row.reason = f"switched off: {' and '.join(replacement.PARTS)}"
         elif "forward" in vars(module):
             row.reason = "its forward has been set on the instance"
+        elif id(module) in read and "attention" in replacement.PARTS:
+            row.reason = "a decoder in this model may read what it computes for padding; unpad=True if none does"
         else:
             row.reason = replacement.refuses(module) or ""
         if not row.reason:
@@ -143,6 +147,15 @@ def swap(model, *, attention=True, layer_norm=True, gelu=True, loss=True, unpad=
             module.fastbert_options = options
         rows.append(row)
     return SwapReport(rows)
+
+
+def _encoders_of_decoders(model):
+    """The ids of torch's encoders, and of all inside them, in a model with a decoder of torch's: nn.Transformer hands
+    that one padded places too, unless it is given a memory_key_padding_mask."""
+    modules = list(model.modules())
+    if not any(isinstance(module, nn.TransformerDecoder) for module in modules):
+        return set()
+    return {id(inner) for module in modules if isinstance(module, nn.TransformerEncoder) for inner in module.modules()}
 
 
 def unswap(model):
@@ -196,6 +209,7 @@ def _class_of(replacement, original):
             "__qualname__": original.__qualname__,
             "__doc__": original.__doc__,
             "__reduce_ex__": _reduce,
+            "__prepare_scriptable__": _original,
             "forward": forward,
             "replaces": original,
             "replacement": replacement,
@@ -208,6 +222,16 @@ def _reduce(self, protocol):
     cls = type(self)
     state = self.__getstate__() if hasattr(self, "__getstate__") else vars(self)
     return _new, (vars(cls)["replacement"], vars(cls)["replaces"]), state
+
+
+def _original(self):
+    """The module as it was, with all inside it, around the same parameters: torch.jit.script, which reads the source of
+    a forward, asks for it."""
+    module = object.__new__(vars(type(self)).get("replaces", type(self)))
+    inside = {name: inner if inner is None else _original(inner) for name, inner in self._modules.items()}
+    vars(module).update(vars(self), _modules=inside)
+    vars(module).pop("fastbert_options", None)
+    return module
 
 
 def _new(replacement, original):
