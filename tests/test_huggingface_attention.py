@@ -362,9 +362,11 @@ def test_dropout_is_drawn_anew_in_each_layer_and_step(impl, calls):
     assert {c[-1]["dropout_p"] for c in calls[4:]} == {0.0}
 
 
-@pytest.mark.parametrize(
-    ("family", "mask"), [("Bert", "none"), ("Bert", "holes"), ("Bert", "a row of padding"), ("ModernBert", "left")]
-)
+COMPILED = [("reference", "Bert", "holes"), ("reference", "ModernBert", "left"), ("triton", "Bert", "none")]
+COMPILED += [("triton", "Bert", "a row of padding"), ("triton", "ModernBert", "left")]
+
+
+@pytest.mark.parametrize(("impl", "family", "mask"), COMPILED, indirect=["impl"])
 def test_compiled(family, mask, impl, calls):
     eager, fast = pair(family, num_hidden_layers=2)
     inputs, real = batch(mask)
@@ -414,7 +416,11 @@ def test_inference_mode_and_training_afterwards(impl):
 
 
 @pytest.mark.parametrize("how", ["autocast", "bfloat16", "half"])
-@pytest.mark.parametrize("family", ["Bert", "ModernBert"])
+@pytest.mark.parametrize(
+    ("impl", "family"),
+    [("reference", "Bert"), ("reference", "ModernBert"), ("triton", "ModernBert")],
+    indirect=["impl"],
+)
 def test_low_precision(family, how, impl):
     eager, fast = pair(family)
     inputs, real = batch("left")
