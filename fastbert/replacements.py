@@ -190,8 +190,7 @@ _BLIND = (
 
 def is_watched(module):
     """Whether a hook of the user looks at what is inside a module: then shapes there must be what they were."""
-    everywhere = nn.modules.module
-    return bool(everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks) or _has_hooks_inside(module)
+    return bool(nn.modules.module._has_any_global_hook()) or _has_hooks_inside(module)
 
 
 def _has_hooks_inside(module):
@@ -250,7 +249,8 @@ def linear(module, x):
     """x [..., D] through a linear layer."""
     if not is_plain(module, nn.Linear):
         return module(x)
-    return ops.linear(x.reshape(-1, x.shape[-1]), module.weight, module.bias).view(*x.shape[:-1], -1)
+    rows = ops.linear(x.reshape(-1, x.shape[-1]), module.weight, module.bias)
+    return rows.view(*x.shape[:-1], rows.shape[-1])
 
 
 def dropping(module, device):
@@ -306,7 +306,8 @@ def linear_gelu(dense, activation, x):
     if not is_plain(dense, nn.Linear):
         return gelu(dense(x), approximate)
     rows = x.reshape(-1, x.shape[-1])
-    return ops.linear_gelu(rows, dense.weight, dense.bias, approximate=approximate).view(*x.shape[:-1], -1)
+    y = ops.linear_gelu(rows, dense.weight, dense.bias, approximate=approximate)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def gelu(x, approximate):
