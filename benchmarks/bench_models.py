@@ -1,6 +1,6 @@
 """Whole models side by side: transformers (eager, sdpa, compiled, flash), the same swapped, and fastbert's own.
 
-    python benchmarks/bench_models.py                                 about nine minutes on two cores
+    python benchmarks/bench_models.py                                 about ten minutes on two cores
     python benchmarks/bench_models.py --only fill batch               these sweeps
     python benchmarks/bench_models.py --models roberta-base           another model than bert-base in the sweeps
     python benchmarks/bench_models.py --quick --output /tmp/quick     small shapes, under a minute: does it run?
@@ -8,7 +8,7 @@
 fill        padded rectangles filled to 40, 60, 80 and 100 %: inference and training step
 length      no padding, as many tokens in sequences of 64 to 512 (ModernBERT: to 2048, on a GPU to 8192)
 batch       inference of 1 sequence (latency) and more (throughput)
-picked      training step with 5 to 60 % of the tokens picked
+picked      training step with 5, 15 and 30 % of the tokens picked (on a GPU to all of them)
 families    every family at one shape
 sentences   texts to vectors with all-MiniLM-L6-v2: one verse, and 300
 
@@ -59,6 +59,7 @@ TRANSFORMERS = ("transformers eager", "transformers sdpa", FLASH, "transformers 
 IMPLEMENTATIONS = (*TRANSFORMERS, "swapped", "fastbert", "fastbert, packed")
 # against transformers in float32: hidden states and gradient norms relative, losses absolute
 TOLERANCE = {"float32": (1e-4, 1e-4), "bfloat16": (0.03, 0.02)}
+NO_SDPA = "transformers has no sdpa attention for this model"
 FLOPS = (
     "inference: T L (8 D^2 + 4 D F) + 4 D L sum(n^2); gated feed-forward 6 D F, disentangled attention 8 D, "
     "a window counts the keys in it; train: 3 times that plus the head, M (2 D E + 2 E V)"
@@ -101,64 +102,60 @@ def lengths_of(sequences, longest, fill):
 
 
 def cases(device, models, only, quick):
-    """The cases of a run, those first that say most."""
+    """The cases of a run, sweep after sweep."""
     on_gpu = device.type == "cuda"
-    dtype = "bfloat16" if on_gpu else "float32"
-    compiled = IMPLEMENTATIONS
-    # it compiles for a minute on two cores: only where it can tell most
-    plain = IMPLEMENTATIONS if on_gpu else tuple(x for x in IMPLEMENTATIONS if x != "transformers compiled")
-    few = plain if on_gpu else tuple(x for x in plain if x != "transformers eager")
-    tokens = 512
+    dtype, longest, tokens, S = "float32", 2048, 512, 128
     if on_gpu:
+        dtype, longest = "bfloat16", 8192
         tokens = 65536 if torch.cuda.mem_get_info(device)[0] > 100 * 2**30 else 16384
-    short, long = 128, 2048
-    if on_gpu:
-        long = 8192
     if quick:
-        tokens, long = 64, 64
-    layers = 2 if quick else None
+        longest, tokens, S = 64, 64, 32
+    # it compiles for most of a minute: only where it tells most
+    uncompiled = tuple(name for name in IMPLEMENTATIONS if name != "transformers compiled")
+    compiled = uncompiled if quick else IMPLEMENTATIONS
+    # in a sweep of one model eager attention, never the fastest, tells nothing new
+    few = tuple(name for name in uncompiled if name != "transformers eager")
+    both = ("inference", "train")
+    ways = both if on_gpu else ("inference",)
+    whole, of_modernbert, of_families = (2, 2, 2) if quick else (None, None, None) if on_gpu else (None, 6, 4)
     found = []
+
+    def add(sweep, model, lengths, passes, implementations, dtype=dtype, layers=whole, picked=0.15):
+        found.append(Case(sweep, model, lengths, passes, dtype, layers, picked, implementations))
+
     for model in models:
-        for S in (128, 512) if on_gpu else (min(short, tokens // 2),):
+        for width in (128, 512) if on_gpu else (S,):
             for fill in (0.6, 1.0) if quick else (0.6, 1.0, 0.4, 0.8):
-                wanted = compiled if on_gpu or fill < 1 and not quick else plain
-                for passes in ("inference", "train"):
-                    lengths = lengths_of(tokens // S, S, fill)
-                    found.append(Case("fill", model, lengths, passes, dtype, layers, implementations=wanted))
-                    if not on_gpu and not quick and fill == 0.6:
-                        found.append(Case("fill", model, lengths, passes, "bfloat16", layers, implementations=wanted))
+                lengths = lengths_of(tokens // width, width, fill)
+                for passes in both:
+                    # the mask makes another graph of it, and to compile that as well is too long on a CPU
+                    add("fill", model, lengths, passes, compiled if on_gpu or fill < 1 else uncompiled)
+                if fill == 0.6 and not on_gpu and not quick:
+                    add("fill", model, lengths, "inference", compiled, "bfloat16")
+                    add("fill", model, lengths, "train", uncompiled, "bfloat16")
         for B in (1, 2, 4) if quick else (1, 2, 4, 8, 16, *((64, 256) if on_gpu else ())):
-            wanted = compiled if on_gpu or B == 1 and not quick else few
-            lengths = lengths_of(B, min(short, tokens // 2), 1.0 if B == 1 else 0.6)
-            found.append(Case("batch", model, lengths, "inference", dtype, layers, implementations=wanted))
-        for share in (0.05, 0.3) if quick else (0.05, 0.15, 0.3, 0.6):
-            S = min(short, tokens // 2)
-            if (share, on_gpu) != (0.15, True):
-                lengths = lengths_of(tokens // S, S, 0.6)
-                found.append(Case("picked", model, lengths, "train", dtype, layers, share, few))
-        limit = min(config_of(model, 1).max_length, 512)
-        for S in (16, 32) if quick else (64, 128, 256, 512):
-            if limit >= S:
-                for passes in ("inference", "train") if on_gpu else ("inference",):
-                    lengths = lengths_of(max(tokens // S, 1), S, 1.0)
-                    found.append(Case("length", model, lengths, passes, dtype, layers, implementations=plain))
-    S = 64 if not quick else 16
-    while long >= S:
-        # a third of six layers see everything, as in the whole model
-        of_layers = None if on_gpu else 2 if quick else 6
-        for passes in ("inference", "train") if on_gpu else ("inference",):
-            lengths = lengths_of(max(max(tokens, long) // S, 1), S, 1.0)
-            found.append(Case("length", "modernbert-base", lengths, passes, dtype, of_layers, implementations=plain))
-        S *= 2
+            lengths = lengths_of(B, S, 1.0 if B == 1 else 0.6)
+            add("batch", model, lengths, "inference", compiled if B == 1 else few)
+        # 15 % picked stands among the fills
+        for share in (0.05, 0.3) if quick or not on_gpu else (0.05, 0.3, 0.6, 1.0):
+            add("picked", model, lengths_of(tokens // S, S, 0.6), "train", few, picked=share)
+        for width in (16, 32) if quick else (64, 128, 256, 512):
+            for passes in ways:
+                add("length", model, lengths_of(tokens // width, width, 1.0), passes, uncompiled)
+    width = 16 if quick else 64
+    while width <= longest:
+        # of six layers a third see everything, as in the whole model
+        lengths = lengths_of(max(tokens, 1024 if not quick else 64, width) // width, width, 1.0)
+        for passes in ways:
+            add("length", "modernbert-base", lengths, passes, uncompiled, layers=of_modernbert)
+        width *= 2
     for family, model in bench_families.MODELS.items():
         if quick and family != "deberta-v2":
             continue
-        S = min(short, tokens // 2)
-        for passes in ("inference", "train"):
-            of_layers = None if on_gpu else 2 if quick else 4
-            lengths = lengths_of(tokens // S, S, 0.6)
-            found.append(Case("families", model, lengths, passes, dtype, of_layers, implementations=few))
-    # cases of one model together: loading it takes longer than a case
+        wanted = compiled if on_gpu and family in ("deberta-v2", "modernbert") else few
+        for passes in both:
+            add("families", model, lengths_of(tokens // S, S, 0.6), passes, wanted, layers=of_families)
+    # stable: cases of one model stay together, as loading it takes longer than a case
     order = {sweep: i for i, sweep in enumerate(SWEEPS)}
     return sorted((case for case in found if case.sweep in only), key=lambda case: order[case.sweep])
 
@@ -228,7 +225,7 @@ class Model:
         if wanted == "compiled":
             return self.attention
         if wanted == "sdpa" and self.attention != "sdpa":
-            raise Unavailable("transformers has no sdpa attention for this model")
+            raise Unavailable(NO_SDPA)
         if wanted == "flash_attention_2":
             if self.device.type != "cuda":
                 raise Unavailable("needs a GPU")
@@ -274,16 +271,19 @@ class Model:
             encoder = self.compiled[key]
         return functools.partial(self._hidden_of_theirs, encoder, inputs)
 
-    def _step(self, run, module, batch, dtype):
+    def _step(self, run, module, batch, dtype, with_norm=False):
         if id(module) not in self.optimizers:
             # a rate of 0 does all of the work, and leaves the weights alike
             self.optimizers[id(module)] = torch.optim.AdamW(module.parameters(), lr=0.0, weight_decay=0.01, fused=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
             loss = run(**batch).loss
         loss.backward()
+        norm = None
+        if with_norm:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None]).item()
         self.optimizers[id(module)].step()
         self.optimizers[id(module)].zero_grad(set_to_none=True)
-        return loss.detach()
+        return (loss.item(), norm) if with_norm else loss.detach()
 
     @torch.no_grad()
     def _hidden_of_ours(self, module, inputs):
@@ -294,16 +294,6 @@ class Model:
     @torch.no_grad()
     def _hidden_of_theirs(encoder, inputs):
         return encoder(**inputs).last_hidden_state
-
-    def gradient_norm(self, implementation, case, batch, packed):
-        module = self.module(implementation, case)
-        batch = {"input_ids": packed} if implementation.endswith("packed") else batch
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=case.dtype == "bfloat16"):
-            loss = module(**batch).loss
-        loss.backward()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
-        module.zero_grad(set_to_none=True)
-        return loss.item(), norm.item()
 
 
 def batches(config, case, device):
@@ -324,35 +314,27 @@ def checked(model, case, device, not_measured):
     first = "transformers sdpa" if model.attention == "sdpa" else "transformers eager"
     relative, absolute = TOLERANCE[case.dtype]
     real = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(batch["input_ids"]).bool()
-    if case.passes == "inference":
-        truth = model.call(first, truth_case, batch, packed)()[real].float()
-    else:
-        truth = model.gradient_norm(first, truth_case, batch, packed)
+    # the first call compiles, and warms up
+    settings = {} if case.passes == "inference" else {"with_norm": True}
+    truth = model.call(first, truth_case, batch, packed)(**settings)
     calls, largest = {}, 0.0
     # the strongest of transformers' own is there in any case
     for name in dict.fromkeys((first, *case.implementations)):
         try:
             call = model.call(name, case, batch, packed)
-            # compiles, and warms up
-            result = call()
+            found = call(**settings)
             if case.passes == "inference":
-                found = (result if name == "fastbert, packed" else result[real]).float()
-                difference = ((found - truth).norm() / truth.norm()).item()
+                wanted = truth[real].float()
+                found = (found if name == "fastbert, packed" else found[real]).float()
+                difference = ((found - wanted).norm() / wanted.norm()).item()
                 wrong = difference > relative
             else:
-                loss = result.item()
-                difference = abs(loss - truth[0])
-                wrong = difference > absolute
-                if not name.endswith("compiled"):
-                    norm = model.gradient_norm(name, case, batch, packed)[1]
-                    wrong = wrong or abs(norm / truth[1] - 1) > relative
+                difference = abs(found[0] - truth[0])
+                wrong = difference > absolute or abs(found[1] / truth[1] - 1) > relative
             if wrong:
                 raise ValueError(f"wrong: differs from transformers in float32 by {difference:.1e}")
         except Unavailable as reason:
-            key = (
-                name if str(reason) != "transformers has no sdpa attention for this model" else f"{name}: {case.model}"
-            )
-            not_measured[key] = str(reason)
+            not_measured[f"{name}: {case.model}" if str(reason) == NO_SDPA else name] = str(reason)
         except Exception as failure:
             if name.startswith("fastbert"):
                 raise
@@ -409,9 +391,11 @@ def run_case(case, model, device, rates, rounds, not_measured):
         # modules are shared: the mode and the attention that a call wants are set before its clock starts
         model.module(name, case)
 
-    seconds = take_turns(calls, rounds, device, 20.0, prepare)
+    seconds = take_turns(calls, rounds[case.passes], device, 20.0, prepare)
     gib = {}
-    for name, call in calls.items():
+    # on a CPU a profiler counts, which takes its time
+    is_counted = device.type == "cuda" or (case.sweep == "fill" and (case.fill == 1 or 0.55 < case.fill < 0.75))
+    for name, call in calls.items() if is_counted else ():
         prepare(name)
         gib[name] = machine.gib_per_call(device, call)
     real, padded = sum(case.lengths), len(case.lengths) * max(case.lengths)
@@ -466,7 +450,9 @@ def sentence_rows(device, rates, rounds, quick, not_measured):
         difference = max((x - truth).abs().max().item() for x in vectors.values())
         if difference > 1e-4:
             raise AssertionError(f"the vectors of {', '.join(calls)} differ by {difference:.1e}")
-        seconds = take_turns({n: functools.partial(call, some) for n, call in calls.items()}, rounds, device, 20.0)
+        seconds = take_turns(
+            {n: functools.partial(call, some) for n, call in calls.items()}, rounds["inference"], device, 20.0
+        )
         flops = model_flops(config, lengths, 0, "inference")
         yield {
             "sweep": "sentences", "model": "all-MiniLM-L6-v2", "layers": config.num_hidden_layers, "pass": "encode",
@@ -481,15 +467,15 @@ def sentence_rows(device, rates, rounds, quick, not_measured):
 def line_of(row):
     """A row in a line: fastbert, and how many times its time the others take; below 1 is a loss."""
     ours = row["summary"]["fastbert"]
-    others = ", ".join(
-        f"{name} {figures['times_fastbert']:.2f}x" + (" (a loss)" if figures["times_fastbert"] < 1 else "")
-        for name, figures in row["summary"].items()
-        if name != "fastbert"
-    )
+    others = []
+    for name, figures in row["summary"].items():
+        times = figures["times_fastbert"]
+        if name != "fastbert":
+            others.append(f"{name} {times:.2f}x" + (" (a loss)" if times < 1 and not report.is_ours(name) else ""))
     return (
         f"{row['sweep']:10}{row['model']} {row['pass']}, {row['sequences']} x {row['length']}, {row['dtype']}, fill "
         f"{row['fill']:.0%}: {ours['median_s']:.4f} s, {ours['real_tokens_per_s']:,} real tokens/s, MFU "
-        f"{ours['mfu']:.0%}; against it {others}"
+        f"{ours['mfu']:.0%}; against it {', '.join(others)}"
     )
 
 
@@ -513,7 +499,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--models", nargs="+", default=["bert-base"], metavar="NAME", help="in all sweeps but families")
     parser.add_argument("--only", nargs="+", choices=SWEEPS, default=list(SWEEPS), help="these sweeps")
-    parser.add_argument("--rounds", type=int, help="timed calls of each; default: 5, on a GPU 20")
+    parser.add_argument("--rounds", type=int, help="timed calls of each; default: 5, of training steps 3, on a GPU 20")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no further case after this time")
     parser.add_argument("--quick", action="store_true", help="small shapes: whether it runs, not how fast")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -527,7 +513,9 @@ def main(arguments=None):
         parser.error(str(error))
     end = time.monotonic() + options.seconds
     torch._dynamo.config.cache_size_limit = 64
-    rounds = options.rounds or (2 if options.quick else 20 if device.type == "cuda" else 5)
+    rounds = {"inference": 5, "train": 3} if device.type == "cpu" else {"inference": 20, "train": 20}
+    if options.rounds or options.quick:
+        rounds = dict.fromkeys(rounds, options.rounds or 2)
     file = (options.output or machine.folder(device)) / "models.json"
     result = report.new(device, {
         "rounds": rounds, "quick": options.quick, "optimizer": "AdamW, fused, as part of train", "dropout": 0.0,

@@ -940,7 +940,8 @@ def _about(file, module=None):
         known = about(result) if module is None else importlib.import_module(module).describe(result)
         dated = f", {result['date']}" if module and result.get("date") else ""
         rounds = result.get("rounds") if module else result["settings"].get("rounds")
-        medians = f", medians of {rounds} rounds" if isinstance(rounds, int) else ""
+        rounds = min(rounds.values()) if isinstance(rounds, dict) else rounds
+        medians = f", medians of {rounds} rounds" if rounds else ""
         return f"{known}{dated}{medians}, by `{result.get('command') or OLD_COMMANDS[file]}`"
 
     return lambda: text(json.loads((RESULTS / "cpu" / f"{file}.json").read_text(encoding="utf-8")))
