@@ -147,7 +147,7 @@ def _on_a_cpu():
     return found
 
 
-def agreeing(case, device, passed, quick=False):
+def agreeing(case, device, passed, compiles=True):
     """{variant: Run} of those that agree with the reference, their errors, and {variant: why not} of the others."""
     torch._dynamo.reset()
     arguments = case.arguments(device)
@@ -160,8 +160,8 @@ def agreeing(case, device, passed, quick=False):
         wanted = _truth(case, arguments)
     runs, errors, refused = {}, {}, {}
     for name, make in variants(case.op).items():
-        if quick and name in COMPILING:
-            refused[name] = "takes its time to compile: left out by --quick"
+        if name in COMPILING and not compiles:
+            refused[name] = "takes its time to compile: left out of quick runs and rehearsals"
             continue
         try:
             if not case.dropout_p:
@@ -288,7 +288,7 @@ def title(result):
     facts = result["machine"]
     words = f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}, {result['date']}"
     if "threads" in facts:
-        words = f"{facts['threads']} threads of {words}"
+        words = f"{facts['threads']} thread{'s' * (facts['threads'] > 1)} of {words}"
     return f"REHEARSAL, times mean nothing: {words}" if "rehearsal" in facts else words
 
 
@@ -316,19 +316,19 @@ def markdown(result):
             f"{both['tokens']} tokens, {both['padded_tokens']} with padding.",
             "",
             "| variant | forward | backward | both | quartiles | times fastbert's | GB/s | TFLOP/s | % forward "
-            "| % backward | GiB |",
+            "| % backward | MiB |",
             "|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         for variant, forward in rows["forward"]["summary"].items():
             backward, whole = (rows[what]["summary"].get(variant) for what in PASSES[1:])
             if whole is None:
                 cells = [forward["median_us"], "", "", "", f"{forward['times_fastbert']}x (forward)", "", ""]
-                cells += [forward["percent_of_ceiling"], "", forward["peak_gib"]]
+                cells += [forward["percent_of_ceiling"], "", _mib(forward)]
             else:
                 cells = [forward["median_us"], backward["median_us"], whole["median_us"]]
                 cells += [" to ".join(map(str, whole["quartiles_us"])), f"{whole['times_fastbert']}x"]
                 cells += [whole["gb_per_s"], whole["tflop_per_s"]]
-                cells += [forward["percent_of_ceiling"], backward["percent_of_ceiling"], whole["peak_gib"]]
+                cells += [forward["percent_of_ceiling"], backward["percent_of_ceiling"], _mib(whole)]
             lines.append(f"| {variant} | " + " | ".join("" if cell is None else str(cell) for cell in cells) + " |")
         if both["not_measured"]:
             lines += ["", "Not measured:", ""]
@@ -337,6 +337,10 @@ def markdown(result):
         lines += ["", "Left out, for want of time:", ""]
         lines += [f"- {name}" for name in result["settings"]["left_out"]]
     return "\n".join(lines) + "\n"
+
+
+def _mib(part):
+    return None if part["peak_gib"] is None else round(1024 * part["peak_gib"], 1)
 
 
 def lost(row):
@@ -430,8 +434,9 @@ def main():
 
     folder = options.output or machine.folder(device)
     rounds = options.rounds or (7 if options.quick else 20)
+    compiles = not (options.quick or machine.rehearsing(device))
     # what a case may take in turns beyond five rounds
-    budget = 1e9 if device.type == "cuda" else 0.5 if options.quick else 2.0
+    budget = 1e9 if device.type == "cuda" else 0.5 if options.quick else 1.5
     ceilings = machine.ceilings(device)
     result = report.new(device, {"rounds": rounds, "quick": options.quick, "ceilings": ceilings, "left_out": []})
     clock = machine.Clock(device)
@@ -442,7 +447,7 @@ def main():
             continue
         plain = replace(case, dropout_p=0.0)
         try:
-            runs, errors, refused = agreeing(case, device, passed.get(plain, ()), options.quick)
+            runs, errors, refused = agreeing(case, device, passed.get(plain, ()), compiles)
             if "fastbert" not in runs:
                 raise AssertionError(refused["fastbert"])
         except Exception as failure:

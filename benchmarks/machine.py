@@ -154,7 +154,9 @@ class Clock:
 
 
 def gib_per_call(device, call):
-    """GiB of memory that a call takes at its highest, beyond what was there, as torch's allocator tells."""
+    """GiB that a call takes at its highest, beyond what was there, by torch's allocator; None in a rehearsal."""
+    if rehearsing(device):
+        return None
     if device.type != "cuda":
         return _gib_on_a_cpu(call)
     torch.cuda.synchronize(device)
