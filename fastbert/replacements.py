@@ -672,7 +672,11 @@ class Stack(Replacement):
         padding = ~kept & (kept[:, :1] | ~kept.any(1, keepdim=True)) & kept.any()
         if says_all is not True:
             padding = padding & says_all
-        return _with_last(out, out[0].masked_fill(padding[..., None], 0))
+        return self._blanked(out, lambda x: x.masked_fill(padding[..., None], 0))
+
+    @staticmethod
+    def _blanked(out, blank):
+        return _with_last(out, blank(out[0]))
 
     def forward(self, hidden_states, attention_mask=None, *args, **kwargs):
         packed = self._packing(hidden_states, attention_mask, kwargs)
@@ -694,25 +698,28 @@ class Stack(Replacement):
         """The Packed to call the layers with, None where they must be called as ever."""
         if not self._encodes(kwargs) or _asks(self, kwargs, "output_attentions"):
             return None
-        inside = (
-            self.fastbert_options.unpad
-            and not _asks(self, kwargs, "output_hidden_states")
-            # which cuts padded lengths
-            and not getattr(_config(self), "chunk_size_feed_forward", 0)
-            and not is_watched(self)
-        )
-        return packing(hidden_states, attention_mask, kwargs, inside=inside, by_distance=self.BY_DISTANCE)
+        seen = _asks(self, kwargs, "output_hidden_states") or is_watched(self)
+        # feed-forwards in chunks need padded lengths
+        inside = self.fastbert_options.unpad and not seen and not getattr(_config(self), "chunk_size_feed_forward", 0)
+        packed = packing(hidden_states, attention_mask, kwargs, inside=inside, by_distance=self.BY_DISTANCE)
+        # what is seen of a sequence may not depend on whether another one in its batch has gaps
+        return None if seen and self.BY_DISTANCE and packed is not None and packed.indices is not None else packed
 
 
-def _with_last(out, last):
-    """What a stack returns, with other hidden states of its last layer."""
+def _with_last(out, last, between=lambda x: x):
+    """What a stack returns, with other hidden states of its last layer, and `between` of those before it."""
+
+    def seen(states):
+        # the first are those that came in
+        return *states[:-1][:1], *map(between, states[1:-1]), last
+
     if last is out[0]:
         return out
     if isinstance(out, tuple):
         first, *rest = out
-        return last, *((*x[:-1], last) if isinstance(x, tuple) and x and x[-1] is first else x for x in rest)
+        return last, *(seen(x) if isinstance(x, tuple) and x and x[-1] is first else x for x in rest)
     if out.hidden_states and out.hidden_states[-1] is out.last_hidden_state:
-        out.hidden_states = (*out.hidden_states[:-1], last)
+        out.hidden_states = seen(out.hidden_states)
     out.last_hidden_state = last
     return out
 
@@ -738,17 +745,14 @@ class MPNetStack(Stack):
 def _run(stack, hidden_states, packed, call, asked, return_dict, after_first=None):
     """A loop over `stack.layer` for the families whose own loop reads the mask; `call(layer, x)` runs one."""
     x = packed.pack(hidden_states)[None] if packed.inside else hidden_states
-    restored = (lambda x: packed.unpack(x[0])) if packed.inside else (lambda x: x)
-    ended = restored if packed.inside else packed.blank
+    restored = (lambda x: packed.unpack(x[0])) if packed.inside else packed.blank
     states = [hidden_states]
     for i, layer in enumerate(stack.layer):
         x = call(layer, x)
         if i == 0 and after_first is not None:
             padded = after_first(hidden_states, restored(x))
             x = packed.pack(padded)[None] if packed.inside else padded
-        if i + 1 == len(stack.layer):
-            states.append(ended(x))
-        elif asked["output_hidden_states"]:
+        if asked["output_hidden_states"] or i + 1 == len(stack.layer):
             states.append(restored(x))
     every = tuple(states) if asked["output_hidden_states"] else None
     if not return_dict:
@@ -772,6 +776,11 @@ class DebertaStack(Stack):
     @staticmethod
     def refuses(module):
         return None if module.relative_attention else "it has no relative positions"
+
+    @staticmethod
+    def _blanked(out, blank):
+        # every state of it is seen, and they come from its loop
+        return _with_last(out, blank(out[0]), blank)
 
     def forward(
         self, hidden_states, attention_mask, output_hidden_states=True, output_attentions=False, query_states=None,
