@@ -7,6 +7,7 @@ would be another one over again. PEERS, at the end, is the table.
 
 import importlib
 import inspect
+import math
 
 import torch
 import torch.nn.functional as F
@@ -494,14 +495,33 @@ def _linear_cross_entropy(chunked):
     return make
 
 
-def _liger_cross_entropy(arguments):
-    _gpu_library("liger_kernel", arguments)
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+def _liger_cross_entropy(rows=None):
+    """Liger's, in chunks of its own choice, or of about so many rows.
 
-    def call(hidden, weight, bias, labels):
-        return liger_fused_linear_cross_entropy(hidden, weight, labels, bias=bias, reduction="sum")
+    It aims at logits of the size of `hidden`, which with a large vocabulary and a narrow model are chunks of 64 to 256
+    rows, each of which reads and writes the weight's whole gradient.
+    """
 
-    return _vocabulary_or_documents(call)(arguments)
+    def make(arguments):
+        _gpu_library("liger_kernel", arguments)
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        options = {}
+        if rows is not None:
+            if "chunk_mem_const" not in inspect.signature(liger_fused_linear_cross_entropy).parameters:
+                raise Unavailable("this version of liger_kernel has no chunk_mem_const")
+            hidden, weight = (
+                arguments.get(a, arguments.get(b)) for a, b in (("hidden", "query"), ("weight", "document"))
+            )
+            share = min(rows / len(hidden), 1.0)
+            options["chunk_mem_const"] = math.ceil(share * len(weight) / weight.shape[1])
+
+        def call(hidden, weight, bias, labels):
+            return liger_fused_linear_cross_entropy(hidden, weight, labels, bias=bias, reduction="sum", **options)
+
+        return _vocabulary_or_documents(call)(arguments)
+
+    return make
 
 
 def _cut_cross_entropy(impl):
@@ -566,7 +586,8 @@ def _flash_attn_layer_norm(arguments):
 CROSS_ENTROPIES = {
     "torch linear_cross_entropy": _linear_cross_entropy(chunked=False),
     "torch linear_cross_entropy, chunked": _linear_cross_entropy(chunked=True),
-    "liger": _liger_cross_entropy,
+    "liger": _liger_cross_entropy(),
+    "liger, large chunks": _liger_cross_entropy(4096),
     "cut_cross_entropy": _cut_cross_entropy("cce"),
     "cut_cross_entropy, compiled": _cut_cross_entropy("torch_compile"),
 }
