@@ -165,7 +165,7 @@ def losses(results):
     for name, others in ratios(results).items():
         faster = sorted((times, other) for other, times in others.items() if times < 1 and not is_ours(other))
         if faster:
-            rest = f", and {', '.join(other for _, other in faster[1:])} less than all of it" if faster[1:] else ""
+            rest = f"; faster too: {'; '.join(other for _, other in faster[1:])}" if faster[1:] else ""
             found.append(f"{name}: {faster[0][1]} takes {faster[0][0]:.2f}x of fastbert's time{rest}")
     return found
 
@@ -379,7 +379,7 @@ def about(result, dated=True):
     if isinstance(facts.get("machine"), str):
         where = facts["machine"]
     elif "threads" in facts:
-        where = f"{facts.get('device') or facts.get('cpu')}, {facts['threads']} threads"
+        where = f"{facts.get('device') or facts.get('cpu')}, {facts['threads']} thread{'s' * (facts['threads'] > 1)}"
     else:
         where = facts.get("device", "")
     known = [f"{name} {facts[name]}" for name in ("fastbert", "torch", "triton", "transformers") if facts.get(name)]
@@ -583,28 +583,30 @@ def plot_training(result, path):
     _save(figure, path, f"The same model, text, masks and order. {about(result)}")
 
 
-def roofline_points(results):
-    """(points, ceilings, title) of every op, forward and backward: measured on this device, else counted.
+def measured_points(ops):
+    """(points, ceilings, title) of every op, forward and backward, of an ops.json; no points where it has none.
 
     A point is {"op", "shape", "which": "fastbert" or "plain PyTorch", "bytes", "flops": what that implementation moves
     and multiplies, "useful bytes", "useful flops": the least that any of them does, "seconds"}.
     """
-    ops, points = results.get("ops"), []
-    if ops and _ceilings(ops):
-        for row in ops["rows"]:
-            if row.get("pass") != "both" or not {"bytes", "flops"} <= row.keys():
-                continue
-            for name, which in (("fastbert", "fastbert"), ("eager", "plain PyTorch")):
-                if row["seconds"].get(name):
-                    points.append({
-                        "op": row["op"], "shape": row.get("shape", name_of(row)), "which": which, "bytes": row["bytes"],
-                        "flops": row["flops"], "useful bytes": row["bytes"], "useful flops": row["flops"],
-                        "seconds": statistics.median(row["seconds"][name]),
-                    })  # fmt: skip
-        if points:
-            return points, _ceilings(ops), f"measured. {about(ops)}"
+    points, ceilings = [], (ops.get("settings") or {}).get("ceilings") or {}
+    for row in ops["rows"] if {"copy", "product"} <= ceilings.keys() else ():
+        if row.get("pass") != "both" or not {"bytes", "flops"} <= row.keys():
+            continue
+        for name, which in (("fastbert", "fastbert"), ("eager", "plain PyTorch")):
+            if row["seconds"].get(name):
+                points.append({
+                    "op": row["op"], "shape": row["case"].removeprefix(row["op"]).strip(), "which": which,
+                    "bytes": row["bytes"], "flops": row["flops"], "useful bytes": row["bytes"],
+                    "useful flops": row["flops"], "seconds": statistics.median(row["seconds"][name]),
+                })  # fmt: skip
+    return points, ceilings, f"measured. {about(ops)}"
+
+
+def counted_points():
+    """The same from the counted traffic of the kernels, at the ceilings of the GPU that it states."""
     counted = json.loads((RESULTS / "traffic.json").read_text(encoding="utf-8"))
-    groups = {}
+    points, groups = [], {}
     for row in counted["rows"]:
         groups.setdefault((row["op"], row["shape"]), []).append(row)
     for (op, shape), rows in groups.items():
@@ -624,80 +626,72 @@ def _both(passes, what):
     return sum(figures[what] for figures in passes.values())
 
 
-def _ceilings(ops):
-    ceilings = ops.get("ceilings") or ops.get("settings", {}).get("ceilings") or {}
-    return ceilings if {"copy", "product"} <= ceilings.keys() else None
-
-
-def plot_roofline(results, path):
+def plot_roofline(points, ceilings, title, path):
     """Ops with matrix products under the roof; those without, by the bandwidth that they make of the memory."""
-    points, ceilings, title = roofline_points(results)
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
     names = list(dict.fromkeys(point["op"] for point in points))
     palette = dict(zip(names, itertools.cycle((OURS, "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#52606d",
                                                "#8c564b", "#17becf", "#bcbd22"))))  # fmt: skip
+    under = [point for point in points if point["useful flops"]]
     rest = [point for point in points if not point["useful flops"]]
     groups = list(dict.fromkeys((point["op"], point["shape"]) for point in rest))[::-1]
-    figure, axes = _figure(2, size=(6.6, max(4.8, 0.42 * len(groups) + 1.2)), width_ratios=[1.35, 1])
-    left, right = axes
-    copy, product = ceilings["copy"], ceilings["product"]
-    under = [point for point in points if point["useful flops"]]
-    xs = [point["flops"] / point["bytes"] for point in under] or [1.0]
-    low, high = min(xs) / 2, max(max(xs), product / copy) * 3
-    left.plot(
-        [low, product / copy, high], [low * copy / 1e12, product / 1e12, product / 1e12], color="#333333", zorder=1
-    )
-    left.text(high, 1.04 * product / 1e12, f"{product / 1e12:,.3g} TFLOP/s", ha="right", va="bottom", fontsize=8)
-    left.text(low, 1.9 * low * copy / 1e12, f"{copy / 1e12:,.3g} TB/s", fontsize=8, va="bottom")
     shapes = list(dict.fromkeys((point["op"], point["shape"]) for point in under))
-    # too many shapes for a legend: then it names the ops alone
-    is_long = len(shapes) > 10
-    marks = dict(zip(shapes, itertools.cycle("o" if is_long else "osD^vP*X<>")))
-    named = set()
-    for (op, shape), mark in marks.items():
-        two = [point for point in under if (point["op"], point["shape"]) == (op, shape)]
-        places = [(p["flops"] / p["bytes"], p["useful flops"] / p["seconds"] / 1e12) for p in two]
-        left.plot([x for x, _ in places], [y for _, y in places], color=palette[op], linewidth=0.8, alpha=0.5, zorder=2)
-        for point, (x, y) in zip(two, places):
-            ours = point["which"] == "fastbert"
-            label = op if is_long else f"{op}, {shape}"
-            left.scatter(
-                x, y, s=52, marker=mark, facecolor=palette[op] if ours else "white", edgecolor=palette[op],
-                linewidth=1.3, zorder=3, label=label if ours and label not in named else None,
-            )  # fmt: skip
-            named |= {label} if ours else set()
-    for scale, axis in ((left.set_xscale, left.xaxis), (left.set_yscale, left.yaxis)):
-        from matplotlib.ticker import FuncFormatter, NullFormatter
-
-        scale("log")
-        axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        axis.set_minor_formatter(NullFormatter())
-    left.set_ylim(top=1.8 * product / 1e12)
-    left.set_xlabel("FLOPs of matrix products for a byte moved", fontsize=8)
-    left.set_ylabel("TFLOP/s of the FLOPs that are needed", fontsize=8)
-    left.set_title("ops with matrix products, forward and backward", loc="left", fontsize=9)
-    left.grid(color="#eeeeee", linewidth=0.6)
-    left.legend(loc="lower right", fontsize=7, frameon=False)
-
-    for y, (op, shape) in enumerate(groups):
-        for point in rest:
-            if (point["op"], point["shape"]) == (op, shape):
-                ours = point["which"] == "fastbert"
-                right.barh(
-                    y + (0.2 if ours else -0.2), point["useful bytes"] / point["seconds"] / 1e12, 0.36,
-                    color=palette[op] if ours else "white", edgecolor=palette[op], linewidth=1,
+    panels = bool(under) + bool(rest)
+    figure, axes = _figure(panels, size=(6.9, max(4.8, 0.42 * len(groups) + 1.2)))
+    copy, product = ceilings["copy"], ceilings["product"]
+    unit, per = ("T", 1e12) if product > 1e13 else ("G", 1e9)
+    if under:
+        left = axes[0]
+        xs = [point["flops"] / point["bytes"] for point in under]
+        ridge = product / copy
+        low, high = min(*xs, ridge) / 2, max(*xs, ridge) * 3
+        left.plot([low, ridge, high], [low * copy / per, product / per, product / per], color="#333333", zorder=1)
+        left.text(high, 1.04 * product / per, f"{product / per:,.3g} {unit}FLOP/s", ha="right", va="bottom", fontsize=8)
+        left.text(low, 1.9 * low * copy / per, f"{copy / per:,.3g} {unit}B/s", fontsize=8, va="bottom")
+        # too many shapes for a legend: then it names the ops alone
+        is_long, named = len(shapes) > 10, set()
+        marks = dict(zip(shapes, itertools.cycle("o" if is_long else "osD^vP*X<>")))
+        for (op, shape), mark in marks.items():
+            two = [point for point in under if (point["op"], point["shape"]) == (op, shape)]
+            places = [(p["flops"] / p["bytes"], p["useful flops"] / p["seconds"] / per) for p in two]
+            left.plot(*zip(*places), color=palette[op], linewidth=0.8, alpha=0.5, zorder=2)
+            for point, (x, y) in zip(two, places):
+                ours, label = point["which"] == "fastbert", op if is_long else f"{op}, {shape}"
+                left.scatter(
+                    x, y, s=52, marker=mark, facecolor=palette[op] if ours else "white", edgecolor=palette[op],
+                    linewidth=1.3, zorder=3, label=label if ours and label not in named else None,
                 )  # fmt: skip
-    right.set_yticks(
-        range(len(groups)), [shape if shape.startswith(op) else f"{op}\n{shape}" for op, shape in groups], fontsize=7
-    )
-    right.axvline(copy / 1e12, color="#333333")
-    right.set_xlabel("TB/s of the bytes that are needed", fontsize=8)
-    right.set_title("ops without: memory alone is the roof", loc="left", fontsize=9)
+                named |= {label} if ours else set()
+        for scale, axis in ((left.set_xscale, left.xaxis), (left.set_yscale, left.yaxis)):
+            scale("log")
+            axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+            axis.set_minor_formatter(NullFormatter())
+        left.set_ylim(top=1.8 * product / per)
+        left.set_xlabel("FLOPs of matrix products for a byte moved", fontsize=8)
+        left.set_ylabel(f"{unit}FLOP/s of the FLOPs that are needed", fontsize=8)
+        left.set_title("ops with matrix products, forward and backward", loc="left", fontsize=9)
+        left.grid(color="#eeeeee", linewidth=0.6)
+    if rest:
+        right = axes[-1]
+        for y, (op, shape) in enumerate(groups):
+            for point in rest:
+                if (point["op"], point["shape"]) == (op, shape):
+                    ours = point["which"] == "fastbert"
+                    right.barh(
+                        y + (0.2 if ours else -0.2), point["useful bytes"] / point["seconds"] / per, 0.36,
+                        color=palette[op] if ours else "white", edgecolor=palette[op], linewidth=1,
+                    )  # fmt: skip
+        right.set_yticks(range(len(groups)), [f"{op}\n{shape}" for op, shape in groups], fontsize=7)
+        right.axvline(copy / per, color="#333333")
+        right.set_xlabel(f"{unit}B/s of the bytes that are needed", fontsize=8)
+        right.set_title("ops without: memory alone is the roof", loc="left", fontsize=9)
+    handles, labels = axes[0].get_legend_handles_labels() if under else ([], [])
     figure.legend(
-        [_patch("#555555"), _outline("#555555")], ["fastbert", "plain PyTorch"], loc="outside lower center", ncols=2,
-        frameon=False, fontsize=8,
+        [_patch("#555555"), _outline("#555555"), *handles], ["fastbert", "plain PyTorch", *labels],
+        loc="outside lower center", ncols=2 * panels, frameon=False, fontsize=8,
     )  # fmt: skip
     _save(figure, path, f"Roofline: {title}")
-    return title
 
 
 def _outline(colour):
@@ -793,7 +787,7 @@ def page(folder, results, pictures, history):
         known = [section_name for section_name, _ in sections]
         if name not in known and isinstance(result, dict) and _has_seconds(result):
             lines += [f"## {name}", "", generic_table(result), ""]
-    for picture, title in (("memory", "Memory"), ("roofline", "Roofline")):
+    for picture, title in (("memory", "Memory"), ("roofline", "Roofline"), ("floors", "Floors of the kernels")):
         if picture in pictures:
             lines += [f"## {title}", "", f"![{pictures[picture]}]({picture}.png)", ""]
     if "history" in pictures:
@@ -910,7 +904,14 @@ def write(folder):
     if results.get("training", {}).get("rows"):
         plot_training(results["training"], folder / "training.png")
         pictures["training"] = "Loss against time and tokens, and held-out accuracy against time"
-    pictures["roofline"] = f"Roofline: {plot_roofline(results, folder / 'roofline.png')}"
+    rooflines = {"roofline": measured_points(results["ops"])} if "ops" in results else {}
+    if not any("capability" in _facts(result) for result in results.values()):
+        # no GPU's own: the kernels as counted
+        rooflines["floors"] = counted_points()
+    for name, (points, ceilings, title) in rooflines.items():
+        if points:
+            plot_roofline(points, ceilings, title, folder / f"{name}.png")
+            pictures[name] = f"Roofline: {title}"
     history = record_history(results, folder / "history.jsonl")
     if len(history) > 1:
         plot_history(history, folder / "history.png")

@@ -70,7 +70,7 @@ def test_a_page_of_models(tmp_path):
     assert "| transformers compiled | no / compiler |" in page and "Left out for want of time: this." in page
     for words in ("a processor, 2 threads", "2026-01-02", "`python benchmarks/bench_models.py`", "formula"):
         assert words in page
-    for picture in ("speed", "scaling", "memory", "roofline"):
+    for picture in ("speed", "scaling", "memory", "floors"):
         assert f"({picture}.png)" in page and (tmp_path / f"{picture}.png").stat().st_size > 10_000
 
 
@@ -81,7 +81,7 @@ def test_a_loss_is_printed_as_a_loss(tmp_path):
     (line,) = [line for line in page.splitlines() if line.startswith("- ")]
     assert line == (
         "- bert-base (12 layers) inference, 4 x 128, 60% fill, float32: transformers eager takes 0.25x of fastbert's "
-        "time, and transformers sdpa less than all of it"
+        "time; faster too: transformers sdpa"
     )
     # swapped is fastbert too: faster than the own model, it is no loss
     assert report.losses({"models": models_result(models_row(seconds={"swapped": [0.1, 0.1, 0.1]}))}) == []
@@ -137,7 +137,7 @@ def test_history_has_a_line_for_every_run_that_differs(tmp_path):
 
 def test_the_roofline_has_every_op_and_nothing_above_the_roof():
     counted = json.loads((report.RESULTS / "traffic.json").read_text(encoding="utf-8"))
-    points, ceilings, title = report.roofline_points({})
+    points, ceilings, title = report.counted_points()
     assert "counted" in title
     assert {(point["op"], point["which"]) for point in points} == {
         (row["op"], which) for row in counted["rows"] for which in ("fastbert", "plain PyTorch")
@@ -148,18 +148,34 @@ def test_the_roofline_has_every_op_and_nothing_above_the_roof():
         assert point["useful bytes"] <= point["bytes"] and point["useful flops"] <= point["flops"]
 
 
-def test_measured_ops_take_the_place_of_counted_ones():
+def ops_result():
     row = {
         "op": "layer_norm", "case": "layer_norm bert", "pass": "both", "bytes": 10**9, "flops": 0,
-        "seconds": {"fastbert": [0.5, 0.5], "eager": [1.0, 1.0], "peer": [0.1]},
+        "seconds": {"fastbert": [0.5, 0.5], "eager": [1.0, 1.0], "peer": [0.1, 0.1]},
+        "summary": {"fastbert": {"gb_per_s": 2.0, "tflop_per_s": 0, "percent_of_ceiling": 50.0}},
     }  # fmt: skip
-    ops = models_result(row, row | {"pass": "forward"})
+    attention = row | {"op": "attention", "case": "attention bert", "flops": 10**11}
+    ops = models_result(row, row | {"pass": "forward"}, attention)
     ops["settings"]["ceilings"] = {"copy": 4e9, "product": 1e12}
-    points, ceilings, title = report.roofline_points({"ops": ops})
+    return ops
+
+
+def test_measured_ops_under_their_roof(tmp_path):
+    points, ceilings, title = report.measured_points(ops_result())
     assert title.startswith("measured") and ceilings["copy"] == 4e9
-    assert [(p["which"], p["useful bytes"] / p["seconds"]) for p in points] == [
-        ("fastbert", 2e9), ("plain PyTorch", 1e9),
+    assert [(p["op"], p["shape"], p["which"], p["useful bytes"] / p["seconds"]) for p in points] == [
+        ("layer_norm", "bert", "fastbert", 2e9), ("layer_norm", "bert", "plain PyTorch", 1e9),
+        ("attention", "bert", "fastbert", 2e9), ("attention", "bert", "plain PyTorch", 1e9),
     ]  # fmt: skip
+    page = write(tmp_path, ops=ops_result())
+    assert "| layer_norm bert | 500 ms ±0 % | 2.0 | 0 | 50.0 | peer | 0.20x, a loss |" in page
+    # the kernels are counted only where there is no GPU
+    assert "(roofline.png)" in page and "(floors.png)" in page
+    on_gpu = ops_result()
+    on_gpu["machine"] |= {"capability": "9.0"}
+    shutil.rmtree(tmp_path)
+    page = write(tmp_path, ops=on_gpu)
+    assert "(roofline.png)" in page and "(floors.png)" not in page
 
 
 def test_unknown_marks_are_refused():
