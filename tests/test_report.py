@@ -189,8 +189,8 @@ def test_lengths_fill_what_they_should(sequences, longest, fill):
     lengths = bench_models.lengths_of(sequences, longest, fill)
     assert len(lengths) == sequences and max(lengths) == longest and min(lengths) >= 1
     if sequences > 1:
-        # the longest sequence stands for itself
-        assert sum(lengths) / (sequences * longest) == pytest.approx(fill, abs=0.01 + 0.5 / sequences)
+        assert sum(lengths) / (sequences * longest) == pytest.approx(fill, abs=0.01)
+        assert len(set(lengths)) > min(sequences, longest) // 3 or fill == 1
 
 
 @pytest.mark.parametrize(
