@@ -28,6 +28,7 @@ class EncoderConfig:
     position_biased_input: there is a table of positions; position_offset: its row for a sequence's first token.
     num_hidden_groups: layers share the weights of their group (None: each has its own), and a group has
     inner_group_num layers that run in turn. attention: the class in the attention slot, see `layers.ATTENTIONS`.
+    dropped_branches: what has hidden_dropout_prob before it is added to the residual, where norms stand behind.
 
     DeBERTa: position_buckets (0: none), max_relative_positions, pos_att_type (of "c2p" and "p2c"), share_att_key,
     norm_rel_ebd (the table of relative positions has a LayerNorm), conv_kernel_size (0: none), conv_act,
@@ -69,6 +70,7 @@ class EncoderConfig:
     num_hidden_groups: int | None = None
     inner_group_num: int = 1
     attention: str = "softmax"
+    dropped_branches: tuple = ("attention", "feed_forward")
     pre_norm: bool = False
     windows: tuple | None = None
     rope_thetas: tuple | None = None

@@ -72,9 +72,9 @@ class Block(nn.Module):
     def __init__(self, config, i):
         super().__init__()
         self.attention = ATTENTIONS[config.attention](config, i)
-        self.attention_norm = AddNorm(config)
+        self.attention_norm = AddNorm(config, "attention")
         self.feed_forward = FeedForward(config)
-        self.feed_forward_norm = AddNorm(config)
+        self.feed_forward_norm = AddNorm(config, "feed_forward")
 
     def forward(self, x, layout, dropout):
         """x [T, D] -> [T, D], or [M, D] when the layout asks for some rows only."""

@@ -404,11 +404,11 @@ def dropped(x, dropout_p, dropout):
 
 
 class AddNorm(nn.LayerNorm):
-    """LayerNorm(dropout(x) + residual)."""
+    """LayerNorm(dropout(x) + residual), the dropout where config.dropped_branches has this `branch`."""
 
-    def __init__(self, config):
+    def __init__(self, config, branch):
         super().__init__(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout_p = config.hidden_dropout_prob
+        self.dropout_p = config.hidden_dropout_prob if branch in config.dropped_branches else 0.0
 
     def forward(self, x, residual, dropout):
         # dtype: under autocast the op would give fp32, as torch's does, and whatever reads it would move twice as much

@@ -271,7 +271,7 @@ FAMILIES = {
         defaults=dict(
             vocab_size=30000, embedding_size=128, hidden_size=4096, num_attention_heads=64, intermediate_size=16384,
             hidden_act="gelu_new", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_hidden_groups=1,
-            classifier_dropout=0.1, pair_dropout=0.1,
+            classifier_dropout=0.1, pair_dropout=0.1, dropped_branches=("attention",),
         ),
         keys=dict(
             embedding_width="embedding_size", num_hidden_groups="num_hidden_groups", inner_group_num="inner_group_num",
@@ -326,7 +326,7 @@ FAMILIES = {
         tied=("vocab_projector.weight", "distilbert.embeddings.position_ids"),
         defaults=dict(
             num_hidden_layers=6, type_vocab_size=0, pooler_act="relu", classifier_dropout=0.2, token_dropout=0.1,
-            qa_dropout=0.1,
+            qa_dropout=0.1, dropped_branches=("feed_forward",),
         ),
         keys=dict(
             token_dropout="dropout", num_hidden_layers="n_layers", num_attention_heads="n_heads", hidden_size="dim",

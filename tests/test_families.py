@@ -419,3 +419,31 @@ def test_dropout_is_replayed_by_its_seed(case):
     assert not torch.equal(logits(3), model.eval()(batch).logits)
     batch.seed = None
     assert not torch.equal(model.train()(batch).logits, model(batch).logits)
+
+
+# what these call their dropouts; the others have BERT's names
+DROPOUT_NAMES = {
+    "DistilBert": ("dropout", "attention_dropout", "seq_classif_dropout"),
+    "ModernBert": ("embedding_dropout", "attention_dropout", "mlp_dropout", "classifier_dropout"),
+    "Albert": ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout_prob"),
+}
+
+
+@pytest.mark.parametrize(
+    "case", ["bert", "albert", "electra", "distilbert", "deberta", "deberta-v3", "mpnet", "modernbert"]
+)
+@torch.no_grad()
+def test_dropout_has_the_distribution_of_transformers(case, tmp_path):
+    """Of one text's scores over 24 passes of 64 copies: the same variance, and means as near as their errors say."""
+    names = DROPOUT_NAMES.get(CASES[case][0], ("hidden_dropout_prob", "attention_probs_dropout_prob"))
+    models = loaded(
+        case, SequenceClassifier, "ForSequenceClassification", tmp_path, num_labels=5, **dict.fromkeys(names, 0.2)
+    )
+    ids = torch.randint(10, 99, (1, 7)).expand(64, 7).contiguous()
+    ours, theirs = (torch.stack([model.train()(ids).logits for _ in range(24)]) for model in models)
+    spreads = [x.flatten(0, 1).var(0).mean() for x in (ours, theirs)]
+    assert 0.9 < spreads[0] / spreads[1] < 1.1
+    # copies may share what is dropped of the tables: passes do not
+    passes = [x.mean(1) for x in (ours, theirs)]
+    error = (sum(x.var(0) for x in passes) / 24).sqrt()
+    assert ((passes[0].mean(0) - passes[1].mean(0)).abs() < 4.5 * error).all()
