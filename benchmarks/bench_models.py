@@ -92,7 +92,7 @@ class Case:
 
 
 def lengths_of(sequences, longest, fill):
-    """Lengths, evenly spread, that fill `fill` of the rectangle which their longest needs; one alone fills all of it."""
+    """Lengths, evenly spread, that fill `fill` of the rectangle that their longest needs; one alone fills it."""
     if sequences == 1:
         return (longest,)
     mean = max((fill * sequences - 1) / (sequences - 1), 0.05)
