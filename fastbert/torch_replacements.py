@@ -317,8 +317,7 @@ class CrossEntropyLoss(Replacement):
         if self.reduction != "mean":
             return super().forward(input, target)
         # no look at the numbers, for which a GPU would have to wait
-        none = ~kept.any()
-        return super().forward(input, target.masked_fill(none, 0)).masked_fill(none, 0.0)
+        return super().forward(input, target).masked_fill(~kept.any(), 0.0)
 
     def _of_rows(self, logits, target, places):
         """The loss of logits [N, C] and target, of which only those at `places` [M] have a label."""

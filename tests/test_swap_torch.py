@@ -234,7 +234,8 @@ def test_a_floating_mask_that_is_no_padding(grain):
         "attention": lambda: nn.MultiheadAttention(D, H, batch_first=True),
     }[grain]()  # fmt: skip
     module, swapped, _ = pair(module)
-    bias = torch.randn(3, S).masked_fill(PADDING, float("-inf"))
+    bias = torch.zeros(3, S).masked_fill(PADDING, float("-inf"))
+    bias[:, 1] = -1.0
 
     def call(m, x):
         if grain == "attention":
@@ -434,8 +435,9 @@ def test_hooks_of_the_stack_itself_leave_the_padding_out():
     assert_equal_results(results(module, at_tokens(), x), results(swapped, at_tokens(), x))
 
 
-def test_dropout_is_replayed_and_as_frequent():
-    module = an_encoder(layers=1, batch_first=True, dropout=0.25)
+@pytest.mark.parametrize("norm_first", [False, True], ids=["post_norm", "pre_norm"])
+def test_dropout_is_replayed_and_as_frequent(norm_first):
+    module = an_encoder(layers=1, batch_first=True, dropout=0.25, norm_first=norm_first)
     module, swapped, _ = pair(module)
     x, call = torch.randn(3, S, D), at_tokens()
 
@@ -543,7 +545,8 @@ def test_torch_compile(fullgraph, fresh_compiler):
     assert_equal_results(results(module, call, x), results(swapped, lambda _, x: call(compiled, x), x))
 
 
-def test_torch_func():
+def test_torch_func(monkeypatch):
+    monkeypatch.setattr(ops, "IMPL", "triton")
     module, swapped, _ = pair(an_encoder(layers=1, batch_first=True))
     x = torch.randn(3, S, D)
 
@@ -715,6 +718,9 @@ def test_other_targets_and_errors_are_torchs(picking):
     x = torch.randn(4, V)
     soft = torch.softmax(torch.randn(4, V), 1)
     assert torch.equal(module(x, soft), swapped(x, soft))
+    for loss in (nn.CrossEntropyLoss(ignore_index=3), pair(nn.CrossEntropyLoss(ignore_index=3))[1]):
+        with pytest.raises(IndexError):
+            loss(x, torch.tensor([3, 3, -100, 1]))
     for labels in (
         torch.zeros(3, dtype=torch.int64),
         torch.zeros(4, 1, dtype=torch.int64),
