@@ -44,8 +44,9 @@ class EncoderConfig:
     masked-LM head's transform stands before every classifier; head_pooling, what a sequence is known by, its first
     token ("cls") or "mean"; the dropouts before the pooler's layer (pooler_dropout, None: classifier_dropout), before
     the pair classifier, and before the classifier of sequences (classifier_dropout, None: hidden_dropout_prob), of
-    tokens (token_dropout, None: classifier_dropout) and of answers; num_labels, labels (their names) and problem_type
-    ("regression", "single_label_classification", "multi_label_classification", None: by the labels).
+    tokens (token_dropout, None: classifier_dropout), of choices (choice_dropout, the same) and of answers; num_labels,
+    labels (their names) and problem_type ("regression", "single_label_classification", "multi_label_classification",
+    None: by the labels).
 
     Raises ValueError with the offending value when fields contradict each other.
     """
@@ -96,6 +97,7 @@ class EncoderConfig:
     pair_dropout: float = 0.0
     classifier_dropout: float | None = None
     token_dropout: float | None = None
+    choice_dropout: float | None = None
     qa_dropout: float = 0.0
     num_labels: int = 2
     labels: tuple | None = None

@@ -255,18 +255,16 @@ class SequenceClassifier(Model):
         wherever it stands. Raises ValueError when labels do not fit.
         """
         batch, _ = pack_inputs(self.config, input_ids, attention_mask, token_type_ids, position_ids)
-        logits = self._scores(batch, self.config.pooler_dropout)
+        logits = self._scores(batch, self.config.pooler_dropout, self.config.classifier_dropout)
         return ClassifierOutput(logits) if labels is None else _classified(logits, labels, self.config)
 
-    def _scores(self, batch, pooler_dropout):
+    def _scores(self, batch, pooler_dropout, classifier_dropout):
         config, dropout = self.config, self.encoder.dropout(batch)
         if config.head_pooling == "cls":
             hidden = first_hidden(self.encoder, batch, dropout)
         else:
             hidden = ops.pooling(self.encoder(batch, dropout=dropout), batch.cu_seqlens, mode=config.head_pooling)
-        classifier_dropout = config.hidden_dropout_prob
-        if config.classifier_dropout is not None:
-            classifier_dropout = config.classifier_dropout
+        classifier_dropout = config.hidden_dropout_prob if classifier_dropout is None else classifier_dropout
         hidden = dropped(hidden, classifier_dropout if pooler_dropout is None else pooler_dropout, dropout)
         if config.pooler_act == "transform":
             pooled = self.pooler(hidden)
@@ -287,7 +285,9 @@ class MultipleChoice(SequenceClassifier):
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: expected [batch, choices, length]")
         flat = (x if x is None else x.flatten(0, 1) for x in (attention_mask, token_type_ids, position_ids))
         batch, _ = pack_inputs(self.config, input_ids.flatten(0, 1), *flat)
-        logits = self._scores(batch, self.config.pooler_dropout or 0.0).view(input_ids.shape[:2])
+        config = self.config
+        dropout_p = config.classifier_dropout if config.choice_dropout is None else config.choice_dropout
+        logits = self._scores(batch, config.pooler_dropout or 0.0, dropout_p).view(input_ids.shape[:2])
         return ClassifierOutput(logits) if labels is None else _classified(logits, labels, None)
 
 

@@ -296,9 +296,12 @@ FAMILIES = {
         tied=("generator_lm_head.weight", "electra.embeddings.position_ids"),
         defaults=dict(
             embedding_size=128, hidden_size=256, num_attention_heads=4, intermediate_size=1024, head_act="gelu",
-            pooler_act="gelu", pooler_dropout=None,
+            pooler_act="gelu", pooler_dropout=None, choice_dropout=0.1,
         ),
-        keys=dict(embedding_width="embedding_size", classifier_dropout="classifier_dropout"),
+        keys=dict(
+            embedding_width="embedding_size", classifier_dropout="classifier_dropout",
+            choice_dropout="summary_last_dropout",
+        ),
         generator=_electra_generator,
         embedding_sharing="shared",
     ),

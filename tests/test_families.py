@@ -430,16 +430,23 @@ DROPOUT_NAMES = {
 
 
 @pytest.mark.parametrize(
-    "case", ["bert", "albert", "electra", "distilbert", "deberta", "deberta-v3", "mpnet", "modernbert"]
+    ("case", "head"),
+    [
+        *(
+            (case, SequenceClassifier)
+            for case in ("bert", "albert", "electra", "distilbert", "deberta", "deberta-v3", "mpnet", "modernbert")
+        ),
+        ("electra", MultipleChoice),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
 @torch.no_grad()
-def test_dropout_has_the_distribution_of_transformers(case, tmp_path):
+def test_dropout_has_the_distribution_of_transformers(case, head, tmp_path):
     """Of one text's scores over 24 passes of 64 copies: the same variance, and means as near as their errors say."""
     names = DROPOUT_NAMES.get(CASES[case][0], ("hidden_dropout_prob", "attention_probs_dropout_prob"))
-    models = loaded(
-        case, SequenceClassifier, "ForSequenceClassification", tmp_path, num_labels=5, **dict.fromkeys(names, 0.2)
-    )
-    ids = torch.randint(10, 99, (1, 7)).expand(64, 7).contiguous()
+    their_head = {SequenceClassifier: "ForSequenceClassification", MultipleChoice: "ForMultipleChoice"}[head]
+    models = loaded(case, head, their_head, tmp_path, num_labels=5, **dict.fromkeys(names, 0.2))
+    ids = torch.randint(10, 99, (7,)).expand(64, *[2] * (head is MultipleChoice), 7).contiguous()
     ours, theirs = (torch.stack([model.train()(ids).logits for _ in range(24)]) for model in models)
     spreads = [x.flatten(0, 1).var(0).mean() for x in (ours, theirs)]
     assert 0.9 < spreads[0] / spreads[1] < 1.1
