@@ -35,32 +35,32 @@ def steps(ops, models, device, quick, folder):
     """What to run, by the names given. Neither ops nor models: everything there is."""
     quickly = ("--quick",) * quick
     whole = not ops and not models
+    # results state the command that made them: without the place of this checkout
+    place = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
     found = []
 
     def add(name, script, file, *arguments):
-        found.append(Step(name, (f"benchmarks/{script}", *arguments), folder / file))
+        found.append(Step(name, (f"benchmarks/{script}", *map(str, arguments)), folder / file))
 
     if ops or whole:
         named = () if not ops or EVERY in ops else ("--ops", *ops)
-        add("ops", "bench_ops.py", "ops.json", *named, *quickly, "--output", str(folder))
+        add("ops", "bench_ops.py", "ops.json", *named, *quickly, "--output", place)
     if whole and not quick:
         if device.type == "cuda":
-            file, place = "bench_training_step_gpu.py", str(folder)
+            add("training step", "bench_training_step_gpu.py", "training_step.json", "--output", place)
         else:
-            file, place = "bench_training_step.py", str(folder / "training_step.json")
-        add("training step", file, "training_step.json", "--output", place)
-        if device.type == "cpu":
-            add("families", "bench_families.py", "families.json", "--output", str(folder / "families.json"))
+            for name, script in (("training_step", "bench_training_step.py"), ("families", "bench_families.py")):
+                add(name.replace("_", " "), script, f"{name}.json", "--output", place / f"{name}.json")
     if models or whole:
         named = ()
         if models and EVERY not in models:
             named = ("--models", *models, "--only", "fill", "length", "batch", "picked")
-        add("models", "bench_models.py", "models.json", *named, *quickly, "--output", str(folder))
+        add("models", "bench_models.py", "models.json", *named, *quickly, "--output", place)
     if whole:
-        add("training", "bench_training.py", "training.json", *quickly, "--output", str(folder))
-        add("data", "bench_data.py", "data.json", *quickly, "--output", str(folder))
+        add("training", "bench_training.py", "training.json", *quickly, "--output", place)
+        add("data", "bench_data.py", "data.json", *quickly, "--output", place)
     if whole and not quick:
-        found.append(Step("report", ("benchmarks/report.py", "--device", str(folder))))
+        found.append(Step("report", ("benchmarks/report.py", "--device", str(place))))
     return found
 
 
