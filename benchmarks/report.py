@@ -389,7 +389,7 @@ def about(result, dated=True):
 def plot_speed(results, path):
     """Bars: how many times fastbert's time the others take, row by row, at 60 % fill and without padding."""
     rows = [row for row in results["models"]["rows"] if row["sweep"] in ("fill", "families")]
-    rows = [row for row in rows if row["sweep"] == "families" or row["fill"] < 0.7 or row["fill"] == 1]
+    rows = [row for row in rows if row["sweep"] == "families" or row["fill"] == 1 or 0.55 < row["fill"] < 0.75]
     panels = [("inference", "inference"), ("train", "training step")]
     panels = [(key, title) for key, title in panels if any(row["pass"] == key for row in rows)]
     longest = max(sum(row["pass"] == key for row in rows) for key, _ in panels)
@@ -410,7 +410,8 @@ def plot_speed(results, path):
             ticks.append((start + height - 1) / 2)
             height += 0.8
         labels = [
-            f"{row['model']}, {row['layers']} layers\n{row['fill']:.0%} fill, {row['dtype'].replace('bfloat', 'bf')}"
+            f"{row['model']}, {row['layers']} layers\n{row['sequences']} x {row['length']}, {row['fill']:.0%} fill, "
+            f"{row['dtype'].replace('bfloat', 'bf')}"
             .replace("float32", "fp32")
             for row in shown
         ]  # fmt: skip
@@ -453,7 +454,9 @@ def plot_memory(results, path):
     panels = {title: groups for title, groups in panels.items() if any(values for _, values in groups)}
     if not panels:
         return False
-    figure, axes = _figure(len(panels), size=(5.2, 3.8))
+    bars = max(sum(len(values) for _, values in groups) for groups in panels.values())
+    across, down = (1, len(panels)) if bars > 18 else (len(panels), 1)
+    figure, axes = _figure(across, down, size=(max(5.2, 0.32 * bars), 3.8))
     names = list(dict.fromkeys(x for groups in panels.values() for _, values in groups for x in values))
     colours, handles = _colours(names), {}
     for axis, (title, groups) in zip(axes, panels.items()):
@@ -467,7 +470,7 @@ def plot_memory(results, path):
         axis.set_xticks([x + 0.42 - width / 2 for x in range(len(groups))], [name for name, _ in groups], fontsize=8)
         axis.set_title(title, loc="left", fontsize=9)
         axis.margins(y=0.12)
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     _save(figure, path, f"Peak memory, less is better. {about(results.get('models') or results['training_step'])}")
     return True
 
@@ -482,7 +485,9 @@ def plot_scaling(results, path):
         kinds = {}
         for row in rows:
             if row["sweep"] == sweep or (sweep == "picked" and row["sweep"] == "fill" and _like_picked(row, rows)):
-                kinds.setdefault((row["model"], row["layers"], row["pass"], row["dtype"]), []).append(row)
+                # other sweeps have one length, or have it as their axis
+                length = row["length"] if sweep == "fill" else None
+                kinds.setdefault((row["model"], row["layers"], row["pass"], row["dtype"], length), []).append(row)
         if sweep == "picked":
             kinds = {kind: found for kind, found in kinds.items() if any(row["sweep"] == "picked" for row in found)}
         panels += [
@@ -490,6 +495,8 @@ def plot_scaling(results, path):
         ]
     if not panels:
         return False
+    from matplotlib.ticker import EngFormatter
+
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
     figure, axes = _figure(columns, lines, size=(4.9, 3.5))
@@ -497,7 +504,7 @@ def plot_scaling(results, path):
     colours = _colours(names)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
-    for axis, (sweep, key, title, (model, layers, pass_, dtype), found) in zip(axes, panels):
+    for axis, (sweep, key, title, (model, layers, pass_, dtype, length), found) in zip(axes, panels):
         # length keeps the tokens, so a time for each token; elsewhere the batch itself is what costs
         figure_of = "real_tokens_per_s" if sweep in ("length", "batch", "fill") else "median_s"
         own = {name for row in found if row["sweep"] == sweep for name in row["summary"]}
@@ -528,7 +535,9 @@ def plot_scaling(results, path):
         axis.grid(axis="y", color="#dddddd", linewidth=0.6)
         kind = {"train": "training step", "inference": "inference"}[pass_]
         short = dtype.replace("bfloat16", "bf16").replace("float32", "fp32")
-        axis.set_title(f"{model} ({layers} layers), {kind}, {short}", loc="left", fontsize=9)
+        of_length = f", S = {length}" if length else ""
+        axis.set_title(f"{model} ({layers} layers), {kind}, {short}{of_length}", loc="left", fontsize=9)
+        axis.yaxis.set_major_formatter(EngFormatter(sep=""))
     handles = {}
     for axis in axes:
         handles |= dict(zip(*axis.get_legend_handles_labels()[::-1]))
