@@ -326,20 +326,15 @@ def test_gradient_checkpointing(use_reentrant):
     assert_same_gradients(gradients(without[0]), gradients(without[1]))
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
-def test_torch_compile(backend):
+def test_torch_compile():
+    """With its own code generator; graphs of a training step: test_swap_clients.py, test_swap_peers.py."""
     torch._dynamo.reset()
-    plain, model = (tiny(num_hidden_layers=1).train(backend == "eager") for _ in range(2))
+    plain, model = (tiny(transformers.BertModel, num_hidden_layers=1) for _ in range(2))
     fastbert.swap(model)
-    compiled = torch.compile(model, backend=backend)
-    with torch.set_grad_enabled(backend == "eager"):
-        got, expected = compiled(**batch()), plain(**batch())
-    assert abs(got.loss - expected.loss) < 1e-5
-    if backend == "inductor":
-        assert_close(logits(got), logits(expected))
-        return
-    got.loss.backward()
-    assert_same_gradients({n: p.grad for n, p in model.named_parameters()}, gradients(plain))
+    ids, mask = batch()["input_ids"], batch()["attention_mask"]
+    with torch.no_grad():
+        got, expected = torch.compile(model)(ids, mask)[0], plain(ids, mask)[0]
+    assert_close(got[mask.bool()], expected[mask.bool()])
 
 
 def test_exported_and_traced_graphs_are_those_of_the_model_itself():
