@@ -10,6 +10,7 @@ from pathlib import Path
 
 import bench_ops
 import compare
+import gpu
 import machine
 import op_cases
 import op_peers
@@ -400,6 +401,8 @@ def test_what_a_run_writes(variants, monkeypatch, tmp_path):
     assert both["floor_us"] == pytest.approx(1.4)
     assert both["summary"]["eager"]["peak_gib"] > 0 and backward["summary"]["eager"]["peak_gib"] is None
     assert len(compare.ratios(result)) == 8
+    first, second = gpu.highlights(tmp_path)
+    assert first.startswith(both["case"]) and "best of 1 others: eager" in first and "dropout 0.1" in second
     page = (tmp_path / "ops.md").read_text(encoding="utf-8")
     assert "| eager |" in page and "- missing: not installed" in page and "dropout 0.1" in page
     lines = (tmp_path / "ops.csv").read_text(encoding="utf-8").splitlines()
