@@ -5,6 +5,7 @@ from pathlib import Path
 
 from . import heads, pretrained, variants
 from .sentences import SentenceEmbedder
+from .tokenizer import check_vocabulary, load_tokenizer
 
 # files beside the weights that go along as they are
 TOKENIZER_FILES = (
@@ -51,6 +52,8 @@ def convert(source, destination, *, allow_pickle=False):
     if (destination / "config.json").exists():
         raise ValueError(f"{destination} already has a model: choose another directory")
     model = load(source, allow_pickle=allow_pickle)
+    if (Path(source) / "tokenizer.json").exists():
+        check_vocabulary(load_tokenizer(source), model.config)
     model.save_pretrained(destination)
     for name in TOKENIZER_FILES:
         if (Path(source) / name).exists() and not (destination / name).exists():

@@ -9,6 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from test_families import CASES, WITHOUT_CHOICE, theirs_of
+from tokenizers import Tokenizer, models
 
 from fastbert.convert import convert
 
@@ -81,6 +82,12 @@ def test_bad_sources_are_one_clear_line(tmp_path):
     good = load_file(path)
     path.write_bytes(path.read_bytes()[:-7])
     refuses("model.safetensors cannot be read")
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{i}" for i in range(95))]
+    tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    save_file(good, path)
+    tokenizer.save(str(tmp_path / "in" / "tokenizer.json"))
+    refuses("the tokenizer has 100 pieces: the model has a vocab_size of 99")
+    (tmp_path / "in" / "tokenizer.json").unlink()
     save_file({name: x for name, x in good.items() if "layer.2.output.dense" not in name}, path)
     refuses("lacks 2 of the encoder's tensors, the first is bert.encoder.layer.2.output.dense")
     assert not (tmp_path / "out").exists()
