@@ -154,6 +154,8 @@ _BLOCKS = {"_sa_block", "_ff_block"}
 
 
 class TransformerEncoderLayer(Replacement):
+    """In evaluation too: torch's own fast path computes the exact GELU there, also where the tanh form is asked for."""
+
     PARTS = ("attention", "layer_norm", "gelu")
     WHAT = "fused steps between the products"
 
