@@ -396,6 +396,7 @@ _SCORES_AT_ONCE, _RELATIVE_ROWS = 2**20, 64
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept may be first asked for in inference, and later for training
 def relative_index(length, position_buckets, max_relative_positions):
     """int64 [2 * length - 1]: which row of a position table serves r = 1 - length, ..., length - 1.
 
