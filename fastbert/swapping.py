@@ -4,7 +4,7 @@ A module changes its class and nothing else: its new class derives from the old 
 `fully_shard` and `parametrize` work the same way). So parameters, buffers, names, hooks, and every reference that
 someone holds stay what they were; no library is patched, no other model is touched.
 
-This file is the mechanism. What runs instead stands in `replacements.py` (HuggingFace) and `torch_replacements.py`.
+This file is the mechanism. What runs instead stands in `huggingface_replacements.py` and `torch_replacements.py`.
 """
 
 import contextlib
@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 from torch import nn
 from torch.nn.utils import parametrize
 
-from . import replacements, torch_replacements
+from . import huggingface_replacements, torch_replacements
+from .replacements import Options
 
 # full name of a class -> what takes its place
-TABLE = {**torch_replacements.TABLE, **replacements.TABLE}
+TABLE = {**torch_replacements.TABLE, **huggingface_replacements.TABLE}
 PARTS = ("attention", "layer_norm", "gelu", "loss")
 
 
@@ -122,7 +123,7 @@ def swap(model, *, attention=True, layer_norm=True, gelu=True, loss=True, unpad=
     for name, value in wanted.items():
         if not isinstance(value, bool):
             raise ValueError(f"{name} is {value!r}: expected True or False")
-    options = replacements.Options(unpad=bool(unpad), logits=logits, **wanted)
+    options = Options(unpad=bool(unpad), logits=logits, **wanted)
     unswap(model)
     rows, found = [], list(model.named_modules())
     read = set() if unpad is True else _encoders_of_decoders(model)

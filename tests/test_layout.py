@@ -15,7 +15,7 @@ KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 # these look at kernels and at Triton, and run no op
 COMPILING = {"kernel_cases.py", "offline.py", "machine_code.py", "doctor.py"}
 # those that may know HuggingFace's classes and key names
-HUGGINGFACE = {"variants.py", "swapping.py", "replacements.py", "huggingface.py"}
+HUGGINGFACE = {"variants.py", "swapping.py", "replacements.py", "huggingface_replacements.py", "huggingface.py"}
 
 
 def tree(path):

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastbert
-from fastbert import ops, torch_replacements
+from fastbert import ops, row_gradient, torch_replacements
 
 D, H, FFN, S = 24, 2, 37, 7
 LENGTHS = (7, 3, 5)
@@ -673,7 +673,7 @@ def sparse(picking, monkeypatch):
     def never(rows):
         raise AssertionError("a dense gradient of the logits")
 
-    monkeypatch.setattr(torch_replacements._Rows, "dense", never)
+    monkeypatch.setattr(row_gradient._Rows, "dense", never)
 
 
 @pytest.mark.parametrize("picks", [False, True], ids=["small", "picking"])
@@ -916,8 +916,8 @@ def test_the_gradient_of_the_logits_can_be_had(picking):
 
 
 def test_views_of_a_gradient_are_views(picking):
-    rows = torch_replacements._Rows(torch.randn(2, 3), torch.tensor([1, 4]), 6)
-    a = torch_replacements.RowGradient(rows, (2, 3, 3))
+    rows = row_gradient._Rows(torch.randn(2, 3), torch.tensor([1, 4]), 6)
+    a = row_gradient.RowGradient(rows, (2, 3, 3))
     flat, turned = a.view(6, 3), a.permute(2, 0, 1)
     wanted = torch.zeros(6, 3)
     wanted[[1, 4]] = rows.values
