@@ -352,7 +352,7 @@ class Stack(Replacement):
     """The loop over layers, on real tokens alone."""
 
     PARTS = ("attention",)
-    WHAT = "the layers without padding"
+    WHAT = "the layers without padding (asked for attentions: as before)"
     BY_DISTANCE = False
 
     @staticmethod
