@@ -191,7 +191,7 @@ def main(arguments=None):
     device = machine.device()
     file = (options.output or machine.folder(device)) / "data.json"
     rounds = options.rounds or (2 if options.quick else 5)
-    pieces = 1000 if options.quick else 30522
+    pieces = 1000 if options.quick else 16000
     result = report.new(device, {"rounds": rounds, "quick": options.quick, "pieces": pieces})
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory)

@@ -13,12 +13,15 @@ inference   the encoder's hidden states without gradients, unpacked again.
 sentences   `SentenceEmbedder.encode` of 300 verses with all-MiniLM-L6-v2, against sentence-transformers where it is
             installed and against transformers with the pooling written out; both sort the texts by length.
 
-transformers runs sdpa attention where the model has it, else its only one. Losses and hidden states are compared before
-any clock starts. The libraries take turns, so that whatever else the machine does falls on all alike. "On MKL" is
-fastbert without oneDNN, see bench_training_step.py. Writes benchmarks/results/cpu/families.json and a plot.
+transformers runs sdpa attention where the model has it, else its only one. Losses and hidden states are compared
+before any clock starts. The libraries take turns, so that whatever else the machine does falls on all alike.
+"swapped" is transformers' own model after `fastbert.swap(model)`, "on MKL" is fastbert without oneDNN, see
+bench_training_step.py. One text of eight tokens shows what the swap costs where there is nothing to win. Writes
+benchmarks/results/cpu/families.json and a plot.
 """
 
 import argparse
+import copy
 import dataclasses
 import gc
 import importlib.util
@@ -36,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from bench_training_step import LENGTH, LENGTHS, ROOT, SEQUENCES, describe, machine
 
+import fastbert
 from fastbert import variants
 from fastbert.heads import MaskedLM, pack_inputs
 
@@ -45,7 +49,8 @@ MODELS = {
     "distilbert": "distilbert-base", "mpnet": "mpnet-base", "deberta": "deberta-base", "deberta-v2": "deberta-v3-base",
     "modernbert": "modernbert-base",
 }  # fmt: skip
-LIBRARIES = ("transformers", "fastbert", "fastbert on MKL")
+OURS = ("swapped", "fastbert", "fastbert on MKL")
+LIBRARIES = ("transformers", *OURS)
 VERSES = 300
 RESULTS = ROOT / "benchmarks" / "results" / "cpu" / "families.json"
 
@@ -105,8 +110,8 @@ def train(library, model, batch):
 def infer(library, model, batch):
     """Hidden states [B, S, D]."""
     inputs = {name: x for name, x in batch.items() if name != "labels"}
-    if library == "transformers":
-        return getattr(model, model.base_model_prefix)(**inputs).last_hidden_state
+    if not library.startswith("fastbert"):
+        return model.base_model(**inputs).last_hidden_state
     with torch.backends.mkldnn.flags(enabled=library != "fastbert on MKL"):
         packed, restore = pack_inputs(model.config, **inputs)
         return restore(model.encoder(packed))
@@ -129,13 +134,14 @@ def summary(seconds):
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     return {
         "median_s": {name: round(value, 5) for name, value in medians.items()},
-        "speedup": {
-            name: round(medians[name] / medians["fastbert"], 2) for name in medians if not name.startswith("fastbert")
+        "speedup": {name: round(medians[name] / medians["fastbert"], 2) for name in medians if name not in OURS},
+        "speedup_swapped": {
+            name: round(medians[name] / medians["swapped"], 2)
+            for name in medians
+            if name not in OURS and "swapped" in medians
         },
         "speedup_on_mkl": {
-            name: round(medians[name] / medians["fastbert on MKL"], 2)
-            for name in medians
-            if not name.startswith("fastbert")
+            name: round(medians[name] / medians["fastbert on MKL"], 2) for name in medians if name not in OURS
         },
         "seconds": seconds,
     }
@@ -146,7 +152,9 @@ def run_family(name, layers, rounds):
     batch = padded_batch(config)
     with tempfile.TemporaryDirectory() as directory:
         theirs, ours, attention = load_pair(config, directory)
-    models = dict(zip(LIBRARIES, (theirs, ours, ours)))
+    swapped = copy.deepcopy(theirs)
+    fastbert.swap(swapped).raise_if_incomplete()
+    models = dict(zip(LIBRARIES, (theirs, swapped, ours, ours)))
     losses = [train(library, model, batch) for library, model in models.items()]
     difference = max(losses) - min(losses)
     real = batch["attention_mask"].bool()
@@ -155,7 +163,7 @@ def run_family(name, layers, rounds):
     if difference > 1e-4 or apart > 1e-4:
         raise AssertionError(f"{name}: losses differ by {difference:.1e}, hidden states by {apart:.1e}")
     inference = take_turns({n: lambda n=n, m=m: infer(n, m, batch) for n, m in models.items()}, rounds)
-    theirs.train(), ours.train()
+    theirs.train(), swapped.train(), ours.train()
     training = take_turns({n: lambda n=n, m=m: train(n, m, batch) for n, m in models.items()}, rounds)
     return {
         "family": name,
@@ -166,6 +174,28 @@ def run_family(name, layers, rounds):
         "hidden_difference": apart,
         "train": summary(training),
         "inference": summary(inference),
+    }
+
+
+def run_single(rounds, tokens=8):
+    """One short text through BERT-base, where the swap has nothing to leave out."""
+    from transformers import BertConfig, BertModel
+
+    theirs = BertModel(BertConfig()).eval()
+    swapped = copy.deepcopy(theirs)
+    fastbert.swap(swapped).raise_if_incomplete()
+    ids = torch.randint(1000, 30000, (1, tokens))
+    models = {"transformers": theirs, "swapped": swapped}
+    hidden = [infer(name, model, {"input_ids": ids}) for name, model in models.items()]
+    seconds = take_turns({n: lambda n=n, m=m: infer(n, m, {"input_ids": ids}) for n, m in models.items()}, rounds)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "model": "bert-base",
+        "tokens": tokens,
+        "hidden_difference": (hidden[0] - hidden[1]).abs().max().item(),
+        "median_s": {name: round(value, 5) for name, value in medians.items()},
+        "speedup_swapped": round(medians["transformers"] / medians["swapped"], 2),
+        "seconds": {name: [round(s, 5) for s in values] for name, values in seconds.items()},
     }
 
 
@@ -219,8 +249,10 @@ def run_sentences(rounds):
     if importlib.util.find_spec("sentence_transformers"):
         from sentence_transformers import SentenceTransformer
 
-        theirs = SentenceTransformer(str(directory), device="cpu")
+        theirs, swapped = (SentenceTransformer(str(directory), device="cpu") for _ in range(2))
+        fastbert.swap(swapped).raise_if_incomplete()
         calls["sentence-transformers"] = lambda texts: theirs.encode(texts, convert_to_tensor=True)
+        calls["swapped"] = lambda texts: swapped.encode(texts, convert_to_tensor=True)
     calls |= {"fastbert": lambda texts: ours.encode(texts, convert_to_tensor=True), "fastbert on MKL": on_mkl}
     vectors = [call(texts) for call in calls.values()]
     apart = max((x - vectors[0]).abs().max().item() for x in vectors)
@@ -238,8 +270,8 @@ def run_sentences(rounds):
 def markdown(result):
     """The result as the table that the README shows."""
     rows = [
-        "| family | training step | | on MKL | inference | | on MKL |",
-        "|---|---|---|---|---|---|---|",
+        "| family | training step | | swapped | on MKL | inference | | swapped | on MKL |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["families"]:
         cells = []
@@ -248,6 +280,7 @@ def markdown(result):
             cells += [
                 f"{1000 * median['transformers']:.0f} -> {1000 * median['fastbert']:.0f} ms",
                 f"**{part['speedup']['transformers']:.2f}x**",
+                f"{part['speedup_swapped']['transformers']:.2f}x",
                 f"{part['speedup_on_mkl']['transformers']:.2f}x",
             ]
         rows.append(f"| {row['family']} | {' | '.join(cells)} |")
@@ -260,9 +293,21 @@ def sentences_line(result):
     peer = "sentence-transformers" if "sentence-transformers" in row["median_s"] else "transformers"
     known = f"{peer} {row[peer]}" if peer in row else f"{peer} with the pooling written out"
     ours, theirs = (row["texts"] / row["median_s"][name] for name in ("fastbert", peer))
+    swapped = row["speedup_swapped"].get(peer)
+    swapped = f"; {peer}'s own model, swapped: **{swapped:.2f}x**" if swapped else ""
     return (
         f"all-MiniLM-L6-v2 embeds {row['texts']} verses ({row['tokens']} tokens) at {ours:.0f} a second, {known} at "
-        f"{theirs:.0f}: **{row['speedup'][peer]:.2f}x** ({row['speedup_on_mkl'][peer]:.2f}x on MKL)"
+        f"{theirs:.0f}: **{row['speedup'][peer]:.2f}x** ({row['speedup_on_mkl'][peer]:.2f}x on MKL){swapped}"
+    )
+
+
+def single_line(result):
+    """What the swap does to one short text, in a sentence."""
+    row = result["single"]
+    before, after = (1000 * row["median_s"][name] for name in ("transformers", "swapped"))
+    return (
+        f"one text of {row['tokens']} tokens through BERT-base: {before:.1f} -> {after:.1f} ms swapped, "
+        f"{row['speedup_swapped']:.2f}x"
     )
 
 
@@ -273,20 +318,24 @@ def plot(result, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(12, 3.8), layout="constrained", sharey=True)
     names = [row["family"] for row in result["families"]]
     for axis, (kind, title) in zip(axes, (("train", "training step"), ("inference", "inference"))):
         for i, (key, label, colour) in enumerate(
-            (("speedup", "fastbert", "#2563eb"), ("speedup_on_mkl", "fastbert on MKL", "#93c5fd"))
+            (
+                ("speedup", "fastbert", "#2563eb"),
+                ("speedup_swapped", "transformers, swapped", "#0d9488"),
+                ("speedup_on_mkl", "fastbert on MKL", "#93c5fd"),
+            )
         ):
             values = [row[kind][key]["transformers"] for row in result["families"]]
-            bars = axis.bar([x + 0.4 * i for x in range(len(names))], values, 0.38, label=label, color=colour)
-            axis.bar_label(bars, fmt="%.1f", fontsize=7)
+            bars = axis.bar([x + 0.29 * i for x in range(len(names))], values, 0.27, label=label, color=colour)
+            axis.bar_label(bars, fmt="%.1f", fontsize=6)
         axis.axhline(1, color="#9aa5b1", linewidth=1)
-        axis.set_xticks([x + 0.2 for x in range(len(names))], names, rotation=35, ha="right", fontsize=8)
+        axis.set_xticks([x + 0.29 for x in range(len(names))], names, rotation=35, ha="right", fontsize=8)
         axis.set_title(f"{title}: times as fast as transformers", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     figure.suptitle(f"{result['layers']} layers of base size, 60 % fill. {describe(result)}", fontsize=8)
     figure.savefig(path, dpi=130)
 
@@ -315,11 +364,14 @@ def main():
             median, part = row[kind]["median_s"], row[kind]
             print(
                 f"{name:12}{kind:10} transformers ({row['attention']}) {median['transformers']:.3f} s, fastbert "
-                f"{median['fastbert']:.3f} s, {part['speedup']['transformers']:.2f}x, on MKL "
+                f"{median['fastbert']:.3f} s, {part['speedup']['transformers']:.2f}x, swapped "
+                f"{part['speedup_swapped']['transformers']:.2f}x, on MKL "
                 f"{part['speedup_on_mkl']['transformers']:.2f}x; loss difference {row['loss_difference']:.0e}, "
                 f"hidden {row['hidden_difference']:.0e}",
                 flush=True,
             )
+    result["single"] = run_single(4 * options.rounds)
+    print(single_line(result), flush=True)
     result["sentences"] = run_sentences(options.rounds)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

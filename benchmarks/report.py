@@ -964,6 +964,7 @@ FIGURES = {
     "families": _from("families", "bench_families", "markdown"),
     "families_about": _about("families", "bench_families"),
     "sentences": _from("families", "bench_families", "sentences_line"),
+    "single": _from("families", "bench_families", "single_line"),
     "demo": _from("demo", None, "demo_line"),
     "models": _from("models", None, "models_summary"),
     "models_about": _about("models"),
