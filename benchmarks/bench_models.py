@@ -3,7 +3,7 @@
     python benchmarks/bench_models.py                                 about nine minutes on two cores
     python benchmarks/bench_models.py --only fill batch               these sweeps
     python benchmarks/bench_models.py --models roberta-base           another model than bert-base in the sweeps
-    python benchmarks/bench_models.py --quick --output /tmp/quick     small shapes, under a minute: does it run?
+    python benchmarks/bench_models.py --quick --output runs/quick     small shapes, under a minute: does it run?
 
 fill        padded rectangles filled to 40, 60, 80 and 100 %: inference and training step
 length      no padding, as many tokens in sequences of 64 to 512 (ModernBERT: to 2048, on a GPU to 8192)

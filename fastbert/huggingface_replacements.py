@@ -17,6 +17,7 @@ from .replacements import (
     Replacement,
     attend,
     dropping,
+    fresh_seed,
     gelu,
     gelu_form,
     is_plain,
@@ -134,55 +135,44 @@ class DebertaV2Attention(Replacement):
             return super().forward(
                 hidden_states, attention_mask, output_attentions, query_states, relative_pos, rel_embeddings
             )
-        H = self.num_attention_heads
-        q, k, v = (_rows(linear(module, hidden_states)) for module in (self.query_proj, self.key_proj, self.value_proj))
+        q, k, v = self._projected(hidden_states)
         relative = self.pos_dropout(rel_embeddings)
-        share = self.share_att_key
-        positions = (
-            linear(self.key_proj if share else self.pos_key_proj, relative) if "c2p" in self.pos_att_type else None,
-            linear(self.query_proj if share else self.pos_query_proj, relative) if "p2c" in self.pos_att_type else None,
-        )
+        positions = [
+            linear(getattr(self, name), relative).view(len(relative), self.num_attention_heads, -1)
+            if term in self.pos_att_type
+            else None
+            for term, name in zip(("c2p", "p2c"), self._position_projections())
+        ]
         out = attend(
-            attention_mask, q, k, v, H,
-            functools.partial(_disentangled, positions=[p if p is None else p.view(len(p), H, -1) for p in positions]),
-            position_buckets=max(self.position_buckets, 0), max_relative_positions=self.max_relative_positions,
-            **dropping(self.dropout, q.device),
+            attention_mask, q, k, v, self.num_attention_heads, functools.partial(_disentangled, positions=positions),
+            position_buckets=max(getattr(self, "position_buckets", 0), 0),
+            max_relative_positions=self.max_relative_positions, **dropping(self.dropout, q.device),
         )  # fmt: skip
         return out.view_as(hidden_states), None
 
+    def _projected(self, hidden_states):
+        """Queries, keys and values, [N, D] each."""
+        return (_rows(linear(module, hidden_states)) for module in (self.query_proj, self.key_proj, self.value_proj))
 
-class DebertaAttention(Replacement):
+    def _position_projections(self):
+        """Which module makes the keys of positions, which the queries."""
+        return ("key_proj", "query_proj") if self.share_att_key else ("pos_key_proj", "pos_query_proj")
+
+
+class DebertaAttention(DebertaV2Attention):
     """DeBERTa v1's: each head's query, key and value stand side by side in one projection."""
-
-    PARTS = ("attention",)
-    WHAT = "fused disentangled attention"
 
     @staticmethod
     def refuses(module):
         return "it has talking heads" if module.talking_head else DebertaV2Attention.refuses(module)
 
-    def forward(
-        self, hidden_states, attention_mask, output_attentions=False, query_states=None, relative_pos=None,
-        rel_embeddings=None,
-    ):  # fmt: skip
-        if not isinstance(attention_mask, Packed):
-            return super().forward(
-                hidden_states, attention_mask, output_attentions, query_states, relative_pos, rel_embeddings
-            )
-        H = self.num_attention_heads
-        q, k, v = linear(self.in_proj, hidden_states).view(hidden_states.shape[:2].numel(), H, 3, -1).unbind(2)
-        q, k, v = q.flatten(1) + self.q_bias, k.flatten(1), v.flatten(1) + self.v_bias
-        relative = self.pos_dropout(rel_embeddings)
-        positions = (
-            linear(self.pos_proj, relative) if "c2p" in self.pos_att_type else None,
-            linear(self.pos_q_proj, relative) if "p2c" in self.pos_att_type else None,
-        )
-        out = attend(
-            attention_mask, q, k, v, H,
-            functools.partial(_disentangled, positions=[p if p is None else p.view(len(p), H, -1) for p in positions]),
-            max_relative_positions=self.max_relative_positions, **dropping(self.dropout, q.device),
-        )  # fmt: skip
-        return out.view_as(hidden_states), None
+    def _projected(self, hidden_states):
+        qkv = linear(self.in_proj, hidden_states)
+        q, k, v = qkv.view(hidden_states.shape[:2].numel(), self.num_attention_heads, 3, -1).unbind(2)
+        return q.flatten(1) + self.q_bias, k.flatten(1), v.flatten(1) + self.v_bias
+
+    def _position_projections(self):
+        return "pos_proj", "pos_q_proj"
 
 
 class ModernBertAttention(Replacement):
@@ -201,16 +191,12 @@ class ModernBertAttention(Replacement):
         a, b = turning.chunk(2, -1)
         q, k = (turning * cos + torch.cat((-b, a), -1) * sin).to(qkv.dtype).unbind(2)
         dropout_p = self.attention_dropout if self.training else 0.0
-        options = dict(dropout_p=dropout_p, seed=_seed(q.device)) if dropout_p else {}
+        options = dict(dropout_p=dropout_p, seed=fresh_seed(q.device)) if dropout_p else {}
         # their bound leaves out the last token that the window holds, to suit flash-attention
         window = None if self.sliding_window is None else self.sliding_window - 1
         q, k, v = (t.reshape(B * S, -1) for t in (q, k, qkv[:, :, 2]))
         out = attend(attention_mask, q, k, v, D // self.head_dim, scale=self.head_dim**-0.5, window=window, **options)
         return self.out_drop(linear(self.Wo, out.view(B, S, -1))), None
-
-
-def _seed(device):
-    return torch.randint(-(2**63), 2**63 - 1, (1,), device=device)
 
 
 # ------------------------------------------------------------------------------------------- norms and feed-forward

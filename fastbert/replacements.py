@@ -242,12 +242,16 @@ def linear(module, x):
     return rows.view(*x.shape[:-1], rows.shape[-1])
 
 
+def fresh_seed(device):
+    """A dropout seed from torch's generator, so that manual_seed and activation checkpointing replay it."""
+    return torch.randint(-(2**63), 2**63 - 1, (1,), device=device)
+
+
 def dropping(module, device):
-    """The dropout arguments of an op for an nn.Dropout. A fresh seed from torch's generator, so that manual_seed and
-    activation checkpointing replay it."""
+    """The dropout arguments of an op for an nn.Dropout."""
     if not module.training or module.p == 0.0:
         return {}
-    return dict(dropout_p=module.p, seed=torch.randint(-(2**63), 2**63 - 1, (1,), device=device))
+    return dict(dropout_p=module.p, seed=fresh_seed(device))
 
 
 def layer_norm(module, x, residual=None, dropout=None):

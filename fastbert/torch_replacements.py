@@ -15,7 +15,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import ops
-from .replacements import Packed, Replacement, dropping, gelu_form, is_plain, is_static, is_watched, linear, packing
+from .replacements import (
+    Packed,
+    Replacement,
+    dropping,
+    fresh_seed,
+    gelu_form,
+    is_plain,
+    is_static,
+    is_watched,
+    linear,
+    packing,
+)
 from .row_gradient import TakeRowsFunction
 
 # what a program of the kernels holds: columns of a norm, columns of a head
@@ -138,15 +149,11 @@ class MultiheadAttention(Replacement):
         qkv = ops.linear(rows, self.in_proj_weight, self.in_proj_bias).view(len(rows), 3, self.num_heads, -1)
         options = {}
         if self.training and self.dropout > 0.0:
-            options = dict(dropout_p=self.dropout, seed=_seed(rows.device))
+            options = dict(dropout_p=self.dropout, seed=fresh_seed(rows.device))
         out = ops.attention(qkv, None, None, packed.cu_seqlens, packed.max_seqlen, **options).flatten(1)
         # never called by torch either
         out = ops.linear(out, self.out_proj.weight, self.out_proj.bias)
         return (out if packed.inside else packed.unpack(out).view(query.shape)), None
-
-
-def _seed(device):
-    return torch.randint(-(2**63), 2**63 - 1, (1,), device=device)
 
 
 # the methods that torch's layer calls, which somebody may have set on an instance
@@ -205,13 +212,8 @@ class TransformerEncoderLayer(Replacement):
             weight, bias = self.linear1.weight, self.linear1.bias
             y = ops.linear_gelu(x.flatten(0, -2), weight, bias, approximate=approximate).view(*x.shape[:-1], -1)
         else:
-            y = self.activation(_linear(self.linear1, x))
-        return _linear(self.linear2, self.dropout(y))
-
-
-def _linear(module, x):
-    """`module`(x) for x [..., D]."""
-    return linear(module, x.flatten(0, -2)).view(*x.shape[:-1], -1) if is_plain(module, nn.Linear) else module(x)
+            y = self.activation(linear(self.linear1, x))
+        return linear(self.linear2, self.dropout(y))
 
 
 def _gelu_of(activation):
