@@ -28,6 +28,13 @@ V = len(SPECIALS + WORDS)
 TEXTS = ["the cat sat on a mat .", "dog", "and then it ran far away from that dog", "it was the dog"]
 
 
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """accelerate keeps one state a process, its precision included, which the next Trainer or Accelerator inherits."""
+    if "accelerate" in sys.modules:
+        sys.modules["accelerate"].state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def tiny(kind="BertForMaskedLM", **options):
     torch.manual_seed(0)
     cls = getattr(transformers, kind)
