@@ -4,6 +4,7 @@ python benchmarks/machine.py          writes machine.json to benchmarks/results/
 """
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -59,6 +60,21 @@ def describe(device):
     if rehearsing(device):
         facts["rehearsal"] = "Triton's interpreter, tiny shapes: no time here means anything"
     return facts
+
+
+def keep_memory():
+    """Have this process keep what it frees, with glibc; whether that was possible.
+
+    glibc gives blocks above 32 MB back to the kernel and takes them anew, page by page: gradients of a vocabulary in
+    every training step. That is a fifth of the step, and on a virtual machine now little and now much. PyTorch's guide
+    to CPUs says to use another allocator for this reason. For all libraries alike.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    trim_threshold, mmap_max = -1, -4
+    return bool(mallopt(trim_threshold, -1) and mallopt(mmap_max, 0))
 
 
 def _processor():
