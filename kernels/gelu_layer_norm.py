@@ -186,6 +186,10 @@ def gelu_layer_norm_bwd(dy, x, bias, weight, ln_bias, mean, rstd, approximate):
         # GELU takes more registers than LayerNorm alone: as many rows on twice the warps need half as many a thread,
         # which lets twice the warps run at once (three tiles) and spares spills (wide rows)
         default = candidates[1]
+    elif x.element_size() == 2 and default["TILES"] == 4 and D <= 1024:
+        # half as many rows, each on two warps: no spills, and half as many warps again at once
+        default = {**default, "BLOCK_T": 2, "BLOCK_D": 512, "TILES": 2, "PROGRAMS": 3}
+        candidates = (*candidates, default)
     launch(run, "gelu_layer_norm_bwd", shape_key(x, D), default, candidates)
     return dx, dbias, dweight, dln_bias
 

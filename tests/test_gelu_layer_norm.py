@@ -94,6 +94,12 @@ def test_wide_rows(D, device):
     check(*make(2, D, device))
 
 
+@pytest.mark.parametrize("D", [1000, 1024])
+def test_wide_rows_of_half_precision(D, device):
+    """The backward takes them two at a time, in tiles of its own."""
+    check(*make(75, D, device, torch.float16))
+
+
 @both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 def test_extreme_inputs(dtype, approximate, device):
