@@ -1,15 +1,17 @@
 """Whole models side by side: transformers (eager, sdpa, compiled, flash), the same swapped, and fastbert's own.
 
-    python benchmarks/bench_models.py                                 about nine minutes on two cores
+    python benchmarks/bench_models.py                                 about eighteen minutes on two cores
     python benchmarks/bench_models.py --only fill batch               these sweeps
     python benchmarks/bench_models.py --models roberta-base           another model than bert-base in the sweeps
     python benchmarks/bench_models.py --quick --output runs/quick     small shapes, under a minute: does it run?
 
 fill        padded rectangles filled to 40, 60, 80 and 100 %: inference and training step
-length      no padding, as many tokens in sequences of 64 to 512 (ModernBERT: to 2048, on a GPU to 8192)
+length      no padding, as many tokens in sequences of 64 to 512, both passes; every family at 512, which is as far as
+            most go; ModernBERT to its 8192 (a training step on a CPU to 2048); DeBERTa-v3, whose positions are relative
+            and know no end, to 2048
 batch       inference of 1 sequence (latency) and more (throughput)
 picked      training step with 5, 15 and 30 % of the tokens picked (on a GPU to all of them)
-families    every family at one shape
+families    every family at 40, 60, 80 and 100 % fill
 sentences   texts to vectors with all-MiniLM-L6-v2: one verse, and 300
 
 inference is the encoder's hidden states without gradients, the weights in the dtype named; train is a whole step of the
@@ -18,8 +20,10 @@ same weights, without dropout, and get the same padded batch; fastbert packs it 
 it packed, as from fastbert's own loader. Where nothing is padded, nobody gets a mask.
 
 Before any clock starts, hidden states at real tokens, losses and gradient norms are compared with transformers' in
-float32; who disagrees is not timed. Calls take turns, in alternating order. Tokens per second count real tokens; beside
-them stand those of the padded rectangle, the figure that a padded library would state for itself.
+float32; who disagrees is not timed. Calls take turns, in alternating order, and a row whose spread is wide gets more
+rounds (rounds.py). On a CPU the process keeps the memory that it frees (machine.keep_memory), for all libraries alike.
+Tokens per second count real tokens; beside them stand those of the padded rectangle, the figure that a padded library
+would state for itself.
 
 MFU: the FLOPs that the result depends on (`model_flops`) over the time, as a share of the measured rate of a large
 matrix product in the same dtype on the same device. Padding, logits of tokens that are not picked, and recomputation
@@ -48,6 +52,7 @@ import bench_families
 import machine
 import report
 from bench_families import config_of, load_pair, padded_batch
+from rounds import take_turns
 
 import fastbert
 from fastbert import ops
@@ -59,6 +64,8 @@ TRANSFORMERS = ("transformers eager", "transformers sdpa", FLASH, "transformers 
 IMPLEMENTATIONS = (*TRANSFORMERS, "swapped", "fastbert", "fastbert, packed")
 # against transformers in float32: hidden states and gradient norms relative, losses absolute
 TOLERANCE = {"float32": (1e-4, 1e-4), "bfloat16": (0.03, 0.02)}
+# sequences from here on without transformers' eager attention: its scores would take gigabytes
+LONG = 4096
 NO_SDPA = "transformers has no sdpa attention for this model"
 FLOPS = (
     "inference: T L (8 D^2 + 4 D F) + 4 D L sum(n^2); gated feed-forward 6 D F, disentangled attention 8 D, "
@@ -104,20 +111,20 @@ def lengths_of(sequences, longest, fill):
 def cases(device, models, only, quick):
     """The cases of a run, sweep after sweep."""
     on_gpu = device.type == "cuda"
-    dtype, longest, tokens, S = "float32", 2048, 512, 128
+    dtype, tokens, S = "float32", 512, 128
     if on_gpu:
-        dtype, longest = "bfloat16", 8192
+        dtype = "bfloat16"
         tokens = 65536 if torch.cuda.mem_get_info(device)[0] > 100 * 2**30 else 16384
     if quick:
-        longest, tokens, S = 64, 64, 32
+        tokens, S = 64, 32
     # it compiles for most of a minute: only where it tells most
     uncompiled = tuple(name for name in IMPLEMENTATIONS if name != "transformers compiled")
     compiled = uncompiled if quick else IMPLEMENTATIONS
     # in a sweep of one model eager attention, never the fastest, tells nothing new
     few = tuple(name for name in uncompiled if name != "transformers eager")
     both = ("inference", "train")
-    ways = both if on_gpu else ("inference",)
-    whole, of_modernbert, of_families = (2, 2, 2) if quick else (None, None, None) if on_gpu else (None, 6, 4)
+    # of three layers of ModernBERT one sees everything, as in the whole model every third
+    whole, of_modernbert, of_families = (2, 2, 2) if quick else (None, None, None) if on_gpu else (None, 3, 4)
     found = []
 
     def add(sweep, model, lengths, passes, implementations, dtype=dtype, layers=whole, picked=0.15):
@@ -143,24 +150,35 @@ def cases(device, models, only, quick):
         for share in (0.05, 0.3) if quick or not on_gpu else (0.05, 0.3, 0.6, 1.0):
             add("picked", model, lengths_of(tokens // S, S, 0.6), "train", few, picked=share)
         for width in (16, 32) if quick else (64, 128, 256, 512):
-            for passes in ways:
-                add("length", model, lengths_of(tokens // width, width, 1.0), passes, uncompiled)
-    width = 16 if quick else 64
-    while width <= longest:
-        # of six layers a third see everything, as in the whole model
-        lengths = lengths_of(max(tokens, 1024 if not quick else 64, width) // width, width, 1.0)
-        for passes in ways:
-            add("length", "modernbert-base", lengths, passes, uncompiled, layers=of_modernbert)
-        width *= 2
+            for passes in both:
+                wanted = uncompiled if on_gpu or passes == "inference" else few
+                add("length", model, lengths_of(tokens // width, width, 1.0), passes, wanted)
+    for width in (16, 32) if quick else (64, 128, 256, 512, 1024, 2048, 4096, 8192):
+        wanted = uncompiled if width < LONG else few
+        around = max(tokens if on_gpu or quick else 1024, width)
+        add("length", "modernbert-base", (width,) * (around // width), "inference", wanted, layers=of_modernbert)
+        # on a CPU a step of 4096 tokens would take a minute in all
+        if on_gpu or quick or width in (128, 512, 2048):
+            around = max(tokens, width)
+            add("length", "modernbert-base", (width,) * (around // width), "train", few, layers=of_modernbert)
     for family, model in bench_families.MODELS.items():
         if quick and family != "deberta-v2":
             continue
-        wanted = compiled if on_gpu and family in ("deberta-v2", "modernbert") else few
-        for passes in both:
-            add("families", model, lengths_of(tokens // S, S, 0.6), passes, wanted, layers=of_families)
-    # stable: cases of one model stay together, as loading it takes longer than a case
-    order = {sweep: i for i, sweep in enumerate(SWEEPS)}
-    return sorted((case for case in found if case.sweep in only), key=lambda case: order[case.sweep])
+        for fill in (0.6,) if quick else (0.6, 1.0, 0.4, 0.8):
+            wanted = compiled if on_gpu and fill == 0.6 and family in ("deberta-v2", "modernbert") else few
+            for passes in both:
+                add("families", model, lengths_of(tokens // S, S, fill), passes, wanted, layers=of_families)
+        if quick or model in models or family == "modernbert":
+            # they have all of their lengths above
+            continue
+        for width in (512, 1024, 2048) if family == "deberta-v2" else (512,):
+            for passes in both if width == 512 or on_gpu else ("inference",):
+                around = max(tokens, width)
+                add("length", model, (width,) * (around // width), passes, few, layers=of_families)
+    found = [case for sweep in SWEEPS for case in found if case.sweep == sweep and sweep in only]
+    # cases of one model together, as loading it takes longer than a case
+    models = list(dict.fromkeys((case.model, case.layers) for case in found))
+    return sorted(found, key=lambda case: models.index((case.model, case.layers)))
 
 
 def model_flops(config, lengths, picked, passes):
@@ -325,7 +343,8 @@ def checked(model, case, device, not_measured):
     for name in dict.fromkeys((first, *case.implementations)):
         try:
             call = model.call(name, case, batch, packed)
-            found = call(**settings)
+            # what the others are held to, it has been called
+            found = truth if name == first and case.dtype == "float32" else call(**settings)
             if case.passes == "inference":
                 wanted = truth[real].float()
                 found = (found if name == "fastbert, packed" else found[real]).float()
@@ -348,27 +367,6 @@ def checked(model, case, device, not_measured):
         else:
             calls[name], largest = call, max(largest, difference)
     return calls, largest
-
-
-def take_turns(calls, rounds, device, seconds=None, prepare=lambda name: None):
-    """{name: seconds of each call}, three to `rounds` rounds, none begun after `seconds`."""
-    times, began = {name: [] for name in calls}, time.perf_counter()
-    for i in range(rounds):
-        if i >= 3 and seconds is not None and time.perf_counter() - began > seconds:
-            break
-        for name in list(calls)[:: -1 if i % 2 else 1]:
-            prepare(name)
-            _synchronize(device)
-            start = time.perf_counter()
-            calls[name]()
-            _synchronize(device)
-            times[name].append(time.perf_counter() - start)
-    return times
-
-
-def _synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def summary(seconds, real, padded, flops, rate, gib):
@@ -394,7 +392,7 @@ def run_case(case, model, device, rates, rounds, not_measured):
         # modules are shared: the mode and the attention that a call wants are set before its clock starts
         model.module(name, case)
 
-    seconds = take_turns(calls, rounds[case.passes], device, 20.0, prepare)
+    seconds = take_turns(calls, rounds[case.passes], device=device, prepare=prepare)
     gib = {}
     # on a CPU a profiler counts, which takes its time
     is_counted = device.type == "cuda" or (case.sweep == "fill" and (case.fill == 1 or 0.55 < case.fill < 0.75))
@@ -454,7 +452,7 @@ def sentence_rows(device, rates, rounds, quick, not_measured):
         if difference > 1e-4:
             raise AssertionError(f"the vectors of {', '.join(calls)} differ by {difference:.1e}")
         seconds = take_turns(
-            {n: functools.partial(call, some) for n, call in calls.items()}, rounds["inference"], device, 20.0
+            {n: functools.partial(call, some) for n, call in calls.items()}, rounds["inference"], device=device
         )
         flops = model_flops(config, lengths, 0, "inference")
         yield {
@@ -502,7 +500,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--models", nargs="+", default=["bert-base"], metavar="NAME", help="in all sweeps but families")
     parser.add_argument("--only", nargs="+", choices=SWEEPS, default=list(SWEEPS), help="these sweeps")
-    parser.add_argument("--rounds", type=int, help="timed calls of each; default: 4, of training steps 3, on a GPU 20")
+    parser.add_argument("--rounds", type=int, help="timed calls of each; default: 5 to 20, of training steps 4 to 12")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no further case after this time")
     parser.add_argument("--quick", action="store_true", help="small shapes: whether it runs, not how fast")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -516,17 +514,22 @@ def main(arguments=None):
         parser.error(str(error))
     end = time.monotonic() + options.seconds
     torch._dynamo.config.cache_size_limit = 64
-    rounds = {"inference": 4, "train": 3} if device.type == "cpu" else {"inference": 20, "train": 20}
+    # the least and the most
+    rounds = {"inference": (5, 20), "train": (4, 12)}
+    if device.type == "cuda":
+        rounds = dict.fromkeys(rounds, (20, 20))
     if options.rounds or options.quick:
-        rounds = dict.fromkeys(rounds, options.rounds or 2)
+        rounds = dict.fromkeys(rounds, (options.rounds or 2,) * 2)
     file = (options.output or machine.folder(device)) / "models.json"
     result = report.new(device, {
-        "rounds": rounds, "quick": options.quick, "optimizer": "AdamW, fused, as part of train", "dropout": 0.0,
-        "flops": FLOPS, "product_flops_per_s": product_rates(device), "left_out": [],
+        "rounds": rounds, "memory_kept": device.type == "cpu" and machine.keep_memory(), "quick": options.quick,
+        "optimizer": "AdamW, fused, as part of train", "dropout": 0.0, "flops": FLOPS,
+        "product_flops_per_s": product_rates(device), "left_out": [],
     })  # fmt: skip
     rates, missing = result["settings"]["product_flops_per_s"], result["not_measured"]
     if device.type == "cpu":
         missing["transformers compiled"] = "elsewhere than listed: it compiles for a minute on few cores"
+    missing |= {f"transformers eager, from {LONG} tokens on": "its scores would take gigabytes"}
     model = None
     for case in cases(device, options.models, options.only, options.quick):
         if time.monotonic() > end:

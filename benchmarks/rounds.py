@@ -1,0 +1,73 @@
+"""Calls that take turns: warmed up, in alternating order, until their times say something."""
+
+import statistics
+import time
+
+import torch
+
+# the spread, of the median, above which a row gets more rounds; new pages in a round that is still warming up
+WIDE, NEW_PAGES = 0.1, 1000
+
+
+def spread(seconds):
+    """Half of the distance between the quartiles, as a share of the median: the ± of every table."""
+    if len(seconds) < 2:
+        return 0.0
+    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return (high - low) / (2 * median)
+
+
+def take_turns(calls, rounds, seconds=20.0, device=None, prepare=lambda name: None):
+    """{name: seconds of each call} of functions without arguments, which have been called before.
+
+    rounds: (least, most). The least, and more while a round takes little (a second in all) or while the spread of any
+    is above WIDE. Three are timed however long they take; no other begins once `seconds` are over. On a CPU rounds
+    without a clock come first, while calls take memory from the kernel that they will keep: three at most.
+    prepare: called with the name before each call, outside of its time.
+    """
+    least, most = rounds
+    on_gpu = device is not None and device.type == "cuda"
+    times, began = {name: [] for name in calls}, time.perf_counter()
+
+    def turn(names, keep):
+        for name in names:
+            prepare(name)
+            if on_gpu:
+                torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            calls[name]()
+            if on_gpu:
+                torch.cuda.synchronize(device)
+            if keep:
+                times[name].append(time.perf_counter() - start)
+
+    def is_enough():
+        done, elapsed = len(next(iter(times.values()))), time.perf_counter() - began
+        if done < min(3, least):
+            return False
+        if elapsed > seconds or done >= most:
+            return True
+        settled = all(spread(found) <= WIDE for found in times.values())
+        return done >= least and settled and elapsed > 1
+
+    names = list(calls)
+    if least > 2 and not on_gpu:
+        for _ in range(3):
+            before = _pages()
+            turn(names, keep=False)
+            if _pages() - before < NEW_PAGES or time.perf_counter() - began > seconds / 2:
+                break
+        began = time.perf_counter()
+    while not is_enough():
+        turn(names, keep=True)
+        names.reverse()
+    return times
+
+
+def _pages():
+    """How many pages of memory this process has taken so far; 0 where nothing counts them."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
