@@ -197,8 +197,12 @@ def _truth(case, arguments):
 
 
 def in_turns(runs, clock, rounds, budget):
-    """{variant: {"forward": seconds of each round, "backward": ...}}; no sixth round past `budget` seconds."""
+    """({variant: {"forward": seconds of each round, "backward": ...}}, {variant: rounds in which it held the host up}).
+
+    No sixth round begins past `budget` seconds. Each call finds its arguments at another place than the last did.
+    """
     gradients = {name: op_cases.cotangent(run) for name, run in runs.items() if not run.forward_only}
+    places = {name: rotation(run, gradients.get(name), clock) for name, run in runs.items()}
 
     def calls(name):
         run = runs[name]
@@ -208,22 +212,46 @@ def in_turns(runs, clock, rounds, budget):
 
     calls = {name: calls(name) for name in runs}
     seconds = {name: {"forward": [], "backward": []} for name in runs}
+    late = dict.fromkeys(runs, 0)
     warm_up = 2 if clock.device.type == "cuda" else 1
     began = time.monotonic()
     for i in range(-warm_up, rounds):
         if i >= 5 and time.monotonic() - began > budget:
             break
         for name in list(runs)[:: 1 if i % 2 else -1]:
+            places[name](i)
             taken = clock.seconds(*calls[name])
             if i >= 0:
+                late[name] += clock.was_late
                 for what, value in zip(("forward", "backward"), taken):
                     seconds[name][what].append(value)
-    return seconds
+    for turn in places.values():
+        turn(0)
+    return seconds, late
+
+
+def rotation(run, gradient, clock):
+    """A function of a round's number that puts the run's leaves, and its output's gradient, at another place in memory.
+
+    The tensors stay the same objects with the same numbers, so nothing is compiled again. Indices stay where they are.
+    """
+    tensors = [*run.leaves, *([] if gradient is None else [gradient])]
+    places = [[x.data for x in tensors]]
+    for _ in range(1, clock.copies(sum(x.nbytes for x in tensors))):
+        places.append([x.detach().clone() for x in tensors])
+
+    def turn(i):
+        for x, place in zip(tensors, places[i % len(places)]):
+            x.data = place
+
+    return turn
 
 
 def measure(case, runs, errors, refused, clock, ceilings, rounds, budget):
     """A row for each pass of a case, with the seconds of every one of `runs`."""
-    seconds = in_turns(runs, clock, rounds, budget)
+    seconds, late = in_turns(runs, clock, rounds, budget)
+    # such a call waits for the device, and then the device for the host: that is in its time
+    waiting = [name for name, count in late.items() if 2 * count > len(seconds[name]["forward"])]
     memory = {}
     for name, run in runs.items():
         memory["forward", name] = machine.gib_per_call(clock.device, run.forward)
@@ -262,7 +290,7 @@ def measure(case, runs, errors, refused, clock, ceilings, rounds, budget):
                     name: _summary(times, taken["fastbert"], size, flops, least[what], memory.get((what, name)))
                     for name, times in taken.items()
                 },
-                "disagreement": errors, "not_measured": missing,
+                "waiting": [name for name in waiting if name in taken], "disagreement": errors, "not_measured": missing,
             }
         )  # fmt: skip
     return rows
@@ -301,7 +329,7 @@ def markdown(result):
         f"{title(result)}. `{result['command']}`. Measured ceilings: copy {ceilings['copy'] / 1e9:.0f} GB/s, matrix "
         f"product {ceilings['product'] / 1e12:.2f} TFLOP/s. Times are medians in µs, quartiles those of both passes; "
         "% is of the ceiling that binds: the least bytes over the copy's rate or the FLOPs over the product's. Rates "
-        "count real tokens.",
+        f"count real tokens.{_of_the_clock(result)}",
         "",
         *_losses(result["rows"]),
     ]
@@ -330,6 +358,8 @@ def markdown(result):
                 cells += [whole["gb_per_s"], whole["tflop_per_s"]]
                 cells += [forward["percent_of_ceiling"], backward["percent_of_ceiling"], _mib(whole)]
             lines.append(f"| {variant} | " + " | ".join("" if cell is None else str(cell) for cell in cells) + " |")
+        if both.get("waiting"):
+            lines += ["", f"Waiting for the device within, so with the host's time: {', '.join(both['waiting'])}."]
         if both["not_measured"]:
             lines += ["", "Not measured:", ""]
             lines += [f"- {variant}: {reason}" for variant, reason in both["not_measured"].items()]
@@ -337,6 +367,11 @@ def markdown(result):
         lines += ["", "Left out, for want of time:", ""]
         lines += [f"- {name}" for name in result["settings"]["left_out"]]
     return "\n".join(lines) + "\n"
+
+
+def _of_the_clock(result):
+    empty = result["settings"].get("empty_call_us")
+    return "" if empty is None else f" An empty call takes {empty} µs: so much of every pass is the clock's."
 
 
 def _mib(part):
@@ -373,7 +408,9 @@ def write(result, folder):
     (folder / "ops.md").write_text(markdown(result), encoding="utf-8")
     if result["rows"]:
         names = [
-            name for name in result["rows"][0] if name not in ("seconds", "summary", "disagreement", "not_measured")
+            name
+            for name in result["rows"][0]
+            if name not in ("seconds", "summary", "waiting", "disagreement", "not_measured")
         ]
         with open(folder / "ops.csv", "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
@@ -440,6 +477,8 @@ def main():
     ceilings = machine.ceilings(device)
     result = report.new(device, {"rounds": rounds, "quick": options.quick, "ceilings": ceilings, "left_out": []})
     clock = machine.Clock(device)
+    empty = statistics.median([clock.seconds(lambda: None)[0] for _ in range(10)])
+    result["settings"]["empty_call_us"] = round(empty * 1e6, 2)
     passed, failures = {}, []
     for number, case in enumerate(todo, 1):
         if time.monotonic() > end:

@@ -50,6 +50,7 @@ def describe(device):
         facts["device"] = properties.name
         facts["memory_gib"] = round(properties.total_memory / 2**30)
         facts["multiprocessors"] = properties.multi_processor_count
+        facts["l2_mib"] = round(getattr(properties, "L2_cache_size", 0) / 2**20)
         facts["capability"] = f"{properties.major}.{properties.minor}"
         facts["cuda"] = torch.version.cuda or f"hip {torch.version.hip}"
         facts["driver"] = _driver()
@@ -128,45 +129,91 @@ def _median_seconds(clock, call, rounds=10):
 
 
 class Clock:
-    """Times calls on a device: on a GPU what its stream takes, without the time of the host that feeds it."""
+    """Times calls on a device: on a GPU what its stream takes, without the time of the host that feeds it.
+
+    Before each call a large tensor is read, so that no cache holds anything of the call's arguments. It is read and not
+    written: lines that a write leaves in the cache would be brought to memory at the expense of the call.
+    """
 
     def __init__(self, device):
         self.device = device
-        # more than the caches between processor and memory hold: 256 MiB on a GPU, 64 on a CPU
-        elements = 2**26 if device.type == "cuda" else 1 if rehearsing(device) else 2**24
-        self.cold = torch.empty(elements, dtype=torch.int32, device=device)
+        # ten times the cache of an H200, four times a B200's, twice an MI300X's; on a CPU 64 MiB
+        elements = 2**27 if device.type == "cuda" else 1 if rehearsing(device) else 2**24
+        # written once: memory that never was may not exist
+        self.cold = torch.ones(elements, device=device)
+        # whether the last calls waited for the host: then their time is not the device's alone
+        self.was_late = False
         if device.type == "cuda":
-            # how long a sequence of calls takes to be queued, in cycles of the device
-            self.cycles = {}
+            self.cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 2**26
+            self.cycles_per_second = _cycles_per_second()
+            # {sequence of calls: seconds for which the device is kept busy while they are queued}
+            self.waits = {}
+        else:
+            self.cache = 2**25
 
     def seconds(self, *calls):
-        """Seconds of each call, one after the other, from a cold cache. A call gets what the one before it returned."""
+        """Seconds of each call, one after the other, each from a cold cache. A call gets what the one before returned.
+
+        Calls may be repeated: they must leave what they are given as it was.
+        """
         if self.device.type != "cuda":
             return self._on_the_host(calls)
-        self.cold.zero_()
+        wait = self.waits.pop(id(calls[0]), 5e-4)
+        for _ in range(3):
+            taken, queued = self._on_the_stream(calls, wait)
+            wait = min(max(2 * queued, 2e-4), 2e-2)
+            if not self.was_late:
+                self.waits[id(calls[0])] = wait
+                break
+        return taken
+
+    def _on_the_stream(self, calls, wait):
+        """(seconds of each call, how long the host took to queue them)."""
         # keeps the device busy until the host has queued everything
-        torch.cuda._sleep(self.cycles.get(id(calls[0]), 10**6))
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(calls) + 1)]
+        torch.cuda._sleep(int(wait * self.cycles_per_second))
         start = time.perf_counter()
-        events[0].record()
-        result = ()
-        for call, event in zip(calls, events[1:]):
+        spans, result = [], ()
+        for call in calls:
+            self.cold.sum()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
             result = (call(*result),)
-            event.record()
+            end.record()
+            spans.append((begin, end))
         queued = time.perf_counter() - start
+        # the device has got to the first call before the last was queued: it may have waited in between
+        self.was_late = spans[0][0].query()
         torch.cuda.synchronize(self.device)
-        # at most 20 ms: a call that waits for the device waits for this too. 2e9: cycles a second, no GPU has more
-        self.cycles[id(calls[0])] = int(min(max(2 * queued, 2e-4), 2e-2) * 2e9)
-        return [a.elapsed_time(b) / 1000 for a, b in zip(events, events[1:])]
+        return [begin.elapsed_time(end) / 1000 for begin, end in spans], queued
 
     def _on_the_host(self, calls):
-        self.cold.zero_()
         seconds, result = [], ()
         for call in calls:
+            self.cold.sum()
             start = time.perf_counter()
             result = (call(*result),)
             seconds.append(time.perf_counter() - start)
         return seconds
+
+    def copies(self, nbytes):
+        """How many copies of arguments of so many bytes to use in turn: two, up to four of what a cache could hold."""
+        copies = min(max(-(-2 * self.cache // max(nbytes, 1)), 2), 4)
+        if self.device.type == "cuda" and copies * nbytes > torch.cuda.mem_get_info(self.device)[0] // 8:
+            return 1
+        return copies
+
+
+def _cycles_per_second():
+    """The rate of the clock that torch.cuda._sleep counts: the highest of three, as the first wakes the device."""
+    rates = []
+    for _ in range(3):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        torch.cuda._sleep(10**6)
+        end.record()
+        torch.cuda.synchronize()
+        rates.append(10**6 / (begin.elapsed_time(end) / 1000))
+    return max(rates)
 
 
 def gib_per_call(device, call):
