@@ -216,8 +216,8 @@ def run_of(function, arguments):
 
 def cotangent(run):
     """A gradient for the run's output: the same random numbers, token by token, whatever the form of that output."""
-    with torch.no_grad():
-        output = run.packed(run.forward(), run.leaves)[0]
+    # with gradients, as everywhere: without them what compiles would compile once more
+    output = run.packed(run.forward(), run.leaves)[0].detach()
     generator = torch.Generator(output.device).manual_seed(1)
     numbers = torch.randn(output.shape, generator=generator, device=output.device).to(output.dtype)
     return run.unpacked(numbers if output.dim() else torch.ones_like(output))
