@@ -34,7 +34,7 @@ def attention(
         if dropout_p > 0.0:
             rows = torch.arange(start, end, device=q.device)
             keep = reference.attention_keep_mask(rows, heads, end - start, seed, offset, dropout_p)
-            p = p * keep * 65536 / (65536 - reference.dropout_threshold(dropout_p))
+            p = reference.drop(p, keep, dropout_p)
         outs.append(torch.einsum("hij,jhk->ihk", p, values))
     outs.append(torch.zeros_like(q[starts[-1] :]))
     return torch.cat(outs)

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from . import dropout_mask
+
 _UINT32 = 0xFFFFFFFF
 PHILOX_ROUNDS = 7
 
@@ -95,9 +97,9 @@ def _random_pieces(groups, row, head, seed, offset):
     A group is one Philox call: its counter is (group, row, head, offset) and its key `seed` (an int64 tensor [1]). Its
     pieces stand in order of word, low half first.
     """
-    row, head = torch.broadcast_tensors(row.unsqueeze(-1), head.unsqueeze(-1))
-    group = torch.arange(groups, device=row.device).expand(*row.shape[:-1], -1)
-    counter = group, row & _UINT32, head & _UINT32, torch.full_like(group, offset & _UINT32)
+    group = torch.arange(groups, device=row.device)
+    # left to broadcast: what does not depend on all of them is computed once
+    counter = group, row.unsqueeze(-1) & _UINT32, head.unsqueeze(-1) & _UINT32, torch.full_like(group, offset & _UINT32)
     words = philox(*counter, seed & _UINT32, (seed >> 32) & _UINT32)
     return torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
 
@@ -107,6 +109,8 @@ def keep_mask(row, head, columns, seed, offset, dropout_p):
 
     Element (row, head, column) looks at piece `column % 8` of group `column // 8` of `_random_pieces`.
     """
+    if dropout_mask.can_draw(row, head, seed):
+        return dropout_mask.draw(row, head, columns, seed, offset, dropout_threshold(dropout_p), 1)
     bits = _random_pieces(-(-columns // 8), row, head, seed, offset)
     return bits.flatten(-2)[..., :columns] >= dropout_threshold(dropout_p)
 
@@ -116,6 +120,8 @@ def attention_keep_mask(row, head, columns, seed, offset, dropout_p):
 
     Bits 0, 3 and 4 of a column, in this order from the lowest, say which piece; the others say which group.
     """
+    if dropout_mask.can_draw(row, head, seed):
+        return dropout_mask.draw(row, head, columns, seed, offset, dropout_threshold(dropout_p), 4)
     bits = _random_pieces(-(-columns // 32) * 4, row, head, seed, offset)
     # bits 5 and above, bits 2 and 1, then the piece as bits 4, 3, 0
     bits = bits.unflatten(-1, (2, 2, 2)).unflatten(-4, (-1, 4))
@@ -129,11 +135,33 @@ def dropout(x, dropout_p, seed, offset):
         return x
     rows = torch.arange(x.shape[0], device=x.device)
     keep = keep_mask(rows, torch.zeros_like(rows), x.shape[1], seed, offset, dropout_p)
-    return x * keep * _keep_scale(dropout_p)
+    return drop(x, keep, dropout_p)
 
 
 def _keep_scale(dropout_p):
     return 65536 / max(65536 - dropout_threshold(dropout_p), 1)
+
+
+def drop(x, keep, dropout_p):
+    """x with what `keep`, bool of x's shape, says scaled so that the expectation stays, and 0 elsewhere."""
+    return DropFunction.apply(x, keep, _keep_scale(dropout_p))
+
+
+class DropFunction(torch.autograd.Function):
+    """x * keep * scale, which keeps for its backward a byte for each element."""
+
+    @staticmethod
+    def forward(ctx, x, keep, scale):
+        ctx.save_for_backward(keep)
+        ctx.scale = scale
+        if x.device.type != "cpu":
+            return x * keep * scale
+        # on a CPU, torch converts bytes with vector instructions, but not booleans
+        return keep.view(torch.uint8).to(x.dtype).mul_(x).mul_(scale)
+
+    @staticmethod
+    def backward(ctx, dout):
+        return DropFunction.apply(dout, *ctx.saved_tensors, ctx.scale), None, None
 
 
 def attention(
@@ -221,7 +249,7 @@ def _attend(q, k, v, scale, mask, keep, dropout_p):
         scores = scores.masked_fill(~mask, float("-inf"))
     probabilities = torch.softmax(scores, dim=-1)
     if keep is not None:
-        probabilities = probabilities * keep * _keep_scale(dropout_p)
+        probabilities = drop(probabilities, keep, dropout_p)
     return probabilities @ v
 
 
@@ -352,7 +380,7 @@ def disentangled_attention(
             probabilities = torch.softmax(scores, dim=-1)
             if dropout_p > 0.0:
                 keep = attention_keep_mask(row, head[:, None, None], L, seed, offset, dropout_p)
-                probabilities = probabilities * keep * _keep_scale(dropout_p)
+                probabilities = drop(probabilities, keep, dropout_p)
             parts.append(probabilities @ values[heads])
         outs.append(torch.cat(parts).permute(1, 2, 0, 3).flatten(0, 1))
     rows = torch.cat(outs) if outs else _no_rows(q, q, pos_key, pos_query)
@@ -385,7 +413,7 @@ def biased_attention(q, k, v, bias, cu_seqlens, max_seqlen, *, scale=None, dropo
         if dropout_p > 0.0:
             row, head = group.start_q[:, None] + position, torch.arange(q.shape[2], device=q.device)
             keep = attention_keep_mask(row[:, None, :], head[None, :, None], L, seed, offset, dropout_p)
-            probabilities = probabilities * keep * _keep_scale(dropout_p)
+            probabilities = drop(probabilities, keep, dropout_p)
         outs.append((probabilities @ values).transpose(1, 2).flatten(0, 1))
     rows = torch.cat(outs) if outs else _no_rows(q, q, bias)
     return TakeFunction.apply(rows, *reversed(places))

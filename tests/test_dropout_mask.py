@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastbert import reference
+from fastbert import dropout_mask, reference
 from fastbert.kernels._launch import dropout_constants
 from fastbert.kernels._math import attention_keep_mask, keep_mask
 
@@ -37,6 +37,23 @@ def test_kernel_and_reference_masks_are_equal(mask, C, seed, columns, device):
     row = torch.arange(1000, 1004, device=device)
     want = getattr(reference, mask)(row, torch.full_like(row, 5), columns, seed, 9, 0.3)
     assert torch.equal(out.bool(), want)
+
+
+@pytest.mark.parametrize("mask", ["keep_mask", "attention_keep_mask"])
+@pytest.mark.parametrize("seed, offset", [(0, 0), (2**40 + 3, 2**31 + 5), (-1, 2**32 + 7), (-(2**63), -1)], ids=str)
+@pytest.mark.parametrize("columns", [0, 1, 37, 768, 20000])
+def test_numpy_and_torch_draw_the_same_mask(mask, seed, offset, columns, monkeypatch):
+    """For rows and heads of several shapes, of one block and of more, of none; with 20000 columns a block is a row."""
+    draw, seed = getattr(reference, mask), torch.tensor([seed])
+    counts = [0, 1, 5] if columns > 768 else [0, 1, 700]
+    many = torch.arange(2**31 - 3, 2**31 + 697)
+    places = [(many[:n], torch.tensor(5)) for n in counts]
+    places += [(many[:6].view(3, 1, 2), torch.arange(2)[:, None]), (torch.tensor(-1), torch.tensor(2**40))]
+    fast = [draw(*place, columns, seed, offset, p) for place in places for p in (0.1, 1.0)]
+    monkeypatch.setattr(dropout_mask, "can_draw", lambda *tensors: False)
+    plain = [draw(*place, columns, seed, offset, p) for place in places for p in (0.1, 1.0)]
+    for a, b in zip(fast, plain):
+        assert a.dtype == b.dtype == torch.bool and torch.equal(a, b)
 
 
 @pytest.mark.parametrize("threshold", [1, 65535, 65536])

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import cu_seqlens_of
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 
 from fastbert import reference
 
@@ -145,6 +145,36 @@ def test_dropout_keeps_the_expectation_and_p0_is_the_identity():
     kept = dropped != 0
     assert abs(kept.double().mean() - 0.9) < 4 * (0.09 / x.numel()) ** 0.5
     torch.testing.assert_close(dropped[kept], torch.full_like(dropped[kept], 65536 / (65536 - 6554)))
+
+
+def test_dropout_has_a_second_derivative_and_spares_its_argument():
+    x = double(5, 7)
+    run = lambda x: reference.dropout(x.transpose(0, 1), 0.4, SEED, 4)  # noqa: E731
+    before = x.detach().clone()
+    assert gradcheck(run, (x,)) and gradgradcheck(lambda x: run(x).square(), (x,))
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_drop_rounds_once(dtype):
+    x = torch.randn(5, 7).to(dtype)
+    keep = torch.rand(5, 8)[:, :7] > 0.3
+    expected = x.double() * keep * (65536 / (65536 - 19661))
+    # half an eps, and in float32 as much again for the scale
+    rtol = 0.51 * torch.finfo(dtype).eps * (1 if dtype.itemsize == 2 else 2)
+    torch.testing.assert_close(reference.drop(x, keep, 0.3).double(), expected, rtol=rtol, atol=0)
+    assert reference.drop(x, torch.zeros_like(keep), 1.0).abs().sum() == 0
+
+
+def test_dropout_compiles_to_the_same_numbers():
+    """torch.compile gets it as PyTorch's own operations, eager on a CPU from NumPy."""
+    x = torch.randn(5, 70, requires_grad=True)
+    results = []
+    for function in (reference.dropout, torch.compile(reference.dropout, backend="aot_eager", fullgraph=True)):
+        out = function(x, 0.3, SEED, 2**31 + 4)
+        results.append((out, *torch.autograd.grad(out, x, torch.ones_like(out))))
+    for a, b in zip(*results):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
