@@ -22,6 +22,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fastbert import ops
 from fastbert.report import versions
 
+# sizes by the device's type: a copy many times any cache, a product that keeps every multiprocessor or core busy, and
+# what is read to empty the caches: ten times that of an H200, four times a B200's, twice an MI300X's; on a CPU 64 MiB
+COPIED = {"cuda": 2**31, "cpu": 2**27}
+SIDE = {"cuda": 8192, "cpu": 2048}
+COLD = {"cuda": 2**27, "cpu": 2**24}
+
 
 def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -102,18 +108,16 @@ def ceilings(device):
 
 
 def _copy_rate(clock):
-    elements = 2**20 if rehearsing(clock.device) else 2**27
+    elements = 2**20 if rehearsing(clock.device) else COPIED[clock.device.type]
     if clock.device.type == "cuda":
-        # many times any cache, and what fits
-        elements = min(2**31, torch.cuda.mem_get_info(clock.device)[0] // 8)
+        elements = min(elements, torch.cuda.mem_get_info(clock.device)[0] // 8)
     source, target = (torch.empty(elements, dtype=torch.bfloat16, device=clock.device) for _ in range(2))
     source.normal_()
     return 2 * source.nbytes / _median_seconds(clock, lambda: target.copy_(source))
 
 
 def _product_rate(clock):
-    # large enough to keep every multiprocessor, or core, busy
-    side = 8192 if clock.device.type == "cuda" else 256 if rehearsing(clock.device) else 2048
+    side = 256 if rehearsing(clock.device) else SIDE[clock.device.type]
     dtype = torch.bfloat16 if clock.device.type == "cuda" else torch.float32
     # random numbers: a product of zeros draws less power, and runs faster
     a, b = (torch.randn(side, side, device=clock.device).to(dtype) for _ in range(2))
@@ -137,10 +141,8 @@ class Clock:
 
     def __init__(self, device):
         self.device = device
-        # ten times the cache of an H200, four times a B200's, twice an MI300X's; on a CPU 64 MiB
-        elements = 2**27 if device.type == "cuda" else 1 if rehearsing(device) else 2**24
-        # written once: memory that never was may not exist
-        self.cold = torch.ones(elements, device=device)
+        # ones: memory that was never written may not exist
+        self.cold = torch.ones(1 if rehearsing(device) else COLD[device.type], device=device)
         # whether the last calls waited for the host: then their time is not the device's alone
         self.was_late = False
         if device.type == "cuda":
