@@ -74,9 +74,14 @@ def _choose(file, name, x, impl):
     return _kernel(file, name) if uses_triton(x.device, impl) else getattr(reference, name)
 
 
+def _autocasts(x):
+    # torch knows no autocast of the meta device, and says so by an error
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def _autocast(x, *tensors):
     """Under autocast, matrix products run in its dtype, as torch's own do."""
-    if not torch.is_autocast_enabled(x.device.type):
+    if not _autocasts(x):
         return x, *tensors
     dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(t if t is None else t.to(dtype) for t in (x, *tensors))
@@ -88,7 +93,7 @@ def _wide_under_autocast(x, *others):
     On a GPU they are on autocast's list of ops that run in fp32. On a CPU they are on none, and return what they are
     given: x, with `others` (None: absent) added to it.
     """
-    if not torch.is_autocast_enabled(x.device.type):
+    if not _autocasts(x):
         return None
     dtype = x.dtype if x.device.type == "cpu" else torch.promote_types(x.dtype, torch.float32)
     for other in others:
@@ -98,7 +103,7 @@ def _wide_under_autocast(x, *others):
 
 def _no_autocast(x):
     # entering an autocast that changes nothing costs more than some ops on a small batch
-    if not torch.is_autocast_enabled(x.device.type):
+    if not _autocasts(x):
         return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 

@@ -14,7 +14,9 @@ import itertools
 import re
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrize
 
 from . import huggingface_replacements, torch_replacements
@@ -198,7 +200,7 @@ def _class_of(replacement, original):
 
     @functools.wraps(original.forward)  # keeps the signature, from which HuggingFace's Trainer reads what to pass
     def forward(self, *args, **kwargs):
-        if replacement.yields():
+        if replacement.yields() or _is_dry(args, kwargs):
             return replacement.as_ever(self, *args, **kwargs)
         return replacement.forward(self, *args, **kwargs)
 
@@ -216,6 +218,12 @@ def _class_of(replacement, original):
             "replacement": replacement,
         },
     )
+
+
+def _is_dry(args, kwargs):
+    """Whether a forward only asks for shapes: tensors on the meta device, or fake ones, have no lengths to pack by."""
+    x = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
+    return x is not None and (x.is_meta or isinstance(x, FakeTensor))
 
 
 def _reduce(self, protocol):

@@ -5,12 +5,14 @@ test_swap_models.py, the programs that they use it in in test_swap_clients.py.
 """
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 import transformers
 from test_families import CASES, MASKS, WITHOUT_CHOICE, B, S, mask_of, theirs_of
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastbert
 from fastbert import ops, replacements
@@ -251,6 +253,23 @@ def test_kernels_run_and_agree(case, monkeypatch):
     monkeypatch.setattr(ops, "IMPL", "triton")
     assert_close(loss_of(swapped, inputs, labels=labels), expected)
     assert_gradients_equal(swapped, model)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_shapes_without_values(case):
+    """On the meta device, and as fake tensors, which memory estimates are made with, there are no lengths to read."""
+    model, swapped, _ = pair_of(case)
+    inputs = inputs_of(model, "right")
+    inputs["labels"] = labels_of(inputs)
+    if not CASES[case][0].startswith("Deberta"):
+        # transformers' other models read it there
+        del inputs["attention_mask"]
+    for mode, device in ((FakeTensorMode(allow_non_fake_inputs=True), "cpu"), (nullcontext(), "meta")):
+        with mode:
+            moved = {name: x.to(device).clone() for name, x in inputs.items()}
+            outs = [m.to(device)(**moved) for m in (model, swapped)]
+        got, expected = ({name: x.shape for name, x in out.items() if torch.is_tensor(x)} for out in outs)
+        assert got == expected and "loss" in got
 
 
 @pytest.mark.parametrize("case", CASES)
