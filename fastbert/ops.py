@@ -76,7 +76,7 @@ def _choose(file, name, x, impl):
 
 def _autocasts(x):
     # torch knows no autocast of the meta device, and says so by an error
-    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 def _autocast(x, *tensors):
