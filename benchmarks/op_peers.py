@@ -11,7 +11,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from op_cases import Run, floating, run_of
+from op_cases import Arguments, Run, floating, run_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastbert import ops
@@ -96,9 +96,9 @@ def _gpu_library(name, arguments):
     _gpu_only(arguments)
 
 
-def _gpu_only(arguments):
+def _gpu_only(arguments, why="runs on GPUs only"):
     if _device(arguments).type == "cpu":
-        raise Unavailable("runs on GPUs only")
+        raise Unavailable(why)
 
 
 class _Padded:
@@ -173,7 +173,7 @@ def _sdpa(backend=None, all_true_mask=False):
 
 
 def _flex(arguments):
-    """FlexAttention, compiled, on the rectangle; blocks that hold padding only are skipped."""
+    """FlexAttention, compiled, on the rectangle; blocks whose queries or keys are padding only are skipped."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     if arguments.get("dropout_p"):
@@ -181,9 +181,9 @@ def _flex(arguments):
     padded = _Padded(arguments)
     bias, block_mask, score_mod = arguments.get("bias"), None, None
     if not padded.is_full:
-
+        # of both: with padding among the queries left in, their blocks would be computed too
         def is_token(b, h, query, key):
-            return key < padded.lengths[b]
+            return (query < padded.lengths[b]) & (key < padded.lengths[b])
 
         block_mask = create_block_mask(
             is_token, len(padded.lengths), None, padded.S, padded.S, device=padded.mask.device
@@ -236,6 +236,49 @@ def _nested(arguments):
     def attend(q, k, v):
         out = F.scaled_dot_product_attention(jagged(q), jagged(k), jagged(v), dropout_p=arguments.get("dropout_p", 0.0))
         return out.transpose(1, 2).values()
+
+    return attend
+
+
+def _flash_attn_3(arguments):
+    _gpu_library("flash_attn_interface", arguments)
+    from flash_attn_interface import flash_attn_varlen_func
+
+    return _newer_flash_attn(flash_attn_varlen_func, arguments)
+
+
+def _flash_attn_4(arguments):
+    _gpu_library("flash_attn.cute", arguments)
+    from flash_attn.cute import flash_attn_varlen_func
+
+    return _newer_flash_attn(flash_attn_varlen_func, arguments)
+
+
+def _newer_flash_attn(function, arguments):
+    if arguments.get("dropout_p"):
+        raise Unavailable("FlashAttention has no dropout from its third version on")
+    cu_seqlens, S = arguments["cu_seqlens"], arguments["max_seqlen"]
+    # by name: the fourth has other arguments among these
+    places = dict(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=S, max_seqlen_k=S)
+
+    def attend(q, k, v):
+        out = function(q, k, v, **places)
+        # some versions return the softmax's statistics too
+        return out[0] if isinstance(out, tuple) else out
+
+    return attend
+
+
+def _xformers(arguments):
+    _gpu_library("xformers", arguments)
+    from xformers.ops import memory_efficient_attention
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+    boundaries = BlockDiagonalMask.from_seqlens(list(arguments.lengths), device=_device(arguments))
+    p = arguments.get("dropout_p", 0.0)
+
+    def attend(q, k, v):
+        return memory_efficient_attention(q[None], k[None], v[None], boundaries, p)[0]
 
     return attend
 
@@ -406,6 +449,14 @@ def _pooling_eager(arguments):
     return run
 
 
+def _pooling_segments(arguments):
+    """A mean of each sequence's packed rows, by torch's own reduction of segments: no padding."""
+    lengths = torch.tensor(arguments.lengths, device=_device(arguments))
+    run = Run(None, [arguments["hidden"]])
+    run.forward = lambda: F.normalize(torch.segment_reduce(run.leaves[0], "mean", lengths=lengths, axis=0), dim=-1)
+    return run
+
+
 def _in_the_rectangle(function, *per_token):
     """A variant that computes padding too, as a model without packing does. per_token: arguments with a row a token."""
 
@@ -563,6 +614,61 @@ def _and_columns(x, column):
     return torch.cat((x, column[:, None], x.new_zeros(len(x), -(x.shape[1] + 1) % 64)), 1)
 
 
+def _quack_cross_entropy(arguments):
+    """QuACK's, in chunks of rows. It takes no bias, whole eights of rows, and is at its best in 128s of words."""
+    _gpu_library("quack", arguments)
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    if "query" in arguments:
+        return _vocabulary_or_documents(
+            lambda hidden, weight, bias, labels: chunked_linear_cross_entropy(hidden, weight, labels, reduction="sum")
+        )(arguments)
+    hidden, weight, bias, labels = (arguments[name] for name in ("hidden", "weight", "bias", "labels"))
+    (M, D), V = hidden.shape, len(weight)
+    # what is filled up: rows without a label, words that no softmax sees
+    weight = _with_rows(_and_columns(weight, bias), -V % 128)
+    weight[V:, D] = _NEVER
+    run = Run(None, [_with_rows(_and_columns(hidden, torch.ones_like(hidden[:, 0])), -M % 8), weight])
+    labels = F.pad(labels, (0, -M % 8), value=-100)
+    run.packed = lambda output, gradients: (
+        output,
+        [gradients[0][:M, :D], gradients[1][:V, :D], gradients[1][:V, D]],
+    )
+    run.forward = lambda: chunked_linear_cross_entropy(*run.leaves, labels, reduction="sum")
+    return run
+
+
+# a logit that leaves no probability, in every dtype
+_NEVER = -1e4
+
+
+def _with_rows(x, count):
+    return torch.cat((x, x.new_zeros(count, *x.shape[1:])))
+
+
+def _whole_64s(make):
+    """The variant with the vocabulary filled up to a multiple of 64 words, as one does for tensor cores.
+
+    BERT's 30,522 are no multiple of 8: rows of logits are not aligned then, and libraries fall back to slower products.
+    """
+
+    def wide(arguments):
+        _gpu_only(arguments, "on a CPU it makes no difference")
+        V = len(arguments["weight"])
+        more = -V % 64
+        if not more:
+            raise NotApplicable
+        filled = {
+            "weight": _with_rows(arguments["weight"], more),
+            "bias": F.pad(arguments["bias"], (0, more), value=_NEVER),
+        }
+        run = make(Arguments({**arguments, **filled}, arguments.lengths))
+        run.packed = lambda output, gradients: (output, [gradients[0], *(x[:V] for x in gradients[1:])])
+        return run
+
+    return wide
+
+
 def _liger_layer_norm(arguments):
     _gpu_library("liger_kernel", arguments)
     from liger_kernel.transformers.functional import liger_layer_norm
@@ -590,6 +696,7 @@ CROSS_ENTROPIES = {
     "liger, large chunks": _liger_cross_entropy(4096),
     "cut_cross_entropy": _cut_cross_entropy("cce"),
     "cut_cross_entropy, compiled": _cut_cross_entropy("torch_compile"),
+    "quack": _quack_cross_entropy,
 }
 BACKENDS = {
     "sdpa": None,
@@ -608,6 +715,9 @@ PEERS = {
         "torch varlen": _packed_attention(_varlen),
         "torch nested": _packed_attention(_nested),
         "flash_attn": _flash_attn,
+        "flash_attn 3": _packed_attention(_flash_attn_3),
+        "flash_attn 4": _packed_attention(_flash_attn_4),
+        "xformers": _packed_attention(_xformers),
     },
     "biased_attention": {
         "eager": _biased_eager,
@@ -633,10 +743,19 @@ PEERS = {
     "gelu_layer_norm": {"eager, every token": _every_token(_gelu_layer_norm, "x")},
     "masked_cross_entropy": {
         "eager, every token": _every_token(_masked_cross_entropy, "hidden"),
+        "eager, whole 64s": _whole_64s(lambda arguments: run_of(_masked_cross_entropy, arguments)),
         **CROSS_ENTROPIES,
+        **{
+            f"{name}, whole 64s": _whole_64s(CROSS_ENTROPIES[name])
+            for name in ("torch linear_cross_entropy, chunked", "liger, large chunks")
+        },
     },
     "contrastive_cross_entropy": CROSS_ENTROPIES,
-    "pooling": {"eager": _pooling_eager, "compiled": _compiled_forward(_pooling_eager)},
+    "pooling": {
+        "eager": _pooling_eager,
+        "compiled": _compiled_forward(_pooling_eager),
+        "torch segment_reduce": _pooling_segments,
+    },
 }
 
 
