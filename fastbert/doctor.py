@@ -1,5 +1,6 @@
 """What this machine offers, and what fastbert makes of it; and what the compiler makes of the kernels."""
 
+import datetime
 import inspect
 import json
 import platform
@@ -65,8 +66,14 @@ def doctor_compile(archs, dtypes, models, op_names, *, candidates=False, json_fi
         rows = offline.report(archs, dtypes, models, op_names, candidates=candidates, on_progress=on_progress)
     seconds = time.perf_counter() - start
     if target:
+        chosen = (("arch", archs), ("dtype", dtypes), ("model", models), ("op", op_names))
+        command = ["fastbert", "doctor", "--compile", *(f"--{name}={x}" for name, found in chosen for x in found)]
+        about = dict(
+            date=datetime.date.today().isoformat(), command=" ".join(command + ["--candidates"] * candidates),
+            versions=versions(), seconds=round(seconds, 1),
+        )  # fmt: skip
         with target:
-            json.dump(dict(versions=versions(), seconds=round(seconds, 1), kernels=rows), target, indent=1)
+            json.dump({**about, "kernels": rows}, target, indent=1)
     # without a terminal, as in a pipe, rich would take 80 columns
     console = Console(width=max(Console().width, 100), highlight=False, markup=False)
     console.print(_LEGEND + "; ".join(f"{_LETTERS[model]} {model}" for model in models))
