@@ -38,7 +38,7 @@ import machine
 import op_cases
 import report
 from op_cases import Case, results
-from op_peers import NotApplicable, Unavailable, build, variants
+from op_peers import NotApplicable, Unavailable, build, installed, variants
 
 LENGTHS = (26, 40, 55, 70, 84, 99, 113, 128)
 TOLERANCE = {torch.bfloat16: 0.03, torch.float16: 0.005, torch.float32: 1e-4}
@@ -330,6 +330,7 @@ def markdown(result):
         f"product {ceilings['product'] / 1e12:.2f} TFLOP/s. Times are medians in µs, quartiles those of both passes; "
         "% is of the ceiling that binds: the least bytes over the copy's rate or the FLOPs over the product's. Rates "
         f"count real tokens.{_of_the_clock(result)}",
+        *_peers(result),
         "",
         *_losses(result["rows"]),
     ]
@@ -372,6 +373,11 @@ def markdown(result):
 def _of_the_clock(result):
     empty = result["settings"].get("empty_call_us")
     return "" if empty is None else f" An empty call takes {empty} µs: so much of every pass is the clock's."
+
+
+def _peers(result):
+    named = [f"{name} {version}" for name, version in result["settings"].get("peers", {}).items()]
+    return ["", f"Installed beside: {', '.join(named)}."] if named else []
 
 
 def _mib(part):
@@ -475,7 +481,9 @@ def main():
     # what a case may take in turns beyond five rounds
     budget = 1e9 if device.type == "cuda" else 0.5 if options.quick else 1.5
     ceilings = machine.ceilings(device)
-    result = report.new(device, {"rounds": rounds, "quick": options.quick, "ceilings": ceilings, "left_out": []})
+    result = report.new(
+        device, {"rounds": rounds, "quick": options.quick, "ceilings": ceilings, "peers": installed(), "left_out": []}
+    )
     clock = machine.Clock(device)
     empty = statistics.median([clock.seconds(lambda: None)[0] for _ in range(10)])
     result["settings"]["empty_call_us"] = round(empty * 1e6, 2)

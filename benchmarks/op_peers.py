@@ -5,9 +5,11 @@ A variant is a function from a case's Arguments to a Run (op_cases.py), in the s
 would be another one over again. PEERS, at the end, is the table.
 """
 
+import contextlib
 import importlib
 import inspect
 import math
+from importlib import metadata
 
 import torch
 import torch.nn.functional as F
@@ -757,6 +759,22 @@ PEERS = {
         "torch segment_reduce": _pooling_segments,
     },
 }
+
+
+# what the variants above import, by the names that they are installed by
+LIBRARIES = (
+    "cut-cross-entropy", "disentangled-flash", "flash-attn", "flash-attn-3", "flash-attn-4", "flashdeberta",
+    "liger-kernel", "quack-kernels", "xformers",
+)  # fmt: skip
+
+
+def installed():
+    """{library: version} of those that are there."""
+    found = {}
+    for name in LIBRARIES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def variants(op):

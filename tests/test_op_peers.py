@@ -163,3 +163,17 @@ def test_those_installed(as_on_a_gpu, op, name, package):
 def test_every_compiling_variant_is_known():
     names = {name for op in op_cases.OPS for name in op_peers.variants(op)}
     assert set(bench_ops.COMPILING) <= names
+
+
+def test_a_result_names_the_versions_of_its_peers(monkeypatch):
+    versions = {"xformers": "0.0.35"}
+
+    def version(name):
+        if name not in versions:
+            raise op_peers.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(op_peers.metadata, "version", version)
+    assert op_peers.installed() == versions
+    assert bench_ops._peers({"settings": {"peers": op_peers.installed()}}) == ["", "Installed beside: xformers 0.0.35."]
+    assert bench_ops._peers({"settings": {}}) == []
