@@ -86,6 +86,14 @@ def linear(x, weight, bias=None):
     return F.linear(x, weight, bias)
 
 
+def linear_gelu(x, weight, bias=None, *, approximate="none"):
+    """GELU(linear(x)). Where nobody wants gradients, oneDNN applies the GELU before the product leaves the cache."""
+    wants_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    if not wants_gradient and _prefers_onednn(x, weight.t()):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], approximate)
+    return F.gelu(linear(x, weight, bias), approximate=approximate)
+
+
 def dropout_threshold(dropout_p):
     """`dropout_p` in the 1/65536 steps that the masks are drawn in: an element is kept when its 16 bits reach this."""
     return round(dropout_p * 65536)
@@ -109,7 +117,7 @@ def keep_mask(row, head, columns, seed, offset, dropout_p):
 
     Element (row, head, column) looks at piece `column % 8` of group `column // 8` of `_random_pieces`.
     """
-    if dropout_mask.can_draw(row, head, seed):
+    if _in_memory(row, head, seed):
         return dropout_mask.draw(row, head, columns, seed, offset, dropout_threshold(dropout_p), 1)
     bits = _random_pieces(-(-columns // 8), row, head, seed, offset)
     return bits.flatten(-2)[..., :columns] >= dropout_threshold(dropout_p)
@@ -120,7 +128,7 @@ def attention_keep_mask(row, head, columns, seed, offset, dropout_p):
 
     Bits 0, 3 and 4 of a column, in this order from the lowest, say which piece; the others say which group.
     """
-    if dropout_mask.can_draw(row, head, seed):
+    if _in_memory(row, head, seed):
         return dropout_mask.draw(row, head, columns, seed, offset, dropout_threshold(dropout_p), 4)
     bits = _random_pieces(-(-columns // 32) * 4, row, head, seed, offset)
     # bits 5 and above, bits 2 and 1, then the piece as bits 4, 3, 0
@@ -513,8 +521,11 @@ def layer_norm(x, weight, bias, *, residual=None, dropout_p=0.0, seed=None, offs
     """
     z = dropout(x, dropout_p, seed, offset)
     if residual is not None:
-        z = z + residual
+        # what dropout made is nobody else's
+        z = z + residual if z is x or z.dtype != residual.dtype else z.add_(residual)
     wanted = dtype or x.dtype
+    if z.dtype == wanted and all(p is None or p.dtype == wanted for p in (weight, bias)):
+        return F.layer_norm(z, z.shape[-1:], weight, bias, eps)
     # statistics are fp32 inside F.layer_norm, but its result has its argument's dtype
     z = z.to(torch.promote_types(z.dtype, wanted))
     weight, bias = (None if p is None else p.to(z.dtype) for p in (weight, bias))
@@ -526,7 +537,60 @@ def bias_gelu(x, bias, *, approximate="none"):
 
     Source: Hendrycks & Gimpel 2016.
     """
-    return F.gelu(x if bias is None else x + bias.to(x.dtype), approximate=approximate)
+    if bias is None:
+        return F.gelu(x, approximate=approximate)
+    bias = bias.to(x.dtype)
+    if x.dim() == 2 and x.numel() > _BLOCK and _in_memory(x):
+        return BiasGeluFunction.apply(x, bias, approximate)
+    return F.gelu(x + bias, approximate=approximate)
+
+
+class BiasGeluFunction(torch.autograd.Function):
+    """GELU(x + bias) by blocks of rows: the sum, which stays in cache, is nowhere kept, and backward makes it again."""
+
+    @staticmethod
+    def forward(ctx, x, bias, approximate):
+        ctx.save_for_backward(x, bias)
+        ctx.approximate = approximate
+        out = torch.empty_like(x)
+        for rows in _row_blocks(x):
+            torch.ops.aten.gelu_(torch.add(x[rows], bias, out=out[rows]), approximate=approximate)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        x, bias = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # with create_graph=True somebody differentiates what is done here
+            dx = torch.ops.aten.gelu_backward(dout, x + bias, approximate=ctx.approximate)
+            return dx, dx.sum(0), None
+        dx = torch.empty_like(x)
+        dbias = torch.zeros_like(bias, dtype=torch.promote_types(bias.dtype, torch.float32))
+        for rows in _row_blocks(x):
+            # in one place, first the sum and then the gradient
+            block = torch.add(x[rows], bias, out=dx[rows])
+            torch.ops.aten.gelu_backward.grad_input(dout[rows], block, approximate=ctx.approximate, grad_input=block)
+            dbias += block.sum(0, dtype=dbias.dtype)
+        return dx, dbias.to(bias.dtype), None
+
+
+# elements of a block for each thread: 1 MiB of float32 stays in most caches, and torch's GELU takes a while to begin
+_BLOCK = 2**18
+
+
+def _row_blocks(x):
+    """Slices of x's rows."""
+    rows = max(_BLOCK * torch.get_num_threads() // max(x.shape[1], 1), 1)
+    return [slice(start, min(start + rows, len(x))) for start in range(0, len(x), rows)]
+
+
+def _in_memory(*tensors):
+    """Whether these are numbers in a CPU's memory and nobody traces what is done with them."""
+    return (
+        all(type(x) is torch.Tensor and x.device.type == "cpu" for x in tensors)
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def gelu_layer_norm(x, bias, weight, ln_bias, *, approximate="none", eps=1e-12, dtype=None):
@@ -547,10 +611,10 @@ def embedding(
     [T, D] in `dtype`, or the word table's (under autocast: see layer_norm). Source: Devlin et al. 2019, figure 2.
     """
     z = F.embedding(input_ids, word, padding_idx if padding_idx >= 0 else None)
-    if token_type is not None:
-        z = z + F.embedding(token_type_ids, token_type)
-    if position is not None:
-        z = z + F.embedding(position_ids, position)
+    for ids, table in ((token_type_ids, token_type), (position_ids, position)):
+        if table is not None:
+            rows = F.embedding(ids, table)
+            z = z.add_(rows) if rows.dtype == z.dtype else z + rows
     wanted = dtype or word.dtype
     z = layer_norm(z, weight, bias, eps=eps, dtype=torch.promote_types(word.dtype, wanted))
     return dropout(z, dropout_p, seed, offset).to(wanted)
@@ -567,31 +631,87 @@ def pooling(hidden, cu_seqlens, *, mode="mean", normalize=False, eps=1e-12, dtyp
     gradient, as in torch.max(dim), which sentence-transformers calls; torch.amax would share it out. Returns [B, D] in
     `dtype`, or hidden's; what is added up is added in fp32. Source: Reimers & Gurevych 2019, section 3.
     """
-    lengths = cu_seqlens.diff().tolist()
-    rows = hidden[: sum(lengths)].to(torch.promote_types(hidden.dtype, torch.float32)).split(lengths)
-    pooled = [_pool(r, mode) if len(r) else r.sum(0) for r in rows]
-    pooled = torch.stack(pooled) if pooled else hidden[:0]
+    starts = cu_seqlens.tolist()
+    lengths = [end - start for start, end in zip(starts, starts[1:])]
+    # a slice of everything would copy the gradient
+    rows = hidden if starts[-1] == len(hidden) else hidden[: starts[-1]]
+    rows, sizes = rows.to(torch.promote_types(hidden.dtype, torch.float32)), [1]
+    match mode:
+        case "cls" | "lasttoken":
+            picked = starts[:-1] if mode == "cls" else [end - 1 for end in starts[1:]]
+            picked = torch.tensor([row for row, n in zip(picked, lengths) if n], dtype=torch.int64, device=rows.device)
+            pooled = _sums(rows.index_select(0, picked), [min(n, 1) for n in lengths])
+        case "max":
+            pooled = _maxima(rows, lengths)
+        case "mean":
+            pooled, sizes = _sums(rows, lengths), lengths
+        case "mean_sqrt_len_tokens":
+            pooled, sizes = _sums(rows, lengths), [n**0.5 for n in lengths]
+        case "weightedmean":
+            before = torch.tensor(starts[:-1], device=rows.device).index_select(0, _sequences(lengths, rows.device))
+            weights = torch.arange(1, len(rows) + 1, device=rows.device) - before
+            pooled, sizes = _sums(rows * weights[:, None], lengths), [n * (n + 1) / 2 for n in lengths]
+        case _:
+            raise ValueError(f"mode={mode!r}: expected cls, lasttoken, max, mean, mean_sqrt_len_tokens or weightedmean")
+    # the sum of an empty sequence is 0 already. One size is a number, which costs less than a tensor
+    sizes = [size or 1 for size in sizes]
+    size = sizes[0] if len(set(sizes)) == 1 else pooled.new_tensor(sizes)[:, None]
     if normalize:
-        pooled = F.normalize(pooled, dim=-1, eps=eps)
+        # a division by the size would cancel, but for eps
+        norm = torch.linalg.vector_norm(pooled, dim=-1, keepdim=True)
+        pooled = pooled / norm.clamp(min=eps * size)
+    else:
+        pooled = pooled / size
     return pooled.to(dtype or hidden.dtype)
 
 
-def _pool(rows, mode):
-    match mode:
-        case "cls":
-            return rows[0]
-        case "lasttoken":
-            return rows[-1]
-        case "max":
-            return rows.max(0).values
-        case "mean":
-            return rows.mean(0)
-        case "mean_sqrt_len_tokens":
-            return rows.sum(0) / len(rows) ** 0.5
-        case "weightedmean":
-            weights = torch.arange(1, len(rows) + 1, dtype=rows.dtype, device=rows.device)
-            return weights @ rows / weights.sum()
-    raise ValueError(f"mode={mode!r}: expected cls, lasttoken, max, mean, mean_sqrt_len_tokens or weightedmean")
+def _sequences(lengths, device):
+    """int64 [T]: the sequence of each row."""
+    return torch.repeat_interleave(torch.tensor(lengths, dtype=torch.int64, device=device))
+
+
+def _sums(rows, lengths):
+    """[B, D]: the sum of each sequence's rows, 0 where it has none."""
+    if lengths and min(lengths) == max(lengths) > 0:
+        return rows.reshape(len(lengths), lengths[0], -1).sum(1)
+    return rows.new_zeros(len(lengths), rows.shape[1]).index_add(0, _sequences(lengths, rows.device), rows)
+
+
+def _maxima(rows, lengths):
+    """[B, D]: the largest number in each column of a sequence, 0 where it has none."""
+    if lengths and min(lengths) == max(lengths) > 0:
+        return rows.reshape(len(lengths), lengths[0], -1).max(1).values
+    return MaximaFunction.apply(rows, _sequences(lengths, rows.device), len(lengths))
+
+
+class MaximaFunction(torch.autograd.Function):
+    """The largest number in each column of each of B sequences: the first of equal ones gets the gradient.
+
+    rows [T, D]; sequence: int64 [T], the sequence of each row. Of one without rows 0.
+    """
+
+    @staticmethod
+    def forward(ctx, rows, sequence, B):
+        places = sequence[:, None].expand_as(rows)
+        highest = rows.new_zeros(B, rows.shape[1]).scatter_reduce_(0, places, rows, "amax", include_self=False)
+        ctx.save_for_backward(rows, sequence, highest)
+        return highest
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dhighest):
+        rows, sequence, highest = ctx.saved_tensors
+        T = len(rows)
+        # where one is NaN it is the highest, and equals nothing
+        is_highest = (rows == highest.index_select(0, sequence)) | rows.isnan()
+        # in a dtype that scatter_reduce is fast at, and that holds every row's number
+        dtype = torch.float32 if T < 2**24 else torch.float64
+        number = torch.arange(T, dtype=dtype, device=rows.device)[:, None].where(is_highest, T)
+        first = number.new_full(highest.shape, T)
+        first.scatter_reduce_(0, sequence[:, None].expand_as(rows), number, "amin")
+        # row T: of sequences that have none
+        drows = dhighest.new_zeros(T + 1, rows.shape[1]).scatter_(0, first.long(), dhighest)
+        return drows[:T], None, None
 
 
 # a chunk of rows, and of words in the low-memory mode, whose logits are held at once

@@ -89,11 +89,12 @@ def sentence_transformers(hidden, mask, mode):
 @modes
 @both
 @pytest.mark.parametrize("impl", ["reference", "triton"])
-def test_the_formulas_of_sentence_transformers(impl, mode, normalize, device):
-    sizes = [5, 1, 40]
+@pytest.mark.parametrize("sizes", [[5, 1, 40], [7, 7, 7], [13]], ids=["ragged", "full", "one"])
+def test_the_formulas_of_sentence_transformers(sizes, impl, mode, normalize, device):
     hidden, cu_seqlens = make(sizes, 24, device)
-    mask = torch.arange(40, device=device) < torch.tensor(sizes, device=device)[:, None]
-    padded = torch.zeros(3, 40, 24, device=device).masked_scatter(mask[..., None], hidden[: sum(sizes)])
+    longest = torch.arange(max(sizes), device=device)
+    mask = longest < torch.tensor(sizes, device=device)[:, None]
+    padded = torch.zeros(*mask.shape, 24, device=device).masked_scatter(mask[..., None], hidden[: sum(sizes)])
     wanted = sentence_transformers(padded.cpu(), mask.cpu(), mode).to(device)
     wanted = F.normalize(wanted, p=2, dim=1) if normalize else wanted
     got = ops.pooling(hidden, cu_seqlens, mode=mode, normalize=normalize, impl=impl)
