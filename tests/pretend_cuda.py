@@ -9,6 +9,7 @@ of it. Models have a few columns and few words. fake_cuda.py is the other half: 
 """
 
 import contextlib
+import functools
 import importlib
 import os
 import sys
@@ -114,6 +115,10 @@ def pretending(gib=140):
         yield
 
 
+def _few(make, tokens, longest):
+    return make(max(tokens // 64, 2 * longest), longest)
+
+
 @contextlib.contextmanager
 def small():
     """The models of benchmarks with few columns and layers."""
@@ -131,6 +136,10 @@ def small():
             for name, model in op_cases.MODELS.items()
         }
         stack.enter_context(mock.patch.object(op_cases, "MODELS", models))
+        for name in ("ragged_lengths", "full_lengths"):
+            make = getattr(op_cases, name)
+            few_tokens = functools.partial(_few, make)
+            stack.enter_context(mock.patch.object(op_cases, name, few_tokens))
         save = bench_training_step_gpu.save_weights
         stack.enter_context(
             mock.patch.object(bench_training_step_gpu, "save_weights", lambda directory, device: save(directory, CPU))
