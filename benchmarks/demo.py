@@ -22,7 +22,9 @@ import torch
 from rich.console import Console
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import report  # noqa: E402
 
 from fastbert import ops, variants  # noqa: E402
 from fastbert.config import EncoderConfig  # noqa: E402
@@ -166,8 +168,11 @@ def main():
     console.print("\n[bold]Verses it has not read, one word hidden, its first five guesses:[/]\n")
     show_guesses(*load(OUTPUT / "model"), held_out)
     accuracy, baseline = result["eval_masked_accuracy"], result["eval_baseline_accuracy"]
-    result |= {"machine": sentence, "torch": torch.__version__, "model": model_config.to_dict(), "options": options}
-    (OUTPUT / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    # as benchmarks/results/<device>/demo.json, where it is to be committed
+    used = {"what": sentence, "model": model_config.to_dict(), "options": options}
+    recorded = report.new(report.device(), used)
+    recorded["rows"].append(result)
+    report.save(recorded, OUTPUT / "demo.json")
     console.print(
         f"Held-out masked accuracy [bold]{accuracy:.1%}[/], {accuracy / baseline:.1f} times the {baseline:.1%} of "
         f"always guessing the most frequent token. {(time.perf_counter() - began) / 60:.1f} minutes.\n"

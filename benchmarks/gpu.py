@@ -1,6 +1,6 @@
 """Everything that wants a GPU, in one command of at most ten minutes: `make gpu`.
 
-    python benchmarks/gpu.py              with a GPU: tests, races, tuning, benchmarks, results to commit
+    python benchmarks/gpu.py              with a GPU: tests, races, tuning, benchmarks, a page of results to commit
     python benchmarks/gpu.py              without: the same in Triton's interpreter on tiny shapes, a rehearsal
     python benchmarks/gpu.py --can-run    exit code 0 where this Python sees a GPU and has what is needed
 
@@ -28,6 +28,8 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = ("torch", "triton", "numpy", "safetensors", "tokenizers", "click", "rich", "pytest")
 SECONDS = 585
+# what of bench_models.py the interpreter does in seconds
+TINY_MODELS = ("--quick", "--rounds", "2", "--models", "bert-tiny", "--only", "batch")
 # tests that want the device for themselves: its memory, or its time
 ALONE = "repeats or beyond_two_to_the_31 or current_stream"
 
@@ -41,6 +43,8 @@ class Step:
     script: str | None = None  # of benchmarks/; None: pytest
     result: str | None = None  # the file it writes among the results
     pytest: tuple = ()
+    arguments: tuple = ()  # that its script gets on a GPU
+    rehearsed: tuple = ()  # and in a rehearsal
 
 
 def missing():
@@ -67,12 +71,14 @@ def plan(on_gpu):
     if on_gpu and importlib.util.find_spec("xdist"):
         together += ["-n", str(workers())]
     return [
-        Step("device", 25, "machine.py", "machine.json"),
-        Step("tests", 175, None, "tests.json", tuple(together)),
-        Step("races", 70, None, "races.json", ("tests/test_gpu.py", "-k", ALONE)),
-        Step("tuning", 105, "tune.py"),
-        Step("ops", 135, "bench_ops.py", "ops.json"),
-        Step("training step", 75, "bench_training_step_gpu.py", "training_step.json"),
+        Step("device", 20, "machine.py", "machine.json"),
+        Step("tests", 165, None, "tests.json", tuple(together)),
+        Step("races", 60, None, "races.json", ("tests/test_gpu.py", "-k", ALONE)),
+        Step("tuning", 90, "tune.py"),
+        Step("ops", 115, "bench_ops.py", "ops.json", rehearsed=("--rounds", "2")),
+        Step("training step", 55, "bench_training_step_gpu.py", "training_step.json", rehearsed=("--rounds", "2")),
+        Step("models", 65, "bench_models.py", "models.json", (), ("--rounds", "10"), TINY_MODELS),
+        Step("report", 15, "report.py"),
     ]
 
 
@@ -91,7 +97,9 @@ class Background:
         n = workers()
         # each process would otherwise start as many compilers as there are cores
         environment = {**environment, "TORCHINDUCTOR_COMPILE_THREADS": "2"}
-        commands = [[sys.executable, "benchmarks/bench_training_step_gpu.py", "--warm"]]
+        # whole models one after the other: each takes tens of gigabytes
+        whole = '"$0" benchmarks/bench_training_step_gpu.py --warm; "$0" benchmarks/bench_models.py --warm'
+        commands = [["sh", "-c", whole, sys.executable]]
         for i in range(n):
             warm = f'"$0" benchmarks/tune.py --warm {i}/{n}; "$0" benchmarks/bench_ops.py --warm {i}/{n}'
             commands.append(["sh", "-c", warm, sys.executable])
@@ -123,21 +131,28 @@ def end(process):
                 process.wait(seconds)
 
 
-def run(step, seconds, environment, logs, rehearsal=None):
-    """Run a step. (how it ended, how long it took, the last line that it said). rehearsal: where its results go."""
+def command_of(step, seconds, logs, results, is_rehearsal):
+    """The command of a step that may take so many seconds."""
+    if not step.script:
+        xml = logs / f"{step.name}.xml"
+        return [sys.executable, "-m", "pytest", "-rfE", "--tb=short", f"--junit-xml={xml}", *step.pytest]
+    command = [sys.executable, f"benchmarks/{step.script}"]
+    if step.name == "report":
+        return [*command, "--device", str(results)]
+    if step.name != "device":
+        # what it has begun then, it has the rest of its time for
+        command += ["--seconds", str(int(seconds * 0.85))]
+    if is_rehearsal:
+        # settings of the interpreter are of no use to anybody
+        command += ["--output", str(results / "profile.json" if step.name == "tuning" else results)]
+    return [*command, *(step.rehearsed if is_rehearsal else step.arguments)]
+
+
+def run(step, seconds, environment, logs, results, is_rehearsal=False):
+    """Run a step. (how it ended, how long it took, the last line that it said). results: the folder they go to."""
     log = logs / f"{step.name.replace(' ', '_')}.log"
     log.unlink(missing_ok=True)
-    if step.script:
-        command = [sys.executable, f"benchmarks/{step.script}"]
-        if step.name != "device":
-            command += ["--seconds", str(int(seconds * 0.85))]
-        if rehearsal:
-            # settings of the interpreter are of no use to anybody
-            command += ["--output", str(rehearsal / "profile.json" if step.name == "tuning" else rehearsal)]
-            command += ["--rounds", "2"] * (step.name in ("ops", "training step"))
-    else:
-        xml = logs / f"{step.name}.xml"
-        command = [sys.executable, "-m", "pytest", "-rfE", "--tb=short", f"--junit-xml={xml}", *step.pytest]
+    command = command_of(step, seconds, logs, results, is_rehearsal)
     began = time.monotonic()
     process = start(command, log, environment)
     said = 0
@@ -179,14 +194,15 @@ def counts(last, xml, file):
     file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def highlights(results):
-    """Lines on what was measured, from the result files that are there."""
+def highlights(results, since=0.0):
+    """Lines on what was measured, from the result files that were written since that time."""
 
     def read(name):
         file = results / name
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        is_new = file.exists() and file.stat().st_mtime >= since
+        return json.loads(file.read_text(encoding="utf-8")) if is_new else None
 
-    ops, step = read("ops.json"), read("training_step.json")
+    ops, step, models = read("ops.json"), read("training_step.json"), read("models.json")
     lines = []
     if ops:
         import bench_ops
@@ -195,15 +211,20 @@ def highlights(results):
         for row in ops["rows"]:
             cases.setdefault(row["case"], []).append(row)
         lines += [bench_ops.told(rows) for rows in cases.values()]
-    for case in step["cases"] if step else ():
-        packed = case.get("fastbert, packed")
-        others = [case[library] for library in ("transformers", "transformers, compiled") if library in case]
+    for row in step["rows"] if step else ():
+        figures = row["summary"]
+        packed = figures.get("fastbert, packed")
+        others = [figures[library] for library in ("transformers", "transformers, compiled") if library in figures]
         if packed and others:
-            times = min(row["median_ms"] for row in others) / packed["median_ms"]
+            times = min(other["median_s"] for other in others) / packed["median_s"]
             lines.append(
-                f"training step, {case['case']}: {packed['real_tokens_per_s']:,} real tokens/s, "
+                f"training step, {row['case']}: {packed['real_tokens_per_s']:,} real tokens/s, "
                 f"{packed['percent_of_product']} % of the product's rate, {times:.2f}x transformers"
             )
+    if models:
+        import bench_models
+
+        lines += [bench_models.line_of(row) for row in models["rows"]]
     return lines
 
 
@@ -220,13 +241,12 @@ def main():
     if lacking:
         sys.exit(f"{sys.executable} lacks {', '.join(lacking)}")
 
-    began = time.monotonic()
+    began, since = time.monotonic(), time.time()
     on_gpu = sees_gpu()
     if on_gpu and options.output:
         parser.error("--output is for rehearsals: results of a GPU go where they are committed")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("FASTBERT_")}
     environment |= {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
-    rehearsal = None
     if on_gpu:
         environment.pop("TRITON_INTERPRET", None)
         import machine
@@ -235,7 +255,7 @@ def main():
         print(f"{results.name}: results go to {results}, logs to {logs}")
     else:
         environment |= {"TRITON_INTERPRET": "1", "FASTBERT_IMPL": "triton", "OMP_NUM_THREADS": "1"}
-        results = rehearsal = options.output or ROOT / "benchmarks" / "results" / "rehearsal"
+        results = options.output or ROOT / "benchmarks" / "results" / "rehearsal"
         logs = results / "logs"
         shutil.rmtree(results, ignore_errors=True)
         print("no GPU: a REHEARSAL in Triton's interpreter, on tiny shapes. No time below means anything")
@@ -254,7 +274,7 @@ def main():
         later = sum(other.seconds for other in todo[i + 1 :])
         seconds = max(SECONDS - (time.monotonic() - began) - later, 10)
         print(f"[{i + 1}/{len(todo)}] {step.name}, at most {seconds:.0f} s", flush=True)
-        status, took, last = run(step, seconds, environment, logs, rehearsal)
+        status, took, last = run(step, seconds, environment, logs, results, not on_gpu)
         if not step.script:
             counts(last, logs / f"{step.name}.xml", results / step.result)
         print(f"    {status} in {took:.0f} s: {last[:160]}", flush=True)
@@ -262,10 +282,10 @@ def main():
     if background:
         background.wait(0)
 
-    title = "REHEARSAL, without a GPU: no time means anything" if rehearsal else f"make gpu on {results.name}"
+    title = f"make gpu on {results.name}" if on_gpu else "REHEARSAL, without a GPU: no time means anything"
     lines = [f"# {title}", "", "| step | | seconds | said |", "|---|---|---|---|"]
     lines += [f"| {step.name} | {status} | {took:.0f} | {last[:200]} |" for step, status, took, last in told]
-    found = [] if rehearsal else highlights(results)
+    found = highlights(results, since) if on_gpu else []
     lines += ["", *[f"- {line}" for line in found]] if found else []
     summary = "\n".join(lines) + "\n"
     results.mkdir(parents=True, exist_ok=True)

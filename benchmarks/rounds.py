@@ -9,12 +9,18 @@ import torch
 WIDE, NEW_PAGES = 0.1, 1000
 
 
+def quartiles(seconds):
+    """(lower, upper); of a single round that round."""
+    if len(seconds) < 2:
+        return seconds[0], seconds[0]
+    low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return low, high
+
+
 def spread(seconds):
     """Half of the distance between the quartiles, as a share of the median: the ± of every table."""
-    if len(seconds) < 2:
-        return 0.0
-    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
-    return (high - low) / (2 * median)
+    low, high = quartiles(seconds)
+    return (high - low) / (2 * statistics.median(seconds))
 
 
 def take_turns(calls, rounds, seconds=20.0, device=None, prepare=lambda name: None):

@@ -50,7 +50,7 @@ def steps(ops, models, device, quick, folder):
             add("training step", "bench_training_step_gpu.py", "training_step.json", "--output", place)
         else:
             for name, script in (("training_step", "bench_training_step.py"), ("families", "bench_families.py")):
-                add(name.replace("_", " "), script, f"{name}.json", "--output", place / f"{name}.json")
+                add(name.replace("_", " "), script, f"{name}.json", "--output", place)
     if models or whole:
         named = ()
         if models and EVERY not in models:
@@ -73,10 +73,10 @@ def checked(names, known, what):
 def run(ops=(), models=(), device="auto", quick=False, compare=None, output=None):
     """Run the suite. Returns the exit code: 1 where a step failed or a ratio fell.
 
-    ops, models: names, or "all"; neither: everything. compare: a file of older results. output: where results go; by
-    default benchmarks/results/<device> for everything in full, and runs/bench for a part or with `quick`, so that no
-    part takes the place of the whole. Raises ValueError for unknown names, a device that is not there, and old results
-    that cannot be compared; OSError for a file that cannot be read.
+    ops, models: names, or "all"; neither: everything. compare: a file of older results, or a folder of them. output:
+    where results go; by default benchmarks/results/<device> for everything in full, and runs/bench for a part or with
+    `quick`, so that no part takes the place of the whole. Raises ValueError for unknown names, a device that is not
+    there, and old results that cannot be compared; OSError for a file that cannot be read.
     """
     checked(ops, op_cases.OPS, "ops")
     checked(models, variants.PRESETS, "models")
@@ -107,7 +107,7 @@ def run(ops=(), models=(), device="auto", quick=False, compare=None, output=None
     print(f"{time.monotonic() - began:.0f} s in all; results in {folder}")
     if failed:
         print(f"failed: {', '.join(failed)}")
-    code = gate.told(old, [gate.read(file) for file in written if _holds_rounds(file)]) if old else 0
+    code = gate.told(old, gate.read(*filter(_holds_rounds, written))) if old else 0
     return 1 if failed else code
 
 
@@ -119,5 +119,6 @@ def _holds_rounds(file):
     try:
         gate.read(file)
     except ValueError:
+        # such as those of --quick, which has too few rounds
         return False
     return True

@@ -242,7 +242,8 @@ def _benchmark_suite():
 @click.option("--models", multiple=True, metavar="NAME", help="Models, such as bert-base, or all.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--quick", is_flag=True, help="Few shapes and rounds: under a minute for the ops.")
-@click.option("--compare", metavar="FILE", help="Older results: exit code 1 if a ratio fell by more than its spread.")
+@click.option("--compare", metavar="FILE|DIR", help="Older results: exit code 1 if a ratio fell by more than its "
+              "spread.")  # fmt: skip
 @click.option("--output", metavar="DIR", help="Where results go.  [default: benchmarks/results/<device>; for a part, "
               "or with --quick, runs/bench]")  # fmt: skip
 def bench(**options):

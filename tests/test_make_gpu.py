@@ -29,8 +29,8 @@ def test_rehearsal(tmp_path):
         assert "rehearsal" in json.loads(files[name].read_text(encoding="utf-8")), name
     profile = json.loads(files["profile.json"].read_text(encoding="utf-8"))
     assert {"layer_norm_fwd", "layer_norm_bwd", "bias_gelu_bwd"} <= profile["microseconds"].keys()
-    (case,) = json.loads(files["training_step.json"].read_text(encoding="utf-8"))["cases"]
-    assert case["fastbert, packed"]["steps"] == 2 and not case["failed"]
+    (row,) = json.loads(files["training_step.json"].read_text(encoding="utf-8"))["rows"]
+    assert len(row["seconds"]["fastbert, packed"]) == 2 and not row["failed"]
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_a_failing_step_does_not_stop_the_next_and_is_told(step, tmp_path, monke
 def test_a_step_that_takes_too_long_is_ended(step, tmp_path):
     """And what it has seen until then is not lost."""
     both = step("pass\ndef test_that():\n    time.sleep(60)")
-    status, took, last = gpu.run(both, 5, dict(os.environ), tmp_path)
+    status, took, last = gpu.run(both, 5, dict(os.environ), tmp_path, tmp_path)
     assert status == "out of time" and took < 20
     gpu.counts(last, tmp_path / "tests.xml", tmp_path / "tests.json")
     assert json.loads((tmp_path / "tests.json").read_text(encoding="utf-8"))["passed"] == 1

@@ -2,7 +2,10 @@
 
 import copy
 import json
+import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -12,8 +15,11 @@ import bench_models
 import bench_training
 import pytest
 import report
+import rounds
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+
+import fastbert
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -87,30 +93,45 @@ def test_a_loss_is_printed_as_a_loss(tmp_path):
     assert report.losses({"models": models_result(models_row(seconds={"swapped": [0.1, 0.1, 0.1]}))}) == []
 
 
-def test_losses_of_the_older_files_are_found():
+def test_a_loss_in_a_committed_file_is_found():
+    """Each file that times fastbert beside another: a row of it, made slower, is a loss of that name."""
     results = report.read(report.RESULTS / "cpu")
-    results = {name: results[name] for name in ("training_step", "families", "disentangled_attention")}
-    assert report.losses(results) == []
-    for name, rows in (("training_step", "cases"), ("families", "families"), ("disentangled_attention", "rows")):
-        changed = copy.deepcopy(results)
-        row = changed[name][rows][0]
-        row = row["train"]["seconds"] if name == "families" else row
-        if isinstance(row["fastbert"], list):
-            row["fastbert"] = [1e3 * s for s in row["fastbert"]]
-        elif isinstance(row["fastbert"], dict):
-            row["fastbert"]["seconds"] = [1e3 * s for s in row["fastbert"]["seconds"]]
-        else:
-            row["fastbert"] *= 1e3
-        assert len(report.losses(changed)) == 1, name
-    # and that their ratios are those that they state
-    found = report.ratios(results)
-    for case in results["training_step"]["cases"]:
-        name = f"BERT-base training step, {case['case']}"
-        assert found[name]["transformers"] == pytest.approx(case["speedup"], rel=0.15)
-    for row in results["families"]["families"]:
-        for pass_ in ("train", "inference"):
-            stated = row[pass_]["speedup"]["transformers"]
-            assert found[f"{row['family']}, 4 layers, {pass_}"]["transformers"] == pytest.approx(stated, rel=0.15)
+    for file in ("training_step", "families", "models", "ops"):
+        result = copy.deepcopy(results[file])
+        row = next(row for row in result["rows"] if report.losses({file: {"rows": [row]}}) == [])
+        row["seconds"]["fastbert"] = [1e3 * s for s in row["seconds"]["fastbert"]]
+        (line,) = report.losses({file: {"rows": [row]}})
+        assert line.startswith(f"{report.name_of(row)}: "), file
+
+
+def test_every_committed_file_has_the_one_form():
+    for folder in (place for place in report.RESULTS.iterdir() if (place / "README.md").exists()):
+        for name, result in report.read(folder).items():
+            if name in ("machine", "tests", "races", "profile"):
+                continue
+            assert {"machine", "date", "command", "settings", "rows", "not_measured"} <= result.keys(), name
+            assert report.datetime.date.fromisoformat(result["date"]) and result["command"], name
+            for row in report.rows_of(result):
+                if "summary" in row and report.ours_of(row["seconds"]) and name != "ops":
+                    stated = {x: figures["times_fastbert"] for x, figures in row["summary"].items()}
+                    found = report.summary(row["seconds"])
+                    found = {x: figures["times_fastbert"] for x, figures in found.items()}
+                    # the seconds are rounded
+                    assert stated == pytest.approx(found, rel=2e-3), report.name_of(row)
+
+
+def test_latency_and_throughput_stand_beside_each_other():
+    def row(sequences, ours, theirs):
+        seconds = {"transformers sdpa": [theirs] * 3, "swapped": [ours] * 3, "fastbert": [ours] * 3}
+        found = models_row(sweep="batch", sequences=sequences, seconds=seconds)
+        return found | {"summary": bench_models.summary(seconds, 100 * sequences, 128 * sequences, 1e9, 1e11, {})}
+
+    # one text in 10 ms; 4 take 16 ms, and 8 as long for each: 4 are the better batch
+    rows = [row(1, 0.01, 0.04), row(4, 0.016, 0.1), row(8, 0.04, 0.2)]
+    first, second = report.latency_table({"rows": rows})[0].splitlines()[2:5:2]
+    assert first == "| bert-base, float32 | transformers sdpa | 40 ms | 4,000 | 40.0 | 4 |"
+    assert second == "| bert-base, float32 | fastbert | 10 ms | 25,000 | 250.0 | 4 |"
+    assert report.latency_table({"rows": []}) == []
 
 
 def test_any_file_of_the_common_form_has_a_table(tmp_path):
@@ -128,7 +149,7 @@ def test_history_has_a_line_for_every_run_that_differs(tmp_path):
     lines = (tmp_path / "history.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 1 and not (tmp_path / "history.png").exists()
     assert json.loads(lines[0])["ratios"] == {"bert-base (12 layers) inference, 4 x 128, 60% fill, float32": 2.0}
-    assert "One run so far" in page
+    assert "1 run so far" in page
     page = write(tmp_path, models=models_result(models_row(seconds={"transformers sdpa": [0.6, 0.6, 0.75]})))
     lines = (tmp_path / "history.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["ratios"].popitem()[1] for line in lines] == [2.0, 3.0]
@@ -294,6 +315,78 @@ def test_a_wrong_implementation_is_not_timed(monkeypatch):
     wrong = {"fastbert"}
     with pytest.raises(ValueError, match="wrong"):
         bench_models.checked(model, case, device, {})
+
+
+def test_sweeps_go_as_far_as_the_families_allow():
+    found = bench_models.cases(torch.device("cpu"), ["bert-base"], bench_models.SWEEPS, False)
+    longest = {}
+    for case in found:
+        longest[case.model, case.passes] = max(longest.get((case.model, case.passes), 0), *case.lengths)
+    for family, model in bench_families.MODELS.items():
+        positions = fastbert.preset(model).max_length
+        # DeBERTa's relative positions know no end
+        wanted = {"modernbert": 8192, "deberta-v2": 2048}.get(family, 512)
+        assert longest[model, "inference"] == wanted <= positions and longest[model, "train"] >= 512, family
+        of_family = [case for case in found if case.sweep == "families" and case.model == model]
+        fills = {(round(case.fill, 1), case.passes) for case in of_family}
+        assert fills == {(fill, passes) for fill in (0.4, 0.6, 0.8, 1.0) for passes in ("inference", "train")}
+    assert all(
+        "transformers eager" not in case.implementations for case in found if max(case.lengths) >= bench_models.LONG
+    )
+    # a model is loaded once
+    loads = [(case.model, case.layers) for case in found]
+    assert len({place for place in loads}) == 1 + sum(a != b for a, b in zip(loads, loads[1:]))
+
+
+def test_rounds_go_on_while_the_spread_is_wide(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(rounds.time, "perf_counter", lambda: now[0])
+    # two rounds take memory, and the third none
+    taken = iter([0, 10**6, 10**6, 2 * 10**6])
+    monkeypatch.setattr(rounds, "_pages", lambda: next(taken, 2 * 10**6))
+
+    def calls(*durations):
+        times = iter(durations)
+
+        def call():
+            now[0] += next(times)
+
+        return {"fastbert": call}
+
+    def took(durations, *arguments, **settings):
+        return rounds.take_turns(calls(*durations), *arguments, **settings)["fastbert"]
+
+    # those are not kept; then the least that is asked for, which agree
+    assert took([9.0, 8.0, 7.0, *[1.0] * 20], (4, 12), seconds=1e9) == pytest.approx([1.0] * 4)
+    assert len(took([1.0, 1.5] * 20, (4, 12), seconds=1e9)) == 12, "a wide spread, all the rounds"
+    # the first of these is the warm-up
+    assert len(took([9.0, 1.0, 1.5, 1.0, 1.5, *[1.0] * 20], (4, 12), seconds=1e9)) == 8
+    assert len(took([10.0] * 20, (4, 12), seconds=5.0)) == 3, "never fewer than three"
+    assert len(took([0.01] * 200, (5, 20))) == 20, "short calls get all rounds"
+    assert len(took([1.0] * 5, (2, 2))) == 2
+
+
+def test_memory_that_is_freed_is_kept():
+    """In a process of its own, as it cannot be taken back. Without it each call takes its pages anew."""
+    code = (
+        "import machine, rounds, torch\n"
+        "def pages():\n"
+        "    before = rounds._pages()\n"
+        "    for _ in range(4): torch.ones(2**25)\n"
+        "    return rounds._pages() - before\n"
+        "torch.ones(2**25); anew = pages()\n"
+        "kept = machine.keep_memory(); pages()\n"
+        "print(int(kept), anew, pages())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "benchmarks", env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    kept, anew, again = map(int, done.stdout.split())
+    if not kept:
+        pytest.skip("this C library has no mallopt")
+    # 4 times 128 MiB in pages of 4 KiB
+    assert anew > 100_000 and again < 1000
 
 
 def test_data_path_end_to_end(tmp_path):
