@@ -10,8 +10,6 @@ depends on row and head, and so those rounds need no tensor of both. The others 
 a core's cache.
 """
 
-import sys
-
 import numpy as np
 import torch
 
@@ -23,17 +21,8 @@ _FACTOR_A, _FACTOR_B = np.uint64(0xCD9E8D57), np.uint64(0xD2511F53)
 _ROUNDS = 7
 
 
-def can_draw(*tensors):
-    """Whether `draw` takes these: data on a CPU, and nobody traces what is done with it."""
-    return (
-        all(type(x) is torch.Tensor and x.device.type == "cpu" for x in tensors)
-        and not torch.compiler.is_compiling()
-        and sys.byteorder == "little"
-    )
-
-
 def draw(row, head, columns, seed, offset, threshold, lanes):
-    """The keep mask, bool [..., columns], for int64 `row` and `head` that broadcast to [...].
+    """The keep mask, bool [..., columns], for int64 `row` and `head` that broadcast to [...]; all in a CPU's memory.
 
     threshold: what an element's 16 bits must reach to be kept. lanes: 1 for the columns' order in `keep_mask`, 4 for
     that in `attention_keep_mask`, where pairs of columns take turns between four groups.
@@ -83,7 +72,9 @@ def _draw(groups, row, head, seed, offset, threshold, lanes):
             b ^= times_b
             b ^= key_b
         for i, words in enumerate((a, b)):
-            kept = (words.view(np.uint16) >= threshold).view(np.uint16)
+            # lower half first, on any machine
+            halves = words.astype("<u8", copy=False).view("<u2")
+            kept = (halves >= threshold).view(np.uint16)
             for lane in range(lanes):
                 # c0 and c2 are the upper halves of their words
                 out[rows, :, 2 * i, lane] = kept[lane, :, 1::2]

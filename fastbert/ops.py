@@ -124,10 +124,12 @@ def linear(x, weight, bias=None):
 
 
 def linear_gelu(x, weight, bias, *, approximate="none", impl=None):
-    """GELU(linear(x)) for x [..., D], weight [F, D]. The bias is added where that is free: inside the GELU's kernel, or
+    """GELU(linear(x)) for x [T, D], weight [F, D]. The bias is added where that is free: inside the GELU's kernel, or
     on a CPU inside the product."""
     if uses_triton(x.device, impl):
         return bias_gelu(linear(x, weight), bias, approximate=approximate, impl=impl)
+    if x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+        return reference.linear_gelu(x, weight, bias, approximate=approximate)
     return bias_gelu(linear(x, weight, bias), None, approximate=approximate, impl=impl)
 
 

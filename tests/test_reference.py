@@ -84,6 +84,52 @@ def test_gelu_gradients(approximate):
     )
 
 
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "columns of wider rows", "transposed", "one row expanded"])
+def test_bias_gelu_in_blocks(layout, dtype, approximate, monkeypatch):
+    """What PyTorch's parts give, to the last bits: it has several GELUs, and the bias's gradient adds up by blocks."""
+    # two or three rows to a block, the last one shorter
+    monkeypatch.setattr(reference, "_BLOCK", 80 // torch.get_num_threads())
+    x = {
+        "contiguous": torch.randn(13, 37),
+        "columns of wider rows": torch.randn(13, 50)[:, 5:42],
+        "transposed": torch.randn(37, 13).t(),
+        "one row expanded": torch.randn(1, 37).expand(13, 37),
+    }[layout].to(dtype).requires_grad_()  # fmt: skip
+    bias, dout = torch.randn(37).to(dtype).requires_grad_(), torch.randn(37, 13).to(dtype).t()
+    out, expected = reference.bias_gelu(x, bias, approximate=approximate), F.gelu(x + bias, approximate=approximate)
+    assert "BiasGeluFunction" in type(out.grad_fn).__name__
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(out, expected, rtol=4 * eps, atol=4 * eps)
+    (dx, dbias), (dx_there, dbias_there) = (torch.autograd.grad(y, (x, bias), dout) for y in (out, expected))
+    torch.testing.assert_close(dx, dx_there, rtol=4 * eps, atol=4 * eps)
+    torch.testing.assert_close(dbias, dbias_there, rtol=4 * eps, atol=20 * eps)
+
+
+def test_bias_gelu_in_blocks_has_a_second_derivative(monkeypatch):
+    monkeypatch.setattr(reference, "_BLOCK", 14)
+    run = lambda x, bias: reference.bias_gelu(x, bias).square()  # noqa: E731
+    assert gradcheck(run, (double(5, 7), double(7))) and gradgradcheck(run, (double(5, 7), double(7)))
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_linear_gelu_without_gradients(with_bias, approximate, monkeypatch):
+    """oneDNN's GELU behind its product is as accurate as torch's, and where gradients are wanted torch's is used."""
+    monkeypatch.setattr(reference, "_ONEDNN_SIZE", 0)
+    x, weight = torch.randn(37, 26)[:, ::2], torch.randn(13, 21).t()
+    bias = torch.randn(21) if with_bias else None
+    wide = F.linear(x.double(), weight.double(), bias if bias is None else bias.double())
+    wide = F.gelu(wide, approximate=approximate)
+    plain = F.gelu(F.linear(x, weight, bias), approximate=approximate)
+    out = reference.linear_gelu(x, weight, bias, approximate=approximate)
+    error, allowed = ((y - wide).abs().max() for y in (out, plain))
+    assert error <= 2 * allowed
+    with_gradient = reference.linear_gelu(x, weight.clone().requires_grad_(), bias, approximate=approximate)
+    assert "Gelu" in type(with_gradient.grad_fn).__name__
+
+
 def test_embedding_gradients():
     ids, positions, types = torch.tensor([1, 4, 1, 3, 1]), torch.tensor([0, 1, 0, 1, 2]), torch.tensor([0, 0, 1, 1, 0])
     tables = (double(6, 7), double(3, 7), double(2, 7), double(7), double(7))
