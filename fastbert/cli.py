@@ -203,7 +203,7 @@ def convert(source, destination, allow_pickle):
 
 @main.command(cls=Command)
 @click.option("--compile", "compiles", is_flag=True, help="Compile the kernels, for GPUs that need not be here.")
-@click.option("--arch", "archs", multiple=True, help="GPUs: sm_80 sm_86 sm_89 sm_90 sm_100 gfx942.  [default: sm_80]")
+@click.option("--arch", "archs", multiple=True, help="sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942.  [default: sm_80]")
 @click.option("--dtype", "dtypes", multiple=True, help="bf16 fp16 fp32.  [default: bf16 fp32]")
 @click.option("--model", "models", multiple=True, help="bert-base bert-large minilm deberta-base.  [default: all]")
 @click.option("--op", "ops", multiple=True, help="Functions of fastbert.ops.  [default: all]")

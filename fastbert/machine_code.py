@@ -33,6 +33,7 @@ ARCHITECTURES = {
     "sm_89": Architecture("cuda", 89, 32, 142, 99 << 10, 100 << 10, 48, 24),  # L40S
     "sm_90": Architecture("cuda", 90, 32, 132, 227 << 10, 228 << 10, 64, 32),  # H100, H200
     "sm_100": Architecture("cuda", 100, 32, 148, 227 << 10, 228 << 10, 64, 32),  # B200
+    "sm_120": Architecture("cuda", 120, 32, 188, 99 << 10, 100 << 10, 48, 24),  # RTX PRO 6000 Blackwell
     "gfx942": Architecture("hip", "gfx942", 64, 304, 64 << 10, 64 << 10, 32, 16),  # MI300X
 }
 
