@@ -2,13 +2,13 @@
 
     python benchmarks/bench_models.py                                 about eighteen minutes on two cores
     python benchmarks/bench_models.py --only fill batch               these sweeps
-    python benchmarks/bench_models.py --models roberta-base           another model than bert-base in the sweeps
+    python benchmarks/bench_models.py --models roberta-base           this model alone, instead of all of them
     python benchmarks/bench_models.py --quick --output runs/quick     small shapes, under a minute: does it run?
 
 fill        padded rectangles filled to 40, 60, 80 and 100 %: inference and training step
 length      no padding, as many tokens in sequences of 64 to 512, both passes; every family at 512, which is as far as
-            most go; ModernBERT to its 8192 (a training step on a CPU to 2048); DeBERTa-v3, whose positions are relative
-            and know no end, to 2048
+            tables of positions go; ModernBERT to its 8192 (a training step on a CPU to 2048); DeBERTa-v3, whose
+            positions are relative and know no end, to 2048
 batch       inference of 1 sequence (latency) and more (throughput)
 picked      training step with 5, 15 and 30 % of the tokens picked (on a GPU to all of them)
 families    every family at 40, 60, 80 and 100 % fill
@@ -109,7 +109,7 @@ def lengths_of(sequences, longest, fill):
 
 
 def cases(device, models, only, quick):
-    """The cases of a run, sweep after sweep."""
+    """The cases of a run. models: names; empty: bert-base in all sweeps, and every family beside it."""
     on_gpu = device.type == "cuda"
     dtype, tokens, S = "float32", 512, 128
     if on_gpu:
@@ -130,7 +130,7 @@ def cases(device, models, only, quick):
     def add(sweep, model, lengths, passes, implementations, dtype=dtype, layers=whole, picked=0.15):
         found.append(Case(sweep, model, lengths, passes, dtype, layers, picked, implementations))
 
-    for model in models:
+    for model in models or ("bert-base",):
         for width in (128, 512) if on_gpu else (S,):
             for fill in (0.6, 1.0) if quick else (0.6, 1.0, 0.4, 0.8):
                 lengths = lengths_of(tokens // width, width, fill)
@@ -149,27 +149,30 @@ def cases(device, models, only, quick):
         # 15 % picked stands among the fills
         for share in (0.05, 0.3) if quick or not on_gpu else (0.05, 0.3, 0.6, 1.0):
             add("picked", model, lengths_of(tokens // S, S, 0.6), "train", few, picked=share)
-        for width in (16, 32) if quick else (64, 128, 256, 512):
-            for passes in both:
-                wanted = uncompiled if on_gpu or passes == "inference" else few
-                add("length", model, lengths_of(tokens // width, width, 1.0), passes, wanted)
-    for width in (16, 32) if quick else (64, 128, 256, 512, 1024, 2048, 4096, 8192):
-        wanted = uncompiled if width < LONG else few
-        around = max(tokens if on_gpu or quick else 1024, width)
-        add("length", "modernbert-base", (width,) * (around // width), "inference", wanted, layers=of_modernbert)
-        # on a CPU a step of 4096 tokens would take a minute in all
-        if on_gpu or quick or width in (128, 512, 2048):
-            around = max(tokens, width)
-            add("length", "modernbert-base", (width,) * (around // width), "train", few, layers=of_modernbert)
-    for family, model in bench_families.MODELS.items():
+        if model != "modernbert-base":
+            for width in (16, 32) if quick else (64, 128, 256, 512):
+                for passes in both:
+                    wanted = uncompiled if on_gpu or passes == "inference" else few
+                    add("length", model, lengths_of(tokens // width, width, 1.0), passes, wanted)
+    if not models or "modernbert-base" in models:
+        layers = whole if models else of_modernbert
+        for width in (16, 32) if quick else (64, 128, 256, 512, 1024, 2048, 4096, 8192):
+            wanted = uncompiled if width < LONG else few
+            around = max(tokens if on_gpu or quick else 1024, width)
+            add("length", "modernbert-base", (width,) * (around // width), "inference", wanted, layers=layers)
+            # on a CPU a step of 4096 tokens would take a minute in all
+            if on_gpu or quick or width in (128, 512, 2048):
+                around = max(tokens, width)
+                add("length", "modernbert-base", (width,) * (around // width), "train", few, layers=layers)
+    for family, model in () if models else bench_families.MODELS.items():
         if quick and family != "deberta-v2":
             continue
         for fill in (0.6,) if quick else (0.6, 1.0, 0.4, 0.8):
             wanted = compiled if on_gpu and fill == 0.6 and family in ("deberta-v2", "modernbert") else few
             for passes in both:
                 add("families", model, lengths_of(tokens // S, S, fill), passes, wanted, layers=of_families)
-        if quick or model in models or family == "modernbert":
-            # they have all of their lengths above
+        if quick or family in ("bert", "modernbert"):
+            # they have their lengths above
             continue
         for width in (512, 1024, 2048) if family == "deberta-v2" else (512,):
             for passes in both if width == 512 or on_gpu else ("inference",):
@@ -521,7 +524,7 @@ def product_rates(device):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--models", nargs="+", default=["bert-base"], metavar="NAME", help="in all sweeps but families")
+    parser.add_argument("--models", nargs="+", default=[], metavar="NAME", help="these alone; default: see above")
     parser.add_argument("--only", nargs="+", choices=SWEEPS, default=list(SWEEPS), help="these sweeps")
     parser.add_argument("--rounds", type=int, help="timed calls of each; default: 5 to 20, of training steps 4 to 12")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no further case after this time")
@@ -579,7 +582,7 @@ def main(arguments=None):
         report.save(result, file)
     model = None
     gc.collect()
-    if "sentences" in options.only and time.monotonic() < end:
+    if "sentences" in options.only and not options.models and time.monotonic() < end:
         for row in sentence_rows(device, rates, rounds, options.quick, missing):
             result["rows"].append(row)
             print(line_of(row), flush=True)

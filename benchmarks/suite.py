@@ -52,9 +52,7 @@ def steps(ops, models, device, quick, folder):
             for name, script in (("training_step", "bench_training_step.py"), ("families", "bench_families.py")):
                 add(name.replace("_", " "), script, f"{name}.json", "--output", place)
     if models or whole:
-        named = ()
-        if models and EVERY not in models:
-            named = ("--models", *models, "--only", "fill", "length", "batch", "picked")
+        named = () if not models or EVERY in models else ("--models", *models)
         add("models", "bench_models.py", "models.json", *named, *quickly, "--output", place)
     if whole:
         add("training", "bench_training.py", "training.json", *quickly, "--output", place)

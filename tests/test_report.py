@@ -318,7 +318,7 @@ def test_a_wrong_implementation_is_not_timed(monkeypatch):
 
 
 def test_sweeps_go_as_far_as_the_families_allow():
-    found = bench_models.cases(torch.device("cpu"), ["bert-base"], bench_models.SWEEPS, False)
+    found = bench_models.cases(torch.device("cpu"), [], bench_models.SWEEPS, False)
     longest = {}
     for case in found:
         longest[case.model, case.passes] = max(longest.get((case.model, case.passes), 0), *case.lengths)
@@ -333,6 +333,10 @@ def test_sweeps_go_as_far_as_the_families_allow():
     assert all(
         "transformers eager" not in case.implementations for case in found if max(case.lengths) >= bench_models.LONG
     )
+    # of models that are named nothing else is loaded
+    named = bench_models.cases(torch.device("cpu"), ["modernbert-base"], bench_models.SWEEPS, False)
+    assert {(case.model, case.layers) for case in named} == {("modernbert-base", None)}
+    assert max(max(case.lengths) for case in named) == 8192
     # a model is loaded once
     loads = [(case.model, case.layers) for case in found]
     assert len({place for place in loads}) == 1 + sum(a != b for a, b in zip(loads, loads[1:]))
