@@ -163,7 +163,7 @@ def losses(results):
         faster = sorted((times, other) for other, times in others.items() if times < 1 and not is_ours(other))
         if faster:
             rest = f"; faster too: {'; '.join(other for _, other in faster[1:])}" if faster[1:] else ""
-            found.append(f"{name}: {faster[0][1]} takes {faster[0][0]:.2f}x of fastbert's time{rest}")
+            found.append(f"{name}: {faster[0][1]} takes {below_one(faster[0][0])} of fastbert's time{rest}")
     return found
 
 
@@ -174,6 +174,9 @@ def not_measured(results):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # tables
+
+
+PASSES = {"train": "training step", "inference": "inference", "encode": "encode"}
 
 
 def table(head, rows):
@@ -190,7 +193,12 @@ def duration(seconds):
 
 def times_of(value):
     """A ratio; one below 1 is a loss, and printed as one."""
-    return f"**{value:.2f}x**" if value >= 1 else f"{value:.2f}x, a loss"
+    return f"**{value:.2f}x**" if value >= 1 else f"{below_one(value)}, a loss"
+
+
+def below_one(value):
+    """A ratio below 1, with as many digits as show that it is."""
+    return f"{value:.2f}x" if value < 0.995 else f"{value:.3f}x"
 
 
 def spread(seconds):
@@ -319,6 +327,23 @@ def latency_table(result):
     head = ("inference", "library", f"latency of one text of {length} tokens", "throughput, real tokens/s", "texts/s",
             f"at a batch of (texts of at most {length}, {fill:.0%} fill)")  # fmt: skip
     return [table(head, lines), ""]
+
+
+def sweep_table(result, sweep, key, shown):
+    """A line for each model and pass: the time of the fastest of transformers' ways over fastbert's, by `key`."""
+    rows = [row for row in result["rows"] if row["sweep"] == sweep]
+    places = sorted({round(row[key], 1) for row in rows})
+    kinds = dict.fromkeys((row["model"], row["layers"], row["pass"], row["dtype"]) for row in rows)
+    lines = []
+    for kind in kinds:
+        model, layers, pass_, dtype = kind
+        cells = dict.fromkeys(places, "")
+        for row in rows:
+            others = [f["times_fastbert"] for name, f in row["summary"].items() if not is_ours(name)]
+            if (row["model"], row["layers"], row["pass"], row["dtype"]) == kind and others:
+                cells[round(row[key], 1)] = times_of(min(others))
+        lines.append((f"{model} ({layers} layers)", f"{PASSES[pass_]}, {dtype}", *cells.values()))
+    return [table(("model", "pass", *map(shown, places)), lines), ""] if lines else []
 
 
 def generic_table(result):
@@ -547,6 +572,11 @@ def section(name, result, pictures):
         lines = [*shown, f"{about(result)}. MFU is of the measured matrix product, TFLOP/s: {rates}. FLOPs, counted on"]
         lines += [f"real tokens: {settings['flops']}.", ""]
         lines += latency_table(result)
+        by_fill = sweep_table(result, "families", "fill", lambda fill: f"{fill:.0%} fill")
+        by_length = sweep_table(result, "length", "length", lambda length: f"{length:.0f} tokens")
+        if by_fill or by_length:
+            lines += ["Times fastbert's time that the fastest of transformers' ways takes, by fill and by length:", ""]
+        lines += by_fill + by_length
         for sweep in dict.fromkeys(row["sweep"] for row in result["rows"]):
             rows = [row for row in result["rows"] if row["sweep"] == sweep]
             fold = f"<details><summary>{sweep}: {len(rows)} rows</summary>"

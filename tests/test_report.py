@@ -120,6 +120,18 @@ def test_every_committed_file_has_the_one_form():
                     assert stated == pytest.approx(found, rel=2e-3), report.name_of(row)
 
 
+def test_families_by_fill_and_length():
+    rows = [models_row(sweep="families", fill=0.6), models_row(sweep="families", fill=1.0, seconds={"x": [0.1] * 3})]
+    (lines, _) = report.sweep_table({"rows": rows}, "families", "fill", "{:.0%}".format)
+    assert lines.splitlines()[::2] == [
+        "| model | pass | 60% | 100% |",
+        # the fastest counts, and a loss is one
+        "| bert-base (12 layers) | inference, float32 | **2.00x** | 0.50x, a loss |",
+    ]
+    assert report.sweep_table({"rows": rows}, "length", "length", str) == []
+    assert report.times_of(0.997) == "0.997x, a loss" and report.times_of(1.0) == "**1.00x**"
+
+
 def test_latency_and_throughput_stand_beside_each_other():
     def row(sequences, ours, theirs):
         seconds = {"transformers sdpa": [theirs] * 3, "swapped": [ours] * 3, "fastbert": [ours] * 3}
