@@ -183,6 +183,8 @@ def plot_scaling(rows, caption, path):
         _curves(axis, sweep, what, found, [name for name in names if name in own], colours)
         model, layers, pass_, dtype, length = kind
         pass_ = {"train": "training step", "inference": "inference"}[pass_]
+        if sweep == "batch":
+            pass_ += ", latency" if what == "median_s" else ", throughput"
         short = dtype.replace("bfloat16", "bf16").replace("float32", "fp32")
         of_length = f", S = {length}" if length else ""
         axis.set_title(f"{model} ({layers} layers), {pass_}, {short}{of_length}", loc="left", fontsize=9)

@@ -391,6 +391,8 @@ def memory_panels(results):
             ("peak_gib", "a step of BERT-base beyond the weights, GiB"),
         ):
             values = {name: figures[figure] for name, figures in row["summary"].items() if figures.get(figure)}
+            # by the name that it has among the models
+            values = {"transformers sdpa" if name == "transformers" else name: x for name, x in values.items()}
             panels.setdefault(title, []).append((row["case"], values))
     for row in rows_of(results.get("models", {})):
         values = {name: 1024 * figures["peak_gib"] for name, figures in row["summary"].items() if "peak_gib" in figures}
