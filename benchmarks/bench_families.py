@@ -13,8 +13,9 @@ inference   the encoder's hidden states without gradients, unpacked again.
 sentences   `SentenceEmbedder.encode` of 300 verses with all-MiniLM-L6-v2, against sentence-transformers where it is
             installed and against transformers with the pooling written out; both sort the texts by length.
 
-transformers runs sdpa attention where the model has it, else its only one. Losses and hidden states are compared
-before any clock starts. The libraries take turns, so that whatever else the machine does falls on all alike.
+transformers runs sdpa attention where the model has it, else its only one. Losses, the norms of
+their gradients and hidden states are compared before any clock starts. The libraries take turns, so that whatever else
+the machine does falls on all alike.
 "swapped" is transformers' own model after `fastbert.swap(model)`, "on MKL" is fastbert without oneDNN, see
 bench_training_step.py. One text of eight tokens shows what the swap costs where there is nothing to win. Other fills
 and lengths are in bench_models.py. Writes families.json; benchmarks/report.py draws it.
@@ -97,13 +98,16 @@ def load_pair(config, directory):
     return theirs.train(), MaskedLM.from_pretrained(directory).train(), attention
 
 
-def train(library, model, batch):
-    """Forward and backward; the loss."""
+def train(library, model, batch, with_norm=False):
+    """Forward and backward; the loss, and if asked for the norm of all gradients."""
     with torch.backends.mkldnn.flags(enabled=library != "fastbert on MKL"):
         loss = model(**batch).loss
         loss.backward()
+    norm = None
+    if with_norm:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
     model.zero_grad(set_to_none=True)
-    return loss.item()
+    return (loss.item(), norm) if with_norm else loss.item()
 
 
 @torch.inference_mode()
@@ -132,13 +136,16 @@ def run_family(name, layers, rounds):
     swapped = copy.deepcopy(theirs)
     fastbert.swap(swapped).raise_if_incomplete()
     models = dict(zip(LIBRARIES, (theirs, swapped, ours, ours)))
-    losses = [train(library, model, batch) for library, model in models.items()]
-    losses_apart = max(losses) - min(losses)
+    losses, norms = zip(*(train(library, model, batch, with_norm=True) for library, model in models.items()))
+    losses_apart, norms_apart = max(losses) - min(losses), max(norms) / min(norms) - 1
     real = batch["attention_mask"].bool()
     hidden = [infer(library, model.eval(), batch)[real] for library, model in models.items()]
     apart = max((x - hidden[0]).abs().max().item() for x in hidden)
-    if losses_apart > 1e-4 or apart > 1e-4:
-        raise AssertionError(f"{name}: losses differ by {losses_apart:.1e}, hidden states by {apart:.1e}")
+    if max(losses_apart, norms_apart, apart) > 1e-4:
+        raise AssertionError(
+            f"{name}: losses differ by {losses_apart:.1e}, the norms of their gradients by {norms_apart:.1e} of "
+            f"themselves, hidden states by {apart:.1e}"
+        )
     facts = {
         "family": name, "model": MODELS[name], "layers": layers, "attention": attention,
         "parameters": sum(x.numel() for x in ours.parameters()), "tokens_real": int(real.sum()),
