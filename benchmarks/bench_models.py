@@ -69,7 +69,8 @@ LONG = 4096
 NO_SDPA = "transformers has no sdpa attention for this model"
 FLOPS = (
     "inference: T L (8 D^2 + 4 D F) + 4 D L sum(n^2); gated feed-forward 6 D F, disentangled attention 8 D, "
-    "a window counts the keys in it; train: 3 times that plus the head, M (2 D E + 2 E V)"
+    "a window counts the keys in it; train: 3 times that plus the head, M (2 D E + 2 E V), without what only the T - M "
+    "rows of the last layer need that are not picked: 4 D^2 + 4 D F each, and their scores"
 )
 
 
@@ -222,7 +223,10 @@ def model_flops(config, lengths, picked, passes):
         flops += products * D * sum(_pairs(n, window) for n in lengths)
     if passes == "inference":
         return flops
-    return 3 * (flops + picked * (2 * D * E + 2 * E * config.vocab_size))
+    # of a row of the last layer that is not picked the loss sees the key and the value alone
+    tokens, scores = sum(lengths), sum(_pairs(n, windows[-1]) for n in lengths)
+    unseen = (tokens - picked) * (4 * D * D + feed_forward + products * D * scores / tokens)
+    return round(3 * (flops - unseen + picked * (2 * D * E + 2 * E * config.vocab_size)))
 
 
 def _pairs(n, window):
