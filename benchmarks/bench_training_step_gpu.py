@@ -98,9 +98,11 @@ def model_flops(config, lengths, picked):
     """FLOPs of a step that computes what the loss depends on, without the last layer's rows that nobody reads."""
     D, L, F = config.hidden_size, config.num_hidden_layers, config.intermediate_size
     linear = sum(lengths) * L * (8 * D * D + 4 * D * F)
-    attention = L * 4 * D * sum(n * n for n in lengths)
+    scores, tokens = sum(n * n for n in lengths), sum(lengths)
+    # of a row of the last layer that is not picked the loss sees the key and the value alone
+    unseen = (tokens - picked) * (4 * D * D + 4 * D * F + 4 * D * scores / tokens)
     head = picked * (2 * D * D + 2 * D * config.vocab_size)
-    return 3 * (linear + attention + head)
+    return round(3 * (linear + L * 4 * D * scores - unseen + head))
 
 
 def run_case(name, lengths, models, config, device, ceiling, rounds, end):
@@ -201,32 +203,48 @@ def main():
         if options.warm:
             for lengths in cases(device).values():
                 for library in libraries:
-                    batch = batch_of(library, lengths, config.vocab_size, device)
-                    step(*load(library, directory, device), batch, device)
+                    try:
+                        batch = batch_of(library, lengths, config.vocab_size, device)
+                        step(*load(library, directory, device), batch, device)
+                    except Exception as failure:
+                        print(f"{library}: {failure}".partition("\n")[0][:200], flush=True)
             return
         result = report.new(device, {
             "what": "BERT-base masked-LM training step: forward, backward, AdamW; bf16 autocast, dropout 0.1",
             "ceilings": machine.ceilings(device), "left_out": [],
         })  # fmt: skip
+        failures = []
         ceiling, left_out = result["settings"]["ceilings"]["product"], result["settings"]["left_out"]
         for name, lengths in cases(device).items():
             if time.monotonic() > end:
                 left_out.append(name)
                 continue
-            models = {library: load(library, directory, device) for library in libraries}
-            row = run_case(name, lengths, models, config, device, ceiling, options.rounds, end)
+            try:
+                models = {library: load(library, directory, device) for library in libraries}
+                row = run_case(name, lengths, models, config, device, ceiling, options.rounds, end)
+            except Exception as failure:  # the other cases want their turn
+                failures.append(name)
+                print(f"{name}: FAILED: {type(failure).__name__}: {str(failure)[:2000]}", flush=True)
+                continue
+            finally:
+                # nothing of a case is there when the next begins
+                models = None
+                gc.collect()
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
             result["rows"].append(row)
             result["not_measured"] |= {
                 f"{library}, training step {name}": why for library, why in row["failed"].items()
             }
-            del models
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
             report.save(result, folder / "training_step.json")
             (folder / "training_step.md").write_text(markdown(result), encoding="utf-8")
     print(markdown(result))
-    print(f"written to {folder}" + (f"; left out for want of time: {left_out}" if left_out else ""))
+    print(
+        f"{len(result['rows'])} cases written to {folder}"
+        + (f"; left out for want of time: {left_out}" if left_out else "")
+        + (f"; FAILED: {', '.join(failures)}" if failures else "")
+    )
+    sys.exit(bool(failures))
 
 
 if __name__ == "__main__":
