@@ -54,6 +54,10 @@ def _masked_cross_entropy(hidden, weight, bias, labels):
     return F.cross_entropy(F.linear(hidden, weight, bias).float(), labels, reduction="sum")
 
 
+def _unwidened_cross_entropy(hidden, weight, bias, labels):
+    return F.cross_entropy(F.linear(hidden, weight, bias), labels, reduction="sum")
+
+
 def _contrastive_cross_entropy(query, document, scale):
     scores = scale * (query @ document.T).float()
     return F.cross_entropy(scores, torch.arange(len(query), device=query.device), reduction="sum")
@@ -504,6 +508,17 @@ def _every_token(function, per_pick):
     return make
 
 
+def _in_half_precision(function):
+    """A variant that leaves numbers in the dtype that they come in."""
+
+    def make(arguments):
+        if next(iter(floating(arguments).values())).dtype == torch.float32:
+            raise NotApplicable
+        return run_of(function, arguments)
+
+    return make
+
+
 def _own_document(query, document, scale):
     """(hidden, weight, labels) that make a vocabulary's cross-entropy of the contrastive one."""
     return query * scale, document, torch.arange(len(query), device=query.device)
@@ -745,6 +760,7 @@ PEERS = {
     "gelu_layer_norm": {"eager, every token": _every_token(_gelu_layer_norm, "x")},
     "masked_cross_entropy": {
         "eager, every token": _every_token(_masked_cross_entropy, "hidden"),
+        "eager, not widened": _in_half_precision(_unwidened_cross_entropy),
         "eager, whole 64s": _whole_64s(lambda arguments: run_of(_masked_cross_entropy, arguments)),
         **CROSS_ENTROPIES,
         **{

@@ -177,3 +177,19 @@ def test_a_result_names_the_versions_of_its_peers(monkeypatch):
     assert op_peers.installed() == versions
     assert bench_ops._peers({"settings": {"peers": op_peers.installed()}}) == ["", "Installed beside: xformers 0.0.35."]
     assert bench_ops._peers({"settings": {}}) == []
+
+
+def test_logits_that_are_not_widened_are_for_half_precision_alone():
+    variant = op_peers.variants("masked_cross_entropy")["eager, not widened"]
+    case = Case("masked_cross_entropy", "tiny", (30, 40), torch.bfloat16)
+    arguments = case.arguments(CPU)
+    error = op_cases.disagreement(op_cases.results(variant(arguments)), op_cases.truth(case, arguments))
+    assert 1e-4 < error < bench_ops.TOLERANCE[case.dtype]
+    with pytest.raises(op_peers.NotApplicable):
+        variant(Case("masked_cross_entropy", "tiny", (30, 40), torch.float32).arguments(CPU))
+
+
+def test_the_numbers_of_a_case_are_those_of_every_run():
+    case = Case("layer_norm", "tiny", (3, 5), torch.float32)
+    runs = [bench_ops.agreeing(case, CPU, (), compiles=False)[0]["eager"] for _ in range(2)]
+    assert all(torch.equal(*pair) for pair in zip(*(run.leaves for run in runs)))
