@@ -7,6 +7,7 @@ next; the exit code says so.
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +85,14 @@ def run(ops=(), models=(), device="auto", quick=False, compare=None, output=None
     folder = Path(output).resolve() if output else ROOT / "runs" / "bench"
     if not (output or quick or ops or models):
         folder = machine.folder(here)
+    # before any work is lost
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(
+            f"--output {folder}: no results can be written there ({error.strerror}): name a folder"
+        ) from None
     todo = steps(ops, models, here, quick, folder)
 
     environment = {name: value for name, value in os.environ.items() if not name.startswith("FASTBERT_")}

@@ -147,8 +147,8 @@ def test_what_is_missing_is_told(capsys):
 
     assert compare.told(with_more(rows=["pooling"], peer=[3.0] * 5), with_more()) == 0
     said = capsys.readouterr().out.splitlines()
-    assert "not measured now: peer / fastbert, in 1 rows that were" in said
-    assert "1 rows of the old run were not measured now" in said
+    assert "not measured now: peer / fastbert, in rows that were: 1" in said
+    assert "rows of the old run that were not measured now: 1" in said
     # what is new is no matter
     assert compare.told(with_more(), with_more(peer=[3.0] * 5)) == 0
     assert "not measured now" not in capsys.readouterr().out
@@ -204,6 +204,7 @@ def test_the_script(tmp_path, monkeypatch, capsys):
         (["--compare", ROOT / "README.md"], ["README.md is not JSON"]),
         (["--compare", ROOT / "benchmarks" / "results" / "traffic.json"], ["holds nothing to compare"]),
         (["--compare", ROOT / "kernels"], ["kernels holds nothing to compare"]),
+        (["--output", ROOT / "README.md"], ["README.md: no results can be written there"]),
     ],
     ids=lambda value: str(value[0])[:20],
 )
