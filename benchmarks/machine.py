@@ -64,6 +64,10 @@ def describe(device):
         facts["cores"], facts["threads"] = os.cpu_count(), torch.get_num_threads()
         # a figure taken beside other work is worth less
         facts["load_average"] = round(os.getloadavg()[0], 2)
+    # switches that change what compiled peers are
+    switches = {name: value for name, value in sorted(os.environ.items()) if name.startswith("TORCHINDUCTOR_MAX")}
+    if switches:
+        facts["environment"] = switches
     if rehearsing(device):
         facts["rehearsal"] = "Triton's interpreter, tiny shapes: no time here means anything"
     return facts
