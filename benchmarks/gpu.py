@@ -269,7 +269,7 @@ def main():
             background = Background(environment, logs)
         if background and step.name not in ("device", "tests"):
             # not while something is timed; they may have what the tests have left, and a little more
-            background.wait(began + 215)
+            background.wait(began + 195)
             background = None
         later = sum(other.seconds for other in todo[i + 1 :])
         seconds = max(SECONDS - (time.monotonic() - began) - later, 10)
