@@ -140,9 +140,9 @@ def absent(old, new):
     rows = {what for what, _, _ in now}
     lost = [name for name in before if name not in now]
     counts = Counter((other, own) for what, other, own in lost if what in rows)
-    lines = [f"not measured now: {other} / {own}, in {n} rows that were" for (other, own), n in counts.items()]
+    lines = [f"not measured now: {other} / {own}, in rows that were: {n}" for (other, own), n in counts.items()]
     others = len({what for what, _, _ in lost if what not in rows})
-    return lines + ([f"{others} rows of the old run were not measured now"] if others else [])
+    return lines + ([f"rows of the old run that were not measured now: {others}"] if others else [])
 
 
 def differences(old, new):

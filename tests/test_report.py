@@ -13,6 +13,8 @@ import bench_data
 import bench_families
 import bench_models
 import bench_training
+import bench_training_step
+import machine
 import pytest
 import report
 import rounds
@@ -22,6 +24,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastbert
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def memory(monkeypatch):
+    """This process gives its memory back: it has other tests to run."""
+    monkeypatch.setattr(machine, "keep_memory", lambda: False)
 
 
 def models_row(**changes):
@@ -320,6 +328,42 @@ def test_models_end_to_end(tmp_path, capsys):
     assert "flash_attention_2" in " ".join(result["not_measured"])
     assert "real tokens/s" in capsys.readouterr().out
     assert "fill: 4 rows" in write(tmp_path)
+
+
+def test_families_end_to_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench_families, "MODELS", {"bert": "bert-tiny", "albert": "bert-tiny"})
+    monkeypatch.setattr(bench_families, "run_single", lambda rounds: single)
+    monkeypatch.setattr(bench_families, "run_sentences", lambda rounds: None)
+    seconds = {"transformers": [0.03] * 3, "swapped": [0.02] * 3}
+    single = bench_families.row_of("one text of 8 tokens", seconds, tokens_real=8, difference=0.0)
+    bench_families.main(["--only", "bert", "--layers", "1", "--rounds", "3", "--output", str(tmp_path)])
+    result = json.loads((tmp_path / "families.json").read_text(encoding="utf-8"))
+    assert [row["name"] for row in result["rows"][:2]] == ["bert, 1 layers, train", "bert, 1 layers, inference"]
+    for row in result["rows"][:2]:
+        assert list(row["seconds"]) == list(bench_families.LIBRARIES) and row["tokens_real"] == 615
+        assert all(len(times) == 3 for times in row["seconds"].values())
+    assert result["not_measured"].keys() == {"sentences"} and "1.50x" in capsys.readouterr().out
+    page = write(tmp_path)
+    assert "| bert |" in page and "(families.png)" in page and "one text of 8 tokens" not in page
+
+
+def test_training_step_end_to_end(tmp_path, monkeypatch):
+    from transformers import BertConfig
+
+    def tiny(vocab_size, **settings):
+        sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+        return BertConfig(vocab_size=vocab_size, **sizes, **settings)
+
+    monkeypatch.setattr("transformers.BertConfig", tiny)
+    monkeypatch.setattr(bench_training_step, "peak_mib", lambda *_: {"peak": 20, "before": 10})
+    bench_training_step.main(["--rounds", "3", "--output", str(tmp_path)])
+    result = json.loads((tmp_path / "training_step.json").read_text(encoding="utf-8"))
+    assert [row["case"] for row in result["rows"]] == list(bench_training_step.LENGTHS)
+    for row in result["rows"]:
+        assert [len(row["seconds"][library]) for library in bench_training_step.LIBRARIES] == [3, 3, 3]
+        assert row["summary"]["fastbert"]["peak_memory_mib"] == 20 and row["difference"] < 1e-5
+    page = write(tmp_path)
+    assert "20 -> 20 MiB" in page and "(training_step.png)" in page
 
 
 def test_a_wrong_implementation_is_not_timed(monkeypatch):
