@@ -6,9 +6,9 @@ are held to the reference themselves.
 """
 
 import contextlib
-import importlib
 import sys
 import types
+from pathlib import Path
 
 import bench_ops
 import op_cases
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from op_cases import Case
 
+ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 RAGGED, FULL = (3, 8, 1, 5), (8, 8)
 
@@ -142,20 +143,23 @@ def test_flex_computes_no_block_that_is_padding_only(monkeypatch):
 
 # those whose kernels Triton's interpreter runs in fp32
 INTERPRETED = [
-    ("masked_cross_entropy", "liger", "liger_kernel"),
-    ("masked_cross_entropy", "liger, large chunks", "liger_kernel"),
-    ("contrastive_cross_entropy", "liger", "liger_kernel"),
+    ("masked_cross_entropy", "liger", "liger-kernel"),
+    ("masked_cross_entropy", "liger, large chunks", "liger-kernel"),
+    ("contrastive_cross_entropy", "liger", "liger-kernel"),
     ("disentangled_attention", "flashdeberta", "flashdeberta"),
-    ("disentangled_attention", "disentangled_flash", "disentangled_flash"),
+    ("disentangled_attention", "disentangled_flash", "disentangled-flash"),
 ]
+PINNED = dict(
+    line.split("==") for line in (ROOT / "requirements-peers.txt").read_text(encoding="utf-8").splitlines() if "==" in line
+)
+    re.findall(r"^([\w-]+)==(.+)$", (ROOT / "requirements-peers.txt").read_text(encoding="utf-8"), re.MULTILINE)
+)
 
 
 @pytest.mark.parametrize(("op", "name", "package"), INTERPRETED, ids=lambda x: str(x).replace(" ", "_"))
 def test_those_installed(as_on_a_gpu, op, name, package):
-    try:
-        importlib.import_module(package)
-    except ImportError as error:
-        pytest.skip(f"make bench installs it: {error}")
+    if op_peers.installed().get(package) != PINNED[package]:
+        pytest.skip(f"{package} {PINNED[package]} is not installed: make bench does that")
     for lengths in (RAGGED, FULL):
         held_to_the_reference(op, name, lengths, "tiny-deberta" if op == "disentangled_attention" else "tiny")
 
