@@ -149,11 +149,8 @@ INTERPRETED = [
     ("disentangled_attention", "flashdeberta", "flashdeberta"),
     ("disentangled_attention", "disentangled_flash", "disentangled-flash"),
 ]
-PINNED = dict(
-    line.split("==") for line in (ROOT / "requirements-peers.txt").read_text(encoding="utf-8").splitlines() if "==" in line
-)
-    re.findall(r"^([\w-]+)==(.+)$", (ROOT / "requirements-peers.txt").read_text(encoding="utf-8"), re.MULTILINE)
-)
+PINNED = (line.strip() for line in (ROOT / "requirements-peers.txt").read_text(encoding="utf-8").splitlines())
+PINNED = dict(line.split("==") for line in PINNED if "==" in line)
 
 
 @pytest.mark.parametrize(("op", "name", "package"), INTERPRETED, ids=lambda x: str(x).replace(" ", "_"))
