@@ -56,6 +56,8 @@ def doctor_compile(archs, dtypes, models, op_names, *, candidates=False, json_fi
     archs, dtypes, models, op_names, candidates: as `offline.report` has them; empty ones mean sm_80, bf16 and fp32, and
     all there are. json_file: where the rows go. Raises ValueError as `offline.report` does, and OSError for the file.
     """
+    chosen = (("arch", archs), ("dtype", dtypes), ("model", models), ("op", op_names))
+    command = ["fastbert", "doctor", "--compile", *(f"--{name}={x}" for name, found in chosen for x in found)]
     archs, dtypes = archs or ("sm_80",), dtypes or ("bf16", "fp32")
     models, op_names = models or tuple(kernel_cases.MODELS), op_names or tuple(kernel_cases.CASES)
     offline.check(archs, dtypes, models, op_names)
@@ -66,8 +68,6 @@ def doctor_compile(archs, dtypes, models, op_names, *, candidates=False, json_fi
         rows = offline.report(archs, dtypes, models, op_names, candidates=candidates, on_progress=on_progress)
     seconds = time.perf_counter() - start
     if target:
-        chosen = (("arch", archs), ("dtype", dtypes), ("model", models), ("op", op_names))
-        command = ["fastbert", "doctor", "--compile", *(f"--{name}={x}" for name, found in chosen for x in found)]
         about = dict(
             date=datetime.date.today().isoformat(), command=" ".join(command + ["--candidates"] * candidates),
             versions=versions(), seconds=round(seconds, 1),

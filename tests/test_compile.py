@@ -36,7 +36,9 @@ def doctor(folder, run, *arguments):
         [*command, *arguments, "--json", file], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode in (0, 1), done.stderr
-    rows = json.loads(file.read_text(encoding="utf-8"))["kernels"]
+    report = json.loads(file.read_text(encoding="utf-8"))
+    rows = report["kernels"]
+    assert report["command"].startswith(f"fastbert doctor --compile --arch={arch} --dtype={dtype}") and report["date"]
     # where each stands, in words
     assert done.returncode == 0, "problem: " + done.stdout.partition("problem: ")[2]
     return rows
