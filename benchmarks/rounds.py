@@ -27,15 +27,15 @@ def take_turns(calls, rounds, seconds=20.0, device=None, prepare=lambda name: No
     """{name: seconds of each call} of functions without arguments, which have been called before.
 
     rounds: (least, most). The least, and more while a round takes little (a second in all) or while the spread of any
-    is above WIDE. Three are timed however long they take; no other begins once `seconds` are over. On a CPU rounds
-    without a clock come first, while calls take memory from the kernel that they will keep: three at most.
+    is above WIDE. Three are timed however long they take; no other begins once `seconds` are over. On a CPU a round in
+    which calls take memory from the kernel is one of warming up, and does not count: three at most, in half the time.
     prepare: called with the name before each call, outside of its time.
     """
     least, most = rounds
     on_gpu = device is not None and device.type == "cuda"
     times, began = {name: [] for name in calls}, time.perf_counter()
 
-    def turn(names, keep):
+    def turn(names):
         for name in names:
             prepare(name)
             if on_gpu:
@@ -44,8 +44,7 @@ def take_turns(calls, rounds, seconds=20.0, device=None, prepare=lambda name: No
             calls[name]()
             if on_gpu:
                 torch.cuda.synchronize(device)
-            if keep:
-                times[name].append(time.perf_counter() - start)
+            times[name].append(time.perf_counter() - start)
 
     def is_enough():
         done, elapsed = len(next(iter(times.values()))), time.perf_counter() - began
@@ -56,17 +55,15 @@ def take_turns(calls, rounds, seconds=20.0, device=None, prepare=lambda name: No
         settled = all(spread(found) <= WIDE for found in times.values())
         return done >= least and settled and elapsed > 1
 
-    names = list(calls)
-    if least > 2 and not on_gpu:
-        for _ in range(3):
-            before = _pages()
-            turn(names, keep=False)
-            if _pages() - before < NEW_PAGES or time.perf_counter() - began > seconds / 2:
-                break
-        began = time.perf_counter()
+    names, may_warm_up = list(calls), 3 if least > 2 and not on_gpu else 0
     while not is_enough():
-        turn(names, keep=True)
+        before = _pages()
+        turn(names)
         names.reverse()
+        if may_warm_up and _pages() - before >= NEW_PAGES and time.perf_counter() - began < seconds / 2:
+            may_warm_up -= 1
+            for found in times.values():
+                found.pop()
     return times
 
 
