@@ -555,7 +555,7 @@ def main(arguments=None):
     if device.type == "cuda":
         rounds = dict.fromkeys(rounds, (20, 20))
     if options.rounds or options.quick:
-        rounds = dict.fromkeys(rounds, (options.rounds or 2,) * 2)
+        rounds = dict.fromkeys(rounds, (options.rounds or 3,) * 2)
     file = (options.output or machine.folder(device)) / "models.json"
     result = report.new(device, {
         "rounds": rounds, "memory_kept": device.type == "cpu" and machine.keep_memory(), "quick": options.quick,

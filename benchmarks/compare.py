@@ -160,7 +160,7 @@ def told(old, new):
     """Print how the results of a run compare with older ones, both {name: result}: the exit code."""
     found = changes(old, new)
     if not found:
-        print("no ratio is in both: the runs measured other things")
+        print(f"no ratio is in both: the runs measured other things, or one in fewer than {LEAST_ROUNDS} rounds")
         return 2
     print("\n".join([*differences(old, new), *table(found), *absent(old, new)]))
     return int(any(change.fell for change in found))

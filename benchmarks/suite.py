@@ -126,6 +126,6 @@ def _holds_rounds(file):
     try:
         gate.read(file)
     except ValueError:
-        # such as those of --quick, which has too few rounds
+        # such as those of bench_training.py, which has no rounds
         return False
     return True

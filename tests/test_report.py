@@ -323,7 +323,7 @@ def test_models_end_to_end(tmp_path, capsys):
         assert {"transformers sdpa", "transformers eager", "fastbert"} <= row["seconds"].keys()
         assert row["difference"] < 1e-4
         for name, figures in row["summary"].items():
-            assert figures["median_s"] == pytest.approx(sum(row["seconds"][name]) / 2, rel=1e-3)
+            assert figures["median_s"] == pytest.approx(sorted(row["seconds"][name])[1], rel=1e-3)
             assert figures["real_tokens_per_s"] == pytest.approx(row["tokens_real"] / figures["median_s"], rel=0.01)
     assert "flash_attention_2" in " ".join(result["not_measured"])
     assert "real tokens/s" in capsys.readouterr().out
