@@ -206,7 +206,7 @@ def run_trainer(work, options, swapped):
             output_dir=str(work / "trainer"), max_steps=steps, per_device_train_batch_size=1, seed=options["seed"],
             bf16=options["bf16"], use_cpu=device.type == "cpu", max_grad_norm=defaults["max_grad_norm"],
             logging_steps=options["logging_steps"], save_strategy="no", report_to="none", disable_tqdm=True,
-            dataloader_pin_memory=False, remove_unused_columns=False,
+            dataloader_pin_memory=device.type == "cuda", remove_unused_columns=False,
         ),
         train_dataset=Batches([padded(batch) for batch in train]),
         data_collator=lambda batches: batches[0],
