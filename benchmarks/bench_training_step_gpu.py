@@ -240,7 +240,7 @@ def main():
             (folder / "training_step.md").write_text(markdown(result), encoding="utf-8")
     print(markdown(result))
     print(
-        f"{len(result['rows'])} cases written to {folder}"
+        f"cases: {len(result['rows'])}, written to {folder}"
         + (f"; left out for want of time: {left_out}" if left_out else "")
         + (f"; FAILED: {', '.join(failures)}" if failures else "")
     )

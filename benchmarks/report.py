@@ -738,6 +738,8 @@ def main(arguments=None):
     for place in folders:
         for file in write(place):
             print(file.relative_to(ROOT) if file.is_relative_to(ROOT) else file)
+    if not importlib.util.find_spec("matplotlib"):
+        print("without plots: matplotlib is not installed")
     if options.readme:
         readme = ROOT / "README.md"
         readme.write_text(with_figures(readme.read_text(encoding="utf-8")), encoding="utf-8")

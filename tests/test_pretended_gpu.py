@@ -7,6 +7,7 @@ import os
 import sys
 import time
 import types
+from dataclasses import replace
 
 import bench_models
 import bench_ops
@@ -131,6 +132,19 @@ def test_models(run, tmp_path, monkeypatch):
     )
     assert run(bench_models, "--rounds", 2, "--quick", "--models", "bert-tiny", "--only", "fill") == 1
     assert {row["pass"] for row in read(tmp_path, "models.json")["rows"]} == {"inference"}
+
+
+def test_models_are_compiled_beforehand(monkeypatch, capsys):
+    """What the cases will call; one sequence with CUDA graphs. What does not compile stops no other."""
+    case = bench_models.Case("fill", "bert-tiny", (9, 5), "train", "bfloat16")
+    shapes = [case, replace(case, model="no model"), replace(case, passes="inference", lengths=(7,))]
+    shapes.append(replace(case, implementations=("fastbert",)))
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda module, mode=None, **_: compiled.append(mode) or module)
+    with pretending(30), small():
+        bench_models.warm(shapes, CUDA)
+    assert compiled == [None, "reduce-overhead"]
+    assert "no model" in capsys.readouterr().out
 
 
 def test_the_order_of_models_that_may_be_cut():
