@@ -81,9 +81,11 @@ class LinearFunction(torch.autograd.Function):
 
 def linear(x, weight, bias=None):
     """x @ weightᵀ + bias. x [T, D], weight [F, D], bias [F] or None."""
-    if _prefers_onednn(x, weight.t()):
-        return LinearFunction.apply(x, weight, bias)
-    return F.linear(x, weight, bias)
+    if not _prefers_onednn(x, weight.t()):
+        return F.linear(x, weight, bias)
+    if not torch.is_grad_enabled():
+        return matmul(x, weight.t(), bias)
+    return LinearFunction.apply(x, weight, bias)
 
 
 def linear_gelu(x, weight, bias=None, *, approximate="none"):
@@ -728,35 +730,42 @@ class MaskedCrossEntropyFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, scale, max_picks, ignore_index, label_smoothing, z_loss, wants):
-        picked, labels, count, spoiled = _pick(labels, ignore_index, max_picks)
+        picked, labels, count, spoiled, complete = _pick(labels, ignore_index, max_picks)
         V, wide = len(weight), torch.promote_types(hidden.dtype, torch.float32)
         loss_sum = torch.zeros((), dtype=wide, device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-        dbias, dscale = loss_sum.new_zeros(V), torch.zeros_like(loss_sum)
-        drows, earlier, last = [], None, (hidden.new_zeros(0, V), hidden.new_zeros(0, hidden.shape[1]))
+        dbias = loss_sum.new_zeros(V) if wants[2] else None
+        dscale = torch.zeros_like(loss_sum) if wants[3] else None
+        drows, earlier, last = [], None, None
         for start in range(0, len(labels), CROSS_ENTROPY_ROWS):
             chunk = slice(start, start + CROSS_ENTROPY_ROWS)
-            rows, target, labelled = _labelled_rows(hidden, labels, picked, chunk, ignore_index)
-            losses, best, powers, maximum, total = _losses(
-                rows, target, weight, bias, scale, max(V, 1), label_smoothing, z_loss
-            )
-            loss_sum += losses.masked_fill(~labelled, 0).sum()
-            correct += ((best == target) & labelled).sum()
+            rows, target, labelled = _labelled_rows(hidden, labels, picked, chunk, ignore_index, complete)
+            logits = _logits(rows, weight, bias, scale, slice(V))
+            place, inside = _place(target, 0, V)
+            losses, best, dlogits, log_sum = _softmax(logits, place, inside, label_smoothing, z_loss)
+            _count_in(loss_sum, correct, losses, best == target[:, None], labelled)
             if not any(wants):
                 continue
-            dlogits = _dlogits(powers, maximum, total, target, labelled, 0, V, label_smoothing, z_loss)
-            dbias += dlogits.sum(0)
+            factor = 1 + 2 * z_loss * log_sum if z_loss else None
+            _dlogits(dlogits, factor, place, inside, labelled, V, label_smoothing)
+            if wants[2]:
+                dbias += dlogits.sum(0)
             dlogits = dlogits if scale is not None else dlogits.to(rows.dtype)
-            drows.append(matmul(dlogits, weight.to(dlogits.dtype)).to(rows.dtype))
+            if wants[0] or wants[3]:
+                drows.append(matmul(dlogits, weight.to(dlogits.dtype)).to(rows.dtype))
             if wants[3]:
                 dscale += (rows * drows[-1]).sum(dtype=wide)
             last = (dlogits, rows)
-            if chunk.stop < len(labels):
+            if wants[1] and chunk.stop < len(labels):
                 share = _word_sums(dlogits, rows).to(wide)
                 earlier = share if earlier is None else earlier.add_(share)
+        if last is None:
+            last = hidden.new_zeros(0, V), hidden.new_zeros(0, hidden.shape[1])
         if any(wants):
-            drows = torch.cat(drows) if drows else last[1]
-            ctx.save_for_backward(picked, spoiled, scale, drows, dbias, dscale, earlier, *last)
+            drows = drows[0] if len(drows) == 1 else torch.cat(drows) if drows else last[1]
+            ctx.save_for_backward(
+                picked, spoiled, scale, drows, dbias, dscale, earlier, *(last if wants[1] else (None, None))
+            )
         ctx.wants, ctx.T = wants, len(hidden)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(count, correct)
@@ -791,22 +800,21 @@ class TiledCrossEntropyFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, scale, max_picks, ignore_index, label_smoothing, z_loss, wants):
-        picked, labels, count, spoiled = _pick(labels, ignore_index, max_picks)
+        picked, labels, count, spoiled, complete = _pick(labels, ignore_index, max_picks)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         loss_sum = torch.zeros((), dtype=wide, device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         maxima, totals = (loss_sum.new_zeros(len(labels), 1) for _ in range(2))
         for start in range(0, len(labels), CROSS_ENTROPY_ROWS):
             chunk = slice(start, start + CROSS_ENTROPY_ROWS)
-            rows, target, labelled = _labelled_rows(hidden, labels, picked, chunk, ignore_index)
-            losses, best, _, maxima[chunk], totals[chunk] = _losses(
-                rows, target, weight, bias, scale, CROSS_ENTROPY_COLUMNS, label_smoothing, z_loss
+            rows, target, labelled = _labelled_rows(hidden, labels, picked, chunk, ignore_index, complete)
+            losses, best, maxima[chunk], totals[chunk] = _tiled_losses(
+                rows, target, weight, bias, scale, label_smoothing, z_loss
             )
-            loss_sum += losses.masked_fill(~labelled, 0).sum()
-            correct += ((best == target) & labelled).sum()
+            _count_in(loss_sum, correct, losses, best == target[:, None], labelled)
         if any(wants):
             ctx.save_for_backward(picked, spoiled, scale, hidden, weight, bias, labels, maxima, totals)
-        ctx.options = ignore_index, label_smoothing, z_loss, wants
+        ctx.options = ignore_index, label_smoothing, z_loss, wants, complete
         ctx.mark_non_differentiable(count, correct)
         return loss_sum if spoiled is None else loss_sum + spoiled, count, correct
 
@@ -814,7 +822,7 @@ class TiledCrossEntropyFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dloss, dcount, dcorrect):
         picked, spoiled, scale, hidden, weight, bias, labels, maxima, totals = ctx.saved_tensors
-        ignore_index, label_smoothing, z_loss, wants = ctx.options
+        ignore_index, label_smoothing, z_loss, wants, complete = ctx.options
         dloss, factor = _factors(dloss, spoiled, scale)
         drows = maxima.new_zeros(len(labels), hidden.shape[1])
         dweight = torch.zeros_like(weight) if wants[1] else None
@@ -824,11 +832,13 @@ class TiledCrossEntropyFunction(torch.autograd.Function):
             word_sums, bias_sums = 0, 0
             for start in range(0, len(labels), CROSS_ENTROPY_ROWS):
                 chunk = slice(start, start + CROSS_ENTROPY_ROWS)
-                rows, target, labelled = _labelled_rows(hidden, labels, picked, chunk, ignore_index)
-                powers = _logits(rows, weight, bias, scale, words).sub_(maxima[chunk]).exp_()
-                dlogits = _dlogits(
-                    powers, maxima[chunk], totals[chunk], target, labelled, first, len(weight), label_smoothing, z_loss
-                )
+                rows, target, labelled = _labelled_rows(hidden, labels, picked, chunk, ignore_index, complete)
+                dlogits = _logits(rows, weight, bias, scale, words).sub_(maxima[chunk]).exp_()
+                share = 1 / totals[chunk]
+                if z_loss:
+                    share *= 1 + 2 * z_loss * (maxima[chunk] + totals[chunk].log())
+                place, inside = _place(target, first, dlogits.shape[1])
+                _dlogits(dlogits, share, place, inside, labelled, len(weight), label_smoothing)
                 bias_sums += dlogits.sum(0)
                 dlogits = dlogits if scale is not None else dlogits.to(rows.dtype)
                 drows[chunk] += matmul(dlogits, weight[words].to(dlogits.dtype))
@@ -840,36 +850,44 @@ class TiledCrossEntropyFunction(torch.autograd.Function):
                 dbias[words] = bias_sums * dloss
         dscale = None
         if wants[3]:
-            everything = slice(0, len(labels))
-            dscale = (drows * _labelled_rows(hidden, labels, picked, everything, ignore_index)[0]).sum() * dloss[0]
+            rows, *_ = _labelled_rows(hidden, labels, picked, slice(0, len(labels)), ignore_index, complete)
+            dscale = (drows * rows).sum() * dloss[0]
         dhidden = _put_back(drows.mul_(factor).to(hidden.dtype), picked, len(hidden)) if wants[0] else None
         return dhidden, dweight, dbias, None, dscale, None, None, None, None, None
 
 
 def _pick(labels, ignore_index, max_picks):
-    """(picked, labels there, count, spoiled): the rows to compute, None for all, and how many have a label.
+    """(picked, labels there, count, spoiled, complete): the rows to compute, None for all, and how many have a label.
 
     With max_picks the first rows with a label, and past the last of them row T, which no tensor has. spoiled is to be
-    added to the loss: nothing, or NaN when some labelled rows found no room.
+    added to the loss: nothing, or NaN when some labelled rows found no room. complete: all rows there have a label, as
+    with ignore_index None.
     """
+    if ignore_index is None:
+        return None, labels, torch.full((), len(labels), device=labels.device), None, True
     has_label = labels != ignore_index
     count = has_label.sum()
     if max_picks is not None:
         room = torch.arange(1, min(max_picks, len(labels)) + 1, device=labels.device)
         picked = torch.searchsorted(has_label.cumsum(0), room)
         spoiled = torch.zeros((), device=labels.device).masked_fill(count > len(room), float("nan"))
-        return picked, torch.cat((labels, labels.new_full((1,), ignore_index)))[picked], count, spoiled
+        labels = torch.cat((labels, labels.new_full((1,), ignore_index)))[picked]
+        return picked, labels, count, spoiled, False
     # torch.compile cannot look at the count; and where most rows are picked, a constant number of them, as packed
     # batches have, is worth more than the few saved
-    if torch.compiler.is_compiling() or count > 0.75 * len(labels):
-        return None, labels, count, None
+    if torch.compiler.is_compiling():
+        return None, labels, count, None, False
+    if (number := int(count)) > 0.75 * len(labels):
+        return None, labels, count, None, number == len(labels)
     picked = has_label.nonzero()[:, 0]
-    return picked, labels[picked], count, None
+    return picked, labels[picked], count, None, True
 
 
-def _labelled_rows(hidden, labels, picked, chunk, ignore_index):
-    """(rows, labels, which of them count) of a chunk of the picked rows; what counts nowhere is 0."""
+def _labelled_rows(hidden, labels, picked, chunk, ignore_index, complete):
+    """(rows, labels, which of them count) of a chunk of the picked rows; what counts nowhere is 0. None: all count."""
     rows = hidden[chunk] if picked is None else hidden[picked[chunk].clamp(max=len(hidden) - 1)]
+    if complete:
+        return rows, labels[chunk].long(), None
     labelled = labels[chunk] != ignore_index
     return rows.where(labelled[:, None], 0), labels[chunk].long(), labelled
 
@@ -880,53 +898,91 @@ def _logits(rows, weight, bias, scale, words):
     bias = None if bias is None else bias[words]
     if scale is None:
         return matmul(rows, weight[words].t(), bias).to(wide)
-    logits = matmul(rows.to(wide), weight[words].to(wide).t()).mul_(scale)
+    logits = matmul(rows.to(wide) * scale, weight[words].to(wide).t())
     return logits if bias is None else logits.add_(bias)
 
 
-def _losses(rows, target, weight, bias, scale, width, label_smoothing, z_loss):
-    """(losses, best words, powers, maxima, sums of powers): [rows], or [rows, 1] for the last two.
+def _place(target, first, width):
+    """(where the labels [rows] stand in a tile of words, int64 [rows, 1]; whether they do)."""
+    target = target[:, None] - first if first else target[:, None]
+    place = target.clamp(0, width - 1)
+    return place, place == target
 
-    Goes over tiles of `width` words. Powers are exp(logits - maximum), of the last tile.
+
+def _softmax(logits, place, inside, label_smoothing, z_loss):
+    """(losses [rows, 1], best words [rows, 1], probabilities in place of the logits, log-sum-exp [rows, 1]).
+
+    With many words each look at all logits takes as long as a part of their product.
     """
+    V = logits.shape[1]
+    maximum, best = logits.max(-1, keepdim=True)
+    # a label that is no word leaves NaN
+    at_label = logits.gather(1, place).where(inside, float("nan"))
+    summed = logits.sum(-1, keepdim=True) if label_smoothing else None
+    # in place where that is known to work: a CPU has read a number before it writes there
+    is_here = logits.device.type == "cpu" and not torch.compiler.is_compiling()
+    probabilities = torch.softmax(logits, -1, out=logits if is_here else None)
+    # the best word's power is 1, so that its probability is 1 / total
+    log_total = -probabilities.gather(1, best).log()
+    losses = _losses(maximum, log_total, at_label, summed, V, label_smoothing, z_loss)
+    return losses, best, probabilities, maximum + log_total if z_loss else None
+
+
+def _losses(maximum, log_total, at_label, summed, V, label_smoothing, z_loss):
+    """Losses of rows: largest logit, log of the sum of powers, the label's logit, the logits' sum; all [rows, 1].
+
+    A power is exp(logit - maximum). Written relative to that, the loss of a row of large logits keeps its digits.
+    """
+    over = maximum - at_label
+    if label_smoothing:
+        over = (1 - label_smoothing) * over + label_smoothing * (maximum - summed / V)
+    losses = over + log_total
+    return losses + z_loss * (maximum + log_total).square() if z_loss else losses
+
+
+def _tiled_losses(rows, target, weight, bias, scale, label_smoothing, z_loss):
+    """(losses, best words, maxima, sums of powers), each [rows, 1], with one tile of logits held at a time."""
     V, wide = len(weight), torch.promote_types(rows.dtype, torch.float32)
     maximum = rows.new_full((len(rows), 1), torch.finfo(wide).min, dtype=wide)
     # a label that no tile has leaves NaN
-    total, at_label, summed, powers = torch.zeros_like(maximum), torch.full_like(maximum, float("nan")), 0, None
-    best, target = torch.zeros_like(target)[:, None], target[:, None]
-    for first in range(0, V, width):
-        logits = _logits(rows, weight, bias, scale, slice(first, first + width))
-        place = logits.argmax(-1, keepdim=True)
-        top = logits.gather(1, place)
-        inside = (target >= first) & (target < first + logits.shape[1])
-        at_label = logits.gather(1, (target - first).where(inside, 0)).where(inside, at_label)
+    total, at_label, summed = torch.zeros_like(maximum), torch.full_like(maximum, float("nan")), 0
+    best = torch.zeros_like(target)[:, None]
+    for first in range(0, V, CROSS_ENTROPY_COLUMNS):
+        logits = _logits(rows, weight, bias, scale, slice(first, first + CROSS_ENTROPY_COLUMNS))
+        top, word = logits.max(-1, keepdim=True)
+        place, inside = _place(target, first, logits.shape[1])
+        at_label = logits.gather(1, place).where(inside, at_label)
         if label_smoothing:
             summed = summed + logits.sum(-1, keepdim=True)
-        best = torch.where(top > maximum, first + place, best)
+        best = torch.where(top > maximum, first + word, best)
         before, maximum = maximum, torch.maximum(maximum, top)
-        powers = logits.sub_(maximum).exp_()
-        total = total * (before - maximum).exp() + powers.sum(-1, keepdim=True)
-    # written relative to the maximum, the loss of a row of large logits keeps its digits
-    losses = total.log() + (1 - label_smoothing) * (maximum - at_label)
-    if label_smoothing:
-        losses += label_smoothing * (maximum - summed / V)
-    if z_loss:
-        losses += z_loss * (maximum + total.log()).square()
-    return losses[:, 0], best[:, 0], powers, maximum, total
+        total = total * (before - maximum).exp() + logits.sub_(maximum).exp_().sum(-1, keepdim=True)
+    losses = _losses(maximum, total.log(), at_label, summed, V, label_smoothing, z_loss)
+    return losses, best, maximum, total
 
 
-def _dlogits(powers, maximum, total, target, labelled, first, V, label_smoothing, z_loss):
-    """The gradient of a tile of logits from its powers, in their place; its first word is number `first` of V."""
-    labelled = labelled[:, None]
-    factor = labelled / total
-    if z_loss:
-        factor = factor * (1 + 2 * z_loss * (maximum + total.log()))
-    powers.mul_(factor)
+def _count_in(loss_sum, correct, losses, right, labelled):
+    """Add the rows [rows, 1] that count to both sums."""
+    if labelled is not None:
+        losses, right = losses.masked_fill(~labelled[:, None], 0), right & labelled[:, None]
+    loss_sum += losses.sum()
+    correct += right.sum()
+
+
+def _dlogits(powers, factor, place, inside, labelled, V, label_smoothing):
+    """Make of a tile of powers, of V words in all, the gradient of its logits, in place.
+
+    factor [rows, 1] makes them probabilities, and what z_loss wants; None: that is what they are.
+    """
+    if labelled is not None:
+        labelled = labelled[:, None].to(powers.dtype)
+        factor = labelled if factor is None else factor * labelled
+    if factor is not None:
+        powers.mul_(factor)
     if label_smoothing:
-        powers.sub_(label_smoothing / V * labelled)
-    place = target[:, None] - first
-    inside = labelled & (place >= 0) & (place < powers.shape[1])
-    return powers.scatter_add_(1, place.where(inside, 0), (label_smoothing - 1) * inside.to(powers.dtype))
+        powers.sub_(label_smoothing / V if labelled is None else label_smoothing / V * labelled)
+    at_label = inside.to(powers.dtype).mul_(label_smoothing - 1)
+    powers.scatter_add_(1, place, at_label if labelled is None else at_label.mul_(labelled))
 
 
 def _word_sums(dlogits, rows):
@@ -993,19 +1049,20 @@ def contrastive_cross_entropy(
     wide = torch.promote_types(query.dtype, torch.float32)
     if not isinstance(scale, torch.Tensor):
         scale = torch.full((), scale, dtype=wide, device=query.device)
-    scale, own, absent = scale.to(wide), None, None
-    if labels is None:
-        labels = torch.arange(len(query), device=query.device)
-        ignore_index, own = -1, document[: len(query)]
+    scale, absent = scale.to(wide), None
+    everyone = labels is None
+    if everyone:
+        labels, ignore_index = torch.arange(len(query), device=query.device), None
     forward = _cross_entropy(query, document, None, labels, scale, None, ignore_index, 0.0, 0.0, low_memory)
     if not symmetric:
         return forward
-    targets = labels
-    if own is None:
+    if everyone:
+        own, targets = document[: len(query)], labels
+    else:
         picked = labels != ignore_index
         targets = torch.arange(len(query), device=query.device).masked_fill(~picked, -1)
         # a query without a label is nobody's negative
         own, query = document[labels.masked_fill(~picked, 0)], query.masked_fill(~picked[:, None], 0.0)
         absent = scale.new_zeros(len(query)).masked_fill(~picked, -float("inf"))
-    backward = _cross_entropy(own, query, absent, targets, scale, None, -1, 0.0, 0.0, low_memory)
+    backward = _cross_entropy(own, query, absent, targets, scale, None, None if everyone else -1, 0.0, 0.0, low_memory)
     return (forward[0] + backward[0]) / 2, *forward[1:]
