@@ -160,11 +160,14 @@ def multiprocessors():
 
 
 def capability():
-    """The current NVIDIA device's compute capability as 80, 90, ...; 0 for other makes. The interpreter plays a 90."""
+    """The compute capability that settings go by, as 80, 90, ...; 0 where it is not NVIDIA's. The interpreter: 90."""
     if INTERPRET:
         return 90
     arch = driver.active.get_current_target().arch
-    return arch if isinstance(arch, int) else 0
+    if not isinstance(arch, int):
+        return 0
+    # 120 and 121, RTX cards, have the instructions for products and the shared memory of Ada's, not of a B200
+    return 89 if arch >= 120 else arch
 
 
 def dropout_constants(dropout_p):

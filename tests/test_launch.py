@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -181,3 +182,12 @@ def test_shipped_profiles_are_readable():
                 assert settings and all(type(value) in (int, bool) for value in settings.values()), (kernel, key)
                 chosen, default = content["microseconds"][kernel][key]
                 assert chosen < default
+
+
+@pytest.mark.parametrize(("arch", "counts_as"), [(80, 80), (89, 89), (90, 90), (100, 100), (120, 89), ("gfx942", 0)])
+def test_rtx_cards_take_the_settings_of_ada(monkeypatch, arch, counts_as):
+    """A number above 100 does not make a card a larger one: 120 has 99 KiB of shared memory."""
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_target=lambda: SimpleNamespace(arch=arch)))
+    monkeypatch.setattr(_launch, "driver", driver)
+    monkeypatch.setattr(_launch, "INTERPRET", False)
+    assert _launch.capability() == counts_as
