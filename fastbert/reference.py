@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from . import dropout_mask
+from . import cpu_attention, dropout_mask
 
 _UINT32 = 0xFFFFFFFF
 PHILOX_ROUNDS = 7
@@ -27,15 +27,18 @@ def philox(c0, c1, c2, c3, k0, k1):
     All arguments are int64 tensors (or ints for the key) that hold unsigned 32-bit values; so do the four results.
     """
     for _ in range(PHILOX_ROUNDS):
-        low, high = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c2 = ((high >> 32) & _UINT32) ^ c1 ^ k0, ((low >> 32) & _UINT32) ^ c3 ^ k1
+        # the factors less 2^32, and so c0 and c2 too little above: a product over 2^63 is undefined in the C++ that
+        # torch.compile writes
+        low, high = c0 * (0xD2511F53 - 2**32), c2 * (0xCD9E8D57 - 2**32)
+        c0, c2 = (((high >> 32) + c2) & _UINT32) ^ c1 ^ k0, (((low >> 32) + c0) & _UINT32) ^ c3 ^ k1
         c1, c3 = high & _UINT32, low & _UINT32
         k0, k1 = (k0 + 0x9E3779B9) & _UINT32, (k1 + 0xBB67AE85) & _UINT32
     return c0, c1, c2, c3
 
 
-# below this many multiply-adds, oneDNN's set-up for a shape it has not seen costs more than its product saves
-_ONEDNN_SIZE = 2**24
+# from so many multiply-adds on, MiniLM's on 8 tokens, oneDNN's product saves something. Its set-up for a shape that it
+# has not seen, under a millisecond, then costs what a few products save, and a model's layers share its shapes
+_ONEDNN_SIZE = 2**20
 
 
 def matmul(a, b, bias=None):
@@ -192,8 +195,13 @@ def attention(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     starts = tuple(cu_seqlens.tolist())
-    if cu_seqlens_q is None and dropout_p == 0.0 and window is None and _is_uniform(starts, len(q)):
-        return _uniform_attention(q, k, v, len(starts) - 1, scale)
+    if cu_seqlens_q is None and window is None:
+        is_uniform = dropout_p == 0.0 and _is_uniform(starts, len(q))
+        if _runs_in_cache(q, starts) and not (is_uniform and starts[1] ** 2 * q.shape[-1] < cpu_attention.ONEDNN_SIZE):
+            options = dict(scale=scale, **_drawing(dropout_p, seed, offset))
+            return cpu_attention.attention(q, k, v, starts, **options)
+        if is_uniform:
+            return _uniform_attention(q, k, v, len(starts) - 1, scale)
     starts_q = starts if cu_seqlens_q is None else tuple(cu_seqlens_q.tolist())
     if v is not None:
         k = torch.stack((k, v), 1)
@@ -220,11 +228,24 @@ def attention(
     return TakeFunction.apply(rows, *reversed(place_q))
 
 
+def _runs_in_cache(q, starts):
+    # shorter sequences are better computed side by side, padded, as each call of a library takes a while to begin
+    return starts[-1] >= 64 * (len(starts) - 1) > 0 and q.dtype in (torch.float32, torch.float64) and _in_memory(q)
+
+
+def _drawing(dropout_p, seed, offset):
+    """Dropout as `cpu_attention.attention` wants it."""
+    if dropout_p == 0.0:
+        return {}
+    draw = functools.partial(attention_keep_mask, seed=seed, offset=offset, dropout_p=dropout_p)
+    return dict(draw=draw, keep_scale=_keep_scale(dropout_p))
+
+
 @functools.lru_cache(maxsize=4)
 def _is_uniform(starts, rows):
     """Whether the sequences are all of one length and all rows are theirs."""
     length = starts[1] if len(starts) > 1 else 0
-    return length > 0 and starts == tuple(range(0, rows + 1, length))
+    return length > 0 and starts[-1] == rows and starts == tuple(range(0, rows + 1, length))
 
 
 def _uniform_attention(q, k, v, B, scale):
@@ -405,9 +426,12 @@ def biased_attention(q, k, v, bias, cu_seqlens, max_seqlen, *, scale=None, dropo
     section 2.1, whose buckets the caller spreads over the distances.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    starts = tuple(cu_seqlens.tolist())
+    if _runs_in_cache(q, starts):
+        options = dict(scale=scale, **_drawing(dropout_p, seed, offset))
+        return cpu_attention.attention(q, k, v, starts, bias=bias, **options)
     if k is not None:
         q = torch.stack((q, *(k.unbind(1) if v is None else (k, v))), 1)
-    starts = tuple(cu_seqlens.tolist())
     groups, places, _ = _groups(starts, starts, len(q), len(q), q.device)
     outs = []
     for group, qkv in zip(groups, _arrange(q, *places, groups, "length")):
@@ -541,7 +565,8 @@ def bias_gelu(x, bias, *, approximate="none"):
     """
     if bias is None:
         return F.gelu(x, approximate=approximate)
-    bias = bias.to(x.dtype)
+    if bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
     if x.dim() == 2 and x.numel() > _BLOCK and _in_memory(x):
         return BiasGeluFunction.apply(x, bias, approximate)
     return F.gelu(x + bias, approximate=approximate)
