@@ -104,7 +104,9 @@ class SentenceEmbedder(Model):
                 raise TypeError(f"text {i} is a {type(text).__name__}: expected str")
         prompt, skipped = self._prompt(prompt_name, prompt)
         encodings = self._tokenize([prompt + text for text in texts])
-        self.eval()
+        # eval() takes longer than to see that it has been called
+        if any(module.training for module in self.modules()):
+            self.eval()
         device = next(self.parameters()).device
         order = sorted(range(len(texts)), key=lambda i: -len(encodings[i].ids))
         groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

@@ -97,7 +97,8 @@ def test_flops_are_those_of_the_picked_rows():
     )
     model = MaskedLM(config)
     batch = packed_batch([40] * 8, 501, picked=0.15)
-    with FlopCounterMode(display=False) as counter:
+    # the counter does not know oneDNN's products
+    with torch.backends.mkldnn.flags(enabled=False), FlopCounterMode(display=False) as counter:
         model(batch).loss.backward()
     counted = sum(
         flops for op, flops in counter.get_flop_counts()["Global"].items() if "mm" in str(op) or "addmm" in str(op)
@@ -108,6 +109,18 @@ def test_flops_are_those_of_the_picked_rows():
     head = 2 * M * (D * D + D * V)
     assert counted == 3 * ((L - 1) * full_layer + last_layer + head)
     assert counted < 0.6 * 3 * (L * full_layer + 2 * T * (D * D + D * V))
+
+
+@pytest.mark.parametrize("T", [1, 35, 36, 50])
+def test_queries_keys_and_values_in_one(T):
+    """Whether few rows or many: with few, and no gradients, the results are joined, else the weights."""
+    attention = Encoder(TINY).blocks[0].attention.double()
+    linears = attention.query, attention.key, attention.value
+    x = torch.randn(T, TINY.hidden_size, dtype=torch.float64)
+    wanted = torch.cat([linear(x) for linear in linears], 1)
+    torch.testing.assert_close(attention._project(x, *linears), wanted)
+    with torch.no_grad():
+        torch.testing.assert_close(attention._project(x, *linears), wanted)
 
 
 def test_sequences_do_not_see_each_other():
