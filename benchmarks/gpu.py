@@ -151,7 +151,9 @@ def command_of(step, seconds, logs, results, is_rehearsal):
 def run(step, seconds, environment, logs, results, is_rehearsal=False):
     """Run a step. (how it ended, how long it took, the last line that it said). results: the folder they go to."""
     log = logs / f"{step.name.replace(' ', '_')}.log"
-    log.unlink(missing_ok=True)
+    # of an earlier run
+    for old in (log, logs / f"{step.name}.xml"):
+        old.unlink(missing_ok=True)
     command = command_of(step, seconds, logs, results, is_rehearsal)
     began = time.monotonic()
     process = start(command, log, environment)
@@ -184,7 +186,10 @@ def counts(last, xml, file):
     """Write how many tests passed, by the last line that pytest said, and which did not."""
     content = {what: 0 for what in ("passed", "failed", "skipped")}
     content |= {what: int(number) for number, what in re.findall(r"(\d+) (passed|failed|skipped|error)", last)}
-    cases = ElementTree.parse(xml).iter("testcase") if xml.exists() else ()
+    cases = ()
+    # a pytest that had to be killed leaves none, or a part
+    with contextlib.suppress(FileNotFoundError, ElementTree.ParseError):
+        cases = ElementTree.parse(xml).iter("testcase")
     content["failures"] = [
         f"{case.get('classname')}::{case.get('name')}"
         for case in cases
@@ -285,7 +290,10 @@ def main():
     title = f"make gpu on {results.name}" if on_gpu else "REHEARSAL, without a GPU: no time means anything"
     lines = [f"# {title}", "", "| step | | seconds | said |", "|---|---|---|---|"]
     lines += [f"| {step.name} | {status} | {took:.0f} | {last[:200]} |" for step, status, took, last in told]
-    found = highlights(results, since) if on_gpu else []
+    try:
+        found = highlights(results, since) if on_gpu else []
+    except Exception as failure:  # what was measured lies in its files: the summary of the steps must not go with this
+        found = [f"not told: {type(failure).__name__}: {failure}"]
     lines += ["", *[f"- {line}" for line in found]] if found else []
     summary = "\n".join(lines) + "\n"
     results.mkdir(parents=True, exist_ok=True)

@@ -67,6 +67,23 @@ def test_a_step_that_takes_too_long_is_ended(step, tmp_path):
     assert json.loads((tmp_path / "tests.json").read_text(encoding="utf-8"))["passed"] == 1
 
 
+def test_what_a_killed_pytest_leaves_is_no_failure_of_the_command(step, tmp_path):
+    for content in (None, "<testsuites><testcase"):
+        xml = tmp_path / "x.xml"
+        if content:
+            xml.write_text(content)
+        gpu.counts("2 failed, 3 passed in 4s", xml, tmp_path / "tests.json")
+        counted = json.loads((tmp_path / "tests.json").read_text(encoding="utf-8"))
+        assert (counted["passed"], counted["failed"], counted["failures"]) == (3, 2, [])
+    # and that of an earlier run is not taken for this one's
+    (tmp_path / "tests.xml").write_text("<old/>")
+    (tmp_path / "tests.log").write_text("9 passed")
+    gone = gpu.Step("tests", 9, None, "tests.json", ("--no-such-option",))
+    status, _, last = gpu.run(gone, 30, dict(os.environ), tmp_path, tmp_path)
+    assert status == "FAILED" and "9 passed" not in last
+    assert not (tmp_path / "tests.xml").exists() or "<old/>" not in (tmp_path / "tests.xml").read_text()
+
+
 def test_the_tests_that_run_on_a_gpu_are_those_that_take_a_device():
     files = gpu.tests_on_a_device()
     assert {"tests/test_gpu.py", "tests/test_attention.py", "tests/test_dropout_mask.py"} <= set(files)

@@ -223,6 +223,8 @@ def test_on_a_gpu(monkeypatch, tmp_path, capsys):
     summary = (tmp_path / "summary.md").read_text(encoding="utf-8")
     assert summary.startswith("# make gpu on") and "| models | out of time |" in summary
     assert read(tmp_path, "tests.json")["passed"] == 3
+    # what an earlier run has measured is not told again
+    assert "not told" not in summary and "old" not in summary
     assert "git add benchmarks/results" in capsys.readouterr().out
 
 
