@@ -110,7 +110,8 @@ def _random_pieces(groups, row, head, seed, offset):
     A group is one Philox call: its counter is (group, row, head, offset) and its key `seed` (an int64 tensor [1]). Its
     pieces stand in order of word, low half first.
     """
-    group = torch.arange(groups, device=row.device)
+    # masked, lest torch.compile count it in 32 bits
+    group = torch.arange(groups, device=row.device) & _UINT32
     # left to broadcast: what does not depend on all of them is computed once
     counter = group, row.unsqueeze(-1) & _UINT32, head.unsqueeze(-1) & _UINT32, torch.full_like(group, offset & _UINT32)
     words = philox(*counter, seed & _UINT32, (seed >> 32) & _UINT32)
