@@ -241,3 +241,13 @@ def test_a_page_without_matplotlib(monkeypatch, tmp_path):
     assert report.write(tmp_path) == [tmp_path / "README.md"]
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert f"# Measured on {NAME}" in text and "| liger | not installed |" in text and ".png" not in text
+
+
+def test_the_cases_of_a_training_step():
+    """As many tokens in each rectangle; text fills 60 % of its own."""
+    with pretending(140):
+        found = bench_training_step_gpu.cases(CUDA)
+    assert list(found) == ["S=128, text", "S=512, text", "S=128, no padding", "S=512, no padding"]
+    for name, lengths in found.items():
+        assert len(lengths) * max(lengths) == 65536, name
+        assert sum(lengths) / 65536 == pytest.approx(0.6 if "text" in name else 1.0, abs=0.03), name
