@@ -481,7 +481,7 @@ def main():
     rounds = options.rounds or (7 if options.quick else 20)
     compiles = not (options.quick or machine.rehearsing(device))
     # what a case may take in turns beyond five rounds
-    budget = 1e9 if device.type == "cuda" else 0.5 if options.quick else 1.5
+    budget = 1e9 if device.type == "cuda" else 0.5 if options.quick else 2.0
     ceilings = machine.ceilings(device)
     result = report.new(
         device, {"rounds": rounds, "quick": options.quick, "ceilings": ceilings, "peers": installed(), "left_out": []}
