@@ -1,5 +1,7 @@
 """The reference is the specification: checked in float64 against finite differences and plain PyTorch."""
 
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -225,6 +227,19 @@ def test_dropout_compiles_to_the_same_numbers():
         results.append((out, *torch.autograd.grad(out, x, torch.ones_like(out))))
     for a, b in zip(*results):
         assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile writes C++ for a CPU")
+def test_masks_in_compiled_code():
+    """Nothing overflows there, for seeds whose products are large, and for heads that are numbers counted up."""
+
+    def draw(seed):
+        row, head = torch.arange(5), torch.arange(12)[:, None]
+        return reference.attention_keep_mask(row, head, 70, seed, 2**31 + 4, 0.3)
+
+    compiled = torch.compile(draw, fullgraph=True)
+    for seed in (5, 2**40 + 3, -9, -(2**63) + 2**32 - 1):
+        assert torch.equal(draw(torch.tensor([seed])), compiled(torch.tensor([seed])))
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
