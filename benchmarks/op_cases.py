@@ -148,8 +148,8 @@ class Case:
     def floor(self):
         """{pass: (bytes, FLOPs)} that no implementation goes below: each tensor once, dropout's mask and padding never.
 
-        Attention's backward counts the five products of its recomputing form, as everybody does. LayerNorm's reads x and
-        the residual again; from the rounded result, as Apex can, it would be a row less, and less exact.
+        Attention's backward counts the five products of its recomputing form, as everybody does. LayerNorm's reads x
+        and the residual again; from the rounded result, as Apex can, it would be a row less, and less exact.
         """
         model, T, itemsize = MODELS[self.model], sum(self.lengths), self.dtype.itemsize
         D, V, M = model.hidden_size, model.vocabulary, max(round(PICKED * T), 1)

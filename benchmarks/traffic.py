@@ -13,8 +13,8 @@ Nothing here is timed, and no GPU is needed. Three things are counted:
   moves each of them once, as was seen where it was counted, but for the rows that it picks from a table.
 
 A kernel takes at least its bytes over the bandwidth of memory and its FLOPs over that of matrix products, whichever is
-longer; an op takes the sum over its kernels. The two ceilings are what others measured on an H200. What a kernel takes is
-more: `make gpu` measures it.
+longer; an op takes the sum over its kernels. The two ceilings are what others measured on an H200. What a kernel takes
+is more: `make gpu` measures it.
 """
 
 import argparse
