@@ -1,6 +1,7 @@
 """The reference is the specification: checked in float64 against finite differences and plain PyTorch."""
 
 import shutil
+import time
 
 import pytest
 import torch
@@ -257,6 +258,19 @@ def test_linear_through_onednn_equals_torch(with_bias, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     with torch.backends.mkldnn.flags(enabled=False):
         assert "LinearFunction" not in type(reference.linear(x, weight, bias).grad_fn).__name__
+
+
+def test_gaps_in_a_weight_take_no_thousandfold_time():
+    """oneDNN multiplies by a weight with gaps between its rows without vector instructions."""
+    x, weight = torch.randn(512, 256), torch.randn(128, 512)[:, :256]
+
+    def seconds(weight):
+        began = time.process_time()
+        reference.matmul(x, weight.t())
+        return time.process_time() - began
+
+    seconds(weight.contiguous())
+    assert min(seconds(weight) for _ in range(3)) < 20 * seconds(weight.contiguous()) + 0.02
 
 
 def test_masked_cross_entropy_does_no_gradient_work_without_gradients(monkeypatch):
