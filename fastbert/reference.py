@@ -573,7 +573,7 @@ def bias_gelu(x, bias, *, approximate="none"):
         return F.gelu(x, approximate=approximate)
     if bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
-    if x.dim() == 2 and x.numel() > _BLOCK and _in_memory(x):
+    if x.dim() == 2 and x.numel() >= _LARGE and _in_memory(x):
         return BiasGeluFunction.apply(x, bias, approximate)
     return F.gelu(x + bias, approximate=approximate)
 
@@ -609,6 +609,8 @@ class BiasGeluFunction(torch.autograd.Function):
 
 # elements of a block for each thread: 1 MiB of float32 stays in most caches, and torch's GELU takes a while to begin
 _BLOCK = 2**18
+# elements from which blocks are worth it: less than 8 MiB of float32 may stay in cache as a whole
+_LARGE = 2**21
 
 
 def _row_blocks(x):
@@ -686,15 +688,13 @@ def pooling(hidden, cu_seqlens, *, mode="mean", normalize=False, eps=1e-12, dtyp
             pooled, sizes = _sums(rows * weights[:, None], lengths), [n * (n + 1) / 2 for n in lengths]
         case _:
             raise ValueError(f"mode={mode!r}: expected cls, lasttoken, max, mean, mean_sqrt_len_tokens or weightedmean")
-    # the sum of an empty sequence is 0 already. One size is a number, which costs less than a tensor
-    sizes = [size or 1 for size in sizes]
-    size = sizes[0] if len(set(sizes)) == 1 else pooled.new_tensor(sizes)[:, None]
+    # an empty sequence's sum is 0 already. Sizes before the norm would cancel, but for eps
+    least = [(eps if normalize else 1) * (size or 1) for size in sizes]
+    # one number for all costs less than a tensor
+    least = least[0] if len(set(least)) == 1 else pooled.new_tensor(least)[:, None]
     if normalize:
-        # a division by the size would cancel, but for eps
-        norm = torch.linalg.vector_norm(pooled, dim=-1, keepdim=True)
-        pooled = pooled / norm.clamp(min=eps * size)
-    else:
-        pooled = pooled / size
+        least = torch.linalg.vector_norm(pooled, dim=-1, keepdim=True).clamp(min=least)
+    pooled = pooled / least
     return pooled.to(dtype or hidden.dtype)
 
 
