@@ -689,12 +689,12 @@ def pooling(hidden, cu_seqlens, *, mode="mean", normalize=False, eps=1e-12, dtyp
         case _:
             raise ValueError(f"mode={mode!r}: expected cls, lasttoken, max, mean, mean_sqrt_len_tokens or weightedmean")
     # an empty sequence's sum is 0 already. Sizes before the norm would cancel, but for eps
-    least = [(eps if normalize else 1) * (size or 1) for size in sizes]
+    divisor = [(eps if normalize else 1) * (size or 1) for size in sizes]
     # one number for all costs less than a tensor
-    least = least[0] if len(set(least)) == 1 else pooled.new_tensor(least)[:, None]
+    divisor = divisor[0] if len(set(divisor)) == 1 else pooled.new_tensor(divisor)[:, None]
     if normalize:
-        least = torch.linalg.vector_norm(pooled, dim=-1, keepdim=True).clamp(min=least)
-    pooled = pooled / least
+        divisor = torch.linalg.vector_norm(pooled, dim=-1, keepdim=True).clamp(min=divisor)
+    pooled = pooled / divisor
     return pooled.to(dtype or hidden.dtype)
 
 
