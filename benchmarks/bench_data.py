@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import demo
 import machine
+import record
 import report
 
 import fastbert
@@ -199,7 +200,7 @@ def main(arguments=None):
     file = (options.output or machine.folder(device)) / "data.json"
     rounds = options.rounds or (2 if options.quick else 5)
     pieces = 1000 if options.quick else 16000
-    result = report.new(device, {"rounds": rounds, "quick": options.quick, "pieces": pieces})
+    result = record.new(device, {"rounds": rounds, "quick": options.quick, "pieces": pieces})
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory)
         demo.write_text(work / "text")
@@ -210,7 +211,7 @@ def main(arguments=None):
         tokenizer = train_wordpiece(files, pieces)
         row, shards = prepare_row(files, tokenizer, work, rounds)
         result["rows"] = [row, *loader_rows(shards, device, rounds, options.quick)]
-    report.save(result, file)
+    record.save(result, file)
     print(f"{report.data_table(result)}\n\n{report.data_line(result)}\nwritten to {file}")
 
 

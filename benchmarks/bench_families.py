@@ -37,7 +37,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import machine
-import report
+import record
 from bench_training_step import LENGTH, LENGTHS, SEQUENCES
 from rounds import take_turns
 
@@ -124,7 +124,7 @@ def infer(library, model, batch):
 def row_of(name, seconds, **facts):
     """A row of the result: what it is, the raw seconds of each library, and their figures."""
     seconds = {library: [round(s, 5) for s in times] for library, times in seconds.items()}
-    return {"name": name, **facts, "seconds": seconds, "summary": report.summary(seconds, facts["tokens_real"])}
+    return {"name": name, **facts, "seconds": seconds, "summary": record.summary(seconds, facts["tokens_real"])}
 
 
 def run_family(name, layers, rounds):
@@ -251,7 +251,7 @@ def speeds(result):
     return [
         {
             "family": row["family"], "pass": row["pass"],
-            "speedup": {name: report.ratio(row["seconds"]["transformers"], row["seconds"][name]) for name in OURS},
+            "speedup": {name: record.ratio(row["seconds"]["transformers"], row["seconds"][name]) for name in OURS},
         }
         for row in result["rows"] if "family" in row
     ]  # fmt: skip
@@ -286,7 +286,7 @@ def sentences_line(result):
     peer = "sentence-transformers" if "sentence-transformers" in seconds else "transformers"
     known = f"{peer} {row['sentence_transformers']}" if peer in seconds else f"{peer} with the pooling written out"
     ours, theirs = (row["texts"] / row["summary"][name]["median_s"] for name in ("fastbert", peer))
-    times = {name: report.ratio(seconds[peer], seconds[name]) for name in OURS if name in seconds}
+    times = {name: record.ratio(seconds[peer], seconds[name]) for name in OURS if name in seconds}
     swapped = f"; {peer}'s own model, swapped: **{times['swapped']:.2f}x**" if "swapped" in times else ""
     return (
         f"all-MiniLM-L6-v2 embeds {row['texts']} verses ({row['tokens_real']} tokens) at {ours:.0f} a second, {known} "
@@ -312,7 +312,7 @@ def main(arguments=None):
     cpu = torch.device("cpu")
     file = (options.output or machine.folder(cpu)) / "families.json"
     rounds = (options.rounds, options.rounds) if options.rounds else (5, 20)
-    result = report.new(cpu, {
+    result = record.new(cpu, {
         "what": "forward and backward of the masked language model; hidden states without gradients; encode",
         "shape": f"{SEQUENCES} x {LENGTH}", "dtype": "float32", "layers": options.layers, "rounds": rounds,
         "memory_kept": machine.keep_memory(),
@@ -323,7 +323,7 @@ def main(arguments=None):
             times = ", ".join(f"{x} {y['times_fastbert']:.2f}x" for x, y in row["summary"].items())
             print(f"{row['name']}: {times} of fastbert's time; difference {row['difference']:.0e}", flush=True)
         gc.collect()
-        report.save(result, file)
+        record.save(result, file)
     result["rows"].append(run_single(rounds))
     print(single_line(result), flush=True)
     sentences = run_sentences(rounds)
@@ -333,8 +333,8 @@ def main(arguments=None):
         result["not_measured"]["sentences"] = (
             "MiniLM's weights or the verses are not installed: make bench fetches both"
         )
-    report.save(result, file)
-    print(f"\n{markdown(result)}\n\n{sentences_line(result)}\n\n{report.about(result)}")
+    record.save(result, file)
+    print(f"\n{markdown(result)}\n\n{sentences_line(result)}\n\n{record.about(result)}")
     print(f"written to {file}; python benchmarks/report.py draws it")
 
 

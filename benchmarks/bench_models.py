@@ -50,7 +50,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import bench_families
 import machine
-import report
+import record
 from bench_families import config_of, load_pair, padded_batch
 from rounds import take_turns
 
@@ -403,8 +403,8 @@ def checked(model, case, device, not_measured):
 
 
 def summary(seconds, real, padded, flops, rate, gib):
-    """{implementation: figures} of raw seconds, as report.summary's, with what a model's are worth."""
-    found = report.summary(seconds, real)
+    """{implementation: figures} of raw seconds, as record.summary's, with what a model's are worth."""
+    found = record.summary(seconds, real)
     for name, figures in found.items():
         median = figures["median_s"]
         figures |= {
@@ -502,7 +502,7 @@ def line_of(row):
     for name, figures in row["summary"].items():
         times = figures["times_fastbert"]
         if name != "fastbert":
-            others.append(f"{name} {times:.2f}x" + (" (a loss)" if times < 1 and not report.is_ours(name) else ""))
+            others.append(f"{name} {times:.2f}x" + (" (a loss)" if times < 1 and not record.is_ours(name) else ""))
     return (
         f"{row['sweep']:10}{row['model']} {row['pass']}, {row['sequences']} x {row['length']}, {row['dtype']}, fill "
         f"{row['fill']:.0%}: {ours['median_s']:.4f} s, {ours['real_tokens_per_s']:,} real tokens/s, MFU "
@@ -538,7 +538,7 @@ def main(arguments=None):
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/<device>")
     options = parser.parse_args(arguments)
     try:
-        device = report.device(options.device)
+        device = machine.device(options.device)
         for name in options.models:
             fastbert.preset(name)
     except ValueError as error:
@@ -557,7 +557,7 @@ def main(arguments=None):
     if options.rounds or options.quick:
         rounds = dict.fromkeys(rounds, (options.rounds or 3,) * 2)
     file = (options.output or machine.folder(device)) / "models.json"
-    result = report.new(device, {
+    result = record.new(device, {
         "rounds": rounds, "memory_kept": device.type == "cpu" and machine.keep_memory(), "quick": options.quick,
         "optimizer": "AdamW, fused, as part of train", "dropout": 0.0, "flops": FLOPS,
         "product_flops_per_s": product_rates(device), "left_out": [],
@@ -583,14 +583,14 @@ def main(arguments=None):
             continue
         result["rows"].append(row)
         print(line_of(row), flush=True)
-        report.save(result, file)
+        record.save(result, file)
     model = None
     gc.collect()
     if "sentences" in options.only and not options.models and time.monotonic() < end:
         for row in sentence_rows(device, rates, rounds, options.quick, missing):
             result["rows"].append(row)
             print(line_of(row), flush=True)
-    report.save(result, file)
+    record.save(result, file)
     for name, reason in missing.items():
         print(f"not measured: {name}: {reason}")
     left_out = len(result["settings"]["left_out"])

@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import machine
 import op_cases
-import report
+import record
 from op_cases import Case, results
 from op_peers import NotApplicable, Unavailable, build, installed, variants
 
@@ -412,7 +412,7 @@ def write(result, folder):
     result["not_measured"] = {
         name: reason for row in result["rows"] for name, reason in row["not_measured"].items() if name not in measured
     }
-    report.save(result, folder / "ops.json")
+    record.save(result, folder / "ops.json")
     (folder / "ops.md").write_text(markdown(result), encoding="utf-8")
     if result["rows"]:
         names = [
@@ -483,7 +483,7 @@ def main():
     # what a case may take in turns beyond five rounds
     budget = 1e9 if device.type == "cuda" else 0.5 if options.quick else 2.0
     ceilings = machine.ceilings(device)
-    result = report.new(
+    result = record.new(
         device, {"rounds": rounds, "quick": options.quick, "ceilings": ceilings, "peers": installed(), "left_out": []}
     )
     clock = machine.Clock(device)

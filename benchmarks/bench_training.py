@@ -35,6 +35,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import demo
 import machine
+import record
 import report
 
 import fastbert
@@ -288,7 +289,7 @@ def main(arguments=None):
         "max_steps": options.steps, "max_seq_length": model.max_length, "eval_steps": max(options.steps // 15, 10),
         "logging_steps": 10, "seed": 0,
     }  # fmt: skip
-    result = report.new(device, {"options": how, "memory_kept": device.type == "cpu" and machine.keep_memory()})
+    result = record.new(device, {"options": how, "memory_kept": device.type == "cpu" and machine.keep_memory()})
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory)
         model = write_data(work, model, 40_000 if options.quick else None)
@@ -325,7 +326,7 @@ def main(arguments=None):
     }  # fmt: skip
     for row in result["rows"]:
         row["seconds_to_accuracy"] = seconds_to(row["held_out"], accuracy)
-    report.save(result, file)
+    record.save(result, file)
     print(f"\n{report.training_table(result)}\n\nwritten to {file}; python benchmarks/report.py draws it")
 
 

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import machine
-import report
+import record
 from rounds import take_turns
 
 SEQUENCES, LENGTH, VOCABULARY, MASK = 8, 128, 30522, 103
@@ -134,7 +134,7 @@ def run_case(directory, case, rounds):
     seconds, difference = interleaved_seconds(directory, batch, rounds)
     gc.collect()
     real = int(batch["attention_mask"].sum())
-    summary = report.summary(seconds, real)
+    summary = record.summary(seconds, real)
     for library, found in memory.items():
         summary[library] |= {"peak_memory_mib": found["peak"], "memory_before_model_mib": found["before"]}
     return {
@@ -153,7 +153,7 @@ def markdown(result):
     for row in result["rows"]:
         seconds, figures = row["seconds"], row["summary"]
         theirs, ours = (figures[library] for library in LIBRARIES[:2])
-        on_mkl = report.ratio(seconds["transformers"], seconds["fastbert on MKL"])
+        on_mkl = record.ratio(seconds["transformers"], seconds["fastbert on MKL"])
         rows.append(
             f"| {row['case']} | {theirs['median_s']:.2f} s | {ours['median_s']:.2f} s "
             f"| **{theirs['times_fastbert']:.2f}x** | {on_mkl:.2f}x "
@@ -177,7 +177,7 @@ def main(arguments=None):
     cpu = torch.device("cpu")
     file = (options.output or machine.folder(cpu)) / "training_step.json"
     rounds = (options.rounds, options.rounds) if options.rounds else (12, 20)
-    result = report.new(cpu, {
+    result = record.new(cpu, {
         "what": "BERT-base masked-LM training step: forward, backward, AdamW", "shape": f"{SEQUENCES} x {LENGTH}",
         "dtype": "float32", "rounds": rounds, "memory_kept": machine.keep_memory(),
     })  # fmt: skip
@@ -187,8 +187,8 @@ def main(arguments=None):
             row = run_case(directory, case, rounds)
             result["rows"].append(row)
             print(f"{case}: loss difference {row['difference']:.0e}", flush=True)
-            report.save(result, file)
-    print(f"\n{markdown(result)}\n\n{report.about(result)}\nwritten to {file}; python benchmarks/report.py draws it")
+            record.save(result, file)
+    print(f"\n{markdown(result)}\n\n{record.about(result)}\nwritten to {file}; python benchmarks/report.py draws it")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ if __name__ == "__main__" and not torch.cuda.is_available():
 import bench_training_step as on_cpu
 import machine
 import op_cases
-import report
+import record
 
 from fastbert.packing import pack
 
@@ -141,7 +141,7 @@ def run_case(name, lengths, models, config, device, ceiling, rounds, end):
     picked = int((batches["fastbert"]["labels"] != -100).sum())
     flops = model_flops(config, lengths, picked)
     seconds = {library: [round(s, 6) for s in times] for library, times in seconds.items() if times}
-    summary = report.summary(seconds, real)
+    summary = record.summary(seconds, real)
     for library, figures in summary.items():
         figures |= {
             "tflop_per_s": round(flops / figures["median_s"] / 1e12, 2),
@@ -178,7 +178,7 @@ def markdown(result):
             lines.append(
                 f"| {row['case']} | {library} | {1e3 * found['median_s']:.2f} | {found['real_tokens_per_s']:,} "
                 f"| {found['tflop_per_s']} | {found['percent_of_product']} | {memory} "
-                f"| {report.ratio(first, row['seconds'][library]):.2f}x |"
+                f"| {record.ratio(first, row['seconds'][library]):.2f}x |"
             )
         lines += [f"| {row['case']} | {library} | {reason} | | | | | |" for library, reason in row["failed"].items()]
     return "\n".join(lines) + "\n"
@@ -206,7 +206,7 @@ def main():
                     except Exception as failure:
                         print(f"{library}: {failure}".partition("\n")[0][:200], flush=True)
             return
-        result = report.new(device, {
+        result = record.new(device, {
             "what": "BERT-base masked-LM training step: forward, backward, AdamW; bf16 autocast, dropout 0.1",
             "ceilings": machine.ceilings(device), "left_out": [],
         })  # fmt: skip
@@ -233,7 +233,7 @@ def main():
             result["not_measured"] |= {
                 f"{library}, training step {name}": why for library, why in row["failed"].items()
             }
-            report.save(result, folder / "training_step.json")
+            record.save(result, folder / "training_step.json")
             (folder / "training_step.md").write_text(markdown(result), encoding="utf-8")
     print(markdown(result))
     print(

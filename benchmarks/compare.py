@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import report
+import record
 
 LEAST_SPREAD, LEAST_ROUNDS = 0.03, 3
 
@@ -97,8 +97,8 @@ def _result(file):
 def rounds_of(results):
     """{(what was measured, another implementation, ours): its time over ours in each round} of results."""
     found = {}
-    for name, seconds in report.comparisons(results):
-        ours = [x for x in seconds if report.is_ours(x)]
+    for name, seconds in record.comparisons(results):
+        ours = [x for x in seconds if record.is_ours(x)]
         for own in ours:
             for other in seconds:
                 if other not in ours and min(len(seconds[own]), len(seconds[other])) >= LEAST_ROUNDS:

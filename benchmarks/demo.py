@@ -24,7 +24,8 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import report  # noqa: E402
+import machine  # noqa: E402
+import record  # noqa: E402
 
 from fastbert import ops, variants  # noqa: E402
 from fastbert.config import EncoderConfig  # noqa: E402
@@ -170,9 +171,9 @@ def main():
     accuracy, baseline = result["eval_masked_accuracy"], result["eval_baseline_accuracy"]
     # as benchmarks/results/<device>/demo.json, where it is to be committed
     used = {"what": sentence, "model": model_config.to_dict(), "options": options}
-    recorded = report.new(report.device(), used)
+    recorded = record.new(machine.device(), used)
     recorded["rows"].append(result)
-    report.save(recorded, OUTPUT / "demo.json")
+    record.save(recorded, OUTPUT / "demo.json")
     console.print(
         f"Held-out masked accuracy [bold]{accuracy:.1%}[/], {accuracy / baseline:.1f} times the {baseline:.1%} of "
         f"always guessing the most frequent token. {(time.perf_counter() - began) / 60:.1f} minutes.\n"

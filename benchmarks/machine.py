@@ -29,8 +29,11 @@ SIDE = {"cuda": 8192, "cpu": 2048}
 COLD = {"cuda": 2**27, "cpu": 2**24}
 
 
-def device():
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def device(name="auto"):
+    """The torch.device that a benchmark runs on. Raises ValueError where there is no such device."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device is cuda: PyTorch finds no GPU here")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def rehearsing(device):

@@ -5,11 +5,7 @@
     python benchmarks/report.py --readme                 the README's figures too
 
 It reads benchmarks/results/<device>/*.json and writes README.md and plots beside them. It times nothing, so what it
-writes follows from the committed results alone. A file of results is
-
-    {"machine": {...}, "date": "2026-11-23", "command": "python ...", "settings": {...},
-     "rows": [{names and sizes, "seconds": {implementation: [one for each round]}, "summary": {...}}],
-     "not_measured": {implementation: why}}
+writes follows from the committed results alone. See record.py for the form of a file of results.
 
 Ratios are medians, over rounds, of another's time over fastbert's: below 1 fastbert is slower, and the page says so.
 Each run with other ratios than the last adds a line to history.jsonl, from which the history is drawn.
@@ -23,154 +19,32 @@ import importlib.util
 import itertools
 import json
 import re
-import shlex
 import statistics
 import sys
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 for place in (str(ROOT / "benchmarks"), str(ROOT)):
     if place not in sys.path:
         sys.path.insert(0, place)
 
-import machine  # noqa: E402
 import plots  # noqa: E402
 import rounds  # noqa: E402
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the form of a result
-
-
-def device(name="auto"):
-    """The torch.device that a benchmark runs on. Raises ValueError where there is no such device."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device is cuda: PyTorch finds no GPU here")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def new(device, settings):
-    """A result without rows: the machine as it is now, the date, and the command that runs."""
-    return {
-        "machine": machine.describe(device), "date": datetime.date.today().isoformat(), "command": _command(),
-        "settings": settings, "rows": [], "not_measured": {},
-    }  # fmt: skip
-
-
-def _command():
-    """The command that runs, as one types it in the repository."""
-    script = Path(sys.argv[0]).resolve()
-    if not script.is_relative_to(ROOT / "benchmarks"):
-        return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    return shlex.join(["python", str(script.relative_to(ROOT)), *sys.argv[1:]])
-
-
-def save(result, file):
-    """Write a result, its raw numbers in one line each, so that the file can be read and compared."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    text = re.sub(r"\[\s+([-\d.,e\s]+?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", json.dumps(result, indent=1))
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(file)
-
-
-def summary(seconds, tokens=None):
-    """{implementation: figures} of raw seconds; real tokens a second where `tokens` of a round are given.
-
-    times_fastbert: the median, over rounds, of its time over fastbert's, or over that of what is ours in its place.
-    """
-    found, ours = {}, seconds[ours_of(seconds)]
-    for name, times in seconds.items():
-        median = statistics.median(times)
-        low, high = rounds.quartiles(times)
-        found[name] = {
-            "median_s": round(median, 6), "quartiles_s": [round(low, 6), round(high, 6)],
-            **({"real_tokens_per_s": round(tokens / median)} if tokens else {}),
-            "times_fastbert": round(ratio(times, ours), 3),
-        }  # fmt: skip
-    return found
-
-
-def read(folder):
-    """{name: result} of the JSON files in a folder."""
-    return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what is compared
-
-
-def comparisons(results):
-    """(name, {implementation: [seconds]}) of everything that was timed side by side with fastbert."""
-    for result in results.values():
-        for row in rows_of(result):
-            if ours_of(row["seconds"]):
-                yield name_of(row), row["seconds"]
-
-
-def rows_of(result):
-    """The rows of a result that hold raw seconds; none of what is no result, such as machine.json."""
-    rows = result.get("rows") if isinstance(result, dict) else None
-    return [row for row in rows if isinstance(row.get("seconds"), dict)] if isinstance(rows, list) else []
-
-
-def ours_of(seconds):
-    """The name of fastbert's own implementation among those of a row, or of what is swapped; None without either."""
-    own = (name for name in seconds if name == "fastbert" or name.startswith("fastbert "))
-    return next(own, next(filter(is_ours, seconds), None))
-
-
-def is_ours(name):
-    return name.startswith("fastbert") or name.endswith("swapped")
-
-
-def name_of(row):
-    """What a row of the common form measures, in words."""
-    for key in ("name", "case"):
-        if isinstance(row.get(key), str):
-            parts = [row[key]] + ([row["pass"]] if "pass" in row and row["pass"] not in row[key] else [])
-            return " ".join(parts)
-    if "sweep" in row:
-        shape = f"{row['sequences']} x {row['length']}, {row['fill']:.0%} fill"
-        share = f", {row['picked_share']:.0%} picked" if row.get("picked_share") is not None else ""
-        return f"{row['model']} ({row['layers']} layers) {row['pass']}, {shape}{share}, {row['dtype']}"
-    left_out = ("seconds", "summary")
-    return ", ".join(str(value) for key, value in row.items() if key not in left_out and isinstance(value, str | int))
-
-
-def ratio(times, ours):
-    """The median, over rounds, of another's time over fastbert's."""
-    if len(times) == len(ours):
-        return statistics.median(a / b for a, b in zip(times, ours))
-    return statistics.median(times) / statistics.median(ours)
-
-
-def ratios(results):
-    """{name: {implementation: times fastbert's time}} of `comparisons`."""
-    found = {}
-    for name, seconds in comparisons(results):
-        ours = ours_of(seconds)
-        found[name] = {x: round(ratio(t, seconds[ours]), 3) for x, t in seconds.items() if x != ours and t}
-    return found
-
-
-def losses(results):
-    """Lines on every row where an implementation that is not fastbert's is faster than it."""
-    found = []
-    for name, others in ratios(results).items():
-        faster = sorted((times, other) for other, times in others.items() if times < 1 and not is_ours(other))
-        if faster:
-            rest = f"; faster too: {'; '.join(other for _, other in faster[1:])}" if faster[1:] else ""
-            found.append(f"{name}: {faster[0][1]} takes {below_one(faster[0][0])} of fastbert's time{rest}")
-    return found
-
-
-def not_measured(results):
-    """{implementation: why not} over all files."""
-    return {name: why for result in results.values() for name, why in (result.get("not_measured") or {}).items()}
-
+from record import (  # noqa: E402
+    RESULTS,
+    about,
+    below_one,
+    facts_of,
+    is_ours,
+    losses,
+    name_of,
+    not_measured,
+    ours_of,
+    ratio,
+    ratios,
+    read,
+    rows_of,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # tables
@@ -194,11 +68,6 @@ def duration(seconds):
 def times_of(value):
     """A ratio; one below 1 is a loss, and printed as one."""
     return f"**{value:.2f}x**" if value >= 1 else f"{below_one(value)}, a loss"
-
-
-def below_one(value):
-    """A ratio below 1, with as many digits as show that it is."""
-    return f"{value:.2f}x" if value < 0.995 else f"{value:.3f}x"
 
 
 def spread(seconds):
@@ -365,23 +234,6 @@ def generic_table(result):
 # what a page says of its results
 
 
-def about(result, dated=True):
-    """The device, versions and date behind a result, in a line; dtype and shape where they are the same throughout."""
-    facts, settings = _facts(result), result.get("settings") or {}
-    where = [facts["device"]] if facts.get("device") else []
-    if "threads" in facts:
-        where.append(f"{facts['threads']} thread{'s' * (facts['threads'] > 1)}")
-    shape = [settings["dtype"]] if settings.get("dtype") else []
-    shape += [f"{settings['shape']} tokens"] if settings.get("shape") else []
-    known = [f"{name} {facts[name]}" for name in ("fastbert", "torch", "triton", "transformers") if facts.get(name)]
-    return ", ".join([*where, *shape, *known, *([result["date"]] if dated and result.get("date") else [])])
-
-
-def _facts(result):
-    """What a result says of its machine; machine.json is nothing else."""
-    return result.get("machine", result)
-
-
 def memory_panels(results):
     """Bars of peak memory, {title: [(group, {implementation: value})]}: of a process that trains, and of a call."""
     panels = {}
@@ -464,7 +316,7 @@ def record_history(results, file):
     now = headline(results)
     if now and (not lines or lines[-1]["ratios"] != now):
         dates = [result["date"] for result in results.values() if result.get("date")]
-        facts = next((fact for fact in map(_facts, results.values()) if "fastbert" in fact), {})
+        facts = next((fact for fact in map(facts_of, results.values()) if "fastbert" in fact), {})
         named = {name: facts[name] for name in ("fastbert", "torch") if name in facts}
         day = max(dates, default=datetime.date.today().isoformat())
         lines.append({"date": day, **named, "ratios": now})
@@ -478,7 +330,7 @@ def record_history(results, file):
 
 def page(folder, results, pictures, history):
     """README.md of a device: pictures, tables, losses, what was not measured, and how to get the same."""
-    facts = [_facts(result) for result in results.values()]
+    facts = [facts_of(result) for result in results.values()]
     device = next((fact["device"] for fact in facts if fact.get("device")), folder.name)
     is_rehearsal = any("rehearsal" in fact for fact in facts)
     lines = ["# REHEARSAL: no time means anything" if is_rehearsal else f"# Measured on {device}", ""]
@@ -654,7 +506,7 @@ def draw(folder, results, history):
         plots.plot_training(results["training"], about(results["training"]), folder / "training.png")
         pictures["training"] = "Loss against time and tokens, and held-out accuracy against time"
     rooflines = {"roofline": measured_points(ops)} if ops else {}
-    if not any("capability" in _facts(result) for result in results.values()):
+    if not any("capability" in facts_of(result) for result in results.values()):
         # no GPU's own: the kernels as counted
         rooflines["floors"] = counted_points()
     for name, (points, ceilings, title) in rooflines.items():

@@ -15,7 +15,6 @@ from pathlib import Path
 import compare as gate
 import machine
 import op_cases
-import report
 
 from fastbert import variants
 
@@ -79,7 +78,7 @@ def run(ops=(), models=(), device="auto", quick=False, compare=None, output=None
     """
     checked(ops, op_cases.OPS, "ops")
     checked(models, variants.PRESETS, "models")
-    here = report.device(device)
+    here = machine.device(device)
     # before anything is written over it
     old = gate.read(compare) if compare else None
     folder = Path(output).resolve() if output else ROOT / "runs" / "bench"

@@ -15,7 +15,7 @@ import machine
 import op_cases
 import op_peers
 import pytest
-import report
+import record
 import torch
 from click.testing import CliRunner
 from op_cases import Case
@@ -120,7 +120,7 @@ def test_committed_results_can_be_compared(file):
     assert fallen(old, new) == []
     for row in new[file]["rows"]:
         for name, seconds in row["seconds"].items():
-            row["seconds"][name] = [2 * s for s in seconds] if report.is_ours(name) else seconds
+            row["seconds"][name] = [2 * s for s in seconds] if record.is_ours(name) else seconds
     known = {name for name, _, _ in compare.ratios(old)}
     names = {name for name, _, _ in fallen(old, new)}
     assert len(names) >= 0.9 * len(known) >= 0.9

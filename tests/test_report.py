@@ -16,6 +16,7 @@ import bench_training
 import bench_training_step
 import machine
 import pytest
+import record
 import report
 import rounds
 import torch
@@ -56,13 +57,13 @@ def models_result(*rows):
 def write(folder, **results):
     folder.mkdir(exist_ok=True)
     for name, result in results.items():
-        report.save(result, folder / f"{name}.json")
+        record.save(result, folder / f"{name}.json")
     report.write(folder)
     return (folder / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_committed_page_follows_from_the_committed_results(tmp_path):
-    for folder in (place for place in report.RESULTS.iterdir() if (place / "README.md").exists()):
+    for folder in (place for place in record.RESULTS.iterdir() if (place / "README.md").exists()):
         copied = tmp_path / folder.name
         shutil.copytree(folder, copied)
         report.write(copied)
@@ -98,34 +99,34 @@ def test_a_loss_is_printed_as_a_loss(tmp_path):
         "time; faster too: transformers sdpa"
     )
     # swapped is fastbert too: faster than the own model, it is no loss
-    assert report.losses({"models": models_result(models_row(seconds={"swapped": [0.1, 0.1, 0.1]}))}) == []
+    assert record.losses({"models": models_result(models_row(seconds={"swapped": [0.1, 0.1, 0.1]}))}) == []
 
 
 def test_a_loss_in_a_committed_file_is_found():
     """Each file that times fastbert beside another: a row of it, made slower, is a loss of that name."""
-    results = report.read(report.RESULTS / "cpu")
+    results = record.read(record.RESULTS / "cpu")
     for file in ("training_step", "families", "models", "ops"):
         result = copy.deepcopy(results[file])
-        row = next(row for row in result["rows"] if report.losses({file: {"rows": [row]}}) == [])
+        row = next(row for row in result["rows"] if record.losses({file: {"rows": [row]}}) == [])
         row["seconds"]["fastbert"] = [1e3 * s for s in row["seconds"]["fastbert"]]
-        (line,) = report.losses({file: {"rows": [row]}})
-        assert line.startswith(f"{report.name_of(row)}: "), file
+        (line,) = record.losses({file: {"rows": [row]}})
+        assert line.startswith(f"{record.name_of(row)}: "), file
 
 
 def test_every_committed_file_has_the_one_form():
-    for folder in (place for place in report.RESULTS.iterdir() if (place / "README.md").exists()):
-        for name, result in report.read(folder).items():
+    for folder in (place for place in record.RESULTS.iterdir() if (place / "README.md").exists()):
+        for name, result in record.read(folder).items():
             if name in ("machine", "tests", "races", "profile"):
                 continue
             assert {"machine", "date", "command", "settings", "rows", "not_measured"} <= result.keys(), name
             assert report.datetime.date.fromisoformat(result["date"]) and result["command"], name
-            for row in report.rows_of(result):
-                if "summary" in row and report.ours_of(row["seconds"]) and name != "ops":
+            for row in record.rows_of(result):
+                if "summary" in row and record.ours_of(row["seconds"]) and name != "ops":
                     stated = {x: figures["times_fastbert"] for x, figures in row["summary"].items()}
-                    found = report.summary(row["seconds"])
+                    found = record.summary(row["seconds"])
                     found = {x: figures["times_fastbert"] for x, figures in found.items()}
                     # the seconds are rounded
-                    assert stated == pytest.approx(found, rel=2e-3), report.name_of(row)
+                    assert stated == pytest.approx(found, rel=2e-3), record.name_of(row)
 
 
 def test_families_by_fill_and_length():
@@ -177,7 +178,7 @@ def test_history_has_a_line_for_every_run_that_differs(tmp_path):
 
 
 def test_the_roofline_has_every_op_and_nothing_above_the_roof():
-    counted = json.loads((report.RESULTS / "traffic.json").read_text(encoding="utf-8"))
+    counted = json.loads((record.RESULTS / "traffic.json").read_text(encoding="utf-8"))
     points, ceilings, title = report.counted_points()
     assert "counted" in title
     assert {(point["op"], point["which"]) for point in points} == {

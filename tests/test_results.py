@@ -11,7 +11,7 @@ import statistics
 from pathlib import Path
 
 import pytest
-import report
+import record
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 FILES = [path for path in sorted(RESULTS.glob("*/*.json")) if path.parent.name != "rehearsal"]
@@ -50,7 +50,7 @@ def untrue(result):
             hold(figures[f"median{unit}"], median * scale, f"{where}: median", digits)
             for stated, follows in zip(figures[f"quartiles{unit}"], (low, high)):
                 hold(stated, follows * scale, f"{where}: quartiles", digits)
-            ours = row["seconds"][report.ours_of(row["seconds"])]
+            ours = row["seconds"][record.ours_of(row["seconds"])]
             ratio = statistics.median(a / b for a, b in zip(seconds, ours))
             hold(figures["times_fastbert"], ratio, f"{where}: times fastbert's", 3)
             worth = {
