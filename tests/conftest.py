@@ -9,6 +9,7 @@ if not torch.cuda.is_available():
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
+import torch._dynamo  # notes torch's functions by their identity: before a test puts others in their places
 
 
 @pytest.fixture(scope="session")
