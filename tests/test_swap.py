@@ -313,7 +313,9 @@ def test_padding_is_gone_inside_and_only_there(monkeypatch):
     model, swapped, _ = pair_of("bert")
     seen = []
     monkeypatch.setattr(
-        replacements.ops, "bias_gelu", lambda x, *a, f=ops.bias_gelu, **k: seen.append(tuple(x.shape)) or f(x, *a, **k)
+        replacements.ops,
+        "linear_gelu",
+        lambda x, *a, f=ops.linear_gelu, **k: seen.append(tuple(x.shape)) or f(x, *a, **k),
     )
     inputs = inputs_of(model, "right")
     swapped.base_model(**inputs)
