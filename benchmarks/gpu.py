@@ -116,10 +116,15 @@ class Background:
 
 
 def start(command, log, environment):
+    def hear_ctrl_c():
+        # which a shell makes what it starts in the background ignore: pytest could no longer be asked to end
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
     with open(log, "a", encoding="utf-8") as file:
         return subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
+            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+            preexec_fn=hear_ctrl_c,
+        )  # fmt: skip
 
 
 def end(process):
