@@ -26,6 +26,7 @@ demo: $(INSTALLED) $(DEMO_TEXT)
 test: $(INSTALLED)
 	@$(MAKE) --no-print-directory $(DEMO_TEXT) || echo "the demo's text cannot be fetched: the test that reads it is skipped"
 	@$(MAKE) --no-print-directory $(WEIGHTS) || echo "no pretrained weights can be fetched: the tests on them are skipped"
+	@$(MAKE) --no-print-directory $(PEERS) || echo "no peers of the benchmarks can be fetched: the tests on them are skipped"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 # the whole suite side by side with what else is installed; a part of it: make bench BENCH="--ops attention --quick"

@@ -1,6 +1,6 @@
 """The data path: text to tokens against the tokenizers library alone, and the loader against what a model eats.
 
-    python benchmarks/bench_data.py                         under two minutes on two cores
+    python benchmarks/bench_data.py                         under a minute on two cores
     python benchmarks/bench_data.py --quick                 less text, a small model: does it run?
 
 prepare     text files to shards on disk, against the tokenizers library alone on the same lines in memory, on all

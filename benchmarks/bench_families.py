@@ -1,6 +1,6 @@
 """Every family on a CPU against transformers: training step, inference, and a sentence embedder on real text.
 
-    python benchmarks/bench_families.py                      about six minutes on two cores
+    python benchmarks/bench_families.py                      about five minutes on two cores
     python benchmarks/bench_families.py --only bert albert   some of them
 
 Base sizes with 4 layers and the published vocabulary, fp32, dropout 0, random weights that both libraries read from the

@@ -1,6 +1,6 @@
 """Whole models side by side: transformers (eager, sdpa, compiled, flash), the same swapped, and fastbert's own.
 
-    python benchmarks/bench_models.py                                 about twenty minutes on two cores
+    python benchmarks/bench_models.py                                 about eighteen minutes on two cores
     python benchmarks/bench_models.py --only fill batch               these sweeps
     python benchmarks/bench_models.py --models roberta-base           this model alone, instead of all of them
     python benchmarks/bench_models.py --quick --output runs/quick     small shapes, under a minute: does it run?

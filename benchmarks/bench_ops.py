@@ -1,6 +1,6 @@
 """Each op, forward and backward, against what a user would write or install instead.
 
-    python benchmarks/bench_ops.py                        every variant in turns: about six minutes on two cores
+    python benchmarks/bench_ops.py                        every variant in turns: about three minutes on two cores
     python benchmarks/bench_ops.py --quick                one shape of each op, and nothing that compiles: a minute
     python benchmarks/bench_ops.py --ops attention pooling
     pytest benchmarks/bench_ops.py --benchmark-json new.json      by pytest-benchmark, variant after variant

@@ -1,6 +1,6 @@
 """One short pretraining run three times: fastbert's `pretrain`, transformers' Trainer, the Trainer on a swapped model.
 
-    python benchmarks/bench_training.py                     about seven minutes on two cores
+    python benchmarks/bench_training.py                     under five minutes on two cores
     python benchmarks/bench_training.py --steps 200         shorter
 
 The same initial weights, text (that of benchmarks/demo.py), sequences, masks and order of batches, the same AdamW,

@@ -156,7 +156,7 @@ PINNED = dict(line.split("==") for line in PINNED if "==" in line)
 @pytest.mark.parametrize(("op", "name", "package"), INTERPRETED, ids=lambda x: str(x).replace(" ", "_"))
 def test_those_installed(as_on_a_gpu, op, name, package):
     if op_peers.installed().get(package) != PINNED[package]:
-        pytest.skip(f"{package} {PINNED[package]} is not installed: make bench does that")
+        pytest.skip(f"{package} {PINNED[package]} is not installed: make test does that")
     for lengths in (RAGGED, FULL):
         held_to_the_reference(op, name, lengths, "tiny-deberta" if op == "disentangled_attention" else "tiny")
 
