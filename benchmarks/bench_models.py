@@ -115,7 +115,7 @@ def cases(device, models, only, quick):
     dtype, tokens, S = "float32", 512, 128
     if on_gpu:
         dtype = "bfloat16"
-        tokens = 65536 if torch.cuda.mem_get_info(device)[0] > 100 * 2**30 else 16384
+        tokens = 65536 if machine.memory(device) > 100 * 2**30 else 16384
     if quick:
         tokens, S = 64, 32
     # it compiles for most of a minute: only where it tells most
@@ -361,6 +361,15 @@ def batches(config, case, device):
     return batch, packed
 
 
+def leave_out(name, failure, case, device, not_measured):
+    """Tell why one implementation is not measured; fastbert's own failure is raised."""
+    if name.startswith("fastbert"):
+        raise failure
+    not_measured[f"{name}: {case.name}"] = f"{type(failure).__name__}: {failure}".partition("\n")[0][:160]
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def checked(model, case, device, not_measured):
     """{implementation: call} of those that agree with transformers in float32, and their largest difference."""
     batch, packed = batches(model.config, case, device)
@@ -391,12 +400,7 @@ def checked(model, case, device, not_measured):
         except Unavailable as reason:
             not_measured[f"{name}: {case.model}" if str(reason) == NO_SDPA else name] = str(reason)
         except Exception as failure:
-            if name.startswith("fastbert"):
-                raise
-            line = f"{type(failure).__name__}: {failure}".partition("\n")[0][:160]
-            not_measured[f"{name}: {case.name}"] = line
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            leave_out(name, failure, case, device, not_measured)
         else:
             calls[name], largest = call, max(largest, difference)
     return calls, largest
@@ -422,13 +426,20 @@ def run_case(case, model, device, rates, rounds, not_measured):
         # modules are shared: the mode and the attention that a call wants are set before its clock starts
         model.module(name, case)
 
-    seconds = take_turns(calls, rounds[case.passes], device=device, prepare=prepare)
+    def failed(name, failure):
+        leave_out(name, failure, case, device, not_measured)
+        del calls[name]
+
+    seconds = take_turns(calls, rounds[case.passes], device=device, prepare=prepare, on_failure=failed)
     gib = {}
     # on a CPU a profiler counts, which takes its time
     is_counted = device.type == "cuda" or (case.sweep == "fill" and (case.fill == 1 or 0.55 < case.fill < 0.75))
-    for name, call in calls.items() if is_counted else ():
-        prepare(name)
-        gib[name] = machine.gib_per_call(device, call)
+    for name, call in list(calls.items()) if is_counted else ():
+        try:
+            prepare(name)
+            gib[name] = machine.gib_per_call(device, call)
+        except Exception as failure:  # its times stay
+            leave_out(name, failure, case, device, not_measured)
     real, padded = sum(case.lengths), len(case.lengths) * max(case.lengths)
     picked = int((batches(model.config, case, device)[0]["labels"] != -100).sum())
     flops = model_flops(model.config, case.lengths, picked, case.passes)
@@ -571,11 +582,11 @@ def main(arguments=None):
         if time.monotonic() > end:
             result["settings"]["left_out"].append(case.name)
             continue
-        if model is None or model[0] != (case.model, case.layers):
-            model = None
-            gc.collect()
-            model = (case.model, case.layers), Model(case.model, case.layers, device)
         try:
+            if model is None or model[0] != (case.model, case.layers):
+                model = None
+                gc.collect()
+                model = (case.model, case.layers), Model(case.model, case.layers, device)
             row = run_case(case, model[1], device, rates, rounds, missing)
         except Exception as failure:  # the other cases want their turn
             failures.append(case.name)
@@ -587,9 +598,13 @@ def main(arguments=None):
     model = None
     gc.collect()
     if "sentences" in options.only and not options.models and time.monotonic() < end:
-        for row in sentence_rows(device, rates, rounds, options.quick, missing):
-            result["rows"].append(row)
-            print(line_of(row), flush=True)
+        try:
+            for row in sentence_rows(device, rates, rounds, options.quick, missing):
+                result["rows"].append(row)
+                print(line_of(row), flush=True)
+        except Exception as failure:  # what is measured is kept
+            failures.append("sentences")
+            print(f"sentences: FAILED: {type(failure).__name__}: {str(failure)[:2000]}", flush=True)
     record.save(result, file)
     for name, reason in missing.items():
         print(f"not measured: {name}: {reason}")

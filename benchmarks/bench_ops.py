@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import machine
 import op_cases
+import precompile
 import record
 from op_cases import Case, results
 from op_peers import NotApplicable, Unavailable, build, installed, variants
@@ -109,7 +110,7 @@ def cases(device, quick=False):
 
 def _on_a_gpu(device):
     # a quarter where memory is short
-    tokens = 65536 if torch.cuda.mem_get_info(device)[0] > 40 * 2**30 else 16384
+    tokens = 65536 if machine.memory(device) > 40 * 2**30 else 16384
     found = []
     for op in op_cases.OPS:
         model = MODELS.get(op, "bert-base")
@@ -198,13 +199,21 @@ def _truth(case, arguments):
     return op_cases.truth(case, arguments, torch.float64 if case.dtype == torch.float32 else torch.float32)
 
 
-def in_turns(runs, clock, rounds, budget):
+def in_turns(runs, clock, rounds, budget, refused):
     """({variant: {"forward": seconds of each round, "backward": ...}}, {variant: rounds in which it held the host up}).
 
-    No sixth round begins past `budget` seconds. Each call finds its arguments at another place than the last did.
+    No sixth round begins past `budget` seconds. Each call finds its arguments at another place than the last did. A
+    variant that fails leaves `runs`, and `refused` says why.
     """
-    gradients = {name: op_cases.cotangent(run) for name, run in runs.items() if not run.forward_only}
-    places = {name: rotation(run, gradients.get(name), clock) for name, run in runs.items()}
+    gradients, places = {}, {}
+
+    def prepare(name):
+        if not runs[name].forward_only:
+            gradients[name] = op_cases.cotangent(runs[name])
+        places[name] = rotation(runs[name], gradients.get(name), clock)
+
+    for name in list(runs):
+        attempt(name, runs, refused, clock.device, lambda: prepare(name))  # noqa: B023
 
     def calls(name):
         run = runs[name]
@@ -222,14 +231,28 @@ def in_turns(runs, clock, rounds, budget):
             break
         for name in list(runs)[:: 1 if i % 2 else -1]:
             places[name](i)
-            taken = clock.seconds(*calls[name])
-            if i >= 0:
+            taken = attempt(name, runs, refused, clock.device, lambda: clock.seconds(*calls[name]))  # noqa: B023
+            if taken and i >= 0:
                 late[name] += clock.was_late
                 for what, value in zip(("forward", "backward"), taken):
                     seconds[name][what].append(value)
     for turn in places.values():
         turn(0)
-    return seconds, late
+    return {name: seconds[name] for name in runs}, late
+
+
+def attempt(name, runs, refused, device, call):
+    """What `call` returns. Where it fails, None: the variant leaves `runs`. fastbert's own failure is raised."""
+    try:
+        return call()
+    except Exception as failure:
+        if name == "fastbert":
+            raise
+        del runs[name]
+        refused[name] = line_of(failure)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return None
 
 
 def rotation(run, gradient, clock):
@@ -251,18 +274,21 @@ def rotation(run, gradient, clock):
 
 def measure(case, runs, errors, refused, clock, ceilings, rounds, budget):
     """A row for each pass of a case, with the seconds of every one of `runs`."""
-    seconds, late = in_turns(runs, clock, rounds, budget)
-    # such a call waits for the device, and then the device for the host: that is in its time
-    waiting = [name for name, count in late.items() if 2 * count > len(seconds[name]["forward"])]
+    seconds, late = in_turns(runs, clock, rounds, budget, refused)
     memory = {}
-    for name, run in runs.items():
+
+    def count(name, run):
         memory["forward", name] = machine.gib_per_call(clock.device, run.forward)
         if not run.forward_only:
             gradient = op_cases.cotangent(run)
             memory["both", name] = machine.gib_per_call(
-                clock.device,
-                lambda: torch.autograd.grad(run.forward(), run.leaves, gradient),  # noqa: B023
+                clock.device, lambda: torch.autograd.grad(run.forward(), run.leaves, gradient)
             )
+
+    for name, run in list(runs.items()):
+        attempt(name, runs, refused, clock.device, lambda: count(name, run))  # noqa: B023
+    # such a call waits for the device, and then the device for the host: that is in its time
+    waiting = [name for name in runs if 2 * late[name] > len(seconds[name]["forward"])]
     floor = case.floor()
     floor["both"] = tuple(map(sum, zip(*floor.values())))
     rows = []
@@ -448,7 +474,10 @@ def told(rows):
 
 
 def warm(todo, device):
-    """Call every variant once, so that what it compiles lies in the caches on disk."""
+    """Call every variant once, so that what it compiles lies in the caches on disk: fastbert's of all cases first."""
+    with precompile.compiling():
+        for case in todo:
+            results(build(variants(case.op)["fastbert"], case.arguments(device)))
     for case in todo:
         torch._dynamo.reset()
         arguments = case.arguments(device)
@@ -466,7 +495,7 @@ def main():
     parser.add_argument("--rounds", type=int, help="timed calls of each variant; default: 20, with --quick 7")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no further case after this time")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/<device>")
-    parser.add_argument("--warm", metavar="I/N", help="only compile: the I-th of every N cases, and time nothing")
+    parser.add_argument("--warm", action="store_true", help="only compile, and time nothing")
     options = parser.parse_args()
     warnings.simplefilter("ignore")  # torch explains at length why a backend does not take a call
     end = time.monotonic() + options.seconds
@@ -474,8 +503,7 @@ def main():
     device = machine.device()
     todo = [case for case in cases(device, options.quick) if case.op in options.ops]
     if options.warm:
-        i, n = map(int, options.warm.split("/"))
-        return warm(todo[i::n], device)
+        return warm(todo, device)
 
     folder = options.output or machine.folder(device)
     rounds = options.rounds or (7 if options.quick else 20)
@@ -499,18 +527,19 @@ def main():
             runs, errors, refused = agreeing(case, device, passed.get(plain, ()), compiles)
             if "fastbert" not in runs:
                 raise AssertionError(refused["fastbert"])
+            passed.setdefault(plain, tuple(runs))
+            rows = measure(case, runs, errors, refused, clock, ceilings, rounds, budget)
         except Exception as failure:
             failures.append(case.name)
-            print(f"[{number}/{len(todo)}] {case.name}: FAILED: {str(failure)[:2000]}", flush=True)
+            print(f"[{number}/{len(todo)}] {case.name}: FAILED: {line_of(failure)[:2000]}", flush=True)
             continue
-        passed.setdefault(plain, tuple(runs))
-        rows = measure(case, runs, errors, refused, clock, ceilings, rounds, budget)
+        finally:
+            runs = None
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
         result["rows"] += rows
         print(f"[{number}/{len(todo)}] {told(rows)}", flush=True)
         write(result, folder)  # what is measured is kept, whatever comes next
-        del runs
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
     write(result, folder)
     for name, reason in result["not_measured"].items():
         print(f"not measured: {name}: {reason}")

@@ -1,6 +1,7 @@
 """One training step of BERT-base on a GPU: fastbert's MaskedLM against transformers' BertForMaskedLM.
 
     python benchmarks/bench_training_step_gpu.py          part of make gpu
+    python benchmarks/bench_training_step_gpu.py --own    fastbert's own step on packed batches alone: under a minute
 
 A step is forward, backward and AdamW, in bf16 autocast, with BERT's dropout of 0.1, on 65,536 tokens of padded
 rectangle: 512 sequences of at most 128 tokens, or 128 of at most 512, of text of uneven length (60 % fill) and without
@@ -9,7 +10,8 @@ step; "fastbert, packed" gets the batch packed, as fastbert's own loader makes i
 their losses without dropout are compared before any clock starts. Steps take turns. Model FLOPs count real tokens and
 picked rows of the vocabulary head, whatever a library computes.
 
-Writes training_step.json and training_step.md. Without a GPU it rehearses with a tiny model on the CPU.
+Writes training_step.json and training_step.md; with --own own_step.json and own_step.md, where each row also says how
+long the device spent in each kernel. Without a GPU it rehearses with a tiny model on the CPU.
 """
 
 import argparse
@@ -32,12 +34,14 @@ if __name__ == "__main__" and not torch.cuda.is_available():
 import bench_training_step as on_cpu
 import machine
 import op_cases
+import precompile
 import record
 
 from fastbert.packing import pack
 
 TINY = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=40, vocab_size=1100)
 LIBRARIES = ("transformers", "transformers, compiled", "fastbert", "fastbert, packed")
+OWN = LIBRARIES[-1]
 
 
 def save_weights(directory, device):
@@ -54,7 +58,7 @@ def cases(device):
     """{name: lengths}, the most telling first."""
     if device.type != "cuda":
         return {"S=8, text": (3, 8, 5, 8, 2)}
-    tokens = 65536 if torch.cuda.mem_get_info(device)[0] > 100 * 2**30 else 16384
+    tokens = 65536 if machine.memory(device) > 100 * 2**30 else 16384
     # as many sequences as fill the rectangle
     text = {f"S={S}, text": tuple(op_cases.ragged_lengths(2 * tokens, S)[: tokens // S]) for S in (128, 512)}
     return text | {f"S={S}, no padding": tuple(op_cases.full_lengths(tokens, S)) for S in (128, 512)}
@@ -63,7 +67,7 @@ def cases(device):
 def batch_of(library, lengths, vocabulary, device):
     padded = on_cpu.padded_batch(lengths)
     padded = {name: x.clamp(max=vocabulary - 1).to(device) for name, x in padded.items()}
-    if library != "fastbert, packed":
+    if library != OWN:
         return padded
     return {"input_ids": pack(padded["input_ids"], padded["attention_mask"], labels=padded["labels"])[0]}
 
@@ -81,6 +85,30 @@ def load(library, directory, device):
 def loss_of(model, batch, device):
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         return model(**batch).loss
+
+
+def compile_kernels(directory, device, lengths, vocabulary):
+    """Compile what fastbert's step launches. The weights of its model are then anything: it is thrown away."""
+    try:
+        model, _ = load(OWN, directory, device)
+        batch = batch_of(OWN, lengths, vocabulary, device)
+        with precompile.compiling():
+            loss_of(model, batch, device).backward()
+    except Exception as failure:  # told again where it is timed
+        print(f"not compiled: {failure}".partition("\n")[0][:200], flush=True)
+
+
+def kernel_times(call):
+    """[{"kernel", "calls", "us"}] of what a call runs on the device, the longest first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    found = [event for event in profile.key_averages() if event.self_device_time_total]
+    found.sort(key=lambda event: -event.self_device_time_total)
+    return [
+        {"kernel": event.key[:120], "calls": event.count, "us": round(event.self_device_time_total, 1)}
+        for event in found[:60]
+    ]
 
 
 def step(model, optimizer, batch, device):
@@ -138,7 +166,7 @@ def run_case(name, lengths, models, config, device, ceiling, rounds, end):
                 failed[library] = f"{type(failure).__name__}: {failure}".partition("\n")[0][:200]
                 models[library][1].zero_grad(set_to_none=True)
     real = sum(lengths)
-    picked = int((batches["fastbert"]["labels"] != -100).sum())
+    picked = int((on_cpu.padded_batch(lengths)["labels"] != -100).sum())
     flops = model_flops(config, lengths, picked)
     seconds = {library: [round(s, 6) for s in times] for library, times in seconds.items() if times}
     summary = record.summary(seconds, real)
@@ -148,6 +176,8 @@ def run_case(name, lengths, models, config, device, ceiling, rounds, end):
             "percent_of_product": round(100 * flops / figures["median_s"] / ceiling, 2),
             "peak_gib": None if gib.get(library) is None else round(gib[library], 3),
         }  # fmt: skip
+    if list(models) == [OWN] and device.type == "cuda":
+        summary[OWN]["kernels"] = kernel_times(functools.partial(step, *models[OWN], batches[OWN], device))
     return {
         "name": f"BERT-base training step, {name}", "case": name, "tokens_real": real,
         "tokens_padded": len(lengths) * max(lengths), "picked": picked, "difference": difference, "failed": failed,
@@ -189,16 +219,25 @@ def main():
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/<device>")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no further case after this time")
     parser.add_argument("--rounds", type=int, default=15, help="timed steps of each library")
+    parser.add_argument("--own", action="store_true", help="fastbert's own step alone, packed, without padding")
     parser.add_argument("--warm", action="store_true", help="only compile, and time nothing")
     options = parser.parse_args()
     end = time.monotonic() + options.seconds
     device = machine.device()
     folder = options.output or machine.folder(device)
-    libraries = [library for library in LIBRARIES if device.type == "cuda" or not library.endswith("compiled")]
+    todo, name = cases(device), "own_step" if options.own else "training_step"
+    if options.own:
+        libraries = [OWN]
+        todo = {case: lengths for case, lengths in todo.items() if "text" not in case} or todo
+    else:
+        libraries = [library for library in LIBRARIES if device.type == "cuda" or not library.endswith("compiled")]
     with tempfile.TemporaryDirectory() as directory:
         config = save_weights(directory, device)
+        if device.type == "cuda":
+            for lengths in todo.values():
+                compile_kernels(directory, device, lengths, config.vocab_size)
         if options.warm:
-            for lengths in cases(device).values():
+            for lengths in todo.values():
                 for library in libraries:
                     try:
                         batch = batch_of(library, lengths, config.vocab_size, device)
@@ -212,16 +251,16 @@ def main():
         })  # fmt: skip
         failures = []
         ceiling, left_out = result["settings"]["ceilings"]["product"], result["settings"]["left_out"]
-        for name, lengths in cases(device).items():
+        for case, lengths in todo.items():
             if time.monotonic() > end:
-                left_out.append(name)
+                left_out.append(case)
                 continue
             try:
                 models = {library: load(library, directory, device) for library in libraries}
-                row = run_case(name, lengths, models, config, device, ceiling, options.rounds, end)
+                row = run_case(case, lengths, models, config, device, ceiling, options.rounds, end)
             except Exception as failure:  # the other cases want their turn
-                failures.append(name)
-                print(f"{name}: FAILED: {type(failure).__name__}: {str(failure)[:2000]}", flush=True)
+                failures.append(case)
+                print(f"{case}: FAILED: {type(failure).__name__}: {str(failure)[:2000]}", flush=True)
                 continue
             finally:
                 # nothing of a case is there when the next begins
@@ -231,10 +270,10 @@ def main():
                     torch.cuda.empty_cache()
             result["rows"].append(row)
             result["not_measured"] |= {
-                f"{library}, training step {name}": why for library, why in row["failed"].items()
+                f"{library}, training step {case}": why for library, why in row["failed"].items()
             }
-            record.save(result, folder / "training_step.json")
-            (folder / "training_step.md").write_text(markdown(result), encoding="utf-8")
+            record.save(result, folder / f"{name}.json")
+            (folder / f"{name}.md").write_text(markdown(result), encoding="utf-8")
     print(markdown(result))
     print(
         f"cases: {len(result['rows'])}, written to {folder}"

@@ -1,17 +1,22 @@
-"""Everything that wants a GPU, in one command of at most ten minutes: `make gpu`.
+"""Everything that needs a GPU, in one command of limited time: `make gpu`, or without make
 
-    python benchmarks/gpu.py              with a GPU: tests, races, tuning, benchmarks, a page of results to commit
-    python benchmarks/gpu.py              without: the same in Triton's interpreter on tiny shapes, a rehearsal
-    python benchmarks/gpu.py --can-run    exit code 0 where this Python sees a GPU and has what is needed
+    python3 benchmarks/gpu.py                              tests, races, tuning, benchmarks: 480 seconds in all
+    python3 benchmarks/gpu.py --seconds 300 --output DIR   what fits into 300; one archive in DIR, and nothing else
+    python3 benchmarks/gpu.py --import DIR/gpu.tar.gz      put an archive's results where they are committed
+    python3 benchmarks/gpu.py --can-run                    exit code 0 where this Python sees a GPU and can run this
 
-It needs no network, installs nothing, and runs from the repository with any Python that has torch, triton and pytest. A
-step that fails does not stop the next; the exit code says whether all passed. Logs go to runs/gpu, results to
-benchmarks/results/<device>, the launch settings found to kernels/profiles. A rehearsal writes to
-benchmarks/results/rehearsal alone, which git ignores.
+It needs no network, installs nothing, and runs from the repository with any Python that has torch, triton and pytest.
+The steps that matter most come first. A step that fails or takes too long does not stop the next; the exit code says
+whether all passed. After every step the archive is replaced in one piece, so a run that is killed leaves all that its
+finished steps measured. Without --output the archive goes to runs/gpu, and is imported at the end.
+
+Without a GPU it rehearses: the same steps in Triton's interpreter on tiny shapes. No time of a rehearsal means
+anything, and its results go to benchmarks/results/rehearsal alone, which git ignores.
 """
 
 import argparse
 import contextlib
+import ctypes
 import importlib.util
 import json
 import os
@@ -20,28 +25,32 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
+import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = ("torch", "triton", "numpy", "safetensors", "tokenizers", "click", "rich", "pytest")
-SECONDS = 585
-# what of bench_models.py the interpreter does in seconds
-TINY_MODELS = ("--quick", "--rounds", "2", "--models", "bert-tiny", "--only", "batch")
+SECONDS = 480
+ARCHIVE = "gpu.tar.gz"
+OPS = ("attention", "layer_norm", "bias_gelu", "masked_cross_entropy")
 # tests that want the device for themselves: its memory, or its time
 ALONE = "repeats or beyond_two_to_the_31 or current_stream"
+# of a log, the end is what tells; an archive stays small enough to send
+LOG_BYTES = 2**20
 
 
 @dataclass
 class Step:
-    """A step of the command. seconds: what it may take at least; what others leave is added."""
+    """A step of the command. seconds: its share of SECONDS at least; what earlier steps leave is added."""
 
     name: str
     seconds: int
     script: str | None = None  # of benchmarks/; None: pytest
-    result: str | None = None  # the file it writes among the results
+    result: str | None = None  # what pytest's counts are written to
     pytest: tuple = ()
     arguments: tuple = ()  # that its script gets on a GPU
     rehearsed: tuple = ()  # and in a rehearsal
@@ -60,26 +69,43 @@ def sees_gpu():
 def tests_on_a_device():
     """The test files that take the `device` fixture, which is the GPU where there is one."""
     takes = re.compile(r"^def \w+\([^)]*\bdevice\b", re.MULTILINE)
-    # what only a GPU can show comes first, should time be short
-    files = sorted((ROOT / "tests").glob("test_*.py"), key=lambda path: (path.name != "test_gpu.py", path.name))
-    return [str(path.relative_to(ROOT)) for path in files if takes.search(path.read_text(encoding="utf-8"))]
+    files = (ROOT / "tests").rglob("test_*.py")
+    return [file_of(path) for path in sorted(files) if takes.search(path.read_text(encoding="utf-8"))]
+
+
+def file_of(path):
+    return str(path.relative_to(ROOT))
+
+
+def gpu_tests():
+    return file_of(next((ROOT / "tests").rglob("test_gpu.py")))
 
 
 def plan(on_gpu):
-    here = ("tests/test_gpu.py", "tests/test_launch.py")
-    together = [*(tests_on_a_device() if on_gpu else here), "-k", f"not ({ALONE})"]
-    if on_gpu and importlib.util.find_spec("xdist"):
-        together += ["-n", str(workers())]
-    return [
-        Step("device", 20, "machine.py", "machine.json"),
-        Step("tests", 165, None, "tests.json", tuple(together)),
-        Step("races", 60, None, "races.json", ("tests/test_gpu.py", "-k", ALONE)),
-        Step("tuning", 90, "tune.py"),
-        Step("ops", 115, "bench_ops.py", "ops.json", rehearsed=("--rounds", "2")),
-        Step("training step", 55, "bench_training_step_gpu.py", "training_step.json", rehearsed=("--rounds", "2")),
-        Step("models", 65, "bench_models.py", "models.json", (), ("--rounds", "10"), TINY_MODELS),
-        Step("report", 15, "report.py"),
+    """The steps in their order: what the project most needs to know first, so that a short run has it too."""
+    own, others = gpu_tests(), [file for file in tests_on_a_device() if file != gpu_tests()]
+    together = ("-n", str(workers())) if on_gpu and importlib.util.find_spec("xdist") else ()
+    few, alone, shared = ("--rounds", "2"), f"({ALONE})", f"not ({ALONE})"
+    settings = ("--op", "attention", "layer_norm", "bias_gelu", "--model", "bert-base", "--dtype", "bfloat16")
+    if not on_gpu:
+        # one op: the tests of all have their own place in the suite
+        alone, shared, others = f"{alone} and pooling", f"{shared} and pooling", others[:1]
+    steps = [
+        Step("device", 15, "machine.py"),
+        Step("own step", 35, "bench_training_step_gpu.py", None, (), ("--own",), ("--own", *few)),
+        Step("tests", 90, None, "tests.json", (own, "-k", shared, *together)),
+        Step("tuning", 60, "tune.py", None, (), settings, ("--op", "layer_norm", "bias_gelu")),
+        Step("ops", 90, "bench_ops.py", None, (), ("--ops", *OPS), ("--ops", "layer_norm", "bias_gelu", *few)),
+        Step("races", 60, None, "races.json", (own, "-k", alone)),
+        Step("training step", 70, "bench_training_step_gpu.py", None, (), (), few),
+        Step("other tests", 50, None, "other_tests.json", (*others, "-k", shared, *together)),
+        Step("page", 10, "report.py"),
     ]
+    if not on_gpu:
+        # there, starting Python is most of a step
+        for step, seconds in zip(steps, (160, 120, 40, 40, 40, 20, 20, 20, 20), strict=True):
+            step.seconds = seconds
+    return steps
 
 
 def workers():
@@ -90,86 +116,75 @@ def workers():
     return max(1, min(8, (os.cpu_count() or 2) // 2, gib // 16))
 
 
-class Background:
-    """Compiles what the later steps time, into the caches on disk, while the tests run."""
-
-    def __init__(self, environment, logs):
-        n = workers()
-        # each process would otherwise start as many compilers as there are cores
-        environment = {**environment, "TORCHINDUCTOR_COMPILE_THREADS": "2"}
-        # whole models one after the other: each takes tens of gigabytes
-        whole = '"$0" benchmarks/bench_training_step_gpu.py --warm; "$0" benchmarks/bench_models.py --warm'
-        commands = [["sh", "-c", whole, sys.executable]]
-        for i in range(n):
-            warm = f'"$0" benchmarks/tune.py --warm {i}/{n}; "$0" benchmarks/bench_ops.py --warm {i}/{n}'
-            commands.append(["sh", "-c", warm, sys.executable])
-        self.processes = [start(command, logs / "compile.log", environment) for command in commands]
-
-    def wait(self, until):
-        """Wait for them, not past `until`; then end those that are still at it."""
-        while any(process.poll() is None for process in self.processes) and time.monotonic() < until:
-            time.sleep(0.2)
-        for process in self.processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+def warming(environment, logs):
+    """Compile what later steps time into the caches on disk, beside the tests. Returns the process."""
+    scripts = [
+        ["tune.py", *next(step for step in plan(True) if step.name == "tuning").arguments],
+        ["bench_training_step_gpu.py"], ["bench_ops.py", "--ops", *OPS],
+    ]  # fmt: skip
+    commands = [f'"$0" benchmarks/{" ".join(script)} --warm' for script in scripts]
+    return start(["sh", "-c", "; ".join(commands), sys.executable], logs / "compile.log", environment)
 
 
 def start(command, log, environment):
-    def hear_ctrl_c():
+    def before():
         # which a shell makes what it starts in the background ignore: pytest could no longer be asked to end
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if sys.platform == "linux":
+            # PR_SET_PDEATHSIG: a step must not outlive this command, even when that is killed
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
     with open(log, "a", encoding="utf-8") as file:
         return subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-            preexec_fn=hear_ctrl_c,
+            preexec_fn=before,
         )  # fmt: skip
 
 
-def end(process):
+def end(process, grace):
     """End a process and what it started: first as Ctrl-C does, upon which pytest still tells what it has seen."""
-    for how, seconds in ((signal.SIGINT, 10), (signal.SIGKILL, None)):
+    for how, seconds in ((signal.SIGINT, grace), (signal.SIGKILL, None)):
         if process.poll() is None:
-            os.killpg(process.pid, how)
+            # the group of a process that has just ended may be gone
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, how)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(seconds)
 
 
-def command_of(step, seconds, logs, results, is_rehearsal):
-    """The command of a step that may take so many seconds."""
+def command_of(step, seconds, work, is_rehearsal):
+    """The command of a step that may take so many seconds. work: the folder of results and logs."""
     if not step.script:
-        xml = logs / f"{step.name}.xml"
+        xml = work / "logs" / f"{step.name}.xml"
         return [sys.executable, "-m", "pytest", "-rfE", "--tb=short", f"--junit-xml={xml}", *step.pytest]
     command = [sys.executable, f"benchmarks/{step.script}"]
-    if step.name == "report":
-        return [*command, "--device", str(results)]
+    if step.name == "page":
+        return [*command, "--device", str(work / "results")]
     if step.name != "device":
         # what it has begun then, it has the rest of its time for
         command += ["--seconds", str(int(seconds * 0.85))]
-    if is_rehearsal:
-        # settings of the interpreter are of no use to anybody
-        command += ["--output", str(results / "profile.json" if step.name == "tuning" else results)]
+    if step.name != "tuning":
+        command += ["--output", str(work / "results")]
+    elif is_rehearsal:
+        # a GPU's goes to kernels/profiles, where the next steps find it
+        command += ["--output", str(work / "results" / "profile.json")]
     return [*command, *(step.rehearsed if is_rehearsal else step.arguments)]
 
 
-def run(step, seconds, environment, logs, results, is_rehearsal=False):
-    """Run a step. (how it ended, how long it took, the last line that it said). results: the folder they go to."""
-    log = logs / f"{step.name.replace(' ', '_')}.log"
-    # of an earlier run
-    for old in (log, logs / f"{step.name}.xml"):
-        old.unlink(missing_ok=True)
-    command = command_of(step, seconds, logs, results, is_rehearsal)
+def run(step, seconds, environment, work, is_rehearsal=False):
+    """Run a step, for so many seconds at most. (how it ended, how long it took, the last line that it said)."""
+    log = work / "logs" / f"{step.name.replace(' ', '_')}.log"
+    grace = min(8 if not step.script else 2, seconds / 4)
     began = time.monotonic()
-    process = start(command, log, environment)
+    process = start(command_of(step, seconds, work, is_rehearsal), log, environment)
     said = 0
     try:
-        while process.poll() is None and time.monotonic() - began < seconds:
-            time.sleep(0.2)
+        while process.poll() is None and time.monotonic() - began < seconds - grace:
+            time.sleep(0.1)
             said = echo(log, said, step)
         late = process.poll() is None
     finally:
-        end(process)
+        end(process, grace)
     echo(log, said, step)
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     status = "out of time" if late else "passed" if process.returncode == 0 else "FAILED"
@@ -200,28 +215,92 @@ def counts(last, xml, file):
         for case in cases
         if case.find("failure") is not None or case.find("error") is not None
     ]
-    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def highlights(results, since=0.0):
-    """Lines on what was measured, from the result files that were written since that time."""
+# ---------------------------------------------------------------------------------------------------------------------
+# the archive
 
-    def read(name):
+
+def save(work, output):
+    """Replace output/gpu.tar.gz by what lies in `work`, in one piece. Returns the archive."""
+    archive = output / ARCHIVE
+    part = archive.with_name(f".{ARCHIVE}.part")
+    with tempfile.TemporaryDirectory() as short, tarfile.open(part, "w:gz", compresslevel=6) as tar:
+        for file in sorted(path for path in work.rglob("*") if path.is_file()):
+            name = file.relative_to(work)
+            if name.parts[0] == "logs" and file.stat().st_size > LOG_BYTES:
+                with open(file, "rb") as whole:
+                    whole.seek(-LOG_BYTES, os.SEEK_END)
+                    file = Path(short) / file.name
+                    file.write_bytes(whole.read())
+            tar.add(file, str(name))
+    os.replace(part, archive)
+    return archive
+
+
+def put_in_place(archive, root=ROOT):
+    """Put an archive's results and profile where they are committed, its logs into runs/gpu, and write the page.
+
+    Returns the folder of the results. Raises ValueError, one line of it, for what is no archive of this command.
+    """
+    import report
+
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        try:
+            with tarfile.open(archive) as tar:
+                tar.extractall(folder, filter="data")
+            run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+            device = run["device"]
+        except (tarfile.TarError, EOFError, OSError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"--import {archive}: no archive of this command ({type(error).__name__}: {' '.join(str(error).split())}): "
+                f"expected the {ARCHIVE} that `gpu.py --output` writes"
+            ) from None
+        if not isinstance(device, str) or not re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", device):
+            raise ValueError(f"--import {archive}: its device is {device!r}: expected a name such as nvidia_h200")
+        results = root / "benchmarks" / "results" / device
+        places = {"results": results, "profiles": root / "kernels" / "profiles", "logs": root / "runs" / "gpu" / "logs"}
+        for name, place in places.items():
+            # the page and its pictures are made anew, from these results and those that were here
+            files = [file for file in sorted((folder / name).glob("*")) if not is_of_the_page(file)]
+            for file in files:
+                place.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, place / file.name)
+    report.write(results)
+    return results
+
+
+def is_of_the_page(file):
+    return file.name == "README.md" or file.suffix in (".png", ".jsonl")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is told
+
+
+def highlights(results):
+    """Lines on what was measured, from the files of results."""
+
+    def rows_of(name):
         file = results / name
-        is_new = file.exists() and file.stat().st_mtime >= since
-        return json.loads(file.read_text(encoding="utf-8")) if is_new else None
+        return json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
 
-    ops, step, models = read("ops.json"), read("training_step.json"), read("models.json")
-    lines = []
-    if ops:
+    lines, cases = [], {}
+    for row in rows_of("own_step.json"):
+        ours = row["summary"]["fastbert, packed"]
+        lines.append(
+            f"own training step, {row['case']}: {1e3 * ours['median_s']:.1f} ms, {ours['real_tokens_per_s']:,} real "
+            f"tokens/s, {ours['percent_of_product']} % of the product's rate"
+        )
+    for row in rows_of("ops.json"):
+        cases.setdefault(row["case"], []).append(row)
+    if cases:
         import bench_ops
 
-        cases = {}
-        for row in ops["rows"]:
-            cases.setdefault(row["case"], []).append(row)
         lines += [bench_ops.told(rows) for rows in cases.values()]
-    for row in step["rows"] if step else ():
+    for row in rows_of("training_step.json"):
         figures = row["summary"]
         packed = figures.get("fastbert, packed")
         others = [figures[library] for library in ("transformers", "transformers, compiled") if library in figures]
@@ -231,81 +310,115 @@ def highlights(results, since=0.0):
                 f"training step, {row['case']}: {packed['real_tokens_per_s']:,} real tokens/s, "
                 f"{packed['percent_of_product']} % of the product's rate, {times:.2f}x transformers"
             )
-    if models:
-        import bench_models
-
-        lines += [bench_models.line_of(row) for row in models["rows"]]
     return lines
 
 
-def main():
+def summary_of(device, told, results, on_gpu):
+    title = f"make gpu on {device}" if on_gpu else "REHEARSAL, without a GPU: no time means anything"
+    lines = [f"# {title}", "", "| step | | seconds | said |", "|---|---|---|---|"]
+    lines += [f"| {step} | {status} | {took:.0f} | {last[:200]} |" for step, status, took, last in told]
+    try:
+        found = highlights(results) if on_gpu else []
+    except Exception as failure:  # what was measured lies in its files: the summary of the steps must not go with this
+        found = [f"not told: {type(failure).__name__}: {failure}"]
+    lines += ["", *[f"- {line}" for line in found]] if found else []
+    return "\n".join(lines) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def options_of(arguments):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for everything; default: {SECONDS}")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="the archive goes here, and nothing is imported")
+    parser.add_argument("--import", type=Path, dest="archive", metavar="ARCHIVE", help="put its results into place")
     parser.add_argument("--can-run", action="store_true", help="only say whether this Python will do for a GPU")
     names = [step.name for step in plan(False)]
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="these steps")
-    parser.add_argument("--output", type=Path, help="results of a rehearsal; default: benchmarks/results/rehearsal")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    if not options.seconds >= 10:
+        parser.error(f"--seconds is {options.seconds:g}: expected at least 10")
+    if options.output:
+        try:
+            options.output.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=options.output).close()
+        except OSError as error:
+            parser.error(f"--output {options.output}: nothing can be written there ({error.strerror}): name a folder")
+    if options.archive:
+        try:
+            print(f"results: {put_in_place(options.archive)}")
+        except ValueError as error:
+            parser.error(str(error))
+        sys.exit(0)
     lacking = missing()
     if options.can_run:
         sys.exit(bool(lacking) or not sees_gpu())
     if lacking:
-        sys.exit(f"{sys.executable} lacks {', '.join(lacking)}")
+        parser.error(f"{sys.executable} lacks {', '.join(lacking)}")
+    return options
 
-    began, since = time.monotonic(), time.time()
-    on_gpu = sees_gpu()
-    if on_gpu and options.output:
-        parser.error("--output is for rehearsals: results of a GPU go where they are committed")
+
+def environment_of(on_gpu):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("FASTBERT_")}
-    environment |= {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    environment |= {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    environment.pop("TRITON_INTERPRET", None)
+    if not on_gpu:
+        environment |= {"TRITON_INTERPRET": "1", "FASTBERT_IMPL": "triton", "OMP_NUM_THREADS": "1"}
+    return environment
+
+
+def main(arguments=None):
+    began, since = time.monotonic(), time.time()
+    options = options_of(arguments)
+    on_gpu = sees_gpu()
+    environment, device = environment_of(on_gpu), "rehearsal"
     if on_gpu:
-        environment.pop("TRITON_INTERPRET", None)
         import machine
 
-        results, logs = machine.folder(machine.device()), ROOT / "runs" / "gpu"
-        print(f"{results.name}: results go to {results}, logs to {logs}")
+        device = machine.folder(machine.device()).name
     else:
-        environment |= {"TRITON_INTERPRET": "1", "FASTBERT_IMPL": "triton", "OMP_NUM_THREADS": "1"}
-        results = options.output or ROOT / "benchmarks" / "results" / "rehearsal"
-        logs = results / "logs"
-        shutil.rmtree(results, ignore_errors=True)
         print("no GPU: a REHEARSAL in Triton's interpreter, on tiny shapes. No time below means anything")
-    logs.mkdir(parents=True, exist_ok=True)
-    (logs / "compile.log").unlink(missing_ok=True)
-
+    output = options.output or ROOT / "runs" / "gpu"
+    output.mkdir(parents=True, exist_ok=True)
     todo = [step for step in plan(on_gpu) if step.name in options.only]
-    told, background = [], None
-    for i, step in enumerate(todo):
-        if on_gpu and step.name == "tests":
-            background = Background(environment, logs)
-        if background and step.name not in ("device", "tests"):
-            # not while something is timed; they may have what the tests have left, and a little more
-            background.wait(began + 195)
-            background = None
-        later = sum(other.seconds for other in todo[i + 1 :])
-        seconds = max(SECONDS - (time.monotonic() - began) - later, 10)
-        print(f"[{i + 1}/{len(todo)}] {step.name}, at most {seconds:.0f} s", flush=True)
-        status, took, last = run(step, seconds, environment, logs, results, not on_gpu)
-        if not step.script:
-            counts(last, logs / f"{step.name}.xml", results / step.result)
-        print(f"    {status} in {took:.0f} s: {last[:160]}", flush=True)
-        told.append((step, status, took, last))
-    if background:
-        background.wait(0)
-
-    title = f"make gpu on {results.name}" if on_gpu else "REHEARSAL, without a GPU: no time means anything"
-    lines = [f"# {title}", "", "| step | | seconds | said |", "|---|---|---|---|"]
-    lines += [f"| {step.name} | {status} | {took:.0f} | {last[:200]} |" for step, status, took, last in told]
-    try:
-        found = highlights(results, since) if on_gpu else []
-    except Exception as failure:  # what was measured lies in its files: the summary of the steps must not go with this
-        found = [f"not told: {type(failure).__name__}: {failure}"]
-    lines += ["", *[f"- {line}" for line in found]] if found else []
-    summary = "\n".join(lines) + "\n"
-    results.mkdir(parents=True, exist_ok=True)
-    (results / "summary.md").write_text(summary, encoding="utf-8")
-    print(f"\n{summary}\n{time.monotonic() - began:.0f} s in all. Results: {results}; logs: {logs}")
-    if on_gpu:
-        print("To keep them: git add benchmarks/results kernels/profiles && git commit")
+    told, compiler = [], None
+    with tempfile.TemporaryDirectory(prefix="fastbert-gpu-") as work:
+        work = Path(work)
+        for name in ("results", "logs", "profiles"):
+            (work / name).mkdir()
+        for i, step in enumerate(todo):
+            if on_gpu and step.name == "tests":
+                compiler = warming(environment, work / "logs")
+            later = sum(other.seconds for other in todo[i + 1 :]) * options.seconds / SECONDS
+            seconds = options.seconds - (time.monotonic() - began) - later
+            # steps that were left out leave their time too; what comes last keeps a little whatever came before
+            seconds = max(seconds, step.seconds * options.seconds / SECONDS / 2)
+            print(f"[{i + 1}/{len(todo)}] {step.name}, at most {seconds:.0f} s", flush=True)
+            status, took, last = run(step, seconds, environment, work, not on_gpu)
+            if compiler:
+                # nothing runs beside what is timed
+                end(compiler, 2)
+                compiler = None
+            if not step.script:
+                counts(last, work / "logs" / f"{step.name}.xml", work / "results" / step.result)
+            print(f"    {status} in {took:.0f} s: {last[:160]}", flush=True)
+            told.append((step.name, status, took, last))
+            if on_gpu:
+                profile = ROOT / "kernels" / "profiles" / f"{device}.json"
+                if profile.exists() and profile.stat().st_mtime >= since:
+                    shutil.copyfile(profile, work / "profiles" / profile.name)
+            summary = summary_of(device, told, work / "results", on_gpu)
+            (work / "results" / "summary.md").write_text(summary, encoding="utf-8")
+            steps = [dict(zip(("step", "status", "seconds", "said"), row)) for row in told]
+            run_file = {"device": device, "seconds": options.seconds, "steps": steps, "plan": [asdict(x) for x in todo]}
+            (work / "run.json").write_text(json.dumps(run_file, indent=1) + "\n", encoding="utf-8")
+            archive = save(work, output)
+    print(f"\n{summary}\n{time.monotonic() - began:.0f} s in all. Archive: {archive}")
+    if not options.output:
+        print(f"Results: {put_in_place(archive)}")
+        if on_gpu:
+            print("To keep them: git add benchmarks/results kernels/profiles && git commit")
     sys.exit(any(status != "passed" for _, status, _, _ in told))
 
 

@@ -76,6 +76,11 @@ def describe(device):
     return facts
 
 
+def memory(device):
+    """Bytes of a GPU's memory in all. Sizes go by it, not by what is free, lest they depend on what else runs."""
+    return torch.cuda.get_device_properties(device).total_memory
+
+
 def keep_memory():
     """Have this process keep what it frees, with glibc; whether that was possible.
 
@@ -117,7 +122,7 @@ def ceilings(device):
 def _copy_rate(clock):
     elements = 2**20 if rehearsing(clock.device) else COPIED[clock.device.type]
     if clock.device.type == "cuda":
-        elements = min(elements, torch.cuda.mem_get_info(clock.device)[0] // 8)
+        elements = min(elements, memory(clock.device) // 8)
     source, target = (torch.empty(elements, dtype=torch.bfloat16, device=clock.device) for _ in range(2))
     source.normal_()
     return 2 * source.nbytes / _median_seconds(clock, lambda: target.copy_(source))
@@ -207,7 +212,7 @@ class Clock:
     def copies(self, nbytes):
         """How many copies of arguments of so many bytes to use in turn: two, up to four of what a cache could hold."""
         copies = min(max(-(-2 * self.cache // max(nbytes, 1)), 2), 4)
-        if self.device.type == "cuda" and copies * nbytes > torch.cuda.mem_get_info(self.device)[0] // 8:
+        if self.device.type == "cuda" and copies * nbytes > memory(self.device) // 8:
             return 1
         return copies
 

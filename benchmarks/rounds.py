@@ -23,28 +23,36 @@ def spread(seconds):
     return (high - low) / (2 * statistics.median(seconds))
 
 
-def take_turns(calls, rounds, seconds=20.0, device=None, prepare=lambda name: None):
+def take_turns(calls, rounds, seconds=20.0, device=None, prepare=lambda name: None, on_failure=None):
     """{name: seconds of each call} of functions without arguments, which have been called before.
 
     rounds: (least, most). The least, and more while a round takes little (a second in all) or while the spread of any
     is above WIDE. Three are timed however long they take; no other begins once `seconds` are over. On a CPU a round in
     which calls take memory from the kernel is one of warming up, and does not count: three at most, in half the time.
-    prepare: called with the name before each call, outside of its time.
+    prepare: called with the name before each call, outside of its time. on_failure: called with the name and the
+    exception of a call that fails, which then takes no more turns and is not in the result; without it, it is raised.
     """
     least, most = rounds
     on_gpu = device is not None and device.type == "cuda"
     times, began = {name: [] for name in calls}, time.perf_counter()
 
     def turn(names):
-        for name in names:
-            prepare(name)
-            if on_gpu:
-                torch.cuda.synchronize(device)
-            start = time.perf_counter()
-            calls[name]()
-            if on_gpu:
-                torch.cuda.synchronize(device)
-            times[name].append(time.perf_counter() - start)
+        for name in list(names):
+            try:
+                prepare(name)
+                if on_gpu:
+                    torch.cuda.synchronize(device)
+                start = time.perf_counter()
+                calls[name]()
+                if on_gpu:
+                    torch.cuda.synchronize(device)
+                times[name].append(time.perf_counter() - start)
+            except Exception as failure:
+                if on_failure is None:
+                    raise
+                on_failure(name, failure)
+                names.remove(name)
+                del times[name]
 
     def is_enough():
         done, elapsed = len(next(iter(times.values()))), time.perf_counter() - began

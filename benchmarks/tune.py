@@ -28,22 +28,25 @@ if __name__ == "__main__" and not torch.cuda.is_available():
 
 import machine
 import op_cases
+import precompile
 from op_cases import Case
 
 from fastbert import ops
 from fastbert.kernels import _launch
 
 PROFILES = _launch.PROFILES
+MODELS = ("bert-base", "deberta-base", "bert-large", "minilm")
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def cases(device):
-    """Every class of shapes once, the ones that matter most first."""
+def cases(device, models=MODELS, dtypes=tuple(DTYPES)):
+    """Every class of shapes once, the ones that matter most first. Without a GPU: of tiny models."""
     if device.type != "cuda":
         models = {"disentangled_attention": "tiny-deberta"}
         return [Case(op, models.get(op, "tiny"), (3, 8, 5), torch.float32) for op in op_cases.OPS]
     found = []
-    for dtype in (torch.bfloat16, torch.float32):
-        for model in ("bert-base", "deberta-base", "bert-large", "minilm"):
+    for dtype in (DTYPES[name] for name in dtypes):
+        for model in models:
             for op in op_cases.OPS:
                 # without its attention, DeBERTa is BERT
                 if (op == "disentangled_attention") != (model == "deberta-base"):
@@ -55,6 +58,21 @@ def cases(device):
                     if op in op_cases.WITH_DROPOUT:
                         found.append(replace(case, dropout_p=0.1))
     return found
+
+
+def compile_all(todo, device):
+    """Compile every setting of every case, many at a time: one after the other they take longer than to be timed."""
+    timed, _launch._microseconds = _launch._microseconds, lambda call: call() or 0.0
+    with precompile.compiling():
+        for case in todo:
+            try:
+                op_cases.results(op_cases.run_of(getattr(ops, case.op), case.arguments(device)))
+            except Exception as failure:  # told where it is timed
+                print(f"{case.name}: not compiled: {failure}".partition("\n")[0][:200], flush=True)
+    _launch._microseconds = timed
+    # what was chosen was chosen by nothing
+    _launch.timings.clear()
+    _launch._profile.cache_clear()
 
 
 def profile(old, facts):
@@ -81,7 +99,9 @@ def main():
     parser.add_argument("--output", type=Path, help="default: kernels/profiles/<device>.json")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no further class after this time")
     parser.add_argument("--op", nargs="+", choices=op_cases.OPS, default=op_cases.OPS)
-    parser.add_argument("--warm", metavar="I/N", help="only compile: the I-th of every N cases, and time nothing")
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=MODELS, help="default: all of them")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: both")
+    parser.add_argument("--warm", action="store_true", help="only compile, and time nothing")
     options = parser.parse_args()
     end = time.monotonic() + options.seconds
     device = machine.device()
@@ -89,11 +109,11 @@ def main():
     # searched anew, whatever is known already
     nothing = tempfile.TemporaryDirectory()
     _launch.PROFILES = Path(nothing.name)
-    todo = [case for case in cases(device) if case.op in options.op]
+    todo = [case for case in cases(device, options.model, options.dtype) if case.op in options.op]
+    if device.type == "cuda":
+        compile_all(todo, device)
     if options.warm:
-        i, n = map(int, options.warm.split("/"))
-        todo = todo[i::n]
-        _launch._microseconds = lambda call: call() or 0.0
+        return
 
     folder = PROFILES if device.type == "cuda" else machine.folder(device)
     output = options.output or folder / f"{_launch.device_name()}.json"
@@ -114,20 +134,17 @@ def main():
             failures += 1
             print(f"{case.name}: FAILED: {type(failure).__name__}: {failure}", flush=True)
             continue
-        if options.warm:
-            continue
         new = sum(map(len, _launch.timings.values())) - before
         print(f"{case.name}: {new} classes of shapes", flush=True)
         content = profile(old, facts)
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     nothing.cleanup()
-    if not options.warm:
-        pairs = [pair for classes in profile(old, facts)["microseconds"].values() for pair in classes.values()]
-        faster = [default / chosen for chosen, default in pairs if chosen and default and chosen < default]
-        print(f"{len(pairs)} classes measured, {len(faster)} faster than by default", end="")
-        print(f", the most {max(faster):.2f}x" if faster else "", end="")
-        print(f"; cases left out for want of time: {left_out}. Written to {output}")
+    pairs = [pair for classes in profile(old, facts)["microseconds"].values() for pair in classes.values()]
+    faster = [default / chosen for chosen, default in pairs if chosen and default and chosen < default]
+    print(f"{len(pairs)} classes measured, {len(faster)} faster than by default", end="")
+    print(f", the most {max(faster):.2f}x" if faster else "", end="")
+    print(f"; cases left out for want of time: {left_out}. Written to {output}")
     sys.exit(bool(failures))
 
 

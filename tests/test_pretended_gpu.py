@@ -3,9 +3,7 @@
 import importlib
 import itertools
 import json
-import os
 import sys
-import time
 import types
 from dataclasses import replace
 
@@ -20,6 +18,8 @@ import report
 import torch
 import tune
 from pretend_cuda import NAME, Stream, pretending, small
+
+from fastbert import reference
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU")
 CUDA = torch.device("cuda")
@@ -158,76 +158,6 @@ def test_the_order_of_models_that_may_be_cut():
     assert one.sweep == "batch" and one.lengths == (128,)
 
 
-# --- make gpu
-
-
-def test_the_plan_fits_ten_minutes_and_ends_with_the_page(monkeypatch):
-    for on_gpu in (False, True):
-        with pretending():
-            steps = gpu.plan(on_gpu)
-        assert sum(step.seconds for step in steps) <= gpu.SECONDS <= 585 and steps[-1].script == "report.py"
-        for step in steps:
-            assert step.script is None or (gpu.ROOT / "benchmarks" / step.script).is_file()
-            # what a step is told, its script knows
-            if step.script:
-                known = (gpu.ROOT / "benchmarks" / step.script).read_text(encoding="utf-8")
-                command = gpu.command_of(step, 60, gpu.ROOT, gpu.ROOT, not on_gpu)
-                assert all(f'"{word}"' in known for word in command if word.startswith("--")), command
-
-
-def test_on_a_gpu(monkeypatch, tmp_path, capsys):
-    """Steps run in order, compilation beside the tests and never beside what is timed; one that fails is told."""
-    seen, started, ended_early = [], [], []
-    # nothing here may reach a real process: no number below is one's, and no signal is sent
-    monkeypatch.setattr(gpu.os, "killpg", lambda pid, signal: ended_early.append(pid))
-    ticks = itertools.count(0, 2)
-    here = types.SimpleNamespace(monotonic=lambda: next(ticks), time=time.time, sleep=lambda seconds: None)
-    monkeypatch.setattr(gpu, "time", here)
-    (tmp_path / "models.json").write_text('{"rows": "old, and not to be told"}')
-    os.utime(tmp_path / "models.json", (0, 0))
-
-    class Compiling:
-        pid, returncode = "nobody's", None
-
-        def poll(self):
-            return None
-
-        def wait(self, *_):
-            pass
-
-    def start(command, log, environment):
-        started.append(" ".join(command))
-        assert "TRITON_INTERPRET" not in environment and "FASTBERT_IMPL" not in environment
-        return Compiling()
-
-    def run_step(step, seconds, environment, logs, results, is_rehearsal):
-        seen.append(step.name)
-        assert 5 <= seconds <= gpu.SECONDS and results == tmp_path and not is_rehearsal
-        if step.name == "models":
-            return "out of time", 1.0, "cut"
-        return "passed", 1.0, "3 passed"
-
-    monkeypatch.setenv("FASTBERT_IMPL", "reference")
-    monkeypatch.setattr(gpu, "start", start)
-    monkeypatch.setattr(gpu, "run", run_step)
-    monkeypatch.setattr(machine, "folder", lambda device: tmp_path)
-    monkeypatch.setattr(sys, "argv", ["gpu.py"])
-    with pretending(), pytest.raises(SystemExit) as ended:
-        gpu.main()
-    assert ended.value.code == 1
-    assert seen == ["device", "tests", "races", "tuning", "ops", "training step", "models", "report"]
-    # those that are still at it when the tests are over are given a while, and ended before anything is timed
-    assert ended_early == ["nobody's"] * len(started) and seen[:2] == ["device", "tests"]
-    assert sum("bench_ops.py --warm" in command for command in started) == len(started) - 1
-    assert "bench_models.py --warm" in started[0]
-    summary = (tmp_path / "summary.md").read_text(encoding="utf-8")
-    assert summary.startswith("# make gpu on") and "| models | out of time |" in summary
-    assert read(tmp_path, "tests.json")["passed"] == 3
-    # what an earlier run has measured is not told again
-    assert "not told" not in summary and "old" not in summary
-    assert "git add benchmarks/results" in capsys.readouterr().out
-
-
 def test_a_page_without_matplotlib(monkeypatch, tmp_path):
     """What was measured is told, without pictures."""
     step = {
@@ -251,3 +181,99 @@ def test_the_cases_of_a_training_step():
     for name, lengths in found.items():
         assert len(lengths) * max(lengths) == 65536, name
         assert sum(lengths) / 65536 == pytest.approx(0.6 if "text" in name else 1.0, abs=0.03), name
+
+
+def planted(after):
+    """A variant of LayerNorm that runs out of memory after so many calls."""
+
+    def make(arguments):
+        run = op_cases.run_of(reference.layer_norm, arguments)
+        forward, calls = run.forward, itertools.count()
+
+        def failing():
+            if next(calls) >= after:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return forward()
+
+        run.forward = failing
+        return run
+
+    return make
+
+
+@pytest.mark.parametrize("after", [0, 2, 3, 6])
+def test_a_peer_that_fails_costs_its_row(after, run, tmp_path, monkeypatch):
+    """At its first call, in a later one, in a timed one: everybody else's figures stay."""
+    every = bench_ops.variants
+
+    def variants(op):
+        return every(op) | {"planted": planted(after)}
+
+    monkeypatch.setattr(bench_ops, "variants", variants)
+    assert run(bench_ops, "--rounds", 2, "--quick", "--ops", "layer_norm") == 0
+    rows = read(tmp_path, "ops.json")["rows"]
+    assert len(rows) == 3
+    for row in rows:
+        assert "planted" not in row["seconds"] and {"fastbert", "eager"} <= row["seconds"].keys()
+        assert row["not_measured"]["planted"] == "OutOfMemoryError: CUDA out of memory"
+
+
+@pytest.mark.parametrize("where", ["load", "call", "turn"])
+def test_a_model_that_fails_costs_its_row(where, run, tmp_path, monkeypatch):
+    """One that cannot be built costs its cases; a peer that fails in a timed call costs its own figures alone."""
+    build = bench_models.Model.__init__
+    failed = []
+
+    def init(self, preset, layers, device):
+        if where == "load" and not failed:
+            failed.append(preset)
+            raise ImportError("transformers has no such model")
+        build(self, preset, layers, device)
+
+    call = bench_models.Model.call
+
+    def calls(self, implementation, case, *batches):
+        made = call(self, implementation, case, *batches)
+        if implementation != "swapped":
+            return made
+        count = itertools.count()
+
+        def failing(**settings):
+            if next(count) >= (1 if where == "turn" else 0):
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return made(**settings)
+
+        return failing
+
+    monkeypatch.setattr(bench_models.Model, "__init__", init)
+    if where != "load":
+        monkeypatch.setattr(bench_models.Model, "call", calls)
+    code = run(bench_models, "--rounds", 2, "--quick", "--models", "bert-tiny", "--only", "fill")
+    result = read(tmp_path, "models.json")
+    assert len(result["rows"]) == (3 if where == "load" else 4) and code == (where == "load")
+    if where != "load":
+        assert all("swapped" not in row["seconds"] and "fastbert" in row["seconds"] for row in result["rows"])
+        lost = {why for name, why in result["not_measured"].items() if name.startswith("swapped: ")}
+        assert lost == {"OutOfMemoryError: CUDA out of memory"}
+
+
+def test_an_own_step(run, tmp_path, monkeypatch):
+    """fastbert's alone, without padding, at both lengths."""
+    monkeypatch.setattr(bench_training_step_gpu, "kernel_times", lambda call: [{"kernel": "k", "calls": 1, "us": 1.0}])
+    assert run(bench_training_step_gpu, "--own", "--rounds", 2) == 0
+    rows = read(tmp_path, "own_step.json")["rows"]
+    assert [row["case"] for row in rows] == ["S=128, no padding", "S=512, no padding"]
+    for row in rows:
+        assert row["seconds"].keys() == {"fastbert, packed"} and row["summary"]["fastbert, packed"]["kernels"]
+    assert not (tmp_path / "training_step.json").exists() and "S=512" in (tmp_path / "own_step.md").read_text("utf-8")
+    assert len(gpu.highlights(tmp_path)) == 2
+
+
+def test_sizes_go_by_all_of_the_memory(monkeypatch):
+    """Not by what others have left free."""
+    with pretending(140):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (2**30, 140 * 2**30))
+        assert {sum(case.lengths) for case in bench_ops.cases(CUDA)} == {65536}
+        assert {len(n) * max(n) for n in bench_training_step_gpu.cases(CUDA).values()} == {65536}
+        case = bench_models.cases(CUDA, ["bert-base"], ["fill"], False)[0]
+        assert len(case.lengths) * max(case.lengths) == 65536
