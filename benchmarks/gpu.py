@@ -254,9 +254,10 @@ def put_in_place(archive, root=ROOT):
             run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
             device = run["device"]
         except (tarfile.TarError, EOFError, OSError, KeyError, TypeError, ValueError) as error:
+            why = " ".join(f"{type(error).__name__}: {error}".split())
             raise ValueError(
-                f"--import {archive}: no archive of this command ({type(error).__name__}: {' '.join(str(error).split())}): "
-                f"expected the {ARCHIVE} that `gpu.py --output` writes"
+                f"--import {archive}: no archive of this command ({why}): expected the {ARCHIVE} that "
+                "`gpu.py --output` writes"
             ) from None
         if not isinstance(device, str) or not re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", device):
             raise ValueError(f"--import {archive}: its device is {device!r}: expected a name such as nvidia_h200")

@@ -10,7 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch._dynamo  # notes torch's functions by their identity: before a test puts others in their places
-from lost_worker import pytest_runtest_makereport  # noqa: F401: a hook
+from lost_worker import pytest_runtest_makereport  # noqa: F401
 
 
 @pytest.fixture(scope="session")
