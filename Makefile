@@ -35,8 +35,8 @@ bench: $(INSTALLED)
 		echo "not all can be fetched: some rows are left out"
 	$(BIN)/fastbert bench $(BENCH)
 
-# everything that wants a GPU, in ten minutes, without network: tests, tuning, benchmarks, with the first Python that sees
-# a GPU and has torch, triton and pytest. Without any, a rehearsal in Triton's interpreter
+# everything that needs a GPU, in eight minutes, without network: tests, tuning, benchmarks, with the first Python that
+# sees a GPU and has torch, triton and pytest. Without any, a rehearsal in Triton's interpreter
 gpu:
 	@for python in $(BIN)/python $(PYTHON); do \
 		if $$python benchmarks/gpu.py --can-run 2>/dev/null; then exec $$python benchmarks/gpu.py; fi; \
