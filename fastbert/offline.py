@@ -173,9 +173,6 @@ def _read(arch, kernel, asm):
 def _narrow_offsets(record, asm):
     signature = record.source.signature
     integers = {name: value for name, value in zip(signature, record.arguments) if type(value) is int}
-    # Triton 3.4 numbers the arguments in its IR, where later versions name them
-    numbered = enumerate(name for name, kind in signature.items() if kind != "constexpr")
-    integers |= {f"arg{i}": integers[name] for i, name in numbered if name in integers}
     return machine_code.narrow_offsets(asm["ttir"], integers, record.grid)
 
 

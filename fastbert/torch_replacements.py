@@ -27,7 +27,6 @@ from .replacements import (
     linear,
     packing,
 )
-from .row_gradient import TakeRowsFunction
 
 # what a program of the kernels holds: columns of a norm, columns of a head
 MOST_COLUMNS, MOST_HEAD_SIZE = 8192, 128
@@ -294,76 +293,18 @@ class Decoder(Replacement):
 
 
 class CrossEntropyLoss(Replacement):
-    """Where no row has a label, the mean is 0 and so are all gradients; torch's are NaN.
-
-    Where many rows have none, softmax and gradient are those of the others alone. The logits are what they were, also
-    to everyone else who uses them: see RowGradient.
-    """
+    """torch's, but where no row has a label the mean is 0, and so are all gradients; torch's mean is NaN."""
 
     PARTS = ("loss",)
-    WHAT = "cross-entropy of the labelled rows alone"
+    WHAT = "0 in place of NaN where no row has a label"
 
     def forward(self, input, target):
-        # [N, C] and [N], [B, C, ...] and [B, ...], or [C] and []; else probabilities, or an error
-        shape = input.shape[:1] + input.shape[2:] if input.dim() > 1 else input.shape[1:]
-        if target.is_floating_point() or target.shape != shape:
-            return super().forward(input, target)
-        if input.dim() > 1 and target.numel() == 0 and self.reduction == "mean":
-            return input.sum()
-        if not _is_ordinary(input):
-            return super().forward(input, target)
-        kept = target != self.ignore_index
-        if input.dim() > 1 and input.numel() >= _MANY_LOGITS and not _is_recorded(input):
-            places = kept.flatten().nonzero()[:, 0]
-            if len(places) <= _FEW_LABELS * target.numel():
-                logits = input if input.dim() == 2 else input.movedim(1, -1).flatten(0, -2)
-                return self._of_rows(logits, target, places)
-        if self.reduction != "mean":
-            return super().forward(input, target)
-        # no look at the numbers, for which a GPU would have to wait
-        return super().forward(input, target).masked_fill(~kept.any(), 0.0)
-
-    def _of_rows(self, logits, target, places):
-        """The loss of logits [N, C] and target, of which only those at `places` [M] have a label."""
-        if torch.is_grad_enabled() and logits.requires_grad and _is_product(logits):
-            rows = TakeRowsFunction.apply(logits, places)
-        else:
-            rows = logits.index_select(0, places)
-        if len(places) == 0 and self.reduction == "mean":
-            return rows.sum()
-        labels = target.flatten()[places]
-        options = dict(ignore_index=self.ignore_index, reduction=self.reduction, label_smoothing=self.label_smoothing)
-        loss = F.cross_entropy(rows, labels, self.weight, **options)
-        if self.reduction != "none":
+        loss = super().forward(input, target)
+        # a target of numbers holds probabilities
+        if self.reduction != "mean" or target.is_floating_point() or type(loss) is not torch.Tensor:
             return loss
-        return loss.new_zeros(target.numel()).index_copy(0, places, loss).view(target.shape)
-
-
-def _is_recorded(x):
-    """Whether what runs now on x will run again with other numbers, so that no shape may depend on them."""
-    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
-
-
-# below that many numbers the whole costs less than to look which rows have a label
-_MANY_LOGITS = 2**16
-# with more labels than that, picking rows saves less than it costs
-_FEW_LABELS = 0.75
-
-
-def _is_product(logits):
-    """Whether what a linear layer returns has reached the loss unchanged but for its shape and dtype, unobserved."""
-    if logits._backward_hooks or logits.retains_grad:
-        return False
-    node = logits.grad_fn
-    while node is not None and node.name() in _REARRANGING:
-        node = node.next_functions[0][0]
-    return node is not None and node.name() in ("AddmmBackward0", "MmBackward0")
-
-
-_REARRANGING = {
-    "ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "AliasBackward0", "ToCopyBackward0",
-    "PermuteBackward0", "TransposeBackward0",
-}  # fmt: skip
+        # no look at the labels, for which a GPU would have to wait
+        return loss.masked_fill((target == self.ignore_index).all(), 0.0)
 
 
 # full name of torch's class -> what takes its place

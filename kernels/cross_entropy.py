@@ -45,9 +45,6 @@ ROW_GROUP = 128
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
-# From torch 2.10 on addmm(out_dtype=) takes an fp32 sum to add to.
-_ADDS_TO_FP32 = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
-
 
 @triton.jit
 def _joined(x, group, maximum, total, best):
@@ -267,11 +264,9 @@ def _product(out, a, b, add=False):
     if out.dtype == a.dtype:
         return torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
     if a.is_cuda and torch.version.hip is None:
-        if not add:
-            return torch.mm(a, b, out_dtype=torch.float32, out=out)
-        if _ADDS_TO_FP32:
+        if add:
             return torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
-        return out.add_(torch.mm(a, b, out_dtype=torch.float32))
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
     # elsewhere a product of halves comes rounded
     product = torch.mm(a.float(), b.float())
     return out.add_(product) if add else out.copy_(product)

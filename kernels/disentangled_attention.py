@@ -27,7 +27,6 @@ keys, or BLOCK of both; bands have BLOCK_W rows, or 2 BLOCK.
 """
 
 import functools
-import inspect
 import math
 
 import torch
@@ -59,9 +58,6 @@ from .attention import (
     _zero,
     _zero_slack,
 )
-
-# Whether a loop may keep what does not change in it: computed before it, it would fill the registers (Triton 3.5 on)
-CAN_STAY = tl.constexpr("disable_licm" in inspect.signature(tl.range).parameters)
 
 
 @triton.jit
@@ -404,22 +400,14 @@ def _disentangled_attention_dkdv_kernel(
     dk = tl.zeros([BLOCK, BLOCK_K], tl.float32)
     dv = tl.zeros([BLOCK, BLOCK_K], tl.float32)
     first = middle - tile * BLOCK - BLOCK + 1
-    if CAN_STAY:
-        for m in tl.range(0, length, BLOCK, disable_licm=True):
-            dk, dv = _add_dkdv(
-                dk, dv, k, v, dout_ptr, q_ptr, pos_key_ptr, pos_query_ptr, index_ptr, lse_ptr, delta_ptr,
-                T, H, stride_dot, stride_qt, stride_pkp, stride_pqp, start, length, m, rows_k, tile * BLOCK, first + m,
-                h, seed, scale_log2, offset, threshold, keep_scale,
-                HAS_KEY, HAS_QUERY, HAS_DROPOUT, IS_FULL, PRECISION, UPCAST, K, BLOCK, BLOCK_K,
-            )  # fmt: skip
-    else:
-        for m in range(0, length, BLOCK):
-            dk, dv = _add_dkdv(
-                dk, dv, k, v, dout_ptr, q_ptr, pos_key_ptr, pos_query_ptr, index_ptr, lse_ptr, delta_ptr,
-                T, H, stride_dot, stride_qt, stride_pkp, stride_pqp, start, length, m, rows_k, tile * BLOCK, first + m,
-                h, seed, scale_log2, offset, threshold, keep_scale,
-                HAS_KEY, HAS_QUERY, HAS_DROPOUT, IS_FULL, PRECISION, UPCAST, K, BLOCK, BLOCK_K,
-            )  # fmt: skip
+    # hoisted out of the loop, its addresses and masks would spill
+    for m in tl.range(0, length, BLOCK, disable_licm=True):
+        dk, dv = _add_dkdv(
+            dk, dv, k, v, dout_ptr, q_ptr, pos_key_ptr, pos_query_ptr, index_ptr, lse_ptr, delta_ptr,
+            T, H, stride_dot, stride_qt, stride_pkp, stride_pqp, start, length, m, rows_k, tile * BLOCK, first + m,
+            h, seed, scale_log2, offset, threshold, keep_scale,
+            HAS_KEY, HAS_QUERY, HAS_DROPOUT, IS_FULL, PRECISION, UPCAST, K, BLOCK, BLOCK_K,
+        )  # fmt: skip
     _store_tile(_at(dk_ptr, start_k, stride_dkt, h, stride_dkh), stride_dkt, rows_k, dk * scale, K, BLOCK, BLOCK_K)
     _store_tile(_at(dv_ptr, start_k, stride_dvt, h, stride_dvh), stride_dvt, rows_k, dv * keep_scale, K, BLOCK, BLOCK_K)
 
@@ -498,26 +486,15 @@ def _disentangled_attention_dband_kernel(
             start = tl.load(cu_seqlens_ptr + b)
             length = tl.load(cu_seqlens_ptr + b + 1) - start
             end = tl.cdiv(length, BLOCK) - tl.maximum(0, apart)
-            if CAN_STAY:
-                for tile in tl.range(tl.maximum(0, -apart), end, disable_licm=True):
-                    dband = _add_dband(
-                        dband, key_band, query_band, dout_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr,
-                        T, H, stride_dot, stride_doh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
-                        start, length, (tile + apart) * BLOCK, tile * BLOCK,
-                        h, seed, scale_log2, offset, threshold, keep_scale,
-                        HAS_KEY, HAS_QUERY, HAS_DROPOUT, IS_FULL, OF_KEY, IS_EARLY, PRECISION, UPCAST,
-                        K, BLOCK, BLOCK_K,
-                    )  # fmt: skip
-            else:
-                for tile in range(tl.maximum(0, -apart), end):
-                    dband = _add_dband(
-                        dband, key_band, query_band, dout_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr,
-                        T, H, stride_dot, stride_doh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
-                        start, length, (tile + apart) * BLOCK, tile * BLOCK,
-                        h, seed, scale_log2, offset, threshold, keep_scale,
-                        HAS_KEY, HAS_QUERY, HAS_DROPOUT, IS_FULL, OF_KEY, IS_EARLY, PRECISION, UPCAST,
-                        K, BLOCK, BLOCK_K,
-                    )  # fmt: skip
+            for tile in tl.range(tl.maximum(0, -apart), end, disable_licm=True):
+                dband = _add_dband(
+                    dband, key_band, query_band, dout_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr,
+                    T, H, stride_dot, stride_doh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+                    start, length, (tile + apart) * BLOCK, tile * BLOCK,
+                    h, seed, scale_log2, offset, threshold, keep_scale,
+                    HAS_KEY, HAS_QUERY, HAS_DROPOUT, IS_FULL, OF_KEY, IS_EARLY, PRECISION, UPCAST,
+                    K, BLOCK, BLOCK_K,
+                )  # fmt: skip
         place = tl.cast((diagonal * groups + group) * H + h, tl.int64) * (2 * BLOCK * K)
         _store_tile(dband_ptr + place, K, 2 * BLOCK, dband * scale, K, 2 * BLOCK, BLOCK_K)
 

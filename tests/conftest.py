@@ -1,5 +1,6 @@
 """Without a GPU the kernels run in Triton's interpreter: its switch must be set before triton is imported."""
 
+import inspect
 import os
 
 import torch
@@ -11,6 +12,28 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch._dynamo  # notes torch's functions by their identity: before a test puts others in their places
 from lost_worker import pytest_runtest_makereport  # noqa: F401
+
+
+def _faster_interpreter():
+    """Triton's interpreter patches triton.language again whenever one jitted function calls another, which takes up to
+    half of its time on small tensors. Here it does so once a launch."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+
+    def patch_once(function):
+        modules = [x for x in function.__globals__.values() if x is tl or x is tl.core]
+        # Triton's own `range` is a class, the interpreter's a function
+        if modules and all(inspect.isfunction(module.range) for module in modules):
+            return interpreter._LangPatchScope()
+        return patch(function)
+
+    interpreter._patch_lang = patch_once
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    _faster_interpreter()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,8 @@
-"""What several test files need: the error budget, equality of bits, a packed layout, and unusual strides."""
+"""What several test files need: the error budget, equality of bits, a packed layout, unusual strides,
+and a record of which operators ran."""
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 VALUE_SLACK, GRADIENT_SLACK, FLOOR = 2.0, 3.0, 1e-5
 
@@ -84,3 +86,17 @@ def every_second_column(t):
 
 
 LAYOUTS = [rows_of_a_wider_tensor, every_second_row, columns_first, every_second_column]
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps the calls of fastbert's operators, with what they returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function.namespace == "fastbert":
+            self.calls.append((function, args, result))
+        return result

@@ -1,28 +1,19 @@
-"""A CPU that says it is a GPU, so that what benchmarks do on a GPU only can be walked without one.
+"""A CPU that says it is a GPU, so that the tests reach what benchmarks do on a GPU only.
 
-    python tests/pretend_cuda.py benchmarks/bench_ops.py --ops pooling --output /tmp/x      runs a script that way
-
-`torch.device("cuda")` is taken wherever a function of torch is given a device, and means the CPU: tensors have data and
-say that they are on the CPU, scripts see a device of type "cuda" and take their GPU's ways. Streams, events, memory and
-properties are made up. Kernels do not run: ops are plain PyTorch. A time means nothing, and neither does a figure made
-of it. Models have a few columns and few words. fake_cuda.py is the other half: tensors that are on CUDA, without data.
+`torch.device("cuda")` means the CPU wherever a function of torch is given a device: tensors have data and say that they
+are on the CPU, scripts see a device of type "cuda". Streams, events, memory and properties are made up. Kernels do not
+run: ops are plain PyTorch. No time means anything. fake_cuda.py is the other half: tensors on CUDA, without data.
 """
 
 import contextlib
-import functools
-import importlib
-import os
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 GIB = 2**30
 NAME = "Pretended H200"
@@ -115,10 +106,6 @@ def pretending(gib=140):
         yield
 
 
-def _few(make, tokens, longest):
-    return make(max(tokens // 64, 2 * longest), longest)
-
-
 @contextlib.contextmanager
 def small():
     """The models of benchmarks with few columns and layers."""
@@ -138,8 +125,11 @@ def small():
         stack.enter_context(mock.patch.object(op_cases, "MODELS", models))
         for name in ("ragged_lengths", "full_lengths"):
             make = getattr(op_cases, name)
-            few_tokens = functools.partial(_few, make)
-            stack.enter_context(mock.patch.object(op_cases, name, few_tokens))
+
+            def few(tokens, longest, make=make):
+                return make(max(tokens // 64, 2 * longest), longest)
+
+            stack.enter_context(mock.patch.object(op_cases, name, few))
         save = bench_training_step_gpu.save_weights
         stack.enter_context(
             mock.patch.object(bench_training_step_gpu, "save_weights", lambda directory, device: save(directory, CPU))
@@ -153,19 +143,3 @@ def small():
 
         stack.enter_context(mock.patch.object(bench_models, "config_of", narrow))
         yield
-
-
-def main():
-    # before fastbert is imported
-    os.environ |= {"FASTBERT_IMPL": "reference", "HF_HUB_OFFLINE": "1"}
-    os.environ.pop("TRITON_INTERPRET", None)
-    sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
-    script, *arguments = sys.argv[1:]
-    gib = int(os.environ.get("PRETENDED_GIB", 40))
-    with pretending(gib), small():
-        sys.argv = [script, *arguments]
-        importlib.import_module(Path(script).stem).main()
-
-
-if __name__ == "__main__":
-    main()

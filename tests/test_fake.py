@@ -6,10 +6,9 @@ from pathlib import Path
 import calls
 import pytest
 import torch
-from helpers import cu_seqlens_of
+from helpers import Recorder, cu_seqlens_of
 from torch._dynamo.testing import AotEagerAndRecordGraphs
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbert import ops
 from fastbert.config import EncoderConfig
@@ -110,20 +109,6 @@ CALLS = {
     "masked_cross_entropy-training": (masked_cross_entropy, True),
     "masked_cross_entropy-evaluation": (masked_cross_entropy, False),
 }
-
-
-class Recorder(TorchDispatchMode):
-    """Keeps the calls of fastbert's operators, with what they returned."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if function.namespace == "fastbert":
-            self.calls.append((function, args, result))
-        return result
 
 
 def recorded(name, device):

@@ -80,7 +80,7 @@ def test_wheel_holds_the_library_and_nothing_else(wheel):
     profiles = {f"fastbert/kernels/profiles/{path.name}" for path in shipped}
     assert names == library | kernels | profiles
     assert "fastbert/kernels/__init__.py" not in names
-    assert "Requires-Dist: torch>=2.8\n" in metadata
+    assert "Requires-Dist: torch>=2.10\n" in metadata
     assert "License-Expression: Apache-2.0\n" in metadata
 
 

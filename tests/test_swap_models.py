@@ -485,7 +485,8 @@ def test_any_attn_implementation(implementation):
     report = fastbert.swap(model)
     report.raise_if_incomplete()
     if implementation == "flex_attention":
-        with torch.no_grad():
+        # transformers would compile the making of its mask
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             got = model(**batch())
     else:
         got = model(**batch())
