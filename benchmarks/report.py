@@ -1,7 +1,7 @@
 """The results of a device as one page, with plots; and the figures of the project's README, from the same results.
 
     python benchmarks/report.py                          every folder of benchmarks/results that holds results
-    python benchmarks/report.py --device cpu             one of them
+    python benchmarks/report.py --device FOLDER          one of them
     python benchmarks/report.py --readme                 the README's figures too
 
 It reads benchmarks/results/<device>/*.json and writes README.md and plots beside them. It times nothing, so what it
@@ -34,6 +34,7 @@ from record import (  # noqa: E402
     RESULTS,
     about,
     below_one,
+    command_of,
     facts_of,
     is_ours,
     losses,
@@ -340,7 +341,7 @@ def page(folder, results, pictures, history):
         "time over fastbert's: above 1 fastbert is faster. ± is half of the distance between the quartiles.", "",
     ]  # fmt: skip
     what = [
-        (f"[{name}.json]({name}.json)", result.get("date", ""), about(result, dated=False), f"`{result['command']}`")
+        (f"[{name}.json]({name}.json)", result.get("date", ""), about(result, dated=False), f"`{command_of(result)}`")
         for name, result in results.items() if "command" in result
     ]  # fmt: skip
     lines += [table(("results", "date", "device and versions", "command"), what), ""]
@@ -523,11 +524,15 @@ def draw(folder, results, history):
 # the figures of the project's README
 
 
-def _from(file, module, function, device="cpu"):
+# the folder of results that they come from
+FEATURED = RESULTS / "cpu-amd-epyc-2-cores"
+
+
+def _from(file, module, function):
     """What `function` of a benchmark's module, or of this one, says of a file of results."""
 
     def text():
-        result = json.loads((RESULTS / device / f"{file}.json").read_text(encoding="utf-8"))
+        result = json.loads((FEATURED / f"{file}.json").read_text(encoding="utf-8"))
         return (globals()[function] if module is None else getattr(importlib.import_module(module), function))(result)
 
     return text
@@ -540,9 +545,9 @@ def _about(file):
         counts = [len(times) for row in rows_of(result) for times in row["seconds"].values() if times]
         few, many = min(counts, default=0), max(counts, default=0)
         medians = f", medians of {few if few == many else f'{few} to {many}'} rounds" if counts else ""
-        return f"{about(result)}{medians}, by `{result['command']}`"
+        return f"{about(result)}{medians}, by `{command_of(result)}`"
 
-    return lambda: text(json.loads((RESULTS / "cpu" / f"{file}.json").read_text(encoding="utf-8")))
+    return lambda: text(json.loads((FEATURED / f"{file}.json").read_text(encoding="utf-8")))
 
 
 # name -> function that gives what stands in the README between the marks of that name

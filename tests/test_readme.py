@@ -11,7 +11,7 @@ import report
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-RESULTS = ROOT / "benchmarks" / "results" / "cpu"
+RESULTS = report.FEATURED
 
 # a number with the unit of something measured
 FIGURE = re.compile(
@@ -78,6 +78,11 @@ def test_pictures_of_results_have_their_raw_numbers_beside_them():
         assert (ROOT / f"{picture}.png").exists()
         # a picture of the report draws what the page beside it tabulates
         assert (ROOT / f"{picture}.json").exists() or (ROOT / picture).with_name("README.md").exists()
+
+
+def test_the_readme_links_the_results_that_its_figures_come_from():
+    folders = re.findall(r"\(benchmarks/results/([^/)]+)/", README)
+    assert set(folders) == {report.FEATURED.name}
 
 
 def test_every_file_that_the_readme_links_is_there():
