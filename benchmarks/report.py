@@ -460,6 +460,20 @@ def data_line(result):
     )
 
 
+def span_line(result):
+    """The worst and the best ratio of a file to the fastest of the others, row by row, and how many are losses."""
+    fastest = {}
+    for name, others in ratios({"": result}).items():
+        peers = [times for other, times in others.items() if not is_ours(other)]
+        if peers:
+            fastest[name] = min(peers)
+    low, high, lost = min(fastest, key=fastest.get), max(fastest, key=fastest.get), sum(x < 1 for x in fastest.values())
+    return (
+        f"from **{fastest[low]:.2f}x** ({low}) to **{fastest[high]:.2f}x** ({high}), and slower in "
+        f"{lost or 'none'} of {len(fastest)} measurements"
+    )
+
+
 def demo_line(result):
     """What the demo's model has learned, in a sentence."""
     (row,) = result["rows"]
@@ -553,6 +567,7 @@ def _about(file):
 # name -> function that gives what stands in the README between the marks of that name
 FIGURES = {
     "training_step": _from("training_step", "bench_training_step", "markdown"),
+    "training_step_span": _from("training_step", None, "span_line"),
     "training_step_about": _about("training_step"),
     "families": _from("families", "bench_families", "markdown"),
     "families_about": _about("families"),
@@ -560,7 +575,9 @@ FIGURES = {
     "single": _from("families", "bench_families", "single_line"),
     "demo": _from("demo", None, "demo_line"),
     "models": _from("models", None, "models_summary"),
+    "models_span": _from("models", None, "span_line"),
     "models_about": _about("models"),
+    "ops_span": _from("ops", None, "span_line"),
     "training": _from("training", None, "training_table"),
     "training_about": _about("training"),
     "data": _from("data", None, "data_line"),

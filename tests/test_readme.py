@@ -1,12 +1,16 @@
 """The README states what was measured: its figures are those of the raw results beside the benchmarks."""
 
 import json
+import os
 import re
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import bench_families
 import bench_training_step
+import pytest
 import report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,7 +29,8 @@ def test_what_stands_between_marks_is_generated():
     """After a new result: `python benchmarks/report.py --readme`."""
     assert report.with_figures(README) == README
     assert {name for _, name, *_ in report.BLOCK.findall(README)} >= {
-        "training_step", "training_step_about", "families", "families_about", "sentences", "demo",
+        "training_step", "training_step_about", "training_step_span", "families", "families_about", "sentences",
+        "models_span", "ops_span", "demo",
     }  # fmt: skip
 
 
@@ -46,6 +51,37 @@ def test_no_figure_stands_elsewhere():
     # that it can find one
     found = FIGURE.findall("it is 2.5x as fast, 1,024 tokens in 3.1 s, 20 GB/s, at 420 a second; int8, v3, S=128, 3.11")
     assert found == ["2.5x", "1,024 tokens", "3.1 s", "20 GB/s", "420 a second"]
+
+
+# runs files one after the other, each with names of its own; checks what it computed; prints the seconds of one thread
+RUN = """
+import runpy, sys, time, torch
+torch.set_num_threads(1)
+for file in sys.argv[1:]:
+    names = runpy.run_path(file)
+    computed = [names[name] for name in ("loss", "y") if name in names]
+    assert computed and all(x.isfinite().all() for x in computed), file
+    leaves = names["model"].parameters() if "model" in names else [names[name] for name in "qkv"]
+    assert any(x.grad is not None and x.grad.abs().sum() > 0 for x in leaves), file
+print(time.process_time())
+"""
+
+
+def test_snippets_run_as_they_stand(tmp_path):
+    """The three ways in, each copied into a file, in another directory, without network, in under ten seconds."""
+    pytest.importorskip("transformers")
+    section = README.partition("## Three ways in")[2].partition("\n## ")[0]
+    snippets = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    assert len(snippets) == 3
+    for number, snippet in enumerate(snippets):
+        (tmp_path / f"{number}.py").write_text(snippet)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", RUN, *(f"{number}.py" for number in range(3))]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "BertForMaskedLM" in done.stdout
+    assert float(done.stdout.split()[-1]) < 10
 
 
 def test_training_step_figures_follow_from_the_raw_seconds():
