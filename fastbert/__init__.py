@@ -5,6 +5,7 @@ import importlib.util
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .transformers_hook import register_with_transformers
 
@@ -43,8 +44,32 @@ _MODULES = {
 }
 __all__ = ["ops", *_MODULES]
 
+if TYPE_CHECKING:
+    # the same for type checkers and editors, which cannot follow __getattr__
+    from . import ops as ops
+    from .config import EncoderConfig as EncoderConfig
+    from .encoder import Encoder as Encoder
+    from .heads import MaskedLM as MaskedLM
+    from .heads import MultipleChoice as MultipleChoice
+    from .heads import Pretraining as Pretraining
+    from .heads import QuestionAnswerer as QuestionAnswerer
+    from .heads import ReplacedTokenDetector as ReplacedTokenDetector
+    from .heads import ReplacedTokenPretraining as ReplacedTokenPretraining
+    from .heads import SequenceClassifier as SequenceClassifier
+    from .heads import TokenClassifier as TokenClassifier
+    from .packing import Batch as Batch
+    from .packing import pack as pack
+    from .packing import unpack as unpack
+    from .pretrain import PretrainConfig as PretrainConfig
+    from .sentences import SentenceEmbedder as SentenceEmbedder
+    from .swapping import SwapReport as SwapReport
+    from .swapping import swap as swap
+    from .swapping import swapped as swapped
+    from .swapping import unswap as unswap
+    from .variants import preset as preset
 
-def __getattr__(name):
+
+def __getattr__(name: str) -> object:
     if name == "ops":
         return importlib.import_module(".ops", __name__)
     if name not in _MODULES:
