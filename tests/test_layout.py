@@ -55,13 +55,16 @@ def signatures():
 
 
 def signature(path, name):
-    """The arguments of a function with their defaults, as text, without `impl`."""
+    """The arguments of a function with their defaults, as text, without `impl` and types."""
     for node in tree(path).body:
         if isinstance(node, ast.FunctionDef) and node.name == name:
             arguments = node.args
             keep = [i for i, argument in enumerate(arguments.kwonlyargs) if argument.arg != "impl"]
             arguments.kwonlyargs = [arguments.kwonlyargs[i] for i in keep]
             arguments.kw_defaults = [arguments.kw_defaults[i] for i in keep]
+            for argument in ast.walk(arguments):
+                if isinstance(argument, ast.arg):
+                    argument.annotation = None
             return ast.unparse(arguments)
     raise AssertionError(f"{path.name} has no function {name}")
 
