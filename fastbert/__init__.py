@@ -45,7 +45,7 @@ _MODULES = {
 __all__ = ["ops", *_MODULES]
 
 if TYPE_CHECKING:
-    # the same for type checkers and editors, which cannot follow __getattr__
+    # the same names for type checkers and editors, which cannot follow __getattr__
     from . import ops as ops
     from .config import EncoderConfig as EncoderConfig
     from .encoder import Encoder as Encoder
@@ -67,14 +67,14 @@ if TYPE_CHECKING:
     from .swapping import swapped as swapped
     from .swapping import unswap as unswap
     from .variants import preset as preset
+else:
 
-
-def __getattr__(name: str) -> object:
-    if name == "ops":
-        return importlib.import_module(".ops", __name__)
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    def __getattr__(name):
+        if name == "ops":
+            return importlib.import_module(".ops", __name__)
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
 
 
 register_with_transformers()
