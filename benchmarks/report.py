@@ -586,14 +586,17 @@ BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n?)(.*?)(\n?<!-- end -->)", re.DOT
 
 
 def with_figures(text):
-    """The README `text` with its figures as the committed results have them. Raises ValueError for an unknown name."""
+    """The README `text` with the figures of the FEATURED results, and links to them.
+
+    Raises ValueError for an unknown name of a figure.
+    """
 
     def filled(match):
         if match[2] not in FIGURES:
             raise ValueError(f"README.md has figures of {match[2]!r}: expected one of {', '.join(FIGURES)}")
         return match[1] + FIGURES[match[2]]() + match[4]
 
-    return BLOCK.sub(filled, text)
+    return re.sub(r"(?<=\(benchmarks/results/)cpu-[^/)]+", FEATURED.name, BLOCK.sub(filled, text))
 
 
 def main(arguments=None):
