@@ -12,7 +12,9 @@ import fastbert
 def functions(owner):
     """(name, function) of the public functions of a module, or the public methods that a class has from fastbert."""
     if inspect.ismodule(owner):
-        yield from ((name, x) for name, x in inspect.getmembers(owner, inspect.isfunction) if name[0] != "_")
+        for name, member in inspect.getmembers(owner, inspect.isfunction):
+            if name[0] != "_" and member.__module__ == owner.__name__:
+                yield name, member
         return
     for cls in inspect.getmro(owner):
         for name, member in vars(cls).items() if cls.__module__.startswith("fastbert") else ():
