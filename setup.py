@@ -6,6 +6,6 @@ from setuptools import setup
 setup(
     packages=["fastbert", "fastbert.kernels"],
     package_dir={"fastbert.kernels": "kernels"},
-    # settings measured per device
-    package_data={"fastbert.kernels": ["profiles/*.json"]},
+    # the mark of a typed package; settings measured per device
+    package_data={"fastbert": ["py.typed"], "fastbert.kernels": ["profiles/*.json"]},
 )

@@ -307,7 +307,7 @@ def main(arguments=None):
     parser.add_argument("--rounds", type=int, help="timed calls of each library; default: 5 to 20")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS), metavar="FAMILY")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/cpu")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/cpu-<name>")
     options = parser.parse_args(arguments)
     cpu = torch.device("cpu")
     file = (options.output or machine.folder(cpu)) / "families.json"

@@ -165,7 +165,7 @@ def markdown(result):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, help="timed steps of each library; default: 12 to 20")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/cpu")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/cpu-<name>")
     # how it calls itself for memory
     parser.add_argument("--memory", choices=LIBRARIES, help=argparse.SUPPRESS)
     parser.add_argument("--case", choices=LENGTHS, help=argparse.SUPPRESS)

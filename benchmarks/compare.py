@@ -1,7 +1,7 @@
 """The regression gate: which ratios fell between two runs of a benchmark.
 
     python benchmarks/compare.py old.json new.json               or two folders of results
-    python benchmarks/compare.py --false-alarms results/cpu      how often it flags what has not changed
+    python benchmarks/compare.py --false-alarms FOLDER           how often it flags what has not changed
 
 Only ratios are compared, never times: another implementation's time over fastbert's, round by round, which is how many
 times faster fastbert is. A machine that is faster, or busy, moves both. Of each ratio the median over the rounds

@@ -8,6 +8,7 @@ import ctypes
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -45,10 +46,17 @@ def folder(device):
     """Where results of this device belong; those of a rehearsal are not kept."""
     results = Path(__file__).resolve().parent / "results"
     if device.type != "cuda":
-        return results / ("rehearsal" if rehearsing(device) else "cpu")
+        return results / ("rehearsal" if rehearsing(device) else cpu_folder(_processor(), os.cpu_count()))
     from fastbert.kernels._launch import device_name
 
     return results / device_name()
+
+
+def cpu_folder(processor, cores):
+    """The name of the folder for results of a processor: cpu-amd-epyc-family-25-model-1-2-cores."""
+    # what says nothing that the rest does not: "Intel(R) Xeon(R) CPU @ 2.20GHz", "AMD EPYC 9B45 128-Core Processor"
+    said = re.sub(r"\((r|tm)\)|@.*?hz|\d+-core|\bcpu\b|\bprocessor\b", " ", processor.lower())
+    return "-".join(["cpu", *re.findall(r"[a-z0-9]+", said), str(cores), "core" if cores == 1 else "cores"])
 
 
 def describe(device):
@@ -96,11 +104,16 @@ def keep_memory():
     return bool(mallopt(trim_threshold, -1) and mallopt(mmap_max, 0))
 
 
-def _processor():
-    cpuinfo = Path("/proc/cpuinfo")
+def _processor(cpuinfo=Path("/proc/cpuinfo")):
+    """The processor's name with the numbers that tell it from others: a virtual machine may call all "AMD EPYC"."""
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+    # of the first core
+    facts = {name.strip().lower(): value.strip() for name, _, value in (x.partition(":") for x in reversed(lines))}
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    # x86 has the first two, Arm, which often has no name, the others
+    wanted = {"cpu family": "family", "model": "model", "cpu implementer": "implementer", "cpu part": "part"}
+    numbers = ", ".join(f"{word} {facts[key]}" for key, word in wanted.items() if facts.get(key))
+    return f"{name} ({numbers})" if numbers else name
 
 
 def _driver():

@@ -35,6 +35,11 @@ def new(device, settings):
     }  # fmt: skip
 
 
+def command_of(result):
+    """The command that made a result. Where the result went is no part of what was measured."""
+    return re.sub(r" --output \S+", "", result["command"])
+
+
 def _command():
     """The command that runs, as one types it in the repository."""
     script = Path(sys.argv[0]).resolve()

@@ -1,7 +1,7 @@
 """The results of a device as one page, with plots; and the figures of the project's README, from the same results.
 
     python benchmarks/report.py                          every folder of benchmarks/results that holds results
-    python benchmarks/report.py --device cpu             one of them
+    python benchmarks/report.py --device FOLDER          one of them
     python benchmarks/report.py --readme                 the README's figures too
 
 It reads benchmarks/results/<device>/*.json and writes README.md and plots beside them. It times nothing, so what it
@@ -34,6 +34,7 @@ from record import (  # noqa: E402
     RESULTS,
     about,
     below_one,
+    command_of,
     facts_of,
     is_ours,
     losses,
@@ -340,7 +341,7 @@ def page(folder, results, pictures, history):
         "time over fastbert's: above 1 fastbert is faster. ± is half of the distance between the quartiles.", "",
     ]  # fmt: skip
     what = [
-        (f"[{name}.json]({name}.json)", result.get("date", ""), about(result, dated=False), f"`{result['command']}`")
+        (f"[{name}.json]({name}.json)", result.get("date", ""), about(result, dated=False), f"`{command_of(result)}`")
         for name, result in results.items() if "command" in result
     ]  # fmt: skip
     lines += [table(("results", "date", "device and versions", "command"), what), ""]
@@ -459,6 +460,20 @@ def data_line(result):
     )
 
 
+def span_line(result):
+    """The worst and the best ratio of a file to the fastest of the others, row by row, and how many are losses."""
+    fastest = {}
+    for name, others in ratios({"": result}).items():
+        peers = [times for other, times in others.items() if not is_ours(other)]
+        if peers:
+            fastest[name] = min(peers)
+    low, high, lost = min(fastest, key=fastest.get), max(fastest, key=fastest.get), sum(x < 1 for x in fastest.values())
+    return (
+        f"from **{fastest[low]:.2f}x** ({low}) to **{fastest[high]:.2f}x** ({high}), and slower in "
+        f"{lost or 'none'} of {len(fastest)} measurements"
+    )
+
+
 def demo_line(result):
     """What the demo's model has learned, in a sentence."""
     (row,) = result["rows"]
@@ -523,11 +538,15 @@ def draw(folder, results, history):
 # the figures of the project's README
 
 
-def _from(file, module, function, device="cpu"):
+# the folder of results that they come from
+FEATURED = RESULTS / "cpu-amd-epyc-2-cores"
+
+
+def _from(file, module, function):
     """What `function` of a benchmark's module, or of this one, says of a file of results."""
 
     def text():
-        result = json.loads((RESULTS / device / f"{file}.json").read_text(encoding="utf-8"))
+        result = json.loads((FEATURED / f"{file}.json").read_text(encoding="utf-8"))
         return (globals()[function] if module is None else getattr(importlib.import_module(module), function))(result)
 
     return text
@@ -540,14 +559,15 @@ def _about(file):
         counts = [len(times) for row in rows_of(result) for times in row["seconds"].values() if times]
         few, many = min(counts, default=0), max(counts, default=0)
         medians = f", medians of {few if few == many else f'{few} to {many}'} rounds" if counts else ""
-        return f"{about(result)}{medians}, by `{result['command']}`"
+        return f"{about(result)}{medians}, by `{command_of(result)}`"
 
-    return lambda: text(json.loads((RESULTS / "cpu" / f"{file}.json").read_text(encoding="utf-8")))
+    return lambda: text(json.loads((FEATURED / f"{file}.json").read_text(encoding="utf-8")))
 
 
 # name -> function that gives what stands in the README between the marks of that name
 FIGURES = {
     "training_step": _from("training_step", "bench_training_step", "markdown"),
+    "training_step_span": _from("training_step", None, "span_line"),
     "training_step_about": _about("training_step"),
     "families": _from("families", "bench_families", "markdown"),
     "families_about": _about("families"),
@@ -555,7 +575,9 @@ FIGURES = {
     "single": _from("families", "bench_families", "single_line"),
     "demo": _from("demo", None, "demo_line"),
     "models": _from("models", None, "models_summary"),
+    "models_span": _from("models", None, "span_line"),
     "models_about": _about("models"),
+    "ops_span": _from("ops", None, "span_line"),
     "training": _from("training", None, "training_table"),
     "training_about": _about("training"),
     "data": _from("data", None, "data_line"),
@@ -564,14 +586,17 @@ BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n?)(.*?)(\n?<!-- end -->)", re.DOT
 
 
 def with_figures(text):
-    """The README `text` with its figures as the committed results have them. Raises ValueError for an unknown name."""
+    """The README `text` with the figures of the FEATURED results, and links to them.
+
+    Raises ValueError for an unknown name of a figure.
+    """
 
     def filled(match):
         if match[2] not in FIGURES:
             raise ValueError(f"README.md has figures of {match[2]!r}: expected one of {', '.join(FIGURES)}")
         return match[1] + FIGURES[match[2]]() + match[4]
 
-    return BLOCK.sub(filled, text)
+    return re.sub(r"(?<=\(benchmarks/results/)cpu-[^/)]+", FEATURED.name, BLOCK.sub(filled, text))
 
 
 def main(arguments=None):

@@ -1,17 +1,23 @@
 """fastbert: fused Triton kernels for BERT-family encoders, and everything needed to train and serve them."""
 
-import contextlib
 import importlib
-import importlib.machinery
+import importlib.util
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .transformers_hook import register_with_transformers
 
 __version__ = "0.1.0"
 
-# In the repository kernels/ sits beside this package; setup.py ships it inside, as fastbert.kernels.
-_root = Path(__file__).resolve().parent.parent
-if (_root / "setup.py").exists():
-    __path__.append(str(_root))
+# The wheel ships the kernels inside this package. In a checkout they sit beside it, in kernels/, which must not be
+# importable under that name: map that one folder to fastbert.kernels.
+_package = Path(__file__).resolve().parent
+if not (_package / "kernels").is_dir():
+    _spec = ModuleSpec("fastbert.kernels", None, is_package=True)
+    _spec.submodule_search_locations = [str(_package.parent / "kernels")]
+    kernels = sys.modules[_spec.name] = importlib.util.module_from_spec(_spec)
 
 # the public names and their modules: loaded when first asked for, so that importing fastbert costs nothing
 _MODULES = {
@@ -38,49 +44,37 @@ _MODULES = {
 }
 __all__ = ["ops", *_MODULES]
 
-
-def __getattr__(name):
-    if name == "ops":
-        return importlib.import_module(".ops", __name__)
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
-
-
-class _AfterTransformers:
-    """Registers attn_implementation="fastbert" as soon as transformers' models can be built, and never imports it."""
-
-    MODULE = "transformers.modeling_utils"
-
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        """The spec that the other finders give, with a loader that registers when it is done."""
-        if name != cls.MODULE:
-            return None
-        finders = [finder for finder in sys.meta_path if finder is not cls]
-        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in finders)), None)
-        if spec is None:
-            return None
-        loader = spec.loader
-
-        def exec_module(module):
-            del loader.exec_module  # from here on the loader's own
-            loader.exec_module(module)
-            cls.register()
-
-        loader.exec_module = exec_module
-        return spec
-
-    @classmethod
-    def register(cls):
-        if cls in sys.meta_path:
-            sys.meta_path.remove(cls)
-        # a transformers without the interfaces says by itself that it knows no "fastbert"
-        with contextlib.suppress(ImportError):
-            importlib.import_module(".huggingface", __name__).register()
-
-
-if _AfterTransformers.MODULE in sys.modules:
-    _AfterTransformers.register()
+if TYPE_CHECKING:
+    # the same names for type checkers and editors, which cannot follow __getattr__
+    from . import ops as ops
+    from .config import EncoderConfig as EncoderConfig
+    from .encoder import Encoder as Encoder
+    from .heads import MaskedLM as MaskedLM
+    from .heads import MultipleChoice as MultipleChoice
+    from .heads import Pretraining as Pretraining
+    from .heads import QuestionAnswerer as QuestionAnswerer
+    from .heads import ReplacedTokenDetector as ReplacedTokenDetector
+    from .heads import ReplacedTokenPretraining as ReplacedTokenPretraining
+    from .heads import SequenceClassifier as SequenceClassifier
+    from .heads import TokenClassifier as TokenClassifier
+    from .packing import Batch as Batch
+    from .packing import pack as pack
+    from .packing import unpack as unpack
+    from .pretrain import PretrainConfig as PretrainConfig
+    from .sentences import SentenceEmbedder as SentenceEmbedder
+    from .swapping import SwapReport as SwapReport
+    from .swapping import swap as swap
+    from .swapping import swapped as swapped
+    from .swapping import unswap as unswap
+    from .variants import preset as preset
 else:
-    sys.meta_path.insert(0, _AfterTransformers)
+
+    def __getattr__(name):
+        if name == "ops":
+            return importlib.import_module(".ops", __name__)
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+
+
+register_with_transformers()

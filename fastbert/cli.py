@@ -107,13 +107,21 @@ def _pretrain_config():
 )
 @click.version_option(__version__, message="fastbert %(version)s")
 def main():
-    """Pretrain BERT, and use it, through fused kernels."""
+    """Train and run BERT-family encoders on fused Triton kernels.
+
+    Pretrain a model from raw text, convert a checkpoint, fill in masked words, inspect the kernels, benchmark them. To
+    speed up a model that you already have, call fastbert.swap(model) from Python.
+    """
 
 
 @main.command(cls=ScriptCommand, options=_pretrain_config)
-@click.option("--config", "config_file", metavar="FILE", help="Options from a YAML or JSON file; those given here win.")
+@click.option("--config", "config_file", metavar="FILE", help="YAML or JSON file of options; the command line wins.")
 def pretrain(config_file, **options):
-    """Pretrain BERT on text."""
+    """Pretrain a model on raw text.
+
+    Writes the tokenizer, the token shards, a model that transformers can load, its learning curve and a model card to
+    --output-dir. Ctrl-C saves a checkpoint; --resume continues from it.
+    """
     from . import pretrain as script
     from .options import read_file
 
@@ -126,20 +134,20 @@ def pretrain(config_file, **options):
 
 @main.group(cls=Group)
 def tokenizer():
-    """Make tokenizers."""
+    """Train a tokenizer."""
 
 
 @tokenizer.command(cls=Command)
-@click.option("--train-file", "files", multiple=True, required=True, help="Text files, folders or globs.")
-@click.option("--output-dir", required=True, help="Where the tokenizer's files go.")
-@click.option("--vocab-size", default=30522, show_default=True, help="Pieces.")
-@click.option("--cased", is_flag=True, help="Keep case and accents (WordPiece; byte-level BPE always does).")
+@click.option("--train-file", "files", multiple=True, required=True, help="Text files, folders or globs to read.")
+@click.option("--output-dir", required=True, help="Directory for the tokenizer.")
+@click.option("--vocab-size", default=30522, show_default=True, help="Vocabulary size.")
+@click.option("--cased", is_flag=True, help="Keep case and accents. Byte-level BPE always keeps them.")
 @click.option("--kind", type=click.Choice(["wordpiece", "bpe"]), default="wordpiece", show_default=True,
-              help="WordPiece as BERT has it, or byte-level BPE as RoBERTa has it.")  # fmt: skip
-@click.option("--text-column", default="text", show_default=True, help="Column with the text, in tables.")
-@click.option("--layout", default="auto", show_default=True, help="Documents of .txt files: auto, blank-line or line.")
+              help="WordPiece, as in BERT, or byte-level BPE, as in RoBERTa.")  # fmt: skip
+@click.option("--text-column", default="text", show_default=True, help="Column of .jsonl, .csv and .parquet files.")
+@click.option("--layout", default="auto", show_default=True, help="Documents in .txt files: auto, blank-line or line.")
 def train(files, output_dir, vocab_size, cased, kind, text_column, layout):
-    """Train a tokenizer on text."""
+    """Train a tokenizer on text files."""
     from .tokenizer import save_tokenizer, train_bpe, train_wordpiece
 
     reading = dict(text_column=text_column, layout=layout)
@@ -152,14 +160,14 @@ def train(files, output_dir, vocab_size, cased, kind, text_column, layout):
 
 
 @main.command(cls=Command)
-@click.option("--train-file", "files", multiple=True, required=True, help="Text files, folders or globs.")
-@click.option("--tokenizer", required=True, help="Directory with a tokenizer.")
-@click.option("--output-dir", required=True, help="Where the shards go.")
-@click.option("--text-column", default="text", show_default=True, help="Column with the text, in tables.")
-@click.option("--layout", default="auto", show_default=True, help="Documents of .txt files: auto, blank-line or line.")
-@click.option("--num-workers", type=int, help="Threads; by default one per core.")
+@click.option("--train-file", "files", multiple=True, required=True, help="Text files, folders or globs to read.")
+@click.option("--tokenizer", required=True, help="Directory of the tokenizer.")
+@click.option("--output-dir", required=True, help="Directory for the shards.")
+@click.option("--text-column", default="text", show_default=True, help="Column of .jsonl, .csv and .parquet files.")
+@click.option("--layout", default="auto", show_default=True, help="Documents in .txt files: auto, blank-line or line.")
+@click.option("--num-workers", type=int, help="Number of threads.  [default: one per core]")
 def prepare(files, tokenizer, output_dir, text_column, layout, num_workers):
-    """Turn text into token shards, for pretrain --train-file."""
+    """Tokenize text into shards that pretrain --train-file reads."""
     from . import shards
     from .tokenizer import load_tokenizer
 
@@ -174,11 +182,11 @@ def prepare(files, tokenizer, output_dir, text_column, layout, num_workers):
 
 
 @main.command(cls=Command)
-@click.option("--model", required=True, help="Directory of a model.")
-@click.option("--top-k", default=5, show_default=True, help="Words for each [MASK].")
+@click.option("--model", required=True, help="Directory of the model.")
+@click.option("--top-k", default=5, show_default=True, help="Number of words to print for each [MASK].")
 @click.argument("text")
 def fill_mask(model, top_k, text):
-    """Print the most probable words for each [MASK] in TEXT."""
+    """Print the most likely words for each [MASK] in TEXT."""
     from . import fill_mask as script
 
     for number, words in enumerate(script.fill_mask(*script.load(model), text, top_k), 1):
@@ -188,11 +196,11 @@ def fill_mask(model, top_k, text):
 
 
 @main.command(cls=Command)
-@click.option("--allow-pickle", is_flag=True, help="Read pytorch_model.bin: its tensors only, no code in it is run.")
+@click.option("--allow-pickle", is_flag=True, help="Also read pytorch_model.bin: tensors only, no code is run.")
 @click.argument("source")
 @click.argument("destination")
 def convert(source, destination, allow_pickle):
-    """Rewrite the model directory SOURCE as DESTINATION, in the form that transformers stores today."""
+    """Convert the model directory SOURCE to the current transformers format, in DESTINATION."""
     from .convert import convert as rewrite
 
     model = rewrite(source, destination, allow_pickle=allow_pickle)
@@ -202,18 +210,22 @@ def convert(source, destination, allow_pickle):
 
 
 @main.command(cls=Command)
-@click.option("--compile", "compiles", is_flag=True, help="Compile the kernels, for GPUs that need not be here.")
-@click.option("--arch", "archs", multiple=True, help="sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942.  [default: sm_80]")
-@click.option("--dtype", "dtypes", multiple=True, help="bf16 fp16 fp32.  [default: bf16 fp32]")
-@click.option("--model", "models", multiple=True, help="bert-base bert-large minilm deberta-base.  [default: all]")
-@click.option("--op", "ops", multiple=True, help="Functions of fastbert.ops.  [default: all]")
-@click.option("--candidates", is_flag=True, help="Also the settings that a search would try.")
-@click.option("--json", "json_file", metavar="FILE", help="Where the figures go, beside the screen.")
+@click.option("--compile", "compiles", is_flag=True, help="Compile the kernels. No GPU is needed.")
+@click.option(
+    "--arch", "archs", multiple=True, help="Any of sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 gfx942.  [default: sm_80]"
+)
+@click.option("--dtype", "dtypes", multiple=True, help="Any of bf16 fp16 fp32.  [default: bf16 fp32]")
+@click.option(
+    "--model", "models", multiple=True, help="Any of bert-base bert-large minilm deberta-base.  [default: all]"
+)
+@click.option("--op", "ops", multiple=True, help="Ops to compile: functions of fastbert.ops.  [default: all]")
+@click.option("--candidates", is_flag=True, help="Also compile the launch settings that autotuning would try.")
+@click.option("--json", "json_file", metavar="FILE", help="Also write the report as JSON.")
 def doctor(compiles, archs, dtypes, models, ops, candidates, json_file):
-    """Print versions, the device, and which implementation the ops use here.
+    """Show versions, the device, and which implementation the ops use.
 
-    With --compile: registers, spills, shared memory, occupancy and instructions of every kernel, as the compiler made
-    it for --arch. Exit code 1 if one spills, uses atomics, overflows an offset or misses the tensor cores.
+    With --compile, report the registers, spills, shared memory, occupancy and instructions of every kernel compiled for
+    --arch. The exit code is 1 if a kernel spills, uses atomics, overflows an offset or misses the tensor cores.
     """
     from . import doctor as script
 
@@ -238,22 +250,18 @@ def _benchmark_suite():
 
 
 @main.command(cls=Command)
-@click.option("--ops", multiple=True, metavar="NAME", help="Functions of fastbert.ops, or all.")
-@click.option("--models", multiple=True, metavar="NAME", help="Models, such as bert-base, or all.")
+@click.option("--ops", multiple=True, metavar="NAME", help="Ops to measure: functions of fastbert.ops, or all.")
+@click.option("--models", multiple=True, metavar="NAME", help="Models to measure, such as bert-base, or all.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@click.option("--quick", is_flag=True, help="Few shapes and rounds: under a minute for the ops.")
-@click.option("--compare", metavar="FILE|DIR", help="Older results: exit code 1 if a ratio fell by more than its "
-              "spread.")  # fmt: skip
-@click.option("--output", metavar="DIR", help="Where results go.  [default: benchmarks/results/<device>; for a part, "
-              "or with --quick, runs/bench]")  # fmt: skip
+@click.option("--quick", is_flag=True, help="Fewer shapes and rounds; the ops take under a minute.")
+@click.option("--compare", metavar="FILE|DIR", help="Compare with older results. The exit code is 1 if a "
+              "ratio fell by more than its spread.")  # fmt: skip
+@click.option("--output", metavar="DIR", help="Directory for the results.  [default: benchmarks/results/<device>; "
+              "runs/bench with --quick, --ops or --models]")  # fmt: skip
 def bench(**options):
-    """Measure fastbert side by side with whatever else is installed.
+    """Benchmark fastbert against the other libraries installed here.
 
-    Every op, model, training run and the data path, or what --ops and --models name. Needs a checkout of the
-    repository; benchmarks/README.md says what is measured and how.
+    Measures every op, model, training run and the data path, or only what --ops and --models name. Needs a checkout of
+    the repository. benchmarks/README.md says what is measured and how.
     """
     sys.exit(_benchmark_suite().run(**options))
-
-
-if __name__ == "__main__":
-    main(prog_name="fastbert")

@@ -148,45 +148,45 @@ class EncoderConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected a probability below 1")
 
     @property
-    def head_size(self):
+    def head_size(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
     @property
-    def approximate(self):
+    def approximate(self) -> str:
         """The GELU's form, as torch.nn.functional.gelu names it."""
         return ACTIVATIONS[self.hidden_act]
 
     @property
-    def head_approximate(self):
+    def head_approximate(self) -> str:
         """The same for the masked-LM head."""
         return ACTIVATIONS[self.head_act or self.hidden_act]
 
     @property
-    def embedding_width(self):
+    def embedding_width(self) -> int:
         return self.embedding_size or self.hidden_size
 
     @property
-    def has_positions(self):
+    def has_positions(self) -> bool:
         """Whether there is a table of absolute positions, of max_position_embeddings rows."""
         return self.position_biased_input or self.enhanced_mask_decoder
 
     @property
-    def max_length(self):
+    def max_length(self) -> int:
         """Tokens of the longest sequence that the position table allows; without one, there is no longest."""
         if not self.has_positions:
             return 2**31 - 1
         return self.max_position_embeddings - self.position_offset
 
     @property
-    def layer_order(self):
+    def layer_order(self) -> list[int]:
         """The numbers of the blocks in the order in which they run, some of them several times where layers share."""
         if self.num_hidden_groups is None:
             return list(range(self.num_hidden_layers))
         groups = [int(i / (self.num_hidden_layers / self.num_hidden_groups)) for i in range(self.num_hidden_layers)]
         return [g * self.inner_group_num + j for g in groups for j in range(self.inner_group_num)]
 
-    def replace(self, **changes):
+    def replace(self, **changes: object) -> "EncoderConfig":
         return dataclasses.replace(self, **changes)
 
-    def to_dict(self):
+    def to_dict(self) -> dict:
         return dataclasses.asdict(self)

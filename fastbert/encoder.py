@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
+from .config import EncoderConfig
 from .layers import (
     ATTENTIONS,
     AddNorm,
@@ -17,6 +18,7 @@ from .layers import (
     RelativePositions,
     dropped,
 )
+from .packing import Batch
 
 
 @dataclass
@@ -114,7 +116,7 @@ class Encoder(nn.Module):
     config: EncoderConfig. Weights start as in the paper: normal with `initializer_range`, biases 0.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
         self.embeddings = Embeddings(config)
@@ -127,7 +129,10 @@ class Encoder(nn.Module):
         self.convolution = Convolution(config) if config.conv_kernel_size else None
         self.apply(lambda module: initialize(module, config))
 
-    def forward(self, batch, rows=None, dropout=None, decoder=None):
+    def forward(
+        self, batch: Batch, rows: torch.Tensor | None = None, dropout: Dropout | None = None,
+        decoder: nn.Module | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """Hidden states [T, D] of a packing.Batch; of the rows `rows` (int64 [M], ascending) only, [M, D], if given.
 
         With rows, the last layer's queries, feed-forward and norms run on these rows alone, which changes nothing in
@@ -157,7 +162,7 @@ class Encoder(nn.Module):
         dropout.offset = dropout.of_layer(len(earlier) + 1).offset
         return x if self.final_norm is None else self.final_norm(x)
 
-    def dropout(self, batch):
+    def dropout(self, batch: Batch) -> Dropout:
         """The Dropout of one pass over `batch`: none in evaluation, else from the batch's seed or a fresh one."""
         if not self.training:
             return Dropout(None)

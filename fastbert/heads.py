@@ -4,17 +4,24 @@ Letters: B sequences, S padded length, T packed tokens, D hidden size, V vocabul
 """
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from . import ops, pretrained, variants
+from .config import EncoderConfig
 from .encoder import Encoder, initialize
 from .layers import MaskDecoder, VocabularyTransform, dropped
 from .packing import Batch, pack, unpack
+
+if TYPE_CHECKING:
+    # in the standard library from Python 3.11 on
+    from typing_extensions import Self
 
 
 @dataclass
@@ -44,13 +51,13 @@ class MaskedLMOutput:
     weights: dict = field(default_factory=lambda: {"": 1.0, "pair_": 1.0})
 
     @property
-    def loss(self):
+    def loss(self) -> torch.Tensor | None:
         """The means over picked tokens, pairs and tokens, weighted; 0 where there is nothing to predict, never NaN."""
         if self.loss_sum is None:
             return None
         return self.divided({f"{prefix}count": getattr(self, f"{prefix}count") for prefix in self.weights})
 
-    def divided(self, counts):
+    def divided(self, counts: dict) -> torch.Tensor:
         """The weighted sum of the losses that there are, each divided by its own of {"count": ..., ...}."""
         parts = []
         for prefix, weight in self.weights.items():
@@ -67,13 +74,16 @@ class Model(nn.Module):
 
     OPTIONAL = ()  # modules that a checkpoint may lack: then the model does without
 
-    def __init__(self, config):
+    def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
 
     @classmethod
-    def from_pretrained(cls, directory, *, allow_pickle=False, dtype=torch.float32, **changes):
+    def from_pretrained(
+        cls, directory: str | os.PathLike, *, allow_pickle: bool = False, dtype: torch.dtype = torch.float32,
+        **changes: object,
+    ) -> "Self":  # fmt: skip
         """From a directory with config.json and model.safetensors (or its shards), HuggingFace's or ours.
 
         allow_pickle: read a pytorch_model.bin where there is nothing else; only its tensors, no code in it is run.
@@ -83,15 +93,15 @@ class Model(nn.Module):
         """
         return pretrained.load(cls, directory, head=cls.__name__, allow_pickle=allow_pickle, dtype=dtype, **changes)
 
-    def save_pretrained(self, directory):
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Write config.json and model.safetensors under HuggingFace's names; transformers loads the directory."""
         pretrained.save(self, directory)
 
-    def stored(self, directory):
+    def stored(self, directory: str | os.PathLike) -> dict[str, torch.Tensor]:
         """The state dict for a model like this one that `save_pretrained` has written to a directory."""
         return type(self).from_pretrained(directory).state_dict()
 
-    def inexact(self):
+    def inexact(self) -> dict[str, torch.Tensor]:
         """{name: parameter} of what `stored` gives back only up to rounding."""
         return {}
 
@@ -103,7 +113,7 @@ def _number_of(labels):
 class MaskedLM(Model):
     """With the masked-language-model head: transform, then the word table again as decoder, plus a bias."""
 
-    def __init__(self, config):
+    def __init__(self, config: EncoderConfig) -> None:
         super().__init__(config)
         self.transform = VocabularyTransform(config)
         self.vocabulary_bias = nn.Parameter(torch.zeros(config.vocab_size))
@@ -112,7 +122,11 @@ class MaskedLM(Model):
             if part is not None:
                 part.apply(lambda module: initialize(module, config))
 
-    def forward(self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, labels=None):
+    def forward(
+        self, input_ids: torch.Tensor | Batch, attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None, position_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> MaskedLMOutput:  # fmt: skip
         """Loss when there are labels, else logits. Returns MaskedLMOutput.
 
         Either a packing.Batch alone, or HuggingFace's padded arguments, each [B, S]: labels are -100 where nothing was
@@ -123,15 +137,15 @@ class MaskedLM(Model):
             return MaskedLMOutput(logits=restore(self.logits(batch)))
         return self._masked_lm(self.hidden(batch, batch.picks), batch)
 
-    def hidden(self, batch, rows=None):
+    def hidden(self, batch: Batch, rows: torch.Tensor | None = None) -> torch.Tensor:
         """What the head reads: hidden states of the rows `rows` (int64 [M], ascending; None: all T), [M, D]."""
         return self.encoder(batch, rows, decoder=self.mask_decoder)
 
-    def label_counts(self, batch):
+    def label_counts(self, batch: Batch) -> dict[str, int]:
         """What the losses of a packing.Batch are divided by: see `MaskedLMOutput.divided`. Waits for its device."""
         return {"count": _number_of(batch.labels)}
 
-    def logits(self, batch, rows=None):
+    def logits(self, batch: Batch, rows: torch.Tensor | None = None) -> torch.Tensor:
         """Vocabulary scores of the rows `rows` (int64 [M], ascending; None: all T) of a packing.Batch: [M, V]."""
         hidden = self.transform(self.hidden(batch, rows))
         return ops.linear(hidden, self.encoder.embeddings.word.weight, self.vocabulary_bias)
@@ -147,7 +161,7 @@ class MaskedLM(Model):
 class Pretraining(MaskedLM):
     """With both pretraining heads: masked language model, and sentence pairs (NSP or SOP) from the first token."""
 
-    def __init__(self, config):
+    def __init__(self, config: EncoderConfig) -> None:
         super().__init__(config)
         self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
         self.pair_classifier = nn.Linear(config.hidden_size, 2)
@@ -155,9 +169,10 @@ class Pretraining(MaskedLM):
             initialize(module, config)
 
     def forward(
-        self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, labels=None,
-        next_sentence_label=None,
-    ):  # fmt: skip
+        self, input_ids: torch.Tensor | Batch, attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None, position_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None, next_sentence_label: torch.Tensor | None = None,
+    ) -> MaskedLMOutput:  # fmt: skip
         """As MaskedLM.forward; next_sentence_label int64 [B], 0 for a true pair (or Batch.pair_labels).
 
         Either kind of label may be missing: its loss is then left out.
@@ -192,7 +207,7 @@ class Pretraining(MaskedLM):
                 )
         return output
 
-    def label_counts(self, batch):
+    def label_counts(self, batch: Batch) -> dict[str, int]:
         return {"count": _number_of(batch.labels), "pair_count": _number_of(batch.pair_labels)}
 
     def _pair_logits(self, first, batch, dropout):
@@ -213,7 +228,7 @@ class ClassifierOutput:
     correct: torch.Tensor | None = None
 
     @property
-    def loss(self):
+    def loss(self) -> torch.Tensor | None:
         """The mean; 0 where nothing had a label."""
         return None if self.loss_sum is None else self.loss_sum / self.count.clamp(min=1)
 
@@ -238,7 +253,7 @@ class SequenceClassifier(Model):
 
     OUTPUTS = None
 
-    def __init__(self, config):
+    def __init__(self, config: EncoderConfig) -> None:
         super().__init__(config)
         D = config.hidden_size
         self.pooler = VocabularyTransform(config) if config.pooler_act == "transform" else nn.Linear(D, D)
@@ -246,7 +261,11 @@ class SequenceClassifier(Model):
         for module in (self.pooler, self.classifier):
             module.apply(lambda module: initialize(module, config))
 
-    def forward(self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, labels=None):
+    def forward(
+        self, input_ids: torch.Tensor | Batch, attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None, position_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> ClassifierOutput:  # fmt: skip
         """Logits [B, num_labels], and the loss when there are labels. Returns ClassifierOutput.
 
         Either a packing.Batch, or HuggingFace's padded arguments, each [B, S]. labels: int64 [B], -100 for none; or
@@ -279,7 +298,11 @@ class MultipleChoice(SequenceClassifier):
 
     OUTPUTS = 1
 
-    def forward(self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, labels=None):
+    def forward(
+        self, input_ids: torch.Tensor | Batch, attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None, position_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> ClassifierOutput:  # fmt: skip
         """Logits [B, C] for arguments [B, C, S], and the loss for labels int64 [B]. Returns ClassifierOutput."""
         if input_ids.dim() != 3:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: expected [batch, choices, length]")
@@ -294,7 +317,7 @@ class MultipleChoice(SequenceClassifier):
 class _TokenScores(Model):
     """Some numbers for each token: what labels and answers have in common."""
 
-    def __init__(self, config, outputs):
+    def __init__(self, config: EncoderConfig, outputs: int) -> None:
         super().__init__(config)
         self.transform = VocabularyTransform(config) if config.pooler_act == "transform" else None
         self.classifier = nn.Linear(config.hidden_size, outputs)
@@ -312,10 +335,14 @@ class _TokenScores(Model):
 class TokenClassifier(_TokenScores):
     """A label for each token, such as the names of persons and places."""
 
-    def __init__(self, config):
+    def __init__(self, config: EncoderConfig) -> None:
         super().__init__(config, config.num_labels)
 
-    def forward(self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, labels=None):
+    def forward(
+        self, input_ids: torch.Tensor | Batch, attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None, position_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> ClassifierOutput:  # fmt: skip
         """Logits [B, S, num_labels], 0 at padding, and the loss over the labels int64 [B, S] that are not -100.
 
         Either a packing.Batch (logits [T, num_labels], its own labels) or HuggingFace's padded arguments. Returns
@@ -335,14 +362,18 @@ class TokenClassifier(_TokenScores):
 class ReplacedTokenDetector(Model):
     """ELECTRA's discriminator: which tokens are not those of the text, but a generator's (Clark et al. 2020)."""
 
-    def __init__(self, config):
+    def __init__(self, config: EncoderConfig) -> None:
         super().__init__(config)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.classifier = nn.Linear(config.hidden_size, 1)
         for module in (self.dense, self.classifier):
             initialize(module, config)
 
-    def forward(self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, labels=None):
+    def forward(
+        self, input_ids: torch.Tensor | Batch, attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None, position_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> ClassifierOutput:  # fmt: skip
         """Logits [B, S], above 0 where a token looks replaced, 0 at padding; and the loss for labels int64 [B, S].
 
         labels: 1 where a token was replaced, 0 where not, -100 where nobody asks. Either a packing.Batch (logits [T],
@@ -384,7 +415,10 @@ class ReplacedTokenPretraining(nn.Module):
     Raises ValueError when the family has no such head, or when the two word tables cannot be shared.
     """
 
-    def __init__(self, config, generator_config=None, *, embedding_sharing=None, rtd_weight=50.0):
+    def __init__(
+        self, config: EncoderConfig, generator_config: EncoderConfig | None = None, *,
+        embedding_sharing: str | None = None, rtd_weight: float = 50.0,
+    ) -> None:  # fmt: skip
         super().__init__()
         row = variants.family(config.model_type)
         if row.generator is None:
@@ -421,7 +455,11 @@ class ReplacedTokenPretraining(nn.Module):
                 for name in dict(own.named_parameters()):
                     setattr(own, name, getattr(other, name))
 
-    def forward(self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, labels=None):
+    def forward(
+        self, input_ids: torch.Tensor | Batch, attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None, position_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> MaskedLMOutput:  # fmt: skip
         """Both losses of a masked text. Returns MaskedLMOutput, without logits.
 
         Either a packing.Batch or HuggingFace's padded arguments, as for MaskedLM; there must be labels: the tokens of
@@ -449,12 +487,12 @@ class ReplacedTokenPretraining(nn.Module):
             weights={"": 1.0, "rtd_": self.rtd_weight},
         )  # fmt: skip
 
-    def label_counts(self, batch):
+    def label_counts(self, batch: Batch) -> dict[str, int]:
         """See `MaskedLM.label_counts`; the discriminator answers for every token of the text."""
         return {"count": _number_of(batch.labels), "rtd_count": int(batch.cu_seqlens[-1])}
 
     @torch.no_grad()
-    def sample(self, hidden, draws):
+    def sample(self, hidden: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
         """Tokens of the generator's distributions at the hidden states [M, E] of its transform: int64 [M].
 
         draws: float64 [M] in [0, 1), each decides a token by its place in the distribution's sums, so that one pick's
@@ -470,7 +508,7 @@ class ReplacedTokenPretraining(nn.Module):
             tokens.append(torch.searchsorted(sums, target[:, None], right=True)[:, 0])
         return torch.cat(tokens).clamp_(max=len(weight) - 1)
 
-    def corrupt(self, batch, tokens):
+    def corrupt(self, batch: Batch, tokens: torch.Tensor) -> Batch:
         """What the discriminator reads of a masked packing.Batch: its text with `tokens`, int64 [M], at the picks.
 
         Its labels are 1 where that changes a token, 0 at all other tokens, special ones included, -100 past the last.
@@ -490,7 +528,7 @@ class ReplacedTokenPretraining(nn.Module):
         ours, theirs = (dict(model.named_parameters()) for model in (self.discriminator, self.generator))
         return {name: theirs[name].detach() + ours[name] for name in self._sums}
 
-    def detector(self):
+    def detector(self) -> ReplacedTokenDetector:
         """The discriminator with its tables whole: a ReplacedTokenDetector; the other weights are this model's own."""
         with torch.device("meta"):
             detector = ReplacedTokenDetector(self.config)
@@ -500,7 +538,9 @@ class ReplacedTokenPretraining(nn.Module):
         return detector.train(self.training)
 
     @classmethod
-    def from_pretrained(cls, directory, *, embedding_sharing=None, rtd_weight=50.0):
+    def from_pretrained(
+        cls, directory: str | os.PathLike, *, embedding_sharing: str | None = None, rtd_weight: float = 50.0,
+    ) -> "Self":  # fmt: skip
         """From what `save_pretrained` writes, or any detector's directory with its generator in `generator` there."""
         directory = Path(directory)
         configs = [variants.read_config(place / "config.json") for place in (directory, directory / GENERATOR)]
@@ -508,12 +548,12 @@ class ReplacedTokenPretraining(nn.Module):
         model.load_state_dict(model.stored(directory))
         return model.eval()
 
-    def save_pretrained(self, directory):
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Write the detector, with its tables whole, into a directory, and the generator into `generator` there."""
         self.detector().save_pretrained(directory)
         self.generator.save_pretrained(Path(directory) / GENERATOR)
 
-    def stored(self, directory):
+    def stored(self, directory: str | os.PathLike) -> dict[str, torch.Tensor]:
         """See `Model.stored`."""
         generator = MaskedLM.from_pretrained(Path(directory) / GENERATOR).state_dict()
         discriminator = ReplacedTokenDetector.from_pretrained(directory).state_dict()
@@ -522,7 +562,7 @@ class ReplacedTokenPretraining(nn.Module):
         parts = (("generator", generator), ("discriminator", discriminator))
         return {f"{part}.{name}": tensor for part, state in parts for name, tensor in state.items()}
 
-    def inexact(self):
+    def inexact(self) -> dict[str, torch.Tensor]:
         """See `Model.inexact`: a difference of tables, whose sum was written."""
         own = dict(self.named_parameters())
         return {name: own[name] for name in (f"discriminator.{name}" for name in self._sums)}
@@ -531,13 +571,14 @@ class ReplacedTokenPretraining(nn.Module):
 class QuestionAnswerer(_TokenScores):
     """The span of the text that answers a question: a score for each token as its start, and as its end."""
 
-    def __init__(self, config):
+    def __init__(self, config: EncoderConfig) -> None:
         super().__init__(config, 2)
 
     def forward(
-        self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, start_positions=None,
-        end_positions=None,
-    ):  # fmt: skip
+        self, input_ids: torch.Tensor | Batch, attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None, position_ids: torch.Tensor | None = None,
+        start_positions: torch.Tensor | None = None, end_positions: torch.Tensor | None = None,
+    ) -> AnswerOutput:  # fmt: skip
         """Start and end logits [B, S] for HuggingFace's padded arguments, and the loss. Returns AnswerOutput.
 
         start_positions, end_positions: int64 [B], columns of input_ids. One outside 0 .. S - 1, or at padding, is no

@@ -29,7 +29,7 @@ except ImportError:  # an import hook may forbid it
     _TRITON_FOUND = False
 
 
-def has_triton():
+def has_triton() -> bool:
     """Whether the Triton package can be imported here."""
     return _TRITON_FOUND
 
@@ -58,7 +58,7 @@ def _kernel(file, name):
     return getattr(module, name)
 
 
-def uses_triton(device, impl=None):
+def uses_triton(device: torch.device, impl: str | None = None) -> bool:
     """Whether an op on tensors of `device` (a torch.device) runs the kernels, under `impl` or FASTBERT_IMPL."""
     impl = IMPL if impl is None else impl
     if impl not in IMPLEMENTATIONS:
@@ -116,14 +116,17 @@ def _check_dropout(dropout_p, seed):
         raise ValueError(f"dropout_p is {dropout_p} and seed is None: expected an int64 tensor [1]")
 
 
-def linear(x, weight, bias=None):
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x @ weightᵀ + bias for x [T, D], by the device's own matrix library: see `reference.linear`."""
     if x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
         return reference.linear(x, weight, bias)
     return torch.nn.functional.linear(x, weight, bias)
 
 
-def linear_gelu(x, weight, bias, *, approximate="none", impl=None):
+def linear_gelu(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, approximate: str = "none",
+    impl: str | None = None,
+) -> torch.Tensor:  # fmt: skip
     """GELU(linear(x)) for x [T, D], weight [F, D]. The bias is added where that is free: inside the GELU's kernel, or
     on a CPU inside the product."""
     if uses_triton(x.device, impl):
@@ -134,9 +137,11 @@ def linear_gelu(x, weight, bias, *, approximate="none", impl=None):
 
 
 def attention(
-    q, k, v, cu_seqlens, max_seqlen, *,
-    cu_seqlens_q=None, max_seqlen_q=None, scale=None, dropout_p=0.0, window=None, seed=None, offset=0, impl=None,
-):  # fmt: skip
+    q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None, cu_seqlens: torch.Tensor, max_seqlen: int, *,
+    cu_seqlens_q: torch.Tensor | None = None, max_seqlen_q: int | None = None, scale: float | None = None,
+    dropout_p: float = 0.0, window: int | None = None, seed: torch.Tensor | None = None, offset: int = 0,
+    impl: str | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Packed bidirectional softmax attention, also within a window, with dropout: see `reference.attention`."""
     _check_dropout(dropout_p, seed)
     _check_attention(q, k, v, cu_seqlens, cu_seqlens_q, scale, window)
@@ -179,8 +184,10 @@ def _check_attention(q, k, v, cu_seqlens, cu_seqlens_q, scale, window):
 
 
 def biased_attention(
-    q, k, v, bias, cu_seqlens, max_seqlen, *, scale=None, dropout_p=0.0, seed=None, offset=0, impl=None
-):
+    q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None, bias: torch.Tensor, cu_seqlens: torch.Tensor,
+    max_seqlen: int, *, scale: float | None = None, dropout_p: float = 0.0, seed: torch.Tensor | None = None,
+    offset: int = 0, impl: str | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Attention with a learned number for each distance and head: see `reference.biased_attention`.
 
     Raises ValueError when the bias does not reach as far as the sequences do.
@@ -198,9 +205,11 @@ def biased_attention(
 
 
 def disentangled_attention(
-    q, k, v, pos_key, pos_query, cu_seqlens, max_seqlen, *,
-    position_buckets=0, max_relative_positions, scale=None, dropout_p=0.0, seed=None, offset=0, impl=None,
-):  # fmt: skip
+    q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None, pos_key: torch.Tensor | None,
+    pos_query: torch.Tensor | None, cu_seqlens: torch.Tensor, max_seqlen: int, *, position_buckets: int = 0,
+    max_relative_positions: int, scale: float | None = None, dropout_p: float = 0.0, seed: torch.Tensor | None = None,
+    offset: int = 0, impl: str | None = None,
+) -> torch.Tensor:  # fmt: skip
     """DeBERTa's attention, with its scores of relative positions: see `reference.disentangled_attention`."""
     _check_dropout(dropout_p, seed)
     _check_attention(q, k, v, cu_seqlens, None, scale, None)
@@ -230,7 +239,11 @@ def _check_positions(q, pos_key, pos_query, position_buckets, max_relative_posit
             )
 
 
-def layer_norm(x, weight, bias, *, residual=None, dropout_p=0.0, seed=None, offset=0, eps=1e-12, dtype=None, impl=None):
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, *, residual: torch.Tensor | None = None,
+    dropout_p: float = 0.0, seed: torch.Tensor | None = None, offset: int = 0, eps: float = 1e-12,
+    dtype: torch.dtype | None = None, impl: str | None = None,
+) -> torch.Tensor:  # fmt: skip
     """LayerNorm(dropout(x) + residual) in one pass: see `reference.layer_norm`."""
     _check_dropout(dropout_p, seed)
     dtype = dtype or _wide_under_autocast(x, residual)
@@ -240,13 +253,18 @@ def layer_norm(x, weight, bias, *, residual=None, dropout_p=0.0, seed=None, offs
         )
 
 
-def bias_gelu(x, bias, *, approximate="none", impl=None):
+def bias_gelu(
+    x: torch.Tensor, bias: torch.Tensor | None, *, approximate: str = "none", impl: str | None = None,
+) -> torch.Tensor:  # fmt: skip
     """GELU(x + bias) in one pass: see `reference.bias_gelu`."""
     with _no_autocast(x):
         return _choose("bias_gelu", "bias_gelu", x, impl)(x, bias, approximate=approximate)
 
 
-def gelu_layer_norm(x, bias, weight, ln_bias, *, approximate="none", eps=1e-12, dtype=None, impl=None):
+def gelu_layer_norm(
+    x: torch.Tensor, bias: torch.Tensor | None, weight: torch.Tensor, ln_bias: torch.Tensor | None, *,
+    approximate: str = "none", eps: float = 1e-12, dtype: torch.dtype | None = None, impl: str | None = None,
+) -> torch.Tensor:  # fmt: skip
     """LayerNorm(GELU(x + bias)) in one pass: see `reference.gelu_layer_norm`."""
     dtype = dtype or _wide_under_autocast(x)
     with _no_autocast(x):
@@ -256,9 +274,11 @@ def gelu_layer_norm(x, bias, weight, ln_bias, *, approximate="none", eps=1e-12, 
 
 
 def embedding(
-    input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, *,
-    padding_idx=-1, eps=1e-12, dropout_p=0.0, seed=None, offset=0, dtype=None, impl=None,
-):  # fmt: skip
+    input_ids: torch.Tensor, position_ids: torch.Tensor | None, token_type_ids: torch.Tensor | None,
+    word: torch.Tensor, position: torch.Tensor | None, token_type: torch.Tensor | None, weight: torch.Tensor,
+    bias: torch.Tensor | None, *, padding_idx: int = -1, eps: float = 1e-12, dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None, offset: int = 0, dtype: torch.dtype | None = None, impl: str | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Three lookups, their sum, LayerNorm and dropout in one pass: see `reference.embedding`."""
     _check_dropout(dropout_p, seed)
     dtype = dtype or _wide_under_autocast(word, position, token_type)
@@ -269,7 +289,10 @@ def embedding(
         )  # fmt: skip
 
 
-def pooling(hidden, cu_seqlens, *, mode="mean", normalize=False, eps=1e-12, dtype=None, impl=None):
+def pooling(
+    hidden: torch.Tensor, cu_seqlens: torch.Tensor, *, mode: str = "mean", normalize: bool = False, eps: float = 1e-12,
+    dtype: torch.dtype | None = None, impl: str | None = None,
+) -> torch.Tensor:  # fmt: skip
     """One vector for each packed sequence, with L2 normalisation, in one pass: see `reference.pooling`."""
     if normalize or mode in ("mean", "mean_sqrt_len_tokens", "weightedmean"):
         dtype = dtype or _wide_under_autocast(hidden)
@@ -280,9 +303,10 @@ def pooling(hidden, cu_seqlens, *, mode="mean", normalize=False, eps=1e-12, dtyp
 
 
 def masked_cross_entropy(
-    hidden, weight, bias, labels, *,
-    ignore_index=-100, label_smoothing=0.0, z_loss=0.0, max_picks=None, low_memory=False, impl=None,
-):  # fmt: skip
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor, *,
+    ignore_index: int = -100, label_smoothing: float = 0.0, z_loss: float = 0.0, max_picks: int | None = None,
+    low_memory: bool = False, impl: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Projection to the vocabulary and cross-entropy without the logits: see `reference.masked_cross_entropy`."""
     hidden, weight, bias = _autocast(hidden, weight, bias)
     with _no_autocast(hidden):
@@ -293,8 +317,10 @@ def masked_cross_entropy(
 
 
 def contrastive_cross_entropy(
-    query, document, labels=None, *, scale=1.0, symmetric=False, ignore_index=-100, low_memory=False, impl=None
-):
+    query: torch.Tensor, document: torch.Tensor, labels: torch.Tensor | None = None, *,
+    scale: float | torch.Tensor = 1.0, symmetric: bool = False, ignore_index: int = -100, low_memory: bool = False,
+    impl: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Each query's document against all others, without keeping the scores: see `reference.contrastive_cross_entropy`.
 
     Raises ValueError when queries and documents have no common width, when labels are not one for each query, or when

@@ -43,14 +43,17 @@ class Batch:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return Batch(**{name: f(value) if torch.is_tensor(value) else value for name, value in fields.items()})
 
-    def to(self, device, non_blocking=False):
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Batch":
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self):
+    def pin_memory(self) -> "Batch":
         return self._map(torch.Tensor.pin_memory)
 
 
-def pack(input_ids, attention_mask=None, token_type_ids=None, position_ids=None, labels=None):
+def pack(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, token_type_ids: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None, labels: torch.Tensor | None = None,
+) -> tuple[Batch, torch.Tensor]:  # fmt: skip
     """A padded batch [B, S] without its padding. Returns `(batch, indices)`.
 
     attention_mask: [B, S], 1 for real tokens; padding may be right, left or in the middle. Position ids default to the
@@ -92,7 +95,7 @@ def pack(input_ids, attention_mask=None, token_type_ids=None, position_ids=None,
     return batch, indices
 
 
-def unpack(packed, indices, B, S):
+def unpack(packed: torch.Tensor, indices: torch.Tensor, B: int, S: int) -> torch.Tensor:
     """Packed rows [T, ...] back in a padded [B, S, ...]; places without a token are 0."""
     padded = packed.new_zeros(B * S, *packed.shape[1:])
     return padded.index_copy(0, indices, packed).view(B, S, *packed.shape[1:])

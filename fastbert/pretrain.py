@@ -55,55 +55,55 @@ SUMS = (
 class PretrainConfig:
     """The options of `fastbert pretrain`, one field each. Raises ValueError with the option and value that is wrong."""
 
-    train_file: tuple[str, ...] = option((), "Text to learn from: files, folders, globs, or one prepared directory.")
-    eval_file: tuple[str, ...] = option((), "Text to evaluate on; without it a share of the documents is held out.")
+    train_file: tuple[str, ...] = option((), "Text to train on: files, folders, globs, or one directory of shards.")
+    eval_file: tuple[str, ...] = option((), "Text to evaluate on. Without it, part of the documents is held out.")
     eval_share: float = option(0.02, "Share of the documents held out for evaluation; 0 for none.")
     text_column: str = option("text", "Column with the text, in .jsonl, .csv and .parquet files.")
-    layout: str = option("auto", "Documents of .txt files: parted by blank lines, or one a line.", LAYOUTS)
-    output_dir: str = option("", "Where the model, checkpoints and logs go.")
-    tokenizer: str | None = option(None, "Directory with a tokenizer; without it one is trained on the text.")
-    vocab_size: int = option(30522, "Pieces in the tokenizer that is trained.")
+    layout: str = option("auto", "Documents in .txt files: separated by blank lines, or one per line.", LAYOUTS)
+    output_dir: str = option("", "Directory for the model, checkpoints and logs.")
+    tokenizer: str | None = option(None, "Directory of a tokenizer. Without it, one is trained on the text.")
+    vocab_size: int = option(30522, "Vocabulary size of the trained tokenizer.")
     cased: bool = option(False, "Train a tokenizer that keeps case and accents.")
     model: str = option(
         "bert-base",
-        "bert-tiny, -mini, -small, -medium, -base or -large; a config.json; or the directory of a model to go on from.",
+        "bert-tiny, -mini, -small, -medium, -base or -large; a config.json; or the directory of a model to start from.",
     )
     objective: str = option(
-        "mlm", "Masked words alone, sentence pairs with them, or replaced tokens (ELECTRA, DeBERTa-v3).", OBJECTIVES
+        "mlm", "Masked words, masked words and sentence pairs, or replaced tokens (ELECTRA, DeBERTa-v3).", OBJECTIVES
     )
-    rtd_weight: float = option(50.0, "Replaced tokens: the weight of the discriminator's loss beside the generator's.")
+    rtd_weight: float = option(50.0, "Replaced tokens: weight of the discriminator's loss; the generator's is 1.")
     embedding_sharing: str | None = option(
-        None, "Replaced tokens: the generator's tables in the discriminator; by default as the family has it.",
+        None, "Replaced tokens: how the discriminator uses the generator's embeddings. Depends on the family.",
         EMBEDDING_SHARING,
     )  # fmt: skip
-    max_seq_length: int = option(128, "Tokens in a sequence at most, [CLS] and [SEP] included.")
-    tokens_per_batch: int = option(8192, "Tokens in a micro-batch at most; none of them is padding.")
-    gradient_accumulation_steps: int = option(1, "Micro-batches in a step.")
+    max_seq_length: int = option(128, "Maximum tokens in a sequence, [CLS] and [SEP] included.")
+    tokens_per_batch: int = option(8192, "Maximum tokens in a micro-batch. None of them is padding.")
+    gradient_accumulation_steps: int = option(1, "Micro-batches per step.")
     max_steps: int | None = option(None, "Length of the run, in steps.")
-    epochs: float | None = option(None, "Length of the run, in passes over the text; 1 when no length is given.")
+    epochs: float | None = option(None, "Length of the run, in passes over the text; 1 if no length is given.")
     max_minutes: float | None = option(
         None, "Length of the run, in minutes of training; the schedule follows the clock."
     )
     learning_rate: float = option(5e-4, "Peak learning rate.")
-    schedule: str = option("linear", "The learning rate after its warm-up.", tuple(optim.SCHEDULES))
-    warmup_ratio: float = option(0.06, "Share of the run with a rising learning rate.")
-    warmup_steps: int | None = option(None, "The same in steps; wins over the ratio.")
-    weight_decay: float = option(0.01, "AdamW's decay of matrices; biases and norms have none.")
-    adam_beta1: float = option(0.9, "AdamW's decay of the mean.")
-    adam_beta2: float = option(0.98, "AdamW's decay of the variance.")
-    adam_epsilon: float = option(1e-6, "AdamW's term beside the variance.")
-    max_grad_norm: float = option(1.0, "Largest gradient norm; 0 for no limit.")
-    mlm_probability: float = option(0.15, "Share of the tokens that are picked.")
+    schedule: str = option("linear", "Learning rate schedule after the warm-up.", tuple(optim.SCHEDULES))
+    warmup_ratio: float = option(0.06, "Share of the run spent on warm-up.")
+    warmup_steps: int | None = option(None, "Warm-up in steps. Overrides --warmup-ratio.")
+    weight_decay: float = option(0.01, "AdamW's weight decay. Biases and norms have none.")
+    adam_beta1: float = option(0.9, "AdamW's beta 1.")
+    adam_beta2: float = option(0.98, "AdamW's beta 2.")
+    adam_epsilon: float = option(1e-6, "AdamW's epsilon.")
+    max_grad_norm: float = option(1.0, "Gradient norm to clip at; 0 for no clipping.")
+    mlm_probability: float = option(0.15, "Share of the tokens picked for prediction.")
     whole_word_mask: bool = option(False, "Pick whole words.")
-    dropout: float | None = option(None, "Dropout, of hidden states and of attention; by default the model's own.")
-    bf16: bool = option(False, "Matrix products in bfloat16.")
-    seed: int = option(0, "The one seed of everything random.")
-    resume: bool = option(False, "Go on with the run in the output directory, from its last good checkpoint.")
+    dropout: float | None = option(None, "Dropout of hidden states and attention. The model's own by default.")
+    bf16: bool = option(False, "Run matrix products in bfloat16.")
+    seed: int = option(0, "Seed of everything random.")
+    resume: bool = option(False, "Resume the run in the output directory from its last good checkpoint.")
     save_steps: int = option(1000, "Steps between checkpoints.")
-    save_total_limit: int = option(2, "Checkpoints kept.")
+    save_total_limit: int = option(2, "Checkpoints to keep.")
     eval_steps: int = option(500, "Steps between evaluations.")
     logging_steps: int = option(10, "Steps between rows of the log.")
-    num_workers: int | None = option(None, "Processes that prepare text; by default one per core.")
+    num_workers: int | None = option(None, "Processes that prepare text. One per core by default.")
     device: str = option("auto", "auto, cpu, cuda or cuda:1.")
 
     def __post_init__(self):
@@ -169,7 +169,7 @@ class Progress:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def pretrain(config):
+def pretrain(config: PretrainConfig) -> dict:
     """Run `config`, a PretrainConfig, to its end, or until SIGTERM or SIGINT, which end it after the step and save.
 
     Returns the last row of metrics.jsonl that has an evaluation ({} without held-out text), and in "signal" the number

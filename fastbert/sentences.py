@@ -4,19 +4,28 @@ Letters: B texts, T packed tokens, D hidden size, E embedding size.
 """
 
 import json
+import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 from torch import nn
 
 from . import ops, pretrained, variants
+from .config import EncoderConfig
 from .encoder import initialize
 from .heads import Model, pack_inputs
 from .packing import Batch
 from .tokenizer import check_vocabulary, load_tokenizer
+
+if TYPE_CHECKING:
+    # in the standard library from Python 3.11 on
+    from typing_extensions import Self
 
 MODES = ("mean", "cls", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 # the activations that a Dense module may name, by their class in torch
@@ -35,9 +44,10 @@ class SentenceEmbedder(Model):
     OPTIONAL = ("pooler",)
 
     def __init__(
-        self, config, tokenizer=None, *, pooling="mean", normalize=True, prompts=None, default_prompt_name=None,
-        include_prompt=True, max_length=None, dense=(),
-    ):  # fmt: skip
+        self, config: EncoderConfig, tokenizer: Tokenizer | None = None, *, pooling: str = "mean",
+        normalize: bool = True, prompts: dict[str, str] | None = None, default_prompt_name: str | None = None,
+        include_prompt: bool = True, max_length: int | None = None, dense: Iterable[tuple] = (),
+    ) -> None:  # fmt: skip
         super().__init__(config)
         if pooling not in MODES:
             raise ValueError(f"pooling is {pooling!r}: expected one of {', '.join(MODES)}")
@@ -57,7 +67,10 @@ class SentenceEmbedder(Model):
             self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
         self.apply(lambda module: initialize(module, config))
 
-    def forward(self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, prompt_length=0):
+    def forward(
+        self, input_ids: torch.Tensor | Batch, attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None, position_ids: torch.Tensor | None = None, prompt_length: int = 0,
+    ) -> torch.Tensor:  # fmt: skip
         """Vectors [B, E] of a packing.Batch, or of HuggingFace's padded arguments, each [B, S].
 
         prompt_length: so many tokens of each text, its first special one included, are left out of the pooling.
@@ -82,9 +95,10 @@ class SentenceEmbedder(Model):
 
     @torch.inference_mode()
     def encode(
-        self, sentences, *, prompt_name=None, prompt=None, batch_size=32, show_progress_bar=False,
-        convert_to_tensor=False, normalize_embeddings=False,
-    ):  # fmt: skip
+        self, sentences: str | Iterable[str], *, prompt_name: str | None = None, prompt: str | None = None,
+        batch_size: int = 32, show_progress_bar: bool = False, convert_to_tensor: bool = False,
+        normalize_embeddings: bool = False,
+    ) -> np.ndarray | torch.Tensor:  # fmt: skip
         """Vectors of one text (a str) or many: float32 NumPy [E] or [B, E], or a tensor on the model's device.
 
         prompt: text put before each; or prompt_name, one of `prompts`. Texts are read up to max_length tokens; those of
@@ -141,7 +155,10 @@ class SentenceEmbedder(Model):
         return self.tokenizer.encode_batch(texts)
 
     @classmethod
-    def from_pretrained(cls, directory, *, allow_pickle=False, dtype=torch.float32, **options):
+    def from_pretrained(
+        cls, directory: str | os.PathLike, *, allow_pickle: bool = False, dtype: torch.dtype = torch.float32,
+        **options: object,
+    ) -> "Self":  # fmt: skip
         """From a directory of sentence-transformers, or of a bare HuggingFace encoder (then mean pooling).
 
         options: arguments of the class that override what the directory says. Raises ValueError as other models do,
@@ -163,7 +180,7 @@ class SentenceEmbedder(Model):
         )  # fmt: skip
         return model
 
-    def save_pretrained(self, directory):
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Write what sentence-transformers loads: the encoder, its tokenizer, and a folder for each further module."""
         directory = Path(directory)
         pretrained.save(self, directory, elsewhere=("dense.",))

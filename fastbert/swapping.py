@@ -12,6 +12,7 @@ import functools
 import inspect
 import itertools
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -42,19 +43,19 @@ class Row:
 class SwapReport:
     """What `swap` has done. `print(report)` shows it as a table, layers that fared alike in one line."""
 
-    rows: list = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
 
     @property
-    def swapped(self):
+    def swapped(self) -> list[Row]:
         """The rows of what runs fastbert now."""
         return [row for row in self.rows if row.became]
 
     @property
-    def stayed(self):
+    def stayed(self) -> list[Row]:
         """The rows of what was looked at and left as it was, each with its reason."""
         return [row for row in self.rows if not row.became]
 
-    def raise_if_incomplete(self):
+    def raise_if_incomplete(self) -> None:
         """RuntimeError that names what stayed and why, or that nothing was found to swap."""
         if not self.rows:
             raise RuntimeError(
@@ -76,7 +77,7 @@ class SwapReport:
         for (_, module, became, reason), names in groups.items():
             yield _joined(names), module, became, reason
 
-    def __str__(self):
+    def __str__(self) -> str:
         lines = [
             (name or "(the model)", module, became or f"stays: {reason}")
             for name, module, became, reason in self._lines(self.rows)
@@ -102,7 +103,10 @@ def _joined(names):
     return "".join(joined)
 
 
-def swap(model, *, attention=True, layer_norm=True, gelu=True, loss=True, unpad="auto", logits="evaluation"):
+def swap(
+    model: nn.Module, *, attention: bool = True, layer_norm: bool = True, gelu: bool = True, loss: bool = True,
+    unpad: bool | str = "auto", logits: str = "evaluation",
+) -> SwapReport:  # fmt: skip
     """Make `model` (any nn.Module that holds modules of a known kind) run fastbert's kernels, in place.
 
     attention, layer_norm, gelu, loss: which parts. unpad: "auto" runs a stack of layers on the real tokens alone where
@@ -161,7 +165,7 @@ def _encoders_of_decoders(model):
     return {id(inner) for module in modules if isinstance(module, nn.TransformerEncoder) for inner in module.modules()}
 
 
-def unswap(model):
+def unswap(model: nn.Module) -> None:
     """Give every module of `model` its own class back. Harmless where nothing was swapped."""
     for module in model.modules():
         original = vars(type(module)).get("replaces")
@@ -171,7 +175,7 @@ def unswap(model):
 
 
 @contextlib.contextmanager
-def swapped(model, **switches):
+def swapped(model: nn.Module, **switches: bool | str) -> Iterator[SwapReport]:
     """`with swapped(model) as report:` swaps as `swap` does, and gives the model back at the end, as it was before."""
     before = {id(module): (module, type(module), vars(module).get("fastbert_options")) for module in model.modules()}
     try:

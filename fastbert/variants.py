@@ -686,7 +686,7 @@ PRESETS = {
 }
 
 
-def preset(name):
+def preset(name: str) -> EncoderConfig:
     """The EncoderConfig of a published size. Raises ValueError naming the known ones."""
     if name not in PRESETS:
         raise ValueError(f"no model is called {name!r}: expected one of {', '.join(PRESETS)}, or a config.json")

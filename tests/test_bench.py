@@ -16,6 +16,7 @@ import op_cases
 import op_peers
 import pytest
 import record
+import report
 import torch
 from click.testing import CliRunner
 from op_cases import Case
@@ -115,7 +116,7 @@ def test_every_implementation_of_ours_is_held_to_every_other():
 @pytest.mark.parametrize("file", ["families", "training_step", "models", "ops", "data"])
 def test_committed_results_can_be_compared(file):
     """Nothing falls against itself, and everything when what is ours takes twice the time."""
-    path = ROOT / "benchmarks" / "results" / "cpu" / f"{file}.json"
+    path = report.FEATURED / f"{file}.json"
     old, new = compare.read(path), compare.read(path)
     assert fallen(old, new) == []
     for row in new[file]["rows"]:
@@ -156,7 +157,7 @@ def test_what_is_missing_is_told(capsys):
 
 def test_how_often_it_is_wrong():
     """Halves of the committed rounds, which nothing has changed between; README.md states the figure."""
-    count, share, _ = compare.false_alarms(compare.read(ROOT / "benchmarks" / "results" / "cpu"), draws=30)
+    count, share, _ = compare.false_alarms(compare.read(report.FEATURED), draws=30)
     assert count > 100 and share < 0.002
     # rounds that drift apart are flagged
     noisy = result_of([1.0] * 8, [2.0, 2.0, 2.0, 2.0, 1.0, 1.0, 1.0, 1.0])

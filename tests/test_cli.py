@@ -227,7 +227,5 @@ def test_help_needs_no_torch():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, "help imports torch" + done.stderr
     assert "pretrain" in done.stdout and "fill-mask" in done.stdout
-    module = subprocess.run(
-        [sys.executable, "-m", "fastbert.cli", "--version"], cwd=ROOT, capture_output=True, text=True
-    )
+    module = subprocess.run([sys.executable, "-m", "fastbert", "--version"], cwd=ROOT, capture_output=True, text=True)
     assert module.returncode == 0 and module.stdout.startswith("fastbert ")

@@ -31,7 +31,7 @@ RUNS = {
 def doctor(folder, run, *arguments):
     """The rows of a doctor's report."""
     (arch, dtype), file = run.split("-"), folder / "report.json"
-    command = [sys.executable, "-m", "fastbert.cli", "doctor", "--compile", "--arch", arch, "--dtype", dtype]
+    command = [sys.executable, "-m", "fastbert", "doctor", "--compile", "--arch", arch, "--dtype", dtype]
     done = subprocess.run(
         [*command, *arguments, "--json", file], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True
     )

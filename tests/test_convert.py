@@ -15,7 +15,7 @@ from fastbert.convert import convert
 
 
 def run(*arguments):
-    done = subprocess.run([sys.executable, "-m", "fastbert.cli", *map(str, arguments)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "fastbert", *map(str, arguments)], capture_output=True, text=True)
     return done.returncode, done.stdout.strip(), done.stderr.strip()
 
 

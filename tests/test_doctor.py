@@ -23,7 +23,7 @@ def call(*arguments):
 
 def compiled(*arguments):
     """The command in a process that may compile."""
-    command = [sys.executable, "-m", "fastbert.cli", "doctor", "--compile", *arguments]
+    command = [sys.executable, "-m", "fastbert", "doctor", "--compile", *arguments]
     return subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True)
 
 

@@ -15,9 +15,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PIP = ["-m", "pip", "--disable-pip-version-check", "--quiet"]
 OFFLINE = ["--no-index", "--no-deps", "--no-build-isolation"]
 
-# runs the installed kernel in Triton's interpreter, so that an empty or stale file cannot pass
+# runs the installed kernel in Triton's interpreter, so that an empty or stale file cannot pass; of what lies around the
+# package in a checkout, only kernels/ can be imported through it
 CHECK = """
-import torch, fastbert
+import importlib.util, torch, fastbert
+assert not [name for name in ("setup", "tests", "fastbert") if importlib.util.find_spec(f"fastbert.{name}")]
 from fastbert import ops
 from fastbert.kernels import _launch, layer_norm
 assert _launch.measured() == {"toy_fwd": {}}
@@ -45,6 +47,7 @@ def source(tmp_path_factory):
         shutil.copy(ROOT / name, copy)
     for name in ("fastbert", "kernels"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (copy / "tests").mkdir()
     # settings as they are shipped for a GPU, for the interpreter to find
     (copy / "kernels" / "profiles" / "interpreter.json").write_text('{"settings": {"toy_fwd": {}}}')
     return copy
@@ -73,13 +76,14 @@ def venv(tmp_path):
 def test_wheel_holds_the_library_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-        metadata = archive.read(f"fastbert-{fastbert.__version__}.dist-info/METADATA").decode()
+        metadata = archive.read(f"fastbert_kernels-{fastbert.__version__}.dist-info/METADATA").decode()
     library = {f"fastbert/{path.name}" for path in (ROOT / "fastbert").glob("*.py")}
     kernels = {f"fastbert/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     shipped = [*(ROOT / "kernels" / "profiles").glob("*.json"), Path("interpreter.json")]
     profiles = {f"fastbert/kernels/profiles/{path.name}" for path in shipped}
-    assert names == library | kernels | profiles
+    assert names == library | kernels | profiles | {"fastbert/py.typed"}
     assert "fastbert/kernels/__init__.py" not in names
+    assert "Name: fastbert-kernels\n" in metadata
     assert "Requires-Dist: torch>=2.10\n" in metadata
     assert "License-Expression: Apache-2.0\n" in metadata
 
@@ -90,7 +94,9 @@ def test_wheel_works_elsewhere(wheel, venv, tmp_path):
     assert version == fastbert.__version__
     assert Path(package).is_relative_to(venv.parent.parent)
     assert Path(kernel) == Path(package).parent / "kernels" / "layer_norm.py"
-    assert "fill-mask" in call(venv.parent / "fastbert", "--help", cwd=tmp_path)
+    help_page = call(venv.parent / "fastbert", "--help", cwd=tmp_path)
+    assert "fill-mask" in help_page
+    assert call(venv, "-m", "fastbert", "--help", cwd=tmp_path) == help_page
 
 
 def test_editable_install_works_elsewhere(source, venv, tmp_path):

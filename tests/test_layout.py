@@ -55,13 +55,16 @@ def signatures():
 
 
 def signature(path, name):
-    """The arguments of a function with their defaults, as text, without `impl`."""
+    """The arguments of a function with their defaults, as text, without `impl` and types."""
     for node in tree(path).body:
         if isinstance(node, ast.FunctionDef) and node.name == name:
             arguments = node.args
             keep = [i for i, argument in enumerate(arguments.kwonlyargs) if argument.arg != "impl"]
             arguments.kwonlyargs = [arguments.kwonlyargs[i] for i in keep]
             arguments.kw_defaults = [arguments.kw_defaults[i] for i in keep]
+            for argument in ast.walk(arguments):
+                if isinstance(argument, ast.arg):
+                    argument.annotation = None
             return ast.unparse(arguments)
     raise AssertionError(f"{path.name} has no function {name}")
 
@@ -110,6 +113,13 @@ def test_folder_is_no_package(folder):
     assert not (ROOT / folder / "__init__.py").exists()
 
 
+@pytest.mark.parametrize("name", ["tests", "setup", "fastbert", "benchmarks"])
+def test_package_maps_the_kernels_alone(name, tmp_path):
+    """Of what lies beside the package in a checkout; with the checkout on the path, and in it."""
+    code = f"import importlib.util, fastbert.kernels; print(importlib.util.find_spec('fastbert.{name}'))"
+    assert run(code, path=[ROOT], cwd=tmp_path) == run(code) == "None"
+
+
 def test_no_drawer_for_everything():
     assert not [path for path in ROOT.glob("*/*.py") if path.stem in {"utils", "util", "common", "misc"}]
 
@@ -128,14 +138,14 @@ def test_every_op_is_checked_above():
     }  # fmt: skip
 
 
-def test_import_takes_under_two_seconds():
+def test_import_takes_under_half_a_second():
     def seconds():
         start = time.perf_counter()
         run("import fastbert")
         return time.perf_counter() - start
 
-    # the best of three: the other tests keep the machine busy
-    assert min(seconds() for _ in range(3)) < 2
+    # the best of five: the other tests keep the machine busy
+    assert min(seconds() for _ in range(5)) < 0.5
 
 
 def test_works_without_triton_and_without_transformers():

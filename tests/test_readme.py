@@ -1,17 +1,21 @@
 """The README states what was measured: its figures are those of the raw results beside the benchmarks."""
 
 import json
+import os
 import re
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import bench_families
 import bench_training_step
+import pytest
 import report
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-RESULTS = ROOT / "benchmarks" / "results" / "cpu"
+RESULTS = report.FEATURED
 
 # a number with the unit of something measured
 FIGURE = re.compile(
@@ -25,17 +29,20 @@ def test_what_stands_between_marks_is_generated():
     """After a new result: `python benchmarks/report.py --readme`."""
     assert report.with_figures(README) == README
     assert {name for _, name, *_ in report.BLOCK.findall(README)} >= {
-        "training_step", "training_step_about", "families", "families_about", "sentences", "demo",
+        "training_step", "training_step_about", "training_step_span", "families", "families_about", "sentences",
+        "models_span", "ops_span", "demo",
     }  # fmt: skip
 
 
 def test_a_changed_figure_is_found():
-    """One digit of each generated block."""
+    """One digit of each generated block, and the folder of each link to results."""
     for block in report.BLOCK.finditer(README):
         digit = next(re.finditer(r"\d", block[0].partition("-->")[2]))
         place = block.start() + len(block[0].partition("-->")[0]) + len("-->") + digit.start()
         changed = README[:place] + str((int(digit[0]) + 1) % 10) + README[place + 1 :]
         assert changed != README and report.with_figures(changed) == README
+    moved = README.replace(f"/{report.FEATURED.name}/", "/cpu-another/")
+    assert moved != README and report.with_figures(moved) == README
 
 
 def test_no_figure_stands_elsewhere():
@@ -46,6 +53,40 @@ def test_no_figure_stands_elsewhere():
     # that it can find one
     found = FIGURE.findall("it is 2.5x as fast, 1,024 tokens in 3.1 s, 20 GB/s, at 420 a second; int8, v3, S=128, 3.11")
     assert found == ["2.5x", "1,024 tokens", "3.1 s", "20 GB/s", "420 a second"]
+
+
+# runs files one after the other, each with names of its own; checks what it computed; prints the seconds of one thread,
+# without those of importing transformers, which a busy machine stretches
+RUN = """
+import runpy, sys, time, torch
+from transformers import BertForMaskedLM
+torch.set_num_threads(1)
+start = time.process_time()
+for file in sys.argv[1:]:
+    names = runpy.run_path(file)
+    computed = [names[name] for name in ("loss", "y") if name in names]
+    assert computed and all(x.isfinite().all() for x in computed), file
+    leaves = names["model"].parameters() if "model" in names else [names[name] for name in "qkv"]
+    assert any(x.grad is not None and x.grad.abs().sum() > 0 for x in leaves), file
+print(time.process_time() - start)
+"""
+
+
+def test_snippets_run_as_they_stand(tmp_path):
+    """The three ways in, each copied into a file, in another directory, without network, in under ten seconds."""
+    pytest.importorskip("transformers")
+    section = README.partition("## Three ways in")[2].partition("\n## ")[0]
+    snippets = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    assert len(snippets) == 3
+    for number, snippet in enumerate(snippets):
+        (tmp_path / f"{number}.py").write_text(snippet)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", RUN, *(f"{number}.py" for number in range(3))]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "BertForMaskedLM" in done.stdout
+    assert float(done.stdout.split()[-1]) < 10
 
 
 def test_training_step_figures_follow_from_the_raw_seconds():

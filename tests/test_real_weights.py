@@ -163,7 +163,7 @@ def test_albert_knows_its_chemistry(rxn, tmp_path):
         warnings.simplefilter("error")
         ours = MaskedLM.from_pretrained(rxn, allow_pickle=True)
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "fastbert.cli", "convert", "--allow-pickle", str(rxn), str(out)]
+    command = [sys.executable, "-m", "fastbert", "convert", "--allow-pickle", str(rxn), str(out)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     theirs = transformers.AlbertForMaskedLM.from_pretrained(rxn).eval()

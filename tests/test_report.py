@@ -104,7 +104,7 @@ def test_a_loss_is_printed_as_a_loss(tmp_path):
 
 def test_a_loss_in_a_committed_file_is_found():
     """Each file that times fastbert beside another: a row of it, made slower, is a loss of that name."""
-    results = record.read(record.RESULTS / "cpu")
+    results = record.read(report.FEATURED)
     for file in ("training_step", "families", "models", "ops"):
         result = copy.deepcopy(results[file])
         row = next(row for row in result["rows"] if record.losses({file: {"rows": [row]}}) == [])

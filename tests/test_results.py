@@ -10,8 +10,11 @@ import re
 import statistics
 from pathlib import Path
 
+import machine
 import pytest
 import record
+import report
+import torch
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 FILES = [path for path in sorted(RESULTS.glob("*/*.json")) if path.parent.name != "rehearsal"]
@@ -135,3 +138,30 @@ def test_the_tables_of_ops_are_those_of_their_json(path):
     assert len(lines) == sum(map(len, rows.values()))
     for line in lines:
         assert float(line["median_us"]) == rows[line["case"], line["pass"]][line["variant"]]["median_us"]
+
+
+X86 = "processor : 0\ncpu family : {}\nmodel : {}\nmodel name : {}\nstepping : 1\n\nprocessor : 1\nmodel : 9\n"
+ARM = "processor : 0\nBogoMIPS : 50\nCPU implementer : 0x41\nCPU part : 0xd4f\n"
+PROCESSORS = {
+    X86.format(25, 1, "AMD EPYC"): "cpu-amd-epyc-family-25-model-1-8-cores",
+    X86.format(26, 2, "AMD EPYC 9B45 128-Core Processor"): "cpu-amd-epyc-9b45-family-26-model-2-8-cores",
+    X86.format(6, 143, "Intel(R) Xeon(R) CPU @ 2.20GHz"): "cpu-intel-xeon-family-6-model-143-8-cores",
+    ARM: f"cpu-{machine.platform.machine().replace('_', '-')}-implementer-0x41-part-0xd4f-8-cores",
+}
+
+
+@pytest.mark.parametrize("cpuinfo", PROCESSORS, ids=PROCESSORS.get)
+def test_a_cpu_has_a_folder_of_its_own(cpuinfo, tmp_path, monkeypatch):
+    monkeypatch.setattr(machine.platform, "processor", str)
+    (tmp_path / "cpuinfo").write_text(cpuinfo)
+    assert machine.cpu_folder(machine._processor(tmp_path / "cpuinfo"), 8) == PROCESSORS[cpuinfo]
+
+
+def test_committed_results_of_a_cpu_are_in_the_folder_of_that_cpu():
+    """And so is what is measured here."""
+    machines = [(path.parent, read(path).get("machine", {})) for path in FILES if path.parent.name.startswith("cpu")]
+    named = [(folder, facts) for folder, facts in machines if "cores" in facts]
+    assert report.FEATURED in {folder for folder, _ in named}
+    here = machine.describe(torch.device("cpu"))
+    for folder, facts in [*named, (machine.folder(torch.device("cpu")), here)]:
+        assert folder.name == machine.cpu_folder(facts["device"], facts["cores"])
