@@ -125,7 +125,8 @@ def _read_nvidia(asm, metadata):
         warnings=_ptxas_warnings(asm["ptx"], metadata),
         waits=[
             sum(name.startswith("WARPGROUP.DEPBAR") for _, name, _ in lines),
-            asm["ttgir"].count("ttng.warp_group_dot_wait"),
+            # a product that is not asynchronous waits for itself
+            len(re.findall(r"ttng\.warp_group_dot_wait|ttng\.warp_group_dot (?!.*isAsync = true)", asm["ttgir"])),
         ],
         instructions=[name for _, name, _ in lines],
         branches=branches,

@@ -578,7 +578,7 @@ _tables = {}
 
 
 def _table(device, make, *sizes):
-    """make(*sizes), sorted, on `device`; made once, but for calls that a CUDA graph records before there was another."""
+    """make(*sizes), sorted, on `device`: made once, or in each call that a CUDA graph records before any other."""
     key = make, sizes, device
     if key in _tables:
         return _tables[key]

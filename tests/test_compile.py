@@ -103,7 +103,7 @@ def test_nothing_is_found_where_nothing_is(faults, name):
 
 
 def test_serialised_products_are_found(faults):
-    """By what ptxas says, and by the waits in the machine code; the same kernel without the fault has three for five."""
+    """By what ptxas says, and by the waits in the machine code; neither in the same kernel without the fault."""
     warning, waits = faults["serialised"]["problems"]
     assert "C7515" in warning and "serialized" in warning
     assert waits == "products are serialised: 12 waits for them, 2 of them in Triton's code"
