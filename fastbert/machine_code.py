@@ -5,6 +5,8 @@ apart by the cuobjdump that comes with Triton, AMD's is there as text. Nothing h
 estimate knows no latency, no waiting for memory or barriers, and rates of instructions are taken from public figures.
 """
 
+import contextlib
+import io
 import re
 import subprocess
 import tempfile
@@ -68,8 +70,8 @@ def _up(size, multiple):
     return -(-size // multiple) * multiple
 
 
-def read(arch, asm):
-    """What a kernel uses. `asm`: Triton's {stage: code} of the compiled kernel. Returns a dict
+def read(arch, asm, metadata):
+    """What a kernel uses. `asm`: Triton's {stage: code} of the compiled kernel; `metadata`: Triton's. Returns a dict
 
     registers     of a thread
     stack         bytes of it, which only spilled registers need
@@ -79,12 +81,14 @@ def read(arch, asm):
     widths        {bytes: how many loads and stores of global memory have them}
     wide_share    of the bytes that these move for a thread, the share that goes 16 at a time
     atomics       how many
+    warnings      of ptxas, where it expects a loss of performance
+    waits         [for Hopper's asynchronous products in the machine code, that Triton asked for]
     loop          counts of instructions in the loop with most work, by kind; of the whole kernel if no loop has much
                   of it. "slots" is their sum, "whole" says which
     cycles        that a pass of four warps through that loop, one for each part of a multiprocessor, keeps each unit
                   busy; the largest says what binds, if nothing waits. {} where rates are not known here
     """
-    report = _read_amd(asm["amdgcn"]) if "amdgcn" in asm else _read_nvidia(asm)
+    report = _read_amd(asm["amdgcn"]) if "amdgcn" in asm else _read_nvidia(asm, metadata)
     instructions, branches = report.pop("instructions"), report.pop("branches")
     kinds = [_kind(name) for name in instructions]
     first, last = _busiest_loop(kinds, branches)
@@ -104,7 +108,7 @@ def read(arch, asm):
 _SASS = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", re.MULTILINE)
 
 
-def _read_nvidia(asm):
+def _read_nvidia(asm, metadata):
     usage = re.search(r"REG:(\d+) STACK:(\d+)", _cuobjdump(asm["cubin"], "-res-usage"))
     lines = _SASS.findall(_cuobjdump(asm["cubin"], "-sass"))
     places, branches = {address: i for i, (address, _, _) in enumerate(lines)}, []
@@ -118,9 +122,31 @@ def _read_nvidia(asm):
         # not LOCAL, which is 0 even where registers spill
         spills=sum(name.split(".")[0] in ("LDL", "STL") for _, name, _ in lines),
         atomics=len(re.findall(r"\b(?:atom|red)\.", asm["ptx"])),
+        warnings=_ptxas_warnings(asm["ptx"], metadata),
+        waits=[
+            sum(name.startswith("WARPGROUP.DEPBAR") for _, name, _ in lines),
+            # a product that is not asynchronous waits for itself
+            len(re.findall(r"ttng\.warp_group_dot_wait|ttng\.warp_group_dot (?!.*isAsync = true)", asm["ttgir"])),
+        ],
         instructions=[name for _, name, _ in lines],
         branches=branches,
     )
+
+
+def _ptxas_warnings(ptx, metadata):
+    """What ptxas says about performance; Triton throws it away, and so the last step is taken again (0.2 s).
+
+    Other advice is left out: "(C7519) warpgroup.arrive is injected", for example, costs one instruction.
+    """
+    from triton import knobs
+    from triton.compiler.compiler import make_backend
+
+    backend, log = make_backend(metadata.target), io.StringIO()
+    with knobs.nvidia.scope(), contextlib.redirect_stdout(log):
+        knobs.nvidia.dump_ptxas_log = True
+        backend.make_cubin(ptx, {}, backend.parse_options(metadata._asdict()), metadata.target.arch)
+    pattern = r"\(C75\d\d\) Potential Performance Loss: .*?(?= in the function|$)"
+    return sorted(set(re.findall(pattern, log.getvalue(), re.MULTILINE)))
 
 
 def _cuobjdump(cubin, option):
@@ -151,6 +177,8 @@ def _read_amd(text):
         stack=number("private_segment_fixed_size"),
         spills=number("vgpr_spill_count"),
         atomics=sum("_atomic_" in name for name in instructions),
+        warnings=[],
+        waits=[0, 0],
         instructions=instructions,
         branches=[(labels.get(label, place), place) for label, place in jumps],
     )

@@ -134,7 +134,7 @@ def _asm(record, driver):
 
 def _row(arch, record, device):
     metadata, warps = record.metadata, record.metadata.num_warps
-    report = _read(arch, metadata.hash, _asm(record, offline_driver(arch)))
+    report = _read(arch, metadata, _asm(record, offline_driver(arch)))
     names = list(record.source.signature)
     constants = {names[place[0]]: value for place, value in record.source.constants.items() if len(place) == 1}
     programs, limit = machine_code.occupancy(arch, report["registers"], warps, metadata.shared)
@@ -157,15 +157,15 @@ def _reader():
     return hashlib.sha256(Path(machine_code.__file__).read_bytes()).hexdigest()
 
 
-def _read(arch, kernel, asm):
-    """`machine_code.read`, kept beside Triton's compiled kernels: taking a large one apart takes half a second."""
+def _read(arch, metadata, asm):
+    """`machine_code.read`, kept beside Triton's compiled kernels: taking a large one apart takes most of a second."""
     from triton.runtime.cache import get_cache_manager
 
-    key = hashlib.sha256(f"{kernel} {arch} {_reader()}".encode()).hexdigest()
+    key = hashlib.sha256(f"{metadata.hash} {arch} {_reader()}".encode()).hexdigest()
     cache, name = get_cache_manager(key), "machine_code.json"
     if file := cache.get_file(name):
         return json.loads(Path(file).read_text(encoding="utf-8"))
-    report = machine_code.read(arch, asm)
+    report = machine_code.read(arch, asm, metadata)
     cache.put(json.dumps(report), name, binary=False)
     return report
 
@@ -284,6 +284,10 @@ def judge(row):
         problems.append(f"registers spill: {row['stack']} bytes of stack, {row['spills']} loads and stores of it")
     if row["atomics"]:
         problems.append(f"{row['atomics']} atomics: results depend on the order of programs")
+    problems += [f"ptxas warns: {warning}" for warning in row["warnings"]]
+    waits, asked = row["waits"]
+    if waits > asked:
+        problems.append(f"products are serialised: {waits} waits for them, {asked} of them in Triton's code")
     problems += [f"a 32-bit offset overflows: {line}" for line in row["narrow_offsets"]]
     # the same product stands several times in code that is peeled or pipelined
     for rows, columns, depth, dtype, by in sorted({tuple(dot) for dot in row["dots"]}):

@@ -27,7 +27,16 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import INTERPRET, capability, differentiable_once, dropout_constants, launch, register, unit_columns
+from ._launch import (
+    INTERPRET,
+    capability,
+    differentiable_once,
+    dropout_constants,
+    launch,
+    product_precision,
+    register,
+    unit_columns,
+)
 from ._math import attention_keep_mask
 
 _DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -79,13 +88,16 @@ def _zero_slack(
 
 
 @triton.jit
-def _exponent(s, scale_log2, highest, IS_FULL: tl.constexpr):
-    """log2 of the numerators of softmax, from the products s [BLOCK_M, BLOCK_N] and their `highest` [BLOCK_M].
+def _exponent(s, scale_log2, highest, IS_FULL: tl.constexpr, AXIS: tl.constexpr = 1):
+    """log2 of the numerators of softmax, from the products s and their `highest` [BLOCK_M].
+
+    s is [BLOCK_M, BLOCK_N]; with AXIS, that of the keys, 0 it is [BLOCK_N, BLOCK_M].
 
     In fp32 the maximum is taken out before the scale comes in, and `highest` is unscaled: scores of thousands keep the
     digits of their differences. In 16 bits `highest` is scaled and both are one FMA.
     """
-    return (s - highest[:, None]) * scale_log2 if IS_FULL else s * scale_log2 - highest[:, None]
+    highest = tl.expand_dims(highest, AXIS)
+    return (s - highest) * scale_log2 if IS_FULL else s * scale_log2 - highest
 
 
 @triton.jit
@@ -113,9 +125,9 @@ def _store_lse(ptr, rows, H, M, highest, total, IS_FULL: tl.constexpr, BLOCK_M: 
 
 
 @triton.jit
-def _probabilities(s, scale_log2, highest, log_total, IS_FULL: tl.constexpr):
-    x = _exponent(s, scale_log2, highest, IS_FULL)
-    return tl.exp2(x - log_total[:, None] if IS_FULL else x)
+def _probabilities(s, scale_log2, highest, log_total, IS_FULL: tl.constexpr, AXIS: tl.constexpr = 1):
+    x = _exponent(s, scale_log2, highest, IS_FULL, AXIS)
+    return tl.exp2(x - tl.expand_dims(log_total, AXIS) if IS_FULL else x)
 
 
 @triton.jit
@@ -492,7 +504,10 @@ def _attention_tiled_dkdv_kernel(
     HAS_DROPOUT: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_FULL: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    IS_TRANSPOSED: tl.constexpr, WAIT_DK: tl.constexpr,
 ):  # fmt: skip
+    """dk and dv. IS_TRANSPOSED: scores are [BLOCK_N, BLOCK_M], which then are operands without a way through shared
+    memory. Not under dropout, whose mask suits [BLOCK_M, BLOCK_N]. WAIT_DK: see the loop."""
     tile = tl.program_id(0) % tiles
     h = tl.program_id(0) // tiles % H
     b = tl.program_id(0) // tiles // H
@@ -523,25 +538,40 @@ def _attention_tiled_dkdv_kernel(
     dv = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     first, _, _, last = _range(n, BLOCK_N, rows, window, HAS_WINDOW, BLOCK_M)
     for m in range(first, last, BLOCK_M):
+        if WAIT_DK:
+            # times 1, unknown to the compiler. With the products of dv and dk both in flight at the start of a pass, as
+            # Triton would have them, ptxas on Hopper has each instruction of all products wait for the one before it
+            dk *= 1.0 + _zero(keep_scale)
         q = _load_tile(_at(q_ptr, m, stride_qm, 0, 0), stride_qm, rows - m, K, BLOCK_M, BLOCK_K, False, UPCAST)
         dout = _load_tile(_at(dout_ptr, m, stride_dom, 0, 0), stride_dom, rows - m, K, BLOCK_M, BLOCK_K, False, UPCAST)
         highest, log_total = _load_lse(lse_ptr + m, rows - m, H, M, IS_FULL, BLOCK_M)
         delta = tl.load(delta_ptr + m + offs_m, mask=m + offs_m < rows, other=0.0)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        p = _probabilities(s, scale_log2, highest, log_total, IS_FULL)
-        if HAS_WINDOW:
-            p = tl.where(_visible(m, n, n + length, window, True, BLOCK_M, BLOCK_N), p, 0.0)
-        # else no mask: what keys that do not exist make lands in rows of their own, which are not stored
-        dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-        if HAS_DROPOUT:
-            keep = attention_keep_mask(start_q + m + offs_m, h, n, seed, offset, threshold, BLOCK_N)
-            dp = tl.where(keep, dp, 0.0)
-            kept = tl.where(keep, p, _zero(keep_scale)).to(dout.dtype)
+        if IS_TRANSPOSED:
+            tl.static_assert(not HAS_DROPOUT)
+            s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+            p = _probabilities(s, scale_log2, highest, log_total, IS_FULL, 0)
+            if HAS_WINDOW:
+                # keys in the place of queries: who sees whom is symmetric, and rows that do not exist have p = 0
+                p = tl.where(_visible(n, m, rows, window, True, BLOCK_N, BLOCK_M), p, 0.0)
+            dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+            dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+            dk = tl.dot((p * (dp - delta[None, :])).to(q.dtype), q, dk, input_precision=PRECISION)
         else:
-            kept = p.to(dout.dtype)
-        dv = tl.dot(tl.trans(kept), dout, dv, input_precision=PRECISION)
-        ds = (p * (dp - delta[:, None])).to(q.dtype)
-        dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            p = _probabilities(s, scale_log2, highest, log_total, IS_FULL)
+            if HAS_WINDOW:
+                p = tl.where(_visible(m, n, n + length, window, True, BLOCK_M, BLOCK_N), p, 0.0)
+            # else no mask: what keys that do not exist make lands in rows of their own, which are not stored
+            dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+            if HAS_DROPOUT:
+                keep = attention_keep_mask(start_q + m + offs_m, h, n, seed, offset, threshold, BLOCK_N)
+                dp = tl.where(keep, dp, 0.0)
+                kept = tl.where(keep, p, _zero(keep_scale)).to(dout.dtype)
+            else:
+                kept = p.to(dout.dtype)
+            dv = tl.dot(tl.trans(kept), dout, dv, input_precision=PRECISION)
+            ds = (p * (dp - delta[:, None])).to(q.dtype)
+            dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
     dk *= scale * keep_scale
     dv *= keep_scale
     _store_tile(_at(dk_ptr, start, stride_dkt, h, stride_dkh), stride_dkt, length, dk, K, BLOCK_N, BLOCK_K)
@@ -609,11 +639,12 @@ _TILES_BEFORE_HOPPER = {
     ("dkdv", False, False): (64, 32, 4, 2),
     ("dkdv", True, False): (32, 32, 8, 1),
 }
-# what a search may try instead, in 16 bits with head sizes up to 64
+# what a search may try instead, in 16 bits with head sizes up to 64; True: IS_TRANSPOSED
 _CANDIDATES = {
     "fwd": [(128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (128, 128, 8, 2)],
     "dq": [(64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 2), (128, 64, 8, 2), (128, 32, 8, 2)],
     "dkdv": [(64, 64, 4, 2), (64, 64, 4, 1), (64, 32, 4, 2), (128, 64, 8, 2)],
+    "dkdv transposed": [(64, 64, 4, 2, True), (32, 64, 4, 2, True)],
 }
 
 
@@ -623,9 +654,8 @@ def _tiled(kernel, q, most_rows, constants):
     # elements of a head size like 59 are loaded one by one, and the addresses take registers as wide rows do
     is_wide = q.shape[-1] > 64 or q.shape[-1] % 8 != 0
     has_dropout, has_window = constants["HAS_DROPOUT"], constants["HAS_WINDOW"]
-    is_hopper = capability() >= 90
     tile = _TILES[kernel, is_full, is_wide]
-    if not is_hopper:
+    if capability() < 90:
         tile = _TILES_BEFORE_HOPPER.get((kernel, is_full, is_wide), tile)
     candidates = [] if is_full or is_wide else _CANDIDATES[kernel]
     if not (is_full or is_wide):
@@ -636,18 +666,26 @@ def _tiled(kernel, q, most_rows, constants):
         elif kernel == "dkdv" and has_dropout and has_window:
             tile = (64, 32, 4, 2)
             candidates = [tile, (128, 64, 8, 2)]
+        elif kernel == "dkdv" and not has_dropout:
+            candidates = candidates + _CANDIDATES["dkdv transposed"]
+            if capability() == 90:
+                tile = (64, 64, 4, 2, True)
     elif kernel == "dkdv" and not is_full and q.shape[-1] % 8 != 0:
         tile = (32, 64, 8, 2)
 
-    def settings(block_m, block_n, num_warps, num_stages):
+    def settings(block_m, block_n, num_warps, num_stages, is_transposed=False):
         made = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages)
-        if kernel != "dkdv":
+        if kernel == "dkdv":
+            # Hopper multiplies 64 rows of a warpgroup at a time, and only pipelined loops leave products in flight
+            is_async = capability() == 90 and not is_full and block_n % 64 == 0 and num_stages > 1
+            made |= dict(IS_TRANSPOSED=is_transposed, WAIT_DK=is_async and not is_transposed)
+        else:
             # where operands are large, two copies of the loop's body would share them in registers, and spill
             made["PEEL"] = not (is_full or is_wide)
         return made
 
     default = settings(*tile)
-    if kernel == "fwd" and tile[:3] == (64, 64, 4) and has_dropout and is_hopper:
+    if kernel == "fwd" and tile[:3] == (64, 64, 4) and has_dropout and capability() >= 90:
         # the compiler takes 174, and a multiprocessor then holds two programs instead of three
         default["maxnreg"] = 168
     return default, [default, *(settings(*x) for x in candidates)]
@@ -663,7 +701,7 @@ def _arguments(q, max_seqlen, scale, dropout_p, window, offset):
         HAS_DROPOUT=threshold > 0,
         HAS_WINDOW=has_window,
         IS_FULL=q.dtype == torch.float32,
-        PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        PRECISION=product_precision(q.dtype),
         # Triton's interpreter computes wrongly with bfloat16, so there it is widened as it is loaded
         UPCAST=INTERPRET and q.dtype == torch.bfloat16,
         K=K,

@@ -28,6 +28,7 @@ keys, or BLOCK of both; bands have BLOCK_W rows, or 2 BLOCK.
 
 import functools
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import triton
@@ -40,6 +41,7 @@ from ._launch import (
     dropout_constants,
     launch,
     multiprocessors,
+    product_precision,
     register,
     unit_columns,
 )
@@ -538,20 +540,33 @@ def _distance_rows(furthest, position_buckets, max_relative_positions):
     return (r + span).clamp(0, 2 * span - 1).to(torch.int32)
 
 
-@functools.lru_cache(maxsize=64)
-def _index(furthest, position_buckets, max_relative_positions, device):
-    return _distance_rows(furthest, position_buckets, max_relative_positions).to(device)
-
-
-@functools.lru_cache(maxsize=64)
-def _bounds(reach, BLOCK, rows, position_buckets, max_relative_positions, device):
+def _bounds(reach, BLOCK, rows, position_buckets, max_relative_positions):
     """int32 [rows + 1]: where the distances of each row of a table begin, among those of the tiles of `reach` tokens.
 
     Counted from i - j = 1 - reach - BLOCK, the first of diagonal 0.
     """
     index = _distance_rows(reach - 1, position_buckets, max_relative_positions)
     bounds = torch.searchsorted(index, torch.arange(rows + 1, dtype=torch.int32)) + BLOCK
-    return bounds.to(torch.int32).to(device)
+    return bounds.to(torch.int32)
+
+
+# {(function, its arguments, device): table}. Nothing is ever taken out: a CUDA graph knows a table by its address alone
+_tables = {}
+
+
+def _table(device, make, *sizes):
+    """make(*sizes), sorted, on `device`: made once, or in each call that a CUDA graph records before any other."""
+    key = make, sizes, device
+    if key in _tables:
+        return _tables[key]
+    table = make(*sizes)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # A graph copies nothing from here, and its memory must not be kept: each run of equal numbers is filled in
+        runs = zip(*(x.tolist() for x in torch.unique_consecutive(table, return_counts=True)))
+        return torch.cat([torch.full((n,), value, dtype=table.dtype, device=device) for value, n in runs])
+    # a thread of its own: what torch.compile runs before it records takes memory from its graph's pool, by thread
+    with ThreadPoolExecutor(1) as thread:
+        return _tables.setdefault(key, thread.submit(table.to, device).result())
 
 
 # (kernel, operands are fp32, tensor cores are Hopper's and the head size is up to 64): the rows of a tile (of queries,
@@ -614,7 +629,7 @@ def _constants(q, pos_key, pos_query, dropout_p):
         HAS_QUERY=pos_query is not None,
         HAS_DROPOUT=dropout_constants(dropout_p)[0] > 0,
         IS_FULL=q.dtype == torch.float32,
-        PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        PRECISION=product_precision(q.dtype),
         # Triton's interpreter computes wrongly with bfloat16, so there it is widened as it is loaded
         UPCAST=INTERPRET and q.dtype == torch.bfloat16,
         K=K,
@@ -642,7 +657,7 @@ def disentangled_attention_fwd(
         return out.zero_(), lse.zero_()
     tables = [q if x is None else unit_columns(x) for x in (pos_key, pos_query)]
     middle = _furthest(max_seqlen)
-    index = _index(middle, position_buckets, max_relative_positions, q.device)
+    index = _table(q.device, _distance_rows, middle, position_buckets, max_relative_positions)
     threshold, keep_scale = dropout_constants(dropout_p)
     strides = [x.stride(d) for x in (q, k, v, out, *tables) for d in (0, 1)]
     constants = _constants(q, pos_key, pos_query, dropout_p)
@@ -690,7 +705,7 @@ def disentangled_attention_bwd(
         return [x.zero_() for x in grads + dtables]
     tables = [q if x is None else unit_columns(x) for x in (pos_key, pos_query)]
     middle = _furthest(max_seqlen)
-    index = _index(middle, position_buckets, max_relative_positions, q.device)
+    index = _table(q.device, _distance_rows, middle, position_buckets, max_relative_positions)
     threshold, keep_scale = dropout_constants(dropout_p)
     operands = [x.stride(d) for x in (dout, q, k, v) for d in (0, 1)]
     positions = [x.stride(d) for x in tables for d in (0, 1)]
@@ -726,7 +741,7 @@ def disentangled_attention_bwd(
             *operands, *positions, *scalars, **constants, OF_KEY=dtable is dpos_key, **settings,
         )  # fmt: skip
         P = dtable.shape[0]
-        bounds = _bounds(tiles * block, block, P, position_buckets, max_relative_positions, q.device)
+        bounds = _table(q.device, _bounds, tiles * block, block, P, position_buckets, max_relative_positions)
         _disentangled_attention_dtable_kernel[(P * H,)](
             dband, bounds, dtable, H, tiles, groups, K=K, BLOCK=block, BLOCK_G=triton.next_power_of_2(groups),
             BLOCK_K=constants["BLOCK_K"], num_warps=1,

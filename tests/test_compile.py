@@ -52,6 +52,7 @@ def test_kernels(run, tmp_path):
         assert row["problems"] == [] and row["registers"] > 0, row
         assert row["stack"] == 0 and row["spills"] == 0, f"spills: {row}"
         assert row["atomics"] == 0 and row["narrow_offsets"] == [], row
+        assert row["warnings"] == [] and row["waits"][0] <= row["waits"][1], f"serialised: {row}"
         assert row["shared"] <= machine_code.ARCHITECTURES[row["arch"]].program_shared, row
         assert row["widths"].get("2", 0) <= 4, f"loads or stores of two bytes: {row}"
         if row["dtype"] == "fp32":
@@ -96,9 +97,18 @@ def test_faults_are_found(faults, name, problem):
     assert faults[name]["remarks"] == []
 
 
-@pytest.mark.parametrize("name", ["narrow", "fp32", "half", "small", "good"])
+@pytest.mark.parametrize("name", ["narrow", "fp32", "half", "small", "awaited", "good"])
 def test_nothing_is_found_where_nothing_is(faults, name):
     assert faults[name]["problems"] == []
+
+
+def test_serialised_products_are_found(faults):
+    """By what ptxas says, and by the waits in the machine code; neither in the same kernel without the fault."""
+    warning, waits = faults["serialised"]["problems"]
+    assert "C7515" in warning and "serialized" in warning
+    assert waits == "products are serialised: 12 waits for them, 2 of them in Triton's code"
+    assert faults["serialised"]["tensor"] == faults["awaited"]["tensor"] == {"HGMMA": 12}
+    assert faults["awaited"]["warnings"] == [] and faults["awaited"]["waits"] == [3, 3]
 
 
 def test_what_is_no_fault_is_remarked(faults):

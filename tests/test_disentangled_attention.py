@@ -1,8 +1,12 @@
 """DeBERTa's attention: the reference against transformers' modules, the kernels against the reference."""
 
+import threading
+
 import pytest
 import torch
 from helpers import assert_same_bits, assert_within_budget, cu_seqlens_of
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastbert import ops, reference
 from fastbert.kernels import disentangled_attention as kernels
@@ -354,6 +358,64 @@ def test_many_groups_and_few(device, monkeypatch, poison):
 def test_the_kernels_look_up_the_same_rows(buckets, furthest):
     index = kernels._distance_rows(300, buckets, furthest)
     assert torch.equal(index.long(), reference.relative_index(301, buckets, furthest))
+
+
+class Calls(TorchDispatchMode):
+    """The functions that were called, and the devices of the tensors that they were given."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        self.calls.append((function.name(), {x.device.type for x in tensors}))
+        return function(*args, **(kwargs or {}))
+
+
+TABLES = [
+    (kernels._distance_rows, (640, 256, 512)),
+    (kernels._distance_rows, (256, 0, 40)),
+    (kernels._bounds, (512, 64, 512, 256, 512)),
+    (kernels._bounds, (64, 32, 64, 32, 512)),
+]
+
+
+@pytest.mark.parametrize("make, sizes", TABLES)
+def test_tables_are_made_inside_a_cuda_graph(make, sizes, monkeypatch):
+    """Without a copy from the host, equal to those outside, and not kept: their memory is the graph's."""
+    monkeypatch.setattr(kernels, "_tables", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    full, cat = torch.full, torch.cat
+    # "cuda" is the meta device here
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "full", lambda *a, device, **k: full(*a, device="meta", **k))
+        with Calls() as seen:
+            made = kernels._table(torch.device("cuda", 0), make, *sizes)
+    assert made.device.type == "meta" and (made.shape, made.dtype) == (make(*sizes).shape, torch.int32)
+    assert not any("copy" in name or len(devices) > 1 for name, devices in seen.calls), seen.calls
+    assert ("aten::cat", {"meta"}) in seen.calls and not kernels._tables
+    # the same with its numbers
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "full", lambda *a, device, **k: full(*a, **k))
+        assert torch.equal(kernels._table(torch.device("cuda", 0), make, *sizes), make(*sizes))
+    # one that is there serves the graph
+    outside = kernels._tables[make, sizes, torch.device("cuda", 0)] = cat([make(*sizes)])
+    assert kernels._table(torch.device("cuda", 0), make, *sizes) is outside
+
+
+@pytest.mark.parametrize("make, sizes", TABLES)
+def test_tables_are_made_once_by_another_thread(make, sizes, monkeypatch):
+    """One whose memory is not taken from the pool of a graph that this thread is about to record."""
+    monkeypatch.setattr(kernels, "_tables", {})
+    threads, to = [], torch.Tensor.to
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", lambda *a: (threads.append(threading.get_ident()), to(*a))[1])
+        made = kernels._table(torch.device("meta"), make, *sizes)
+    assert made.device.type == "meta" and made.shape == make(*sizes).shape
+    assert threads and threads[-1] != threading.get_ident()
+    assert kernels._table(torch.device("meta"), make, *sizes) is made
+    assert torch.equal(kernels._table(torch.device("cpu"), make, *sizes), make(*sizes))
 
 
 @pytest.mark.parametrize("form", ["q, kv", "q, k, v", "no table"])

@@ -33,7 +33,8 @@ def row(**changes):
         hash="0", kernel="_bias_gelu_fwd_kernel", arch="sm_90", dtype="bf16", op="bias_gelu",
         uses=[dict(model="bert-base", case="erf")], settings=dict(warps=4, stages=3), shared=4096,
         occupancy=dict(programs=8, warps=32, of=64, limit="registers"), registers=64, stack=0, spills=0, tensor={},
-        dots=[], widths={"16": 4}, wide_share=1.0, atomics=0, narrow_offsets=[], is_candidate=False, cycles={},
+        dots=[], widths={"16": 4}, wide_share=1.0, atomics=0, warnings=[], waits=[0, 0], narrow_offsets=[],
+        is_candidate=False, cycles={},
         loop=dict.fromkeys(("tensor", "mufu", "fp32", "int", "shared", "global", "sync", "slots"), 1) | {"whole": True},
     ) | changes  # fmt: skip
 

@@ -15,7 +15,7 @@ from op_cases import OPS, WITH_DROPOUT, Case, cotangent, floating, ragged_length
 from fastbert import ops, reference
 from fastbert.config import EncoderConfig
 from fastbert.heads import MaskedLM
-from fastbert.kernels import _launch
+from fastbert.kernels import _launch, disentangled_attention
 from fastbert.packing import Batch
 
 ON_GPU = torch.cuda.is_available()
@@ -249,21 +249,25 @@ def test_logits_beyond_two_to_the_31(device):
 # --- precision
 
 
+SWITCHES = {"allow_tf32": (False, True), "fp32_precision": ("ieee", "tf32")}
+
+
 @needs_gpu
+@pytest.mark.parametrize("switch", [name for name in SWITCHES if hasattr(torch.backends.cuda.matmul, name)])
 @pytest.mark.parametrize("op", [op for op in OPS if "attention" in op or "cross_entropy" in op])
-def test_fp32_is_fp32_unless_tf32_is_allowed(op, device):
+def test_fp32_is_fp32_unless_tf32_is_allowed(op, switch, device):
     """Triton's own default for a product of fp32 is tf32; ours is torch's switch."""
     case = case_of(op)
     arguments = case.arguments(device)
     exact = tensors(truth(case, arguments, torch.float64))
-    errors, before = {}, torch.backends.cuda.matmul.allow_tf32
+    errors, before = {}, getattr(torch.backends.cuda.matmul, switch)
     try:
-        for allowed in (False, True):
-            torch.backends.cuda.matmul.allow_tf32 = allowed
+        for allowed, value in zip((False, True), SWITCHES[switch]):
+            setattr(torch.backends.cuda.matmul, switch, value)
             got = tensors(results(run_of(kernels(op), arguments)))
             errors[allowed] = [((g - t).norm() / t.norm()).item() for g, t in zip(got, exact)]
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        setattr(torch.backends.cuda.matmul, switch, before)
     assert max(errors[False]) < 2e-5, errors
     # tf32 keeps 10 bits of 23; the switch must do something
     assert 5e-5 < max(errors[True]) < 2e-2, errors
@@ -383,6 +387,28 @@ def test_a_whole_training_step_as_a_cuda_graph(dtype, device, monkeypatch):
             x.copy_(new)
         graph.replay()
         torch.testing.assert_close(loss, step(twin, optimizers[1], batch), **close)
+
+
+@needs_gpu
+def test_disentangled_attention_first_called_inside_a_cuda_graph(device, monkeypatch):
+    """The tables of distances are made in the graph then, and neither copied from the host nor kept for later calls."""
+    arguments = case_of("disentangled_attention", torch.bfloat16, dropout_p=0.1).arguments(device)
+    run = run_of(kernels("disentangled_attention"), arguments)
+    wanted = tensors(results(run))
+    gradient = cotangent(run)
+    monkeypatch.setattr(disentangled_attention, "_tables", {})
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = run.forward()
+        got = [output, *torch.autograd.grad(output, run.leaves, gradient)]
+    assert not disentangled_attention._tables
+    for _ in range(2):
+        # what was in the graph's memory before must not matter
+        for x in got:
+            x.detach().fill_(float("nan"))
+        graph.replay()
+        for g, w in zip(got, wanted, strict=True):
+            assert torch.equal(g, w)
 
 
 @needs_gpu

@@ -7,7 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from calls import CALLS
 from triton.runtime.errors import OutOfResources
+from triton.runtime.interpreter import GridExecutor
 
 from fastbert.kernels import _launch
 
@@ -191,3 +193,37 @@ def test_rtx_cards_take_the_settings_of_ada(monkeypatch, arch, counts_as):
     monkeypatch.setattr(_launch, "driver", driver)
     monkeypatch.setattr(_launch, "INTERPRET", False)
     assert _launch.capability() == counts_as
+
+
+SWITCHES = {"allow_tf32": {False: "ieee", True: "tf32"}, "fp32_precision": {"ieee": "ieee", "tf32": "tf32"}}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="looks at what Triton's interpreter is called with")
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("switch", [name for name in SWITCHES if hasattr(torch.backends.cuda.matmul, name)])
+@pytest.mark.parametrize("name", ["attention", "attention-tiled", "disentangled_attention"])
+def test_products_of_fp32_follow_either_switch_of_torch(name, switch, dtype, monkeypatch):
+    """PRECISION of every kernel; torch raises where allow_tf32 is read after the other one was set."""
+    matmul, seen, run = torch.backends.cuda.matmul, set(), GridExecutor.__call__
+
+    def look(self, *args, **kwargs):
+        seen.update({kwargs["PRECISION"]} if "PRECISION" in kwargs else ())
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", look)
+    call = CALLS[name]
+    before = getattr(matmul, switch)
+    try:
+        for value, precision in SWITCHES[switch].items():
+            setattr(matmul, switch, value)
+            seen.clear()
+            arguments = {
+                n: x.to(dtype).requires_grad_() if torch.is_tensor(x) and x.is_floating_point() else x
+                for n, x in call.arguments("cpu").items()
+            }
+            leaves = [x for x in arguments.values() if torch.is_tensor(x) and x.requires_grad]
+            torch.autograd.grad(call(arguments)[0].float().sum(), leaves)
+            assert seen == {precision if dtype == torch.float32 else "ieee"}
+    finally:
+        setattr(matmul, switch, before)
