@@ -1,12 +1,14 @@
-"""One function per op. Each picks its implementation: the Triton kernels or plain PyTorch. Autocast lives here too.
+"""One function per op. Each picks its implementation. Autocast lives here too.
 
 `impl=` on a call, else the environment variable FASTBERT_IMPL, says which:
 
-    auto        kernels for tensors on a GPU, PyTorch for tensors on the CPU (the default)
-    triton      the kernels; on the CPU they need Triton's interpreter (TRITON_INTERPRET=1). Never falls back
+    auto        kernels for tensors on a GPU, `cpu` for those on a CPU, the reference for others (the default)
+    triton      the kernels; on a CPU they need Triton's interpreter (TRITON_INTERPRET=1)
+    cpu         PyTorch and NumPy, as fast as they are on a CPU
     reference   plain PyTorch everywhere
 
-Arguments, shapes and results are those of the function of the same name in `reference.py`.
+A wish never falls back on something else. Arguments, shapes and results are those of the function of the same name in
+`reference.py`. On a CPU, torch.func's transforms and derivatives of derivatives are those of the reference.
 """
 
 import contextlib
@@ -15,9 +17,10 @@ import os
 
 import torch
 
-from . import reference
+from . import cpu, reference
+from .cpu.dropout import in_memory as in_memory
 
-IMPLEMENTATIONS = ("auto", "triton", "reference")
+IMPLEMENTATIONS = ("auto", "triton", "cpu", "reference")
 IMPL = os.environ.get("FASTBERT_IMPL", "auto")
 if IMPL not in IMPLEMENTATIONS:
     raise ValueError(f"FASTBERT_IMPL={IMPL!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
@@ -58,8 +61,9 @@ def _kernel(file, name):
     return getattr(module, name)
 
 
-def uses_triton(device, impl=None):
-    """Whether an op on tensors of `device` (a torch.device) runs the kernels, under `impl` or FASTBERT_IMPL."""
+def implementation(device, impl=None):
+    """ "triton", "cpu" or "reference": what an op on tensors of `device` (a torch.device) runs, under `impl` or
+    FASTBERT_IMPL."""
     impl = IMPL if impl is None else impl
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl={impl!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
@@ -67,11 +71,40 @@ def uses_triton(device, impl=None):
         raise RuntimeError(
             "the Triton kernels were asked for on a CPU tensor: set TRITON_INTERPRET=1 before importing triton"
         )
-    return impl == "triton" or (impl == "auto" and device.type == "cuda" and has_triton())
+    if impl == "cpu" and device.type != "cpu":
+        raise RuntimeError(f"impl='cpu' was asked for on a {device.type} tensor: expected auto, triton or reference")
+    if impl != "auto":
+        return impl
+    if device.type == "cuda" and has_triton():
+        return "triton"
+    return "cpu" if device.type == "cpu" else "reference"
+
+
+def uses_triton(device, impl=None):
+    """Whether an op on tensors of `device` runs the kernels."""
+    return implementation(device, impl) == "triton"
 
 
 def _choose(file, name, x, impl):
-    return _kernel(file, name) if uses_triton(x.device, impl) else getattr(reference, name)
+    match implementation(x.device, impl):
+        case "triton":
+            return _kernel(file, name)
+        case "cpu":
+            return _on_cpu(name)
+    return getattr(reference, name)
+
+
+def _on_cpu(name):
+    # torch.func differentiates plain PyTorch only
+    is_transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return getattr(reference if is_transformed else cpu, name)
+
+
+def _library(name, x, impl):
+    """An op without a kernel, which on any GPU is the device's own library."""
+    if implementation(x.device, impl) == "reference" or x.device.type != "cpu" or _autocasts(x):
+        return getattr(reference, name)
+    return _on_cpu(name)
 
 
 def _autocasts(x):
@@ -116,21 +149,31 @@ def _check_dropout(dropout_p, seed):
         raise ValueError(f"dropout_p is {dropout_p} and seed is None: expected an int64 tensor [1]")
 
 
-def linear(x, weight, bias=None):
+def dropout(x, dropout_p, seed, offset=0, *, impl=None):
+    """x [T, D] with elements dropped, where no kernel has a dropout inside: see `reference.dropout`."""
+    _check_dropout(dropout_p, seed)
+    return _library("dropout", x, impl)(x, dropout_p, seed, offset)
+
+
+def linear(x, weight, bias=None, *, impl=None):
     """x @ weightᵀ + bias for x [T, D], by the device's own matrix library: see `reference.linear`."""
-    if x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
-        return reference.linear(x, weight, bias)
-    return torch.nn.functional.linear(x, weight, bias)
+    return _library("linear", x, impl)(x, weight, bias)
 
 
-def linear_gelu(x, weight, bias, *, approximate="none", impl=None):
+def linears(x, weights, biases, *, impl=None):
+    """Several linear layers of x [T, D], their results side by side: see `reference.linears`."""
+    return _library("linears", x, impl)(x, weights, biases)
+
+
+def linear_gelu(x, weight, bias=None, *, approximate="none", impl=None):
     """GELU(linear(x)) for x [T, D], weight [F, D]. The bias is added where that is free: inside the GELU's kernel, or
     on a CPU inside the product."""
-    if uses_triton(x.device, impl):
-        return bias_gelu(linear(x, weight), bias, approximate=approximate, impl=impl)
-    if x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
-        return reference.linear_gelu(x, weight, bias, approximate=approximate)
-    return bias_gelu(linear(x, weight, bias), None, approximate=approximate, impl=impl)
+    chosen = implementation(x.device, impl)
+    if chosen == "cpu" and not _autocasts(x):
+        return _on_cpu("linear_gelu")(x, weight, bias, approximate=approximate)
+    if chosen == "triton":
+        return bias_gelu(linear(x, weight, impl=impl), bias, approximate=approximate, impl=impl)
+    return bias_gelu(linear(x, weight, bias, impl=impl), None, approximate=approximate, impl=impl)
 
 
 def attention(
@@ -281,19 +324,18 @@ def pooling(hidden, cu_seqlens, *, mode="mean", normalize=False, eps=1e-12, dtyp
 
 def masked_cross_entropy(
     hidden, weight, bias, labels, *,
-    ignore_index=-100, label_smoothing=0.0, z_loss=0.0, max_picks=None, low_memory=False, impl=None,
+    ignore_index=-100, label_smoothing=0.0, impl=None,
 ):  # fmt: skip
     """Projection to the vocabulary and cross-entropy without the logits: see `reference.masked_cross_entropy`."""
     hidden, weight, bias = _autocast(hidden, weight, bias)
     with _no_autocast(hidden):
         return _choose("cross_entropy", "masked_cross_entropy", hidden, impl)(
-            hidden, weight, bias, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
-            max_picks=max_picks, low_memory=low_memory,
-        )  # fmt: skip
+            hidden, weight, bias, labels, ignore_index=ignore_index, label_smoothing=label_smoothing
+        )
 
 
 def contrastive_cross_entropy(
-    query, document, labels=None, *, scale=1.0, symmetric=False, ignore_index=-100, low_memory=False, impl=None
+    query, document, labels=None, *, scale=1.0, symmetric=False, ignore_index=-100, impl=None
 ):
     """Each query's document against all others, without keeping the scores: see `reference.contrastive_cross_entropy`.
 
@@ -310,5 +352,5 @@ def contrastive_cross_entropy(
     query, document = _autocast(query, document)
     with _no_autocast(query):
         return _choose("cross_entropy", "contrastive_cross_entropy", query, impl)(
-            query, document, labels, scale=scale, symmetric=symmetric, ignore_index=ignore_index, low_memory=low_memory
+            query, document, labels, scale=scale, symmetric=symmetric, ignore_index=ignore_index
         )

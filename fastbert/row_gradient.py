@@ -6,8 +6,6 @@ the labelled rows only. N rows, M of them picked, C classes.
 
 import torch
 
-from .reference import matmul
-
 
 class TakeRowsFunction(torch.autograd.Function):
     """x[places] for x [N, C], whose gradient is a RowGradient."""
@@ -114,8 +112,8 @@ def _product(x, y):
         return NotImplemented
     values, places = x.rows.values, x.rows.places
     if not x.is_straight:
-        return matmul(values.t(), y[places])
-    return y.new_zeros(len(x), y.shape[1]).index_copy_(0, places, matmul(values, y))
+        return values.t() @ y[places]
+    return y.new_zeros(len(x), y.shape[1]).index_copy_(0, places, values @ y)
 
 
 def _summed(x, dim=None, keepdim=False, *, dtype=None):
