@@ -383,7 +383,7 @@ def _cross_entropy(logits, labels, is_labelled, label_smoothing=0.0):
     losses = -at_label
     if label_smoothing:
         losses = (1 - label_smoothing) * losses - label_smoothing * log_p.mean(-1)
-    is_right = (logits.argmax(-1) == labels) & is_labelled
+    is_right = (logits.argmax(-1) == labels) & is_labelled if len(labels) else is_labelled
     return losses.where(is_labelled, 0).sum(), is_labelled.sum(), is_right.sum()
 
 

@@ -85,7 +85,7 @@ def test_every_block_of_an_encoder_may_be_recomputed(pre_norm, use_reentrant, de
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
 @pytest.mark.parametrize("name", CALLS)
 def test_formulas_by_finite_differences(name, impl):
-    """In float64: gradients, and gradients of gradients, are those of finite differences, and come out the same twice."""
+    """In float64, of gradients and of gradients of gradients."""
     call = CALLS[name]
     arguments = call.arguments("cpu", torch.float64)
     names = [name for name, x in arguments.items() if is_floating(x)]
