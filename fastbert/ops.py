@@ -100,9 +100,9 @@ def _on_cpu(name):
     return getattr(reference if is_transformed else cpu, name)
 
 
-def _library(name, x, impl):
+def _library(name, x):
     """An op without a kernel, which on any GPU is the device's own library."""
-    if implementation(x.device, impl) == "reference" or x.device.type != "cpu" or _autocasts(x):
+    if implementation(x.device) == "reference" or x.device.type != "cpu" or _autocasts(x):
         return getattr(reference, name)
     return _on_cpu(name)
 
@@ -149,20 +149,20 @@ def _check_dropout(dropout_p, seed):
         raise ValueError(f"dropout_p is {dropout_p} and seed is None: expected an int64 tensor [1]")
 
 
-def dropout(x, dropout_p, seed, offset=0, *, impl=None):
+def dropout(x, dropout_p, seed, offset=0):
     """x [T, D] with elements dropped, where no kernel has a dropout inside: see `reference.dropout`."""
     _check_dropout(dropout_p, seed)
-    return _library("dropout", x, impl)(x, dropout_p, seed, offset)
+    return _library("dropout", x)(x, dropout_p, seed, offset)
 
 
-def linear(x, weight, bias=None, *, impl=None):
+def linear(x, weight, bias=None):
     """x @ weightᵀ + bias for x [T, D], by the device's own matrix library: see `reference.linear`."""
-    return _library("linear", x, impl)(x, weight, bias)
+    return _library("linear", x)(x, weight, bias)
 
 
-def linears(x, weights, biases, *, impl=None):
+def linears(x, weights, biases):
     """Several linear layers of x [T, D], their results side by side: see `reference.linears`."""
-    return _library("linears", x, impl)(x, weights, biases)
+    return _library("linears", x)(x, weights, biases)
 
 
 def linear_gelu(x, weight, bias=None, *, approximate="none", impl=None):
@@ -172,8 +172,8 @@ def linear_gelu(x, weight, bias=None, *, approximate="none", impl=None):
     if chosen == "cpu" and not _autocasts(x):
         return _on_cpu("linear_gelu")(x, weight, bias, approximate=approximate)
     if chosen == "triton":
-        return bias_gelu(linear(x, weight, impl=impl), bias, approximate=approximate, impl=impl)
-    return bias_gelu(linear(x, weight, bias, impl=impl), None, approximate=approximate, impl=impl)
+        return bias_gelu(linear(x, weight), bias, approximate=approximate, impl=impl)
+    return bias_gelu(linear(x, weight, bias), None, approximate=approximate, impl=impl)
 
 
 def attention(

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_same_bits, assert_within_budget
+from helpers import IMPLEMENTATIONS, assert_same_bits, assert_within_budget
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbert import cpu, ops, reference
@@ -202,7 +202,7 @@ def test_evaluation_makes_no_gradients(device, monkeypatch):
     assert not evaluated[0].requires_grad
 
 
-@pytest.mark.parametrize("impl", ["triton", "cpu", "reference"])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_compiles_whole(impl, device):
     query, document = make(5, 9, 8, device)
     labels = torch.tensor([4, 3, -100, 1, 0], device=device)
@@ -222,7 +222,7 @@ def test_compiles_whole(impl, device):
         torch.testing.assert_close(eager, compiled)
 
 
-@pytest.mark.parametrize("impl", ["triton", "cpu", "reference"])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_under_autocast(impl, device):
     dtype = torch.float16 if impl == "triton" and device.type == "cpu" else torch.bfloat16
     query, document = leaves(*make(5, 9, 8, device))

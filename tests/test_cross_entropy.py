@@ -5,7 +5,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_same_bits, assert_within_budget
+from helpers import IMPLEMENTATIONS, assert_same_bits, assert_within_budget
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbert import cpu, ops, reference
@@ -500,7 +500,7 @@ def test_operators_are_registered_soundly(device):
         torch.library.opcheck(torch.ops.fastbert.masked_cross_entropy_fwd, (*forward[:-1], [False] * 4))
 
 
-@pytest.mark.parametrize("impl", ["triton", "cpu", "reference"])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_compiles_whole(impl, device):
     hidden, weight, bias, labels = make(5, 37, 8, device, torch.float16, ignored=[1, 2])
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from calls import CALLS, is_floating
-from helpers import cu_seqlens_of
+from helpers import PLAIN, cu_seqlens_of
 from torch.utils.checkpoint import checkpoint
 
 from fastbert import ops
@@ -39,7 +39,7 @@ def gradients(block, layout, x, cotangent, use_reentrant=None):
 
 
 @pytest.mark.parametrize("use_reentrant", RECOMPUTE.values(), ids=RECOMPUTE)
-@pytest.mark.parametrize("impl", ["cpu", "triton"])
+@pytest.mark.parametrize("impl", [PLAIN, "triton"])
 def test_activation_checkpointing_changes_no_bit(impl, use_reentrant, device, monkeypatch):
     monkeypatch.setattr(ops, "IMPL", impl)
     block = Encoder(CONFIG).to(device).train().blocks[0]
