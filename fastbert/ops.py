@@ -17,7 +17,8 @@ import os
 
 import torch
 
-from . import cpu, reference
+from . import reference
+from .cpu import ops as cpu
 from .cpu.dropout import in_memory as in_memory
 
 IMPLEMENTATIONS = ("auto", "triton", "cpu", "reference")

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from helpers import IMPLEMENTATIONS, assert_same_bits, assert_within_budget
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastbert import cpu, ops, reference
+from fastbert import ops, reference
 from fastbert.cpu import cross_entropy as cpu_cross_entropy
+from fastbert.cpu import ops as cpu
 from fastbert.kernels import cross_entropy
 from fastbert.kernels.cross_entropy import masked_cross_entropy
 

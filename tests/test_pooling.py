@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from helpers import IMPLEMENTATIONS, LAYOUTS, assert_op_within_budget, assert_same_bits, cu_seqlens_of
 
-from fastbert import cpu, ops, reference
+from fastbert import ops, reference
+from fastbert.cpu import ops as cpu
 from fastbert.kernels.pooling import MODES, pooling
 
 pytestmark = pytest.mark.usefixtures("poison")
