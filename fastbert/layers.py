@@ -168,7 +168,7 @@ class BiasedAttention(SelfAttention):
         else:
             out = reference.attention_by_columns(
                 *qkv.unbind(1), layout.cu_seqlens, layout.columns, **options,
-                position_scores=lambda q, k, distance: relative[distance + len(relative) // 2].permute(2, 0, 1),
+                position_scores=lambda q, k, distance: relative[distance + len(relative) // 2].permute(2, 0, 1).to(q),
             )  # fmt: skip
         out = out.flatten(1)
         return ops.linear(out if layout.rows is None else out[layout.rows], self.output.weight, self.output.bias)

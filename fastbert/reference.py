@@ -166,14 +166,14 @@ def attention_by_columns(
     outs = []
     for start, end, start_q, end_q in zip(starts, starts[1:], starts_q, starts_q[1:]):
         queries, keys, values = q[start_q:end_q], k[start:end], v[start:end]
-        scores = _scores(queries, keys) * scale
+        scores = _scores(queries * scale, keys)
         place = torch.arange(end - start, device=q.device) if columns is None else columns[start:end]
         distance = place[:, None] - place
         if position_scores is not None:
             scores = scores + position_scores(queries, keys, distance)
         if window is not None:
             scores = scores.masked_fill(distance.abs() > window, float("-inf"))
-        probabilities = torch.softmax(scores, -1).to(v.dtype)
+        probabilities = torch.softmax(scores, -1)
         if dropout_p > 0.0:
             rows = torch.arange(start_q, end_q, device=q.device)
             keep = attention_keep_mask(rows, heads, end - start, seed, offset, dropout_p)
@@ -186,7 +186,7 @@ def attention_by_columns(
 
 def _scores(q, k):
     """q_i · k_j for q [I, H, K] and k [J, H, K]: [H, I, J]."""
-    return torch.einsum("ihk,jhk->hij", q.to(wide(q.dtype)), k.to(wide(k.dtype)))
+    return torch.einsum("ihk,jhk->hij", q, k)
 
 
 def biased_attention(q, k, v, bias, cu_seqlens, max_seqlen, *, scale=None, dropout_p=0.0, seed=None, offset=0):
@@ -198,7 +198,7 @@ def biased_attention(q, k, v, bias, cu_seqlens, max_seqlen, *, scale=None, dropo
     """
 
     def scores(q, k, distance):
-        return bias[distance + bias.shape[0] // 2].permute(2, 0, 1)
+        return bias[distance + bias.shape[0] // 2].permute(2, 0, 1).to(q.dtype)
 
     options = dict(scale=scale, dropout_p=dropout_p, seed=seed, offset=offset)
     out = attention_by_columns(*apart(q, k, v), cu_seqlens, None, position_scores=scores, **options)
