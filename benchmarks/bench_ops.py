@@ -5,7 +5,7 @@
     python benchmarks/bench_ops.py --ops attention pooling
     pytest benchmarks/bench_ops.py --benchmark-json new.json      by pytest-benchmark, variant after variant
 
-On a GPU it is 65,536 real tokens in bf16; on a CPU 1,024 or 2,048 in fp32, where fastbert is its own plain PyTorch. A
+On a GPU it is 65,536 real tokens in bf16; on a CPU 1,024 or 2,048 in fp32, where fastbert is `fastbert/cpu`. A
 peer that needs padding gets the rectangle, which is what it computes in a real model, already padded; rates count real
 tokens only. Variants take turns, round after round, in alternating order, each from a cold cache; on a GPU they are
 timed on the device's own stream without the host's time.

@@ -30,13 +30,17 @@ def doctor():
     lines.append(f"FASTBERT_IMPL: {ops.IMPL}")
     for name, op in vars(ops).items():
         if inspect.isfunction(op) and not name.startswith("_") and hasattr(reference, name):
-            lines.append(f"ops.{name}: {_implementation(device)}")
+            has_kernel = "impl" in inspect.signature(op).parameters
+            lines.append(f"ops.{name}: {_implementation(device) if has_kernel else 'PyTorch'}")
     return lines
+
+
+_RUNS = {"triton": "Triton kernels", "cpu": "PyTorch and NumPy", "reference": "plain PyTorch"}
 
 
 def _implementation(device):
     try:
-        return "Triton kernels" if ops.uses_triton(device) else "plain PyTorch"
+        return _RUNS[ops.implementation(device)]
     except RuntimeError as error:
         return f"fails, {error}"
 

@@ -45,7 +45,8 @@ class Layout(NamedTuple):
 
 
 def _layout(padding, window, B, S, device):
-    if padding is None or (device.type == "cpu" and not torch.compiler.is_compiling() and bool(padding.all())):
+    # asked only where the answer is at hand: on a GPU the host would wait for it
+    if padding is None or (ops.in_memory(padding) and bool(padding.all())):
         return Layout(padding, window, None, None, _boundaries(B, S, device), S, {})
     real = padding.flatten()
     before = _real_before(padding)

@@ -188,8 +188,6 @@ CASES = {
         {
             "plain": {},
             "smoothed": dict(label_smoothing=0.1),
-            "max_picks": dict(max_picks=PICKED // 2),
-            "low_memory": dict(low_memory=True),
         },
     ),
     "pooling": (
@@ -203,7 +201,7 @@ CASES = {
     ),
     "contrastive_cross_entropy": (
         _contrastive_cross_entropy,
-        {"plain": {}, "symmetric": dict(symmetric=True), "low_memory": dict(low_memory=True)},
+        {"plain": {}, "symmetric": dict(symmetric=True)},
     ),
 }
 

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import nn
 
-from . import gaps, ops, reference
+from . import ops, reference
 
 
 class Embeddings(nn.Module):
@@ -68,12 +68,7 @@ class SelfAttention(nn.Module):
         # the parameters stay apart, as every checkpoint has them; joining them costs D * D, the product T times that
         if len(linears) == 1:
             return ops.linear(x, linears[0].weight, linears[0].bias)
-        is_inference = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-        if is_inference and x.device.type == "cpu" and len(x) < x.shape[1]:
-            # of few rows the results are less to join
-            return torch.cat([ops.linear(x, linear.weight, linear.bias) for linear in linears], 1)
-        weight = torch.cat([linear.weight for linear in linears])
-        return ops.linear(x, weight, torch.cat([linear.bias for linear in linears]))
+        return ops.linears(x, [linear.weight for linear in linears], [linear.bias for linear in linears])
 
 
 class RotaryAttention(nn.Module):
@@ -93,7 +88,7 @@ class RotaryAttention(nn.Module):
         qkv = ops.linear(x, self.qkv.weight, self.qkv.bias).view(-1, 3, H, K)
         q, k = self._rotated(qkv[:, :2], layout).unbind(1)
         if self.window is not None and layout.columns is not None:
-            out = gaps.attention(
+            out = reference.attention_by_columns(
                 q, k, qkv[:, 2], layout.cu_seqlens, layout.columns, window=self.window,
                 **dropout(self.config.attention_probs_dropout_prob),
             )  # fmt: skip
@@ -171,10 +166,9 @@ class BiasedAttention(SelfAttention):
         if layout.columns is None:
             out = ops.biased_attention(qkv, None, None, relative, layout.cu_seqlens, layout.max_seqlen, **options)
         else:
-            scale = config.head_size**-0.5
-            out = gaps.attention(
-                *qkv.unbind(1), layout.cu_seqlens, layout.columns, scale=scale, **options,
-                position_scores=lambda q, k, distance: relative[distance + len(relative) // 2].permute(2, 0, 1) / scale,
+            out = reference.attention_by_columns(
+                *qkv.unbind(1), layout.cu_seqlens, layout.columns, **options,
+                position_scores=lambda q, k, distance: relative[distance + len(relative) // 2].permute(2, 0, 1).to(q),
             )  # fmt: skip
         out = out.flatten(1)
         return ops.linear(out if layout.rows is None else out[layout.rows], self.output.weight, self.output.bias)
@@ -259,10 +253,10 @@ class DisentangledAttention(nn.Module):
         else:
             length = longest_of(layout)
             rows = reference.relative_index(length, buckets, furthest).to(q.device)
-            scores = gaps.relative_scores(*positions, lambda distance: rows[distance + length - 1])
-            q, k, v = (q, k, v) if k is not None else q.unbind(1)
             scale = (config.head_size * (1 + len(config.pos_att_type))) ** -0.5
-            out = gaps.attention(
+            scores = reference.relative_scores(*positions, lambda distance: rows[distance + length - 1], scale)
+            q, k, v = (q, k, v) if k is not None else q.unbind(1)
+            out = reference.attention_by_columns(
                 q, k, v, layout.cu_seqlens, layout.columns, position_scores=scores, scale=scale, **options
             )
         out = out.flatten(1)
@@ -402,9 +396,9 @@ class Norm(nn.LayerNorm):
 
 
 def dropped(x, dropout_p, dropout):
-    """x [M, D] with elements dropped, in plain PyTorch everywhere: where no kernel has a dropout inside."""
+    """x [M, D] with elements dropped."""
     options = dropout(dropout_p)
-    return reference.dropout(x, **options) if options else x
+    return ops.dropout(x, **options) if options else x
 
 
 class AddNorm(nn.LayerNorm):

@@ -4,7 +4,13 @@ and a record of which operators ran."""
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastbert import reference
+from fastbert.cpu import ops as cpu
+
 VALUE_SLACK, GRADIENT_SLACK, FLOOR = 2.0, 3.0, 1e-5
+# what runs on the tests' device where no kernel does, and all that can
+PLAIN = "reference" if torch.cuda.is_available() else "cpu"
+IMPLEMENTATIONS = ["triton", *dict.fromkeys([PLAIN, "reference"])]
 
 
 def assert_within_budget(kernel, reference, *args, **kwargs):
@@ -54,6 +60,14 @@ def assert_within_budget(kernel, reference, *args, **kwargs):
             budget = slack * (p.double() - t).abs().max().item() + FLOOR
             error = (g.double() - t).abs().max().item()
             assert error <= budget, f"{what} {i}: error {error:.2e} over the budget {budget:.2e}"
+
+
+def assert_op_within_budget(kernel, *args, **kwargs):
+    """The kernel, and on a CPU the function of `fastbert.cpu` with the same name, against that of the reference."""
+    name = kernel.__name__
+    assert_within_budget(kernel, getattr(reference, name), *args, **kwargs)
+    if all(x.device.type == "cpu" for x in (*args, *kwargs.values()) if torch.is_tensor(x)):
+        assert_within_budget(getattr(cpu, name), getattr(reference, name), *args, **kwargs)
 
 
 def cu_seqlens_of(lengths, device):

@@ -8,6 +8,7 @@ from helpers import assert_within_budget, cu_seqlens_of
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastbert import ops, reference
+from fastbert.cpu import ops as cpu
 from fastbert.kernels import attention as kernels
 from fastbert.kernels.attention import attention
 
@@ -162,9 +163,13 @@ def test_large_scores_in_half_precision(path, device):
     lengths = [16, 30]
     qkv = torch.randn(46, 3, 2, 16, dtype=torch.float16, device=device)
     qkv[:, :2] *= 30
-    assert_within_budget(
-        attention, reference.attention, qkv, None, None, cu_seqlens_of(lengths, device), longest(path, *lengths)
-    )
+
+    def fused(q, *args):
+        # the reference rounds such scores to fp16, where they are off by whole numbers; torch's fused attention keeps
+        # them in fp32
+        return (reference.attention if q.dtype == torch.float64 else cpu.attention)(q, *args)
+
+    assert_within_budget(attention, fused, qkv, None, None, cu_seqlens_of(lengths, device), longest(path, *lengths))
 
 
 def test_large_scores(path, device):

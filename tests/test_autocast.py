@@ -9,7 +9,7 @@ import inspect
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import cu_seqlens_of
+from helpers import PLAIN, cu_seqlens_of
 from test_encoder import packed_batch
 
 from fastbert import ops
@@ -106,13 +106,13 @@ NAMES = list(ours_and_torchs(torch.device("cpu"), None, torch.float32))
 def test_every_op_is_held_against_torch():
     public = {name for name, f in vars(ops).items() if inspect.isfunction(f) and not name.startswith("_")}
     chosen = {name for name in public if "impl" in inspect.signature(getattr(ops, name)).parameters}
-    assert chosen - {"uses_triton"} <= set(NAMES)
+    assert chosen - {"uses_triton", "implementation"} <= set(NAMES)
 
 
 @pytest.mark.parametrize(
     "autocast, given", [(half, given) for half in HALVES for given in (torch.float32, half)], ids=str
 )
-@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("impl", [PLAIN, "triton"])
 @pytest.mark.parametrize("name", NAMES)
 def test_dtypes_are_those_of_torch(name, impl, autocast, given, device):
     ours, torchs = ours_and_torchs(device, impl, given)[name]
@@ -152,11 +152,11 @@ def trained(device, autocast=None, steps=20):
 @functools.cache
 def fp32_curve(device):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "IMPL", "reference")
+        patch.setattr(ops, "IMPL", "auto")
         return trained(device)
 
 
-@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("impl", [PLAIN, "triton"])
 @pytest.mark.parametrize("autocast", HALVES, ids=str)
 def test_a_model_trains_as_in_fp32(autocast, impl, device, monkeypatch):
     """Twenty steps with dropout: the curve stays within a few roundings of the 16-bit dtype of the fp32 curve."""
@@ -165,7 +165,7 @@ def test_a_model_trains_as_in_fp32(autocast, impl, device, monkeypatch):
     plain = fp32_curve(device)
     monkeypatch.setattr(ops, "IMPL", impl)
     # kernels are slow in the interpreter
-    steps = 20 if impl == "reference" or device.type == "cuda" else 4
+    steps = 20 if impl == PLAIN or device.type == "cuda" else 4
     under = trained(device, autocast, steps)
     assert plain[-3:].mean() < 0.9 * plain[:3].mean(), "nothing was learned: the comparison would say nothing"
     # errors of one step, 8 and 11 bits of a loss of 4, grow as the two models drift apart
@@ -174,7 +174,7 @@ def test_a_model_trains_as_in_fp32(autocast, impl, device, monkeypatch):
     assert not torch.equal(under, plain[:steps])
 
 
-@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("impl", [PLAIN, "triton"])
 def test_gradients_under_a_scaler_are_finite_and_right(impl, device, monkeypatch):
     """Scaled by 2^16 the gradients fit fp16 wherever they pass through it; unscaled they are those of fp32."""
     monkeypatch.setattr(ops, "IMPL", impl)
@@ -193,7 +193,7 @@ def test_gradients_under_a_scaler_are_finite_and_right(impl, device, monkeypatch
         assert (parameter.grad - wanted).norm() <= 0.02 * wanted.norm() + 1e-7
 
 
-@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("impl", [PLAIN, "triton"])
 def test_a_gradient_that_overflows_skips_the_step(impl, device, monkeypatch):
     """Infinity reaches the scaler instead of being lost on the way: no parameter changes, and the scale halves."""
     monkeypatch.setattr(ops, "IMPL", impl)

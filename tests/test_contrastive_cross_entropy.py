@@ -1,31 +1,33 @@
-"""contrastive_cross_entropy: kernels and reference against the formula written out, in values and gradients."""
+"""contrastive_cross_entropy: kernels, CPU and reference against the formula written out, in values and gradients."""
+
+import functools
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_same_bits, assert_within_budget
-from torch.autograd import gradcheck
+from helpers import IMPLEMENTATIONS, assert_same_bits, assert_within_budget
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbert import ops, reference
+from fastbert.cpu import ops as cpu
 from fastbert.kernels import cross_entropy
 from fastbert.kernels.cross_entropy import contrastive_cross_entropy
 
 pytestmark = pytest.mark.usefixtures("poison")
 
 both_ops = pytest.mark.parametrize(
-    "op", [contrastive_cross_entropy, reference.contrastive_cross_entropy], ids=["kernels", "plain"]
+    "op", [contrastive_cross_entropy, cpu.contrastive_cross_entropy], ids=["kernels", "cpu"]
 )
-both_modes = pytest.mark.parametrize("low_memory", [False, True], ids=["usual", "low_memory"])
+all_ops = pytest.mark.parametrize(
+    "op", [contrastive_cross_entropy, cpu.contrastive_cross_entropy, reference.contrastive_cross_entropy],
+    ids=["kernels", "cpu", "reference"],
+)  # fmt: skip
 directions = pytest.mark.parametrize("symmetric", [False, True], ids=["forward", "symmetric"])
 
 
 @pytest.fixture
-def small_tiles(monkeypatch):
+def small_chunks(monkeypatch):
     monkeypatch.setattr(cross_entropy, "ROWS", 4)
-    monkeypatch.setattr(cross_entropy, "COLUMNS", 64)
-    monkeypatch.setattr(reference, "CROSS_ENTROPY_ROWS", 4)
-    monkeypatch.setattr(reference, "CROSS_ENTROPY_COLUMNS", 50)
 
 
 def make(B, N, D, device, dtype=torch.float32):
@@ -60,14 +62,13 @@ def written_out(query, document, labels, scale, symmetric, ignore_index=-100):
     return (loss + F.cross_entropy(document[labels] @ query.T * scale, own, reduction="sum")) / 2
 
 
-@both_ops
-@both_modes
+@all_ops
 @directions
 @pytest.mark.parametrize("N", [7, 130], ids=["in_batch", "hard_negatives"])
-def test_as_sentence_transformers(N, symmetric, low_memory, op, device, small_tiles):
+def test_as_sentence_transformers(N, symmetric, op, device, small_chunks):
     query, document = make(7, N, 16, device)
     ours, theirs = leaves(query, document), leaves(query.double(), document.double())
-    loss, count, correct = op(*ours, scale=20.0, symmetric=symmetric, low_memory=low_memory)
+    loss, count, correct = op(*ours, scale=20.0, symmetric=symmetric)
     expected = sentence_transformers_loss(*theirs, 20.0, symmetric)
     torch.testing.assert_close((loss / count).double(), expected, rtol=2e-6, atol=1e-6)
     best = (theirs[0] @ theirs[1].T).argmax(-1)
@@ -78,11 +79,10 @@ def test_as_sentence_transformers(N, symmetric, low_memory, op, device, small_ti
         torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-6)
 
 
-@both_ops
-@both_modes
+@all_ops
 @directions
 @pytest.mark.parametrize("ignore_index", [-100, 0])
-def test_labels_say_which_document(ignore_index, symmetric, low_memory, op, device, small_tiles):
+def test_labels_say_which_document(ignore_index, symmetric, op, device, small_chunks):
     """In any order, one for two queries, fewer documents than queries, some queries without; and a learned scale."""
     query, document = make(5, 5, 16, device)
     query = torch.cat((query, query.flip(0)))
@@ -91,9 +91,7 @@ def test_labels_say_which_document(ignore_index, symmetric, low_memory, op, devi
     ours, theirs = leaves(*inputs), leaves(*(x.double() for x in inputs))
     with torch.no_grad():
         ours[0][labels == ignore_index] = float("nan")
-    loss, count, correct = op(
-        *ours[:2], labels, scale=ours[2], symmetric=symmetric, ignore_index=ignore_index, low_memory=low_memory
-    )
+    loss, count, correct = op(*ours[:2], labels, scale=ours[2], symmetric=symmetric, ignore_index=ignore_index)
     expected = written_out(*theirs[:2], labels, theirs[2], symmetric, ignore_index)
     torch.testing.assert_close(loss.double(), expected, rtol=2e-6, atol=1e-6)
     best = (theirs[0] @ theirs[1].T).argmax(-1)
@@ -104,62 +102,48 @@ def test_labels_say_which_document(ignore_index, symmetric, low_memory, op, devi
         torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-5)
 
 
-@both_modes
+@both_ops
 @directions
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("scale", [1.0, 50.0])
-def test_within_the_budget(scale, dtype, symmetric, low_memory, device, small_tiles):
+def test_within_the_budget(scale, dtype, symmetric, op, device, small_chunks):
     query, document = make(9, 70, 16, device, dtype)
     scale = torch.tensor(scale, device=device)
 
-    def op(query, document, scale, low_memory):
-        return contrastive_cross_entropy(query, document, scale=scale, symmetric=symmetric, low_memory=low_memory)
+    def fused(query, document, scale):
+        return op(query, document, scale=scale, symmetric=symmetric)
 
-    def plain(query, document, scale, low_memory):
+    def plain(query, document, scale):
         # scores in the dtype of the embeddings, as a user without this op would have them
         labels = torch.arange(len(query), device=query.device)
         loss = written_out(query, document, labels, scale, symmetric)
         best = (query @ document.T).argmax(-1)
         return loss.to(torch.promote_types(query.dtype, torch.float32)), labels.new_tensor(9), (best == labels).sum()
 
-    assert_within_budget(op, plain, query, document, scale, low_memory)
+    assert_within_budget(fused, plain, query, document, scale)
+    if dtype == torch.float32:
+        whole = functools.partial(reference.contrastive_cross_entropy, symmetric=symmetric)
+        assert_within_budget(fused, lambda q, d, s: whole(q, d, scale=s), query, document, scale)
 
 
-def test_scores_of_halves_are_not_rounded(device):
+@all_ops
+def test_scores_of_halves_are_not_rounded(op, device):
     """At a scale of 100, scores rounded to fp16 are off by up to 0.02 each, and the loss shows it."""
     query, document = make(16, 16, 32, device)
     document = F.normalize(document[:1] + 0.02 * document, dim=-1).half()
     query = F.normalize(document.float() + 0.02 * query, dim=-1).half()
     scores, labels = query.double() @ document.double().T, torch.arange(16, device=device)
     wanted = F.cross_entropy(scores * 100, labels, reduction="sum")
-    got = contrastive_cross_entropy(query, document, scale=100.0)[0]
+    got = op(query, document, scale=100.0)[0]
     assert wanted > 1
     assert (got.double() - wanted).abs() < 1e-5 * wanted
     rounded = F.cross_entropy(scores.half().double() * 100, labels, reduction="sum")
     assert (rounded - wanted).abs() > 1e-4 * wanted
 
 
-@both_modes
-@directions
-def test_the_references_formula(symmetric, low_memory, small_tiles):
-    query, document = make(5, 60, 3, "cpu")
-    inputs = [x.double().requires_grad_() for x in (query, document, torch.tensor(3.0))]
-    labels = torch.tensor([1, 0, -100, 4, 4])
-
-    def loss(query, document, scale):
-        options = dict(scale=scale, symmetric=symmetric, low_memory=low_memory)
-        return reference.contrastive_cross_entropy(query, document, labels, **options)[0]
-
-    assert gradcheck(loss, inputs)
-
-
-@both_ops
-def test_the_score_matrix_is_never_made(op, device, monkeypatch):
-    """Forward and backward in tiles: nothing as large as B x N, nor as one of its rows' chunks."""
+def test_the_score_matrix_is_never_made(device, monkeypatch):
+    """Forward, which makes the gradients too, holds the scores of a chunk of queries."""
     monkeypatch.setattr(cross_entropy, "ROWS", 16)
-    monkeypatch.setattr(cross_entropy, "COLUMNS", 64)
-    monkeypatch.setattr(reference, "CROSS_ENTROPY_ROWS", 16)
-    monkeypatch.setattr(reference, "CROSS_ENTROPY_COLUMNS", 64)
     query, document = make(32, 256, 4, device)
     sizes = []
 
@@ -170,24 +154,18 @@ def test_the_score_matrix_is_never_made(op, device, monkeypatch):
             sizes.extend(x.nbytes for x in results if isinstance(x, torch.Tensor))
             return results if len(results) > 1 else results[0]
 
-    # the kernels' operators are one step to the mode: what they are made of is called by itself
-    if op is contrastive_cross_entropy:
-        labels, scale = torch.arange(32, device=device), torch.tensor(20.0, device=device)
-        given, options = (query, document, None, labels, None, scale), (-100, 0.0, 0.0)
-        wants = [True, True, False, True]
-        with Sizes():
-            maximum, total = cross_entropy.masked_cross_entropy_fwd(*given, *options, True, wants)[2:4]
-            cross_entropy.masked_cross_entropy_bwd(scale, *given, maximum, total, *options, wants)
-    else:
-        inputs = leaves(query, document)
-        with Sizes():
-            op(*inputs, scale=20.0, low_memory=True)[0].backward()
-    assert max(sizes) == 16 * 64 * 4
+    labels, scale = torch.arange(32, device=device), torch.tensor(20.0, device=device)
+    # the operator is one step to the mode: what it is made of is called by itself
+    with Sizes():
+        cross_entropy.masked_cross_entropy_fwd(
+            query, document, None, labels, scale, -100, 0.0, [True, True, False, True]
+        )
+    assert max(sizes) == 16 * 256 * 4
 
 
-@both_modes
+@both_ops
 @directions
-def test_same_bits_twice_and_inputs_untouched(symmetric, low_memory, device):
+def test_same_bits_twice_and_inputs_untouched(symmetric, op, device):
     query, document = make(6, 20, 8, device)
     labels = torch.tensor([1, 1, -100, 0, 19, 5], device=device)
     query, document = torch.cat((query, query), 1)[:, :8], document.T.contiguous().T
@@ -195,7 +173,7 @@ def test_same_bits_twice_and_inputs_untouched(symmetric, low_memory, device):
     results = []
     for _ in range(2):
         inputs = [x.detach().requires_grad_() for x in (query, document)]
-        loss, count, correct = contrastive_cross_entropy(*inputs, labels, symmetric=symmetric, low_memory=low_memory)
+        loss, count, correct = op(*inputs, labels, symmetric=symmetric)
         first = torch.autograd.grad(loss, inputs, retain_graph=True)
         assert_same_bits(torch.autograd.grad(loss, inputs), first)
         results.append((loss, count, correct, *first))
@@ -203,7 +181,7 @@ def test_same_bits_twice_and_inputs_untouched(symmetric, low_memory, device):
     assert_same_bits((query, document, labels), before)
 
 
-@both_ops
+@all_ops
 @directions
 @pytest.mark.parametrize("labels", [None, [-100, -100]], ids=["empty", "none_labelled"])
 def test_nothing_to_learn_from(labels, symmetric, op, device):
@@ -225,7 +203,7 @@ def test_evaluation_makes_no_gradients(device, monkeypatch):
     assert not evaluated[0].requires_grad
 
 
-@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_compiles_whole(impl, device):
     query, document = make(5, 9, 8, device)
     labels = torch.tensor([4, 3, -100, 1, 0], device=device)
@@ -245,7 +223,7 @@ def test_compiles_whole(impl, device):
         torch.testing.assert_close(eager, compiled)
 
 
-@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_under_autocast(impl, device):
     dtype = torch.float16 if impl == "triton" and device.type == "cpu" else torch.bfloat16
     query, document = leaves(*make(5, 9, 8, device))

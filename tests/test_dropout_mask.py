@@ -1,11 +1,15 @@
-"""The kernels and the reference draw the same dropout mask, bit for bit."""
+"""Kernels, NumPy and the reference draw the same dropout mask, bit for bit; and what a CPU makes of it."""
+
+import shutil
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+from torch.autograd import gradcheck, gradgradcheck
 
 from fastbert import reference
+from fastbert.cpu import dropout
 from fastbert.kernels._launch import dropout_constants
 from fastbert.kernels._math import attention_keep_mask, keep_mask
 
@@ -42,16 +46,17 @@ def test_kernel_and_reference_masks_are_equal(mask, C, seed, columns, device):
 @pytest.mark.parametrize("mask", ["keep_mask", "attention_keep_mask"])
 @pytest.mark.parametrize("seed, offset", [(0, 0), (2**40 + 3, 2**31 + 5), (-1, 2**32 + 7), (-(2**63), -1)], ids=str)
 @pytest.mark.parametrize("columns", [0, 1, 37, 768, 20000])
-def test_numpy_and_torch_draw_the_same_mask(mask, seed, offset, columns, monkeypatch):
+def test_numpy_and_torch_draw_the_same_mask(mask, seed, offset, columns):
     """For rows and heads of several shapes, of one block and of more, of none; with 20000 columns a block is a row."""
-    draw, seed = getattr(reference, mask), torch.tensor([seed])
+    seed = torch.tensor([seed])
     counts = [0, 1, 5] if columns > 768 else [0, 1, 700]
     many = torch.arange(2**31 - 3, 2**31 + 697)
     places = [(many[:n], torch.tensor(5)) for n in counts]
     places += [(many[:6].view(3, 1, 2), torch.arange(2)[:, None]), (torch.tensor(-1), torch.tensor(2**40))]
-    fast = [draw(*place, columns, seed, offset, p) for place in places for p in (0.1, 1.0)]
-    monkeypatch.setattr(reference, "_in_memory", lambda *tensors: False)
-    plain = [draw(*place, columns, seed, offset, p) for place in places for p in (0.1, 1.0)]
+    fast, plain = (
+        [getattr(file, mask)(*place, columns, seed, offset, p) for place in places for p in (0.1, 1.0)]
+        for file in (dropout, reference)
+    )
     for a, b in zip(fast, plain):
         assert a.dtype == b.dtype == torch.bool and torch.equal(a, b)
 
@@ -98,3 +103,63 @@ def test_keep_rate_and_independence():
     for other in masks[1:]:  # two masks agree where both keep or both drop: 0.81 + 0.01 when independent
         agreement = (masks[0] == other).double().mean().item()
         assert abs(agreement - 0.82) < 4 * (0.82 * 0.18 / other.numel()) ** 0.5
+
+
+files = pytest.mark.parametrize("file", [dropout, reference], ids=["cpu", "reference"])
+
+
+@files
+def test_dropout_keeps_the_expectation_and_p0_is_the_identity(file):
+    x = torch.ones(1000, 96)
+    assert file.dropout(x, 0.0, None, 0) is x
+    dropped = file.dropout(x, 0.1, torch.tensor([7]), 4)
+    kept = dropped != 0
+    assert abs(kept.double().mean() - 0.9) < 4 * (0.09 / x.numel()) ** 0.5
+    torch.testing.assert_close(dropped[kept], torch.full_like(dropped[kept], 65536 / (65536 - 6554)))
+
+
+def test_dropout_has_a_second_derivative_and_spares_its_argument():
+    x = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
+    run = lambda x: dropout.dropout(x.transpose(0, 1), 0.4, torch.tensor([7]), 4)  # noqa: E731
+    before = x.detach().clone()
+    assert gradcheck(run, (x,)) and gradgradcheck(lambda x: run(x).square(), (x,))
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_drop_rounds_once(dtype):
+    x = torch.randn(5, 7).to(dtype)
+    keep = torch.rand(5, 8)[:, :7] > 0.3
+    expected = x.double() * keep * (65536 / (65536 - 19661))
+    # half an eps, and in float32 as much again for the scale
+    rtol = 0.51 * torch.finfo(dtype).eps * (1 if dtype.itemsize == 2 else 2)
+    torch.testing.assert_close(dropout.drop(x, keep, 0.3).double(), expected, rtol=rtol, atol=0)
+    assert dropout.drop(x, torch.zeros_like(keep), 1.0).abs().sum() == 0
+
+
+def test_dropout_compiles_to_the_same_numbers():
+    """torch.compile gets it as PyTorch's own operations, eager on a CPU from NumPy."""
+    x = torch.randn(5, 70, requires_grad=True)
+    results = []
+    for function in (
+        dropout.dropout,
+        reference.dropout,
+        torch.compile(dropout.dropout, backend="aot_eager", fullgraph=True),
+    ):
+        out = function(x, 0.3, torch.tensor([2**40 + 17]), 2**31 + 4)
+        results.append((out, *torch.autograd.grad(out, x, torch.ones_like(out))))
+    for a, b, c in zip(*results):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile writes C++ for a CPU")
+def test_masks_in_compiled_code():
+    """Nothing overflows there, for seeds whose products are large, and for heads that are numbers counted up."""
+
+    def draw(seed):
+        row, head = torch.arange(5), torch.arange(12)[:, None]
+        return dropout.attention_keep_mask(row, head, 70, seed, 2**31 + 4, 0.3)
+
+    compiled = torch.compile(draw, fullgraph=True)
+    for seed in (5, 2**40 + 3, -9, -(2**63) + 2**32 - 1):
+        assert torch.equal(draw(torch.tensor([seed])), compiled(torch.tensor([seed])))

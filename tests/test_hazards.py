@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from calls import CALLS, is_floating
-from helpers import assert_same_bits, assert_within_budget, cu_seqlens_of
+from helpers import IMPLEMENTATIONS, PLAIN, assert_same_bits, assert_within_budget, cu_seqlens_of
 from transformers import BertConfig, BertForMaskedLM, DataCollatorWithFlattening
 
 from fastbert import ops, pretrain, reference
 from fastbert.config import EncoderConfig
+from fastbert.cpu import dropout
 from fastbert.heads import MaskedLM
 from fastbert.kernels import _launch
 from fastbert.packing import Batch, pack
@@ -154,7 +155,7 @@ def test_two_calls_on_one_input(name, device):
         torch.testing.assert_close(leaves[argument].grad, 2 * gradient, **within, msg=argument)
 
 
-@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @every_call
 def test_no_tokens(name, impl, device):
     """Nothing in, nothing out: right shapes, and gradients of 0 for what is not per token."""
@@ -303,7 +304,7 @@ def test_dropout_that_cannot_be_is_refused(name, device):
     """Without a seed, or with no probability: it is never left out silently."""
     call = CALLS[name]
     arguments = call.arguments(device)
-    for impl in ("triton", "reference"):
+    for impl in IMPLEMENTATIONS:
         for wrong in (dict(seed=None), dict(dropout_p=-0.1), dict(dropout_p=1.5), dict(dropout_p=float("nan"))):
             with pytest.raises(ValueError, match="dropout_p"):
                 call(arguments | wrong, impl)
@@ -327,7 +328,7 @@ def test_masks_are_uniform(device):
     """What is kept at each probability, over 160,000 draws: the largest distance (Kolmogorov-Smirnov) is below 0.01."""
     row = torch.arange(400, device=device)
     seed = torch.tensor([77], device=device)
-    for draw in (reference.keep_mask, reference.attention_keep_mask):
+    for draw in (dropout.keep_mask, dropout.attention_keep_mask):
         for p in [i / 8 for i in range(1, 8)]:
             kept = draw(row, torch.zeros_like(row), 400, seed, 0, p).double().mean().item()
             assert abs(kept - (1 - p)) < 0.01
@@ -576,7 +577,7 @@ def settings(monkeypatch):
 
 
 # one call for each set of kernels
-with_kernels = pytest.mark.parametrize("name", [n for n in CALLS if n.partition("-")[2] in ("", "tiled", "low_memory")])
+with_kernels = pytest.mark.parametrize("name", [n for n in CALLS if n.partition("-")[2] in ("", "tiled")])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="takes the clock away: tests/test_gpu.py searches on the device")
@@ -681,7 +682,7 @@ TINY = EncoderConfig(
 LENGTHS = [5, 1, 9]
 
 
-@pytest.fixture(params=["triton", "reference"])
+@pytest.fixture(params=["triton", PLAIN])
 def impl(request, monkeypatch):
     monkeypatch.setattr(ops, "IMPL", request.param)
     return request.param

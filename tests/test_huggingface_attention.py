@@ -47,7 +47,7 @@ MASKS = {
 }
 
 
-@pytest.fixture(params=["reference", "triton"])
+@pytest.fixture(params=["cpu", "triton"])
 def impl(request, monkeypatch):
     monkeypatch.setattr(ops, "IMPL", request.param)
     return request.param
@@ -115,7 +115,7 @@ def assert_same_gradients(got, wanted):
 
 
 # the interpreter is slow, and the other families differ from BERT in nothing that attention sees
-CASES = [("reference", family, mask) for family in FAMILIES for mask in MASKS]
+CASES = [("cpu", family, mask) for family in FAMILIES for mask in MASKS]
 CASES += [("triton", family, mask) for family in ("Bert", "ModernBert") for mask in ("none", "left", "holes")]
 CASES += [("triton", "Bert", "full"), ("triton", "ModernBert", "a row of padding")]
 
@@ -179,10 +179,8 @@ def sequences():
 
 
 # DistilBERT and ModernBERT tell their layers no position ids, so no attention of transformers' own can know of them
-FLATTENED = [(family, "cu_seq_lens", "reference") for family in FAMILIES]
-FLATTENED += [
-    (family, "position_ids", "reference") for family in FAMILIES if family not in ("DistilBert", "ModernBert")
-]
+FLATTENED = [(family, "cu_seq_lens", "cpu") for family in FAMILIES]
+FLATTENED += [(family, "position_ids", "cpu") for family in FAMILIES if family not in ("DistilBert", "ModernBert")]
 FLATTENED += [("ModernBert", "cu_seq_lens", "triton"), ("Bert", "position_ids", "triton")]
 
 
@@ -334,7 +332,7 @@ def train(model, **arguments):
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
 @pytest.mark.parametrize(
-    ("family", "impl"), [("Bert", "reference"), ("ModernBert", "reference"), ("Bert", "triton")], indirect=["impl"]
+    ("family", "impl"), [("Bert", "cpu"), ("ModernBert", "cpu"), ("Bert", "triton")], indirect=["impl"]
 )
 def test_gradient_checkpointing_replays_dropout(family, reentrant, impl):
     dropout = {"attention_dropout": 0.3} if family == "ModernBert" else {"attention_probs_dropout_prob": 0.3}
@@ -362,7 +360,7 @@ def test_dropout_is_drawn_anew_in_each_layer_and_step(impl, calls):
     assert {c[-1]["dropout_p"] for c in calls[4:]} == {0.0}
 
 
-COMPILED = [("reference", "Bert", "holes"), ("reference", "ModernBert", "left"), ("triton", "Bert", "none")]
+COMPILED = [("cpu", "Bert", "holes"), ("cpu", "ModernBert", "left"), ("triton", "Bert", "none")]
 COMPILED += [("triton", "Bert", "a row of padding"), ("triton", "ModernBert", "left")]
 
 
@@ -418,7 +416,7 @@ def test_inference_mode_and_training_afterwards(impl):
 @pytest.mark.parametrize("how", ["autocast", "bfloat16", "half"])
 @pytest.mark.parametrize(
     ("impl", "family"),
-    [("reference", "Bert"), ("reference", "ModernBert"), ("triton", "ModernBert")],
+    [("cpu", "Bert"), ("cpu", "ModernBert"), ("triton", "ModernBert")],
     indirect=["impl"],
 )
 def test_low_precision(family, how, impl):

@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = sorted((ROOT / "fastbert").glob("*.py"))
+CPU = sorted((ROOT / "fastbert" / "cpu").glob("*.py"))
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 # these look at kernels and at Triton, and run no op
 COMPILING = {"kernel_cases.py", "offline.py", "machine_code.py", "doctor.py"}
@@ -77,13 +78,35 @@ def test_kernels_import_torch_triton_and_themselves(path):
         assert not module.startswith(".."), f"{path.name} reaches outside kernels/: {module}"
 
 
+def test_reference_imports_torch_alone():
+    assert {module.split(".")[0] for module in imports(ROOT / "fastbert" / "reference.py")} == {"torch"}
+
+
+@pytest.mark.parametrize("path", CPU, ids=lambda path: path.name)
+def test_cpu_imports_torch_numpy_and_the_reference(path):
+    for module in imports(path):
+        root = module.split(".")[0]
+        theirs = root in {"torch", "numpy"} | sys.stdlib_module_names
+        assert theirs or module.startswith(("..reference", ".reference")) or is_own(module), module
+
+
+def is_own(module):
+    """Whether a relative import stays in cpu/: `.file`, or what a file there has."""
+    return module == ".." or (module.startswith(".") and module.split(".")[1] in {path.stem for path in CPU})
+
+
+def is_cpu(module):
+    return module.startswith((".cpu", "fastbert.cpu"))
+
+
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.name)
 def test_library_leaves_kernels_to_ops_and_triton_to_kernels(path):
     for module in imports(path):
         if path.name in COMPILING:
             continue
         assert module.split(".")[0] != "triton", f"{path.name} imports {module}: that belongs in kernels/"
-        assert path.name == "ops.py" or not is_kernels(module), f"{path.name} imports {module}: only ops.py may"
+        is_chosen = is_kernels(module) or is_cpu(module)
+        assert path.name == "ops.py" or not is_chosen, f"{path.name} imports {module}: only ops.py may"
     names = {node.id for node in ast.walk(tree(path)) if isinstance(node, ast.Name)}
     assert "tl" not in names, f"{path.name} says tl.: that belongs in kernels/"
 
@@ -101,7 +124,7 @@ def test_huggingface_names_stand_in_the_tables_only(path):
 
 def test_autocast_is_handled_in_ops_only():
     # a training script may switch autocast on; only ops.py may look at it
-    for path in LIBRARY + KERNELS:
+    for path in LIBRARY + CPU + KERNELS:
         names = {node.attr for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute)}
         assert path.name == "ops.py" or not names & {"is_autocast_enabled", "get_autocast_dtype"}, path.name
 
@@ -130,6 +153,10 @@ def test_op_has_one_signature(op, file, name):
     public = signature(ROOT / "fastbert" / "ops.py", op)
     assert signature(ROOT / "fastbert" / "reference.py", op) == public
     assert signature(ROOT / "kernels" / f"{file}.py", op) == public
+    # where `cpu/ops.py` finds it: the reference's own has been compared
+    for node in tree(ROOT / "fastbert" / "cpu" / "ops.py").body:
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and op in {alias.name for alias in node.names}:
+            assert signature(ROOT / "fastbert" / "cpu" / f"{node.module}.py", op) == public
 
 
 def test_every_op_is_checked_above():

@@ -60,8 +60,8 @@ def odd_offset(shape):
 # calls that take their tensors by the same road as another one: only all of them at once
 ALIKE = {
     "attention-window",
-    "bias_gelu-tanh", "embedding-three_types", "pooling-max", "masked_cross_entropy-picked",
-    "masked_cross_entropy-low_memory", "contrastive_cross_entropy-symmetric",
+    "bias_gelu-tanh", "embedding-three_types", "pooling-max", "masked_cross_entropy-smoothed",
+    "contrastive_cross_entropy-symmetric",
 }  # fmt: skip
 SLOW = {"biased_attention", "disentangled_attention"}
 LAYOUTS = [

@@ -1,11 +1,12 @@
-"""pooling: the kernels against the reference in float64, the reference against sentence-transformers' formulas."""
+"""pooling: kernels and CPU against the reference in float64, the reference against sentence-transformers' formulas."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import LAYOUTS, assert_same_bits, assert_within_budget, cu_seqlens_of
+from helpers import IMPLEMENTATIONS, LAYOUTS, assert_op_within_budget, assert_same_bits, cu_seqlens_of
 
 from fastbert import ops, reference
+from fastbert.cpu import ops as cpu
 from fastbert.kernels.pooling import MODES, pooling
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -22,6 +23,7 @@ LENGTHS = {
 }
 lengths = pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 SLACK = 3
+all_ops = pytest.mark.parametrize("op", [pooling, cpu.pooling, reference.pooling], ids=["kernel", "cpu", "reference"])
 
 
 def make(lengths, D, device, dtype=torch.float32):
@@ -31,7 +33,7 @@ def make(lengths, D, device, dtype=torch.float32):
 
 
 def check(*args, **kwargs):
-    assert_within_budget(pooling, reference.pooling, *args, **kwargs)
+    assert_op_within_budget(pooling, *args, **kwargs)
 
 
 def run(hidden, cu_seqlens, cotangent=None, op=pooling, **kwargs):
@@ -88,7 +90,7 @@ def sentence_transformers(hidden, mask, mode):
 
 @modes
 @both
-@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("sizes", [[5, 1, 40], [7, 7, 7], [13]], ids=["ragged", "full", "one"])
 def test_the_formulas_of_sentence_transformers(sizes, impl, mode, normalize, device):
     hidden, cu_seqlens = make(sizes, 24, device)
@@ -101,7 +103,7 @@ def test_the_formulas_of_sentence_transformers(sizes, impl, mode, normalize, dev
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("op", [pooling, reference.pooling], ids=["kernel", "reference"])
+@all_ops
 def test_the_first_of_equal_maxima_gets_the_gradient(op, device):
     hidden = torch.zeros(100, 3, device=device)
     hidden[[7, 50, 90], 0] = 2.0
@@ -116,7 +118,7 @@ def test_the_first_of_equal_maxima_gets_the_gradient(op, device):
     assert torch.equal(dhidden, wanted)
 
 
-@pytest.mark.parametrize("op", [pooling, reference.pooling], ids=["kernel", "reference"])
+@all_ops
 def test_a_nan_is_the_maximum(op, device):
     hidden = torch.randn(100, 3, device=device)
     hidden[[40, 80], 1] = float("nan")
@@ -230,7 +232,7 @@ def test_compiled_whole(mode, device):
     assert_same_bits(run(*args, op=compiled, mode=mode, normalize=True), run(*args, mode=mode, normalize=True))
 
 
-@pytest.mark.parametrize("op", [pooling, reference.pooling], ids=["kernel", "reference"])
+@all_ops
 def test_another_mode_is_refused(op, device):
     with pytest.raises(ValueError, match="mode='median'"):
         op(*make([5], 8, device), mode="median")

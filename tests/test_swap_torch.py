@@ -586,7 +586,7 @@ def test_torch_func(monkeypatch):
     ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
-@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("impl", ["cpu", "triton"])
 def test_layer_norm(shape, normalized, options, dtype, impl, monkeypatch):
     module, swapped, report = pair(nn.LayerNorm(normalized, dtype=dtype, **options))
     for p in (*module.parameters(), *swapped.parameters()):
@@ -618,7 +618,7 @@ def test_layer_norm_of_unusual_input():
 
 @pytest.mark.parametrize("shape", [(), (1,), (37,), (2, 3, 4, 5), (0, 4), (4, 0), (3, 1)], ids=str)
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
-@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("impl", ["cpu", "triton"])
 def test_gelu(shape, approximate, impl, monkeypatch):
     module, swapped, report = pair(nn.GELU(approximate))
     report.raise_if_incomplete()

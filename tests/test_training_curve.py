@@ -45,13 +45,16 @@ def curves(device, monkeypatch):
     runs = {
         "truth": ("reference", torch.float64),
         "plain": ("reference", torch.float32),
+        "cpu": ("cpu", torch.float32),
         "fused": ("triton", torch.float32),
     }
-    return {name: curve(*run, device, monkeypatch) for name, run in runs.items()}
+    at = lambda impl: torch.device("cpu") if impl == "cpu" else device  # noqa: E731
+    return {name: curve(*run, at(run[0]), monkeypatch) for name, run in runs.items()}
 
 
 def test_fused_training_follows_the_plain_curve(curves):
-    truth, plain, fused = curves["truth"], curves["plain"], curves["fused"]
+    truth, plain = curves["truth"], curves["plain"]
     assert truth[-3:].mean() < 0.8 * truth[:3].mean(), "nothing was learned: the comparison would say nothing"
     budget = 2 * (plain - truth).abs().max() + 1e-5
-    assert (fused - truth).abs().max() <= budget
+    for fast in (curves["fused"], curves["cpu"]):
+        assert (fast - truth).abs().max() <= budget

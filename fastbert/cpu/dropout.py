@@ -1,4 +1,4 @@
-"""Dropout's random bits on a CPU, in NumPy: those of `reference.philox`, in a fraction of its time.
+"""Dropout on a CPU, its random bits from NumPy: those of `reference.philox`, in a fraction of its time.
 
 Four things make it fast. NumPy multiplies and shifts unsigned 64-bit words as they are. Two 32-bit words of Philox's
 state share one of 64, a = c0 · 2^32 + c1 and b = c2 · 2^32 + c3, so that a round is
@@ -13,12 +13,61 @@ a core's cache.
 import numpy as np
 import torch
 
+from .. import reference
+
 # counters at a time: four words of 64 bits each, 512 KiB in all
 _BLOCK = 2**14
 _UINT32 = 0xFFFFFFFF
 _HALF = np.uint64(32)
 _FACTOR_A, _FACTOR_B = np.uint64(0xCD9E8D57), np.uint64(0xD2511F53)
-_ROUNDS = 7
+
+
+def in_memory(*tensors):
+    """Whether these are numbers in a CPU's memory and nobody traces what is done with them."""
+    return (
+        all(type(x) is torch.Tensor and x.device.type == "cpu" for x in tensors)
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def keep_mask(row, head, columns, seed, offset, dropout_p):
+    if not in_memory(row, head, seed):
+        return reference.keep_mask(row, head, columns, seed, offset, dropout_p)
+    return draw(row, head, columns, seed, offset, reference.dropout_threshold(dropout_p), 1)
+
+
+def attention_keep_mask(row, head, columns, seed, offset, dropout_p):
+    if not in_memory(row, head, seed):
+        return reference.attention_keep_mask(row, head, columns, seed, offset, dropout_p)
+    return draw(row, head, columns, seed, offset, reference.dropout_threshold(dropout_p), 4)
+
+
+def dropout(x, dropout_p, seed, offset=0):
+    if dropout_p == 0.0:
+        return x
+    rows = torch.arange(x.shape[0], device=x.device)
+    keep = keep_mask(rows, torch.zeros_like(rows), x.shape[1], seed, offset, dropout_p)
+    return drop(x, keep, dropout_p)
+
+
+def drop(x, keep, dropout_p):
+    return DropFunction.apply(x, keep, reference.keep_scale(dropout_p))
+
+
+class DropFunction(torch.autograd.Function):
+    """x * keep * scale, which keeps for its backward a byte for each element."""
+
+    @staticmethod
+    def forward(ctx, x, keep, scale):
+        ctx.save_for_backward(keep)
+        ctx.scale = scale
+        # torch converts bytes with vector instructions, but not booleans
+        return keep.view(torch.uint8).to(x.dtype).mul_(x).mul_(scale)
+
+    @staticmethod
+    def backward(ctx, dout):
+        return DropFunction.apply(dout, *ctx.saved_tensors, ctx.scale), None, None
 
 
 def draw(row, head, columns, seed, offset, threshold, lanes):
@@ -41,7 +90,7 @@ def _words(x):
 def _draw(groups, row, head, seed, offset, threshold, lanes):
     """bool [rows, 8 * groups] for row and head uint64 [rows]."""
     k0, k1 = seed & _UINT32, seed >> 32 & _UINT32
-    keys = [(k0 + i * 0x9E3779B9 & _UINT32, k1 + i * 0xBB67AE85 & _UINT32) for i in range(_ROUNDS)]
+    keys = [(k0 + i * 0x9E3779B9 & _UINT32, k1 + i * 0xBB67AE85 & _UINT32) for i in range(reference.PHILOX_ROUNDS)]
     keys = [(np.uint64(k0 << 32), np.uint64(k1 << 32)) for k0, k1 in keys]
     # [lanes, 1, groups / lanes]
     group = np.arange(groups, dtype=np.uint64).reshape(-1, lanes).T[:, None]
