@@ -20,7 +20,7 @@ _MODULES = {
     "Encoder": "encoder",
     "MaskedLM": "heads",
     "MultipleChoice": "heads",
-    "PretrainConfig": "pretrain",
+    "PretrainConfig": "training.pretrain",
     "Pretraining": "heads",
     "QuestionAnswerer": "heads",
     "ReplacedTokenDetector": "heads",
