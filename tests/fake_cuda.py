@@ -134,7 +134,8 @@ def check_a_training_step_runs_the_kernels():
             output.loss.backward()
         ran = counted(recorder.names)
         assert ran.items() >= expected().items(), ran
-        assert (output.loss_sum.dtype, output.count.dtype, output.loss.device.type) == (
+        loss = output.losses["mlm"]
+        assert (loss.sum.dtype, loss.count.dtype, output.loss.device.type) == (
             torch.float32, torch.int64, "cuda",
         )  # fmt: skip
         assert_gradients(model)
@@ -144,7 +145,7 @@ def check_pretraining_with_sentence_pairs():
     model = model_on_cuda(Pretraining)
     output = model(batch())
     output.loss.backward()
-    assert output.pair_loss_sum.device.type == "cuda"
+    assert output.losses["pair"].sum.device.type == "cuda"
     assert_gradients(model)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_encoder import packed_batch
+from helpers import packed_batch
 
 from fastbert import ops
 from fastbert.config import EncoderConfig
