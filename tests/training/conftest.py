@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-from runs import documents, prepared, run, short_run, write_model
-
-from fastbert.training import card, log
+from runs import documents, draw_nothing, prepared, run, short_run, write_model
 
 
 @pytest.fixture(autouse=True)
@@ -13,11 +11,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def draw_nothing(patch):
-    patch.setattr(log, "_tensorboard", lambda *_: None)
-    patch.setattr(card, "learning_curve", lambda *_: None)
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from fastbert.shards import prepare
 from fastbert.tokenizer import save_tokenizer, train_wordpiece
-from fastbert.training import checkpoint, log, pretrain
+from fastbert.training import card, checkpoint, log, pretrain
 from fastbert.training.pretrain import PretrainConfig
 
 MODEL = {
@@ -73,6 +73,12 @@ def assert_same_run(one, other, step=12):
     for name in (checkpoint.MODEL, checkpoint.OPTIMIZER):
         assert_same_tensors(*(directory / f"checkpoint-{step}" / name for directory in (one, other)))
     assert rows_without_times(one) == rows_without_times(other)
+
+
+def draw_nothing(patch):
+    """TensorBoard and the picture take longer than a short run."""
+    patch.setattr(log, "_tensorboard", lambda *_: None)
+    patch.setattr(card, "learning_curve", lambda *_: None)
 
 
 def stop_in(monkeypatch, name, call):
