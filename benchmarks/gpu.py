@@ -61,7 +61,7 @@ def tests_on_a_device():
     """The test files that take the `device` fixture, which is the GPU where there is one."""
     takes = re.compile(r"^def \w+\([^)]*\bdevice\b", re.MULTILINE)
     # what only a GPU can show comes first, should time be short
-    files = sorted((ROOT / "tests").glob("test_*.py"), key=lambda path: (path.name != "test_gpu.py", path.name))
+    files = sorted((ROOT / "tests").rglob("test_*.py"), key=lambda path: (path.name != "test_gpu.py", path.name))
     return [str(path.relative_to(ROOT)) for path in files if takes.search(path.read_text(encoding="utf-8"))]
 
 

@@ -290,6 +290,10 @@ class TokenClassifier(_TokenScores):
         logits = self._scores(batch, next(p for p in chain if p is not None))
         return Output(restore(logits), _label_loss(logits, batch.labels))
 
+    def label_counts(self, batch):
+        """See `MaskedLM.label_counts`."""
+        return {"label": _number_of(batch.labels)}
+
 
 class ReplacedTokenDetector(Model):
     """ELECTRA's discriminator: which tokens are not those of the text, but a generator's (Clark et al. 2020)."""

@@ -127,7 +127,7 @@ def spoken(row, table):
     prefix = "eval_" if is_evaluation(row) else ""
     for name in losses_in(row):
         if f"{prefix}{name}_loss" not in dict(table):
-            text += f"  {name}: loss {shown[f'{prefix}{name}_loss']}"
+            text += f"  {'held-out ' if prefix else ''}{name}: loss {shown[f'{prefix}{name}_loss']}"
             if f"{prefix}{name}_accuracy" in row:
                 text += f"  accuracy {row[f'{prefix}{name}_accuracy']:.1%}"
     return text.lstrip()
