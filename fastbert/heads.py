@@ -25,47 +25,47 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class MaskedLMOutput:
-    """Sums, not means: several micro-batches or processes add up, and are divided once by the global count.
+class Loss:
+    """A sum, not a mean: micro-batches and processes add up, and are divided once by the global count.
 
-    loss_sum: fp32, of the picked tokens. count and correct: int64, how many were picked, how many predicted right.
-    The pair_ fields are the same for NSP or SOP, per pair; None without it. The rtd_ fields are the same for the
-    detection of replaced tokens, per token of the text, and beside them rtd_replaced, how many tokens were replaced,
-    and rtd_found, how many of these were detected. logits: only when no labels were given. weights: what each loss
-    counts in their sum, by the prefix of its fields.
+    sum: fp32. count and correct: int64, how many predictions it is over, and how many of them were right (None in
+    regression). weight: what its mean counts in `Output.loss`. more: other counts of the task, by name.
     """
 
-    loss_sum: torch.Tensor | None = None
-    count: torch.Tensor | None = None
+    sum: torch.Tensor
+    count: torch.Tensor
     correct: torch.Tensor | None = None
-    pair_loss_sum: torch.Tensor | None = None
-    pair_count: torch.Tensor | None = None
-    pair_correct: torch.Tensor | None = None
-    rtd_loss_sum: torch.Tensor | None = None
-    rtd_count: torch.Tensor | None = None
-    rtd_correct: torch.Tensor | None = None
-    rtd_replaced: torch.Tensor | None = None
-    rtd_found: torch.Tensor | None = None
+    weight: float = 1.0
+    more: dict = field(default_factory=dict)
+
+
+@dataclass
+class Output:
+    """What a model with a head returns.
+
+    logits: see the model; None where only the loss was computed. losses: a Loss by the name of what was predicted
+    ("mlm" masked tokens, "pair" sentence pairs, "rtd" replaced tokens, "label" of a text, a choice or a token, "start"
+    and "end" of an answer); without labels there is none.
+    """
+
     logits: torch.Tensor | None = None
+    losses: dict[str, Loss] = field(default_factory=dict)
     pair_logits: torch.Tensor | None = None
-    weights: dict = field(default_factory=lambda: {"": 1.0, "pair_": 1.0})
+    start_logits: torch.Tensor | None = None
+    end_logits: torch.Tensor | None = None
 
     @property
     def loss(self) -> torch.Tensor | None:
-        """The means over picked tokens, pairs and tokens, weighted; 0 where there is nothing to predict, never NaN."""
-        if self.loss_sum is None:
-            return None
-        return self.divided({f"{prefix}count": getattr(self, f"{prefix}count") for prefix in self.weights})
+        """The weighted sum of the means; 0 where there is nothing to predict, never NaN. None without labels."""
+        return self.divided({name: loss.count for name, loss in self.losses.items()}) if self.losses else None
 
     def divided(self, counts: dict) -> torch.Tensor:
-        """The weighted sum of the losses that there are, each divided by its own of {"count": ..., ...}."""
+        """The weighted sum of the losses, each divided by its own count of {name: int or 0-dimensional tensor}."""
         parts = []
-        for prefix, weight in self.weights.items():
-            loss_sum = getattr(self, f"{prefix}loss_sum")
-            if loss_sum is not None:
-                count = counts[f"{prefix}count"]
-                count = count.clamp(min=1) if torch.is_tensor(count) else max(count, 1)
-                parts.append(weight * loss_sum / count)
+        for name, loss in self.losses.items():
+            count = counts[name]
+            count = count.clamp(min=1) if torch.is_tensor(count) else max(count, 1)
+            parts.append(loss.weight * loss.sum / count)
         return sum(parts[1:], parts[0])
 
 
@@ -126,24 +126,24 @@ class MaskedLM(Model):
         self, input_ids: torch.Tensor | Batch, attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None, position_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-    ) -> MaskedLMOutput:  # fmt: skip
-        """Loss when there are labels, else logits. Returns MaskedLMOutput.
+    ) -> Output:  # fmt: skip
+        """Loss "mlm" when there are labels, else logits. Returns Output.
 
         Either a packing.Batch alone, or HuggingFace's padded arguments, each [B, S]: labels are -100 where nothing was
         picked; attention_mask may have padding anywhere. Logits are [T, V] for a Batch, else [B, S, V].
         """
         batch, restore = pack_inputs(self.config, input_ids, attention_mask, token_type_ids, position_ids, labels)
         if batch.labels is None:
-            return MaskedLMOutput(logits=restore(self.logits(batch)))
-        return self._masked_lm(self.hidden(batch, batch.picks), batch)
+            return Output(restore(self.logits(batch)))
+        return Output(losses={"mlm": self._masked_lm(self.hidden(batch, batch.picks), batch)})
 
     def hidden(self, batch: Batch, rows: torch.Tensor | None = None) -> torch.Tensor:
         """What the head reads: hidden states of the rows `rows` (int64 [M], ascending; None: all T), [M, D]."""
         return self.encoder(batch, rows, decoder=self.mask_decoder)
 
     def label_counts(self, batch: Batch) -> dict[str, int]:
-        """What the losses of a packing.Batch are divided by: see `MaskedLMOutput.divided`. Waits for its device."""
-        return {"count": _number_of(batch.labels)}
+        """What the losses of a packing.Batch are divided by: see `Output.divided`. Waits for its device."""
+        return {"mlm": _number_of(batch.labels)}
 
     def logits(self, batch: Batch, rows: torch.Tensor | None = None) -> torch.Tensor:
         """Vocabulary scores of the rows `rows` (int64 [M], ascending; None: all T) of a packing.Batch: [M, V]."""
@@ -152,10 +152,8 @@ class MaskedLM(Model):
 
     def _masked_lm(self, hidden, batch):
         _check_labels(batch.labels, self.config.vocab_size)
-        loss_sum, count, correct = ops.masked_cross_entropy(
-            self.transform(hidden), self.encoder.embeddings.word.weight, self.vocabulary_bias, batch.labels[batch.picks]
-        )
-        return MaskedLMOutput(loss_sum, count, correct)
+        weight, bias = self.encoder.embeddings.word.weight, self.vocabulary_bias
+        return Loss(*ops.masked_cross_entropy(self.transform(hidden), weight, bias, batch.labels[batch.picks]))
 
 
 class Pretraining(MaskedLM):
@@ -172,8 +170,8 @@ class Pretraining(MaskedLM):
         self, input_ids: torch.Tensor | Batch, attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None, position_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None, next_sentence_label: torch.Tensor | None = None,
-    ) -> MaskedLMOutput:  # fmt: skip
-        """As MaskedLM.forward; next_sentence_label int64 [B], 0 for a true pair (or Batch.pair_labels).
+    ) -> Output:  # fmt: skip
+        """As MaskedLM.forward, and loss "pair" of next_sentence_label (or Batch.pair_labels): int64 [B], 0 if true.
 
         Either kind of label may be missing: its loss is then left out.
         """
@@ -185,64 +183,29 @@ class Pretraining(MaskedLM):
             hidden = self.encoder(batch, dropout=dropout)
             logits = ops.linear(self.transform(hidden), self.encoder.embeddings.word.weight, self.vocabulary_bias)
             pair_logits = self._pair_logits(hidden[first_rows(batch)], batch, dropout)
-            return MaskedLMOutput(logits=restore(logits), pair_logits=pair_logits)
+            return Output(restore(logits), pair_logits=pair_logits)
         picks = batch.picks if batch.labels is not None else batch.input_ids.new_empty(0)
         # one ascending list of the rows that either head reads, and where each of them stands in it
         rows, order = torch.sort(torch.cat((picks, first_rows(batch))), stable=True)
         place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         dropout = self.encoder.dropout(batch)
         hidden = self.encoder(batch, rows, dropout)[place]
-        output = MaskedLMOutput()
+        output = Output()
         if batch.labels is not None:
-            output = self._masked_lm(hidden[: len(picks)], batch)
+            output.losses["mlm"] = self._masked_lm(hidden[: len(picks)], batch)
         if batch.pair_labels is not None:
             scores = self._pair_logits(hidden[len(picks) :], batch, dropout)
-            known = batch.pair_labels != -100
-            output.pair_loss_sum = F.cross_entropy(scores.float(), batch.pair_labels, reduction="sum")
-            output.pair_count = known.sum()
-            output.pair_correct = ((scores.argmax(-1) == batch.pair_labels) & known).sum()
-            if output.loss_sum is None:
-                output.loss_sum, output.count, output.correct = (
-                    0 * x for x in (output.pair_loss_sum, *(known.sum(),) * 2)
-                )
+            output.losses["pair"] = _classification(scores, batch.pair_labels)
         return output
 
     def label_counts(self, batch: Batch) -> dict[str, int]:
-        return {"count": _number_of(batch.labels), "pair_count": _number_of(batch.pair_labels)}
+        """See `MaskedLM.label_counts`."""
+        return {"mlm": _number_of(batch.labels), "pair": _number_of(batch.pair_labels)}
 
     def _pair_logits(self, first, batch, dropout):
         pooled = dropped(torch.tanh(self.pooler(first)), self.config.pair_dropout, dropout)
         scores = self.pair_classifier(pooled)
         return F.pad(scores, (0, 0, 0, len(batch.cu_seqlens) - 1 - len(scores)))  # a batch without a token has no first
-
-
-@dataclass
-class ClassifierOutput:
-    """loss_sum: fp32, over what had a label. count and correct: int64, how many those were, and were predicted right
-    (None in regression). logits: [B, labels] of sequences, [B, choices], or [B, S, labels] ([T, labels] for a Batch).
-    """
-
-    logits: torch.Tensor
-    loss_sum: torch.Tensor | None = None
-    count: torch.Tensor | None = None
-    correct: torch.Tensor | None = None
-
-    @property
-    def loss(self) -> torch.Tensor | None:
-        """The mean; 0 where nothing had a label."""
-        return None if self.loss_sum is None else self.loss_sum / self.count.clamp(min=1)
-
-
-@dataclass
-class AnswerOutput:
-    """start_logits, end_logits: [B, S], -inf at padding ([T] for a Batch). loss: the mean of both ends' losses."""
-
-    start_logits: torch.Tensor
-    end_logits: torch.Tensor
-    loss_sum: torch.Tensor | None = None
-    count: torch.Tensor | None = None
-
-    loss = ClassifierOutput.loss
 
 
 _ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "gelu": F.gelu}
@@ -265,8 +228,8 @@ class SequenceClassifier(Model):
         self, input_ids: torch.Tensor | Batch, attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None, position_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-    ) -> ClassifierOutput:  # fmt: skip
-        """Logits [B, num_labels], and the loss when there are labels. Returns ClassifierOutput.
+    ) -> Output:  # fmt: skip
+        """Logits [B, num_labels], and loss "label" when there are labels. Returns Output.
 
         Either a packing.Batch, or HuggingFace's padded arguments, each [B, S]. labels: int64 [B], -100 for none; or
         float [B, num_labels] in 0 .. 1, a probability of each label by itself; or float [B] (or [B, num_labels])
@@ -275,7 +238,7 @@ class SequenceClassifier(Model):
         """
         batch, _ = pack_inputs(self.config, input_ids, attention_mask, token_type_ids, position_ids)
         logits = self._scores(batch, self.config.pooler_dropout, self.config.classifier_dropout)
-        return ClassifierOutput(logits) if labels is None else _classified(logits, labels, self.config)
+        return Output(logits, _label_loss(logits, labels, self.config))
 
     def _scores(self, batch, pooler_dropout, classifier_dropout):
         config, dropout = self.config, self.encoder.dropout(batch)
@@ -302,8 +265,8 @@ class MultipleChoice(SequenceClassifier):
         self, input_ids: torch.Tensor | Batch, attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None, position_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-    ) -> ClassifierOutput:  # fmt: skip
-        """Logits [B, C] for arguments [B, C, S], and the loss for labels int64 [B]. Returns ClassifierOutput."""
+    ) -> Output:  # fmt: skip
+        """Logits [B, C] for arguments [B, C, S], and loss "label" for labels int64 [B]. Returns Output."""
         if input_ids.dim() != 3:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: expected [batch, choices, length]")
         flat = (x if x is None else x.flatten(0, 1) for x in (attention_mask, token_type_ids, position_ids))
@@ -311,7 +274,7 @@ class MultipleChoice(SequenceClassifier):
         config = self.config
         dropout_p = config.classifier_dropout if config.choice_dropout is None else config.choice_dropout
         logits = self._scores(batch, config.pooler_dropout or 0.0, dropout_p).view(input_ids.shape[:2])
-        return ClassifierOutput(logits) if labels is None else _classified(logits, labels, None)
+        return Output(logits, _label_loss(logits, labels))
 
 
 class _TokenScores(Model):
@@ -342,21 +305,21 @@ class TokenClassifier(_TokenScores):
         self, input_ids: torch.Tensor | Batch, attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None, position_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-    ) -> ClassifierOutput:  # fmt: skip
-        """Logits [B, S, num_labels], 0 at padding, and the loss over the labels int64 [B, S] that are not -100.
+    ) -> Output:  # fmt: skip
+        """Logits [B, S, num_labels], 0 at padding, and loss "label" over the labels int64 [B, S] that are not -100.
 
         Either a packing.Batch (logits [T, num_labels], its own labels) or HuggingFace's padded arguments. Returns
-        ClassifierOutput.
+        Output.
         """
         batch, restore = pack_inputs(self.config, input_ids, attention_mask, token_type_ids, position_ids, labels)
         config = self.config
         chain = (config.token_dropout, config.classifier_dropout, config.hidden_dropout_prob)
         logits = self._scores(batch, next(p for p in chain if p is not None))
-        if batch.labels is None:
-            return ClassifierOutput(restore(logits))
-        output = _classified(logits, batch.labels, None)
-        output.logits = restore(logits)
-        return output
+        return Output(restore(logits), _label_loss(logits, batch.labels))
+
+    def label_counts(self, batch: Batch) -> dict[str, int]:
+        """See `MaskedLM.label_counts`."""
+        return {"label": _number_of(batch.labels)}
 
 
 class ReplacedTokenDetector(Model):
@@ -373,23 +336,25 @@ class ReplacedTokenDetector(Model):
         self, input_ids: torch.Tensor | Batch, attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None, position_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-    ) -> ClassifierOutput:  # fmt: skip
-        """Logits [B, S], above 0 where a token looks replaced, 0 at padding; and the loss for labels int64 [B, S].
+    ) -> Output:  # fmt: skip
+        """Logits [B, S], above 0 where a token looks replaced, 0 at padding; and loss "rtd" for labels int64 [B, S].
 
         labels: 1 where a token was replaced, 0 where not, -100 where nobody asks. Either a packing.Batch (logits [T],
-        its own labels) or HuggingFace's padded arguments. Returns ClassifierOutput.
+        its own labels) or HuggingFace's padded arguments. Returns Output.
         """
         batch, restore = pack_inputs(self.config, input_ids, attention_mask, token_type_ids, position_ids, labels)
         hidden = ops.linear(self.encoder(batch), self.dense.weight)
         hidden = ops.bias_gelu(hidden, self.dense.bias, approximate=self.config.approximate)
         logits = ops.linear(hidden, self.classifier.weight, self.classifier.bias)[:, 0]
-        output = ClassifierOutput(restore(logits))
+        output = Output(restore(logits))
         if batch.labels is not None:
-            known = batch.labels != -100
-            targets = batch.labels.where(known, 0).to(torch.float32)
-            losses = F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none")
-            output.loss_sum, output.count = losses.where(known, 0).sum(), known.sum()
-            output.correct = (((logits > 0) == (targets > 0.5)) & known).sum()
+            known, detected = batch.labels != -100, logits > 0
+            replaced = batch.labels == 1
+            losses = F.binary_cross_entropy_with_logits(logits.float(), replaced.to(torch.float32), reduction="none")
+            output.losses["rtd"] = Loss(
+                losses.where(known, 0).sum(), known.sum(), ((detected == replaced) & known).sum(),
+                more={"replaced": replaced.sum(), "found": (replaced & detected).sum()},
+            )  # fmt: skip
         return output
 
 
@@ -459,8 +424,10 @@ class ReplacedTokenPretraining(nn.Module):
         self, input_ids: torch.Tensor | Batch, attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None, position_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-    ) -> MaskedLMOutput:  # fmt: skip
-        """Both losses of a masked text. Returns MaskedLMOutput, without logits.
+    ) -> Output:  # fmt: skip
+        """Losses "mlm" and "rtd" of a masked text. Returns Output, without logits.
+
+        "rtd" counts more: how many tokens were "replaced", and how many of these were "found".
 
         Either a packing.Batch or HuggingFace's padded arguments, as for MaskedLM; there must be labels: the tokens of
         the text where input_ids are masked, else -100. The tokens that the generator gives follow from batch.draws;
@@ -479,17 +446,12 @@ class ReplacedTokenPretraining(nn.Module):
             draws = torch.rand(len(batch.picks), dtype=torch.float64, device=hidden.device)
         corrupted = self.corrupt(batch, self.sample(hidden, draws))
         detected = torch.func.functional_call(self.discriminator, self._tables(), (corrupted,))
-        replaced = corrupted.labels == 1
-        return MaskedLMOutput(
-            *predicted,
-            rtd_loss_sum=detected.loss_sum, rtd_count=detected.count, rtd_correct=detected.correct,
-            rtd_replaced=replaced.sum(), rtd_found=(replaced & (detected.logits > 0)).sum(),
-            weights={"": 1.0, "rtd_": self.rtd_weight},
-        )  # fmt: skip
+        detected.losses["rtd"].weight = self.rtd_weight
+        return Output(losses={"mlm": Loss(*predicted), **detected.losses})
 
     def label_counts(self, batch: Batch) -> dict[str, int]:
         """See `MaskedLM.label_counts`; the discriminator answers for every token of the text."""
-        return {"count": _number_of(batch.labels), "rtd_count": int(batch.cu_seqlens[-1])}
+        return {"mlm": _number_of(batch.labels), "rtd": int(batch.cu_seqlens[-1])}
 
     @torch.no_grad()
     def sample(self, hidden: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
@@ -578,28 +540,27 @@ class QuestionAnswerer(_TokenScores):
         self, input_ids: torch.Tensor | Batch, attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None, position_ids: torch.Tensor | None = None,
         start_positions: torch.Tensor | None = None, end_positions: torch.Tensor | None = None,
-    ) -> AnswerOutput:  # fmt: skip
-        """Start and end logits [B, S] for HuggingFace's padded arguments, and the loss. Returns AnswerOutput.
+    ) -> Output:  # fmt: skip
+        """start_logits and end_logits [B, S] for HuggingFace's padded arguments, and losses "start" and "end".
 
         start_positions, end_positions: int64 [B], columns of input_ids. One outside 0 .. S - 1, or at padding, is no
-        label. Padding takes no part: its logits are -inf.
+        label. Padding takes no part: its logits are -inf. Returns Output.
         """
         batch, restore = pack_inputs(self.config, input_ids, attention_mask, token_type_ids, position_ids)
         logits = restore(self._scores(batch, self.config.qa_dropout)).float()
         is_token = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         logits = logits.masked_fill(~is_token.bool()[..., None], float("-inf"))
-        output = AnswerOutput(*logits.unbind(-1))
+        output = Output()
+        output.start_logits, output.end_logits = logits.unbind(-1)
         if start_positions is not None and end_positions is not None:
-            S, sums, counts = input_ids.shape[1], [], []
-            for scores, place in ((output.start_logits, start_positions), (output.end_logits, end_positions)):
+            S = input_ids.shape[1]
+            ends = (("start", output.start_logits, start_positions), ("end", output.end_logits, end_positions))
+            for name, scores, place in ends:
                 inside = (place >= 0) & (place < S)
                 inside &= is_token.bool().gather(1, place.clamp(0, S - 1)[:, None])[:, 0]
-                losses = F.cross_entropy(scores.nan_to_num(neginf=-1e30), place.where(inside, -100), reduction="none")
-                sums.append(losses.sum())
-                counts.append(inside.sum())
-            # each end's mean counts half
-            output.count = torch.maximum(*counts)
-            output.loss_sum = sum(x * output.count / n.clamp(min=1) for x, n in zip(sums, counts)) / 2
+                # each end's mean counts half
+                scores = scores.nan_to_num(neginf=-1e30)
+                output.losses[name] = _classification(scores, place.where(inside, -100), weight=0.5)
         return output
 
 
@@ -612,29 +573,35 @@ def _check_labels(labels, number):
         raise ValueError(f"labels hold {int(outside[0])}: expected 0 to {number - 1}, or -100 for none")
 
 
-def _classified(logits, labels, config):
-    """ClassifierOutput with the loss that the labels' type and shape, or config.problem_type, ask for."""
+def _classification(logits, labels, weight=1.0):
+    """Loss of logits [N, C] for labels int64 [N], -100 for none."""
+    known, scores = labels != -100, logits.float()
+    correct = ((logits.argmax(-1) == labels) & known).sum()
+    return Loss(F.cross_entropy(scores, labels, reduction="sum"), known.sum(), correct, weight)
+
+
+def _label_loss(logits, labels, config=None):
+    """{"label": Loss} as the labels' type and shape, or config.problem_type, ask for; {} without labels."""
+    if labels is None:
+        return {}
     kind = config.problem_type if config is not None else "single_label_classification"
     if kind is None:
         kind = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
         if logits.shape[-1] == 1:
             kind = "regression"
-    scores = logits.float()
     if kind == "single_label_classification":
         if labels.shape != logits.shape[:-1]:
             raise ValueError(f"labels have shape {tuple(labels.shape)}: expected {tuple(logits.shape[:-1])}")
         _check_labels(labels, logits.shape[-1])
-        known = labels != -100
-        loss_sum = F.cross_entropy(scores, labels, reduction="sum")
-        return ClassifierOutput(logits, loss_sum, known.sum(), ((scores.argmax(-1) == labels) & known).sum())
-    labels = labels.float()
+        return {"label": _classification(logits, labels)}
+    scores, labels = logits.float(), labels.float()
     if labels.numel() != logits.numel():
         raise ValueError(f"labels have shape {tuple(labels.shape)}: expected {tuple(logits.shape)} for {kind}")
     labels, count = labels.view_as(scores), torch.tensor(labels.numel(), device=labels.device)
     if kind == "regression":
-        return ClassifierOutput(logits, F.mse_loss(scores, labels, reduction="sum"), count)
+        return {"label": Loss(F.mse_loss(scores, labels, reduction="sum"), count)}
     loss_sum = F.binary_cross_entropy_with_logits(scores, labels, reduction="sum")
-    return ClassifierOutput(logits, loss_sum, count, ((scores > 0) == (labels > 0.5)).sum())
+    return {"label": Loss(loss_sum, count, ((scores > 0) == (labels > 0.5)).sum())}
 
 
 def first_hidden(encoder, batch, dropout):

@@ -13,6 +13,7 @@ from torch import nn
 
 from . import variants
 from .encoder import initialize
+from .files import inside
 
 WEIGHTS, PICKLED_WEIGHTS = "model.safetensors", "pytorch_model.bin"
 # what safetensors calls the types that no weights are of
@@ -137,7 +138,7 @@ def stored_tensors(directory, allow_pickle):
             shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (OSError, ValueError, KeyError, AttributeError) as error:
             raise ValueError(f"{index} cannot be read: {error!r}") from None
-        return {name: entry for shard in shards for name, entry in read(directory / shard).items()}
+        return {name: entry for shard in shards for name, entry in read(inside(directory, shard)).items()}
     raise ValueError(f"{directory} has no weights: expected {WEIGHTS} or {WEIGHTS}.index.json")
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from . import ops, pretrained, variants
 from .config import EncoderConfig
 from .encoder import initialize
+from .files import inside
 from .heads import Model, pack_inputs
 from .packing import Batch
 from .tokenizer import check_vocabulary, load_tokenizer
@@ -229,7 +230,7 @@ def _read_modules(directory, allow_pickle):
     if not (directory / "modules.json").exists():
         return found, folder
     for module in _read_json(directory / "modules.json"):
-        kind, place = module["type"].rsplit(".", 1)[-1], directory / module["path"]
+        kind, place = module["type"].rsplit(".", 1)[-1], inside(directory, module["path"])
         if kind == "Transformer":
             folder = module["path"]
         elif kind == "Pooling":

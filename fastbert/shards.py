@@ -10,7 +10,6 @@ beside manifest.json (counts, sha256 of every file, the tokenizer's hash, what i
 """
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import itertools
@@ -24,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from .files import inside, lock, read_json, sha256, write
 from .text import LAYOUTS, check_columns, expand, read_documents
 from .tokenizer import load_tokenizer, save_tokenizer, special_ids, tokenizer_hash
 
@@ -52,8 +52,8 @@ def prepare(
     An interrupted call leaves whole shards and is taken up by the same call again; after a finished one, that returns
     at once. Words like [MASK] in the text are text and never become special tokens.
 
-    Raises ValueError for a directory that holds another preparation, for text that gives no tokens, and what
-    `read_documents` raises; OSError when the directory cannot be written or another process prepares into it.
+    Raises ValueError for a directory that holds another preparation or that another process prepares into, for text
+    that gives no tokens, and what `read_documents` raises; OSError when the directory cannot be written.
     """
     files = expand(files)
     if layout not in LAYOUTS:
@@ -72,39 +72,23 @@ def prepare(
         "layout": layout,
         "shard_tokens": shard_tokens,
     }
-    with _locked(directory):
+    with lock(directory):
         manifest = _started(directory, work)
         if manifest is None:
-            _write(directory / "work.json", _json(work))
+            _write_json(directory / "work.json", work)
             save_tokenizer(tokenizer, directory)
             manifest = _prepare(files, tokenizer, directory, work, num_workers, progress)
-            _write(directory / "manifest.json", _json(manifest))
+            _write_json(directory / "manifest.json", manifest)
         for leftover in (*directory.glob("shard-*.json"), *directory.glob("*.tmp"), directory / "work.json"):
             leftover.unlink(missing_ok=True)
     return manifest
-
-
-@contextlib.contextmanager
-def _locked(directory):
-    """Hold the directory for this process; the system lets go of it however the process ends."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = open(directory / ".lock", "w")  # noqa: SIM115
-    except OSError as error:
-        raise OSError(f"{directory} cannot be written: {error.strerror}") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise OSError(f"{directory} is in use: another process is preparing data in it") from None
-        yield
 
 
 def _started(directory, work):
     """The manifest when `work` is done already, None when there is something left to do."""
     for name in ("manifest.json", "work.json"):
         if (directory / name).exists():
-            there = _read_json(directory / name)
+            there = read_json(directory / name)
             other = [key for key in work if there.get(key) != work[key]]
             if other and name == "work.json" and not any(directory.glob("shard-*.json")):
                 return None  # it came to nothing
@@ -256,9 +240,9 @@ def _write_shard(directory, number, encoded, units):
         file = io.BytesIO()
         np.save(file, array)
         record["sha256"][part] = hashlib.sha256(file.getbuffer()).hexdigest()
-        _write(_part(directory, record, part), file.getbuffer())
+        write(_part(directory, record, part), file.getbuffer())
     # the record says that the shard is whole, so it comes last
-    _write(directory / f"{record['name']}.json", _json(record))
+    _write_json(directory / f"{record['name']}.json", record)
     return record
 
 
@@ -267,7 +251,7 @@ def _finished_shards(directory):
     records = []
     while (path := directory / f"shard-{len(records):05d}.json").exists():
         try:
-            record = _read_json(path)
+            record = read_json(path)
             for part in PARTS:
                 _check_sha256(directory, record, part)
         except (ValueError, KeyError):
@@ -277,53 +261,21 @@ def _finished_shards(directory):
 
 
 def _part(directory, record, part):
-    return directory / f"{record['name']}.{part}.npy"
+    return inside(directory, f"{record['name']}.{part}.npy")
 
 
 def _check_sha256(directory, record, part):
     path = _part(directory, record, part)
     try:
-        with open(path, "rb") as file:
-            found = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file)
+        found = sha256(path)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    if found.hexdigest() != record["sha256"][part]:
+    if found != record["sha256"][part]:
         raise ValueError(f"{path} is damaged: its sha256 is not the manifest's; prepare the data again")
 
 
-def _digest(file):
-    """hashlib.file_digest for Python 3.10."""
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest
-
-
-def _json(value):
-    return (json.dumps(value, indent=1) + "\n").encode()
-
-
-def _read_json(path):
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return value
-
-
-def _write(path, data):
-    """Write a file so that it is there whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(f"{path} cannot be written: {error.strerror}") from None
+def _write_json(path, value):
+    write(path, json.dumps(value, indent=1) + "\n")
 
 
 class Shards:
@@ -349,7 +301,7 @@ class Shards:
         directory = Path(directory)
         if not (directory / "manifest.json").is_file():
             raise FileNotFoundError(f"{directory} holds no finished shards: there is no manifest.json (run prepare)")
-        manifest = _read_json(directory / "manifest.json")
+        manifest = read_json(directory / "manifest.json")
         if manifest.get("format") != FORMAT:
             raise ValueError(f"{directory / 'manifest.json'} has format {manifest.get('format')}: expected {FORMAT}")
         try:

@@ -9,8 +9,7 @@ import inspect
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import PLAIN, cu_seqlens_of
-from test_encoder import packed_batch
+from helpers import PLAIN, cu_seqlens_of, packed_batch
 
 from fastbert import ops
 from fastbert.config import EncoderConfig

@@ -369,7 +369,7 @@ def test_a_directory_in_use_or_not_writable(tmp_path, tokenizer):
         time.sleep(0.002)
     process.send_signal(signal.SIGSTOP)
     try:
-        with pytest.raises(OSError, match="out is in use: another process is preparing data in it"):
+        with pytest.raises(ValueError, match=f"out is in use by a live run, process {process.pid}"):
             prepare([text], tokenizer, tmp_path / "out", shard_tokens=10000, progress=False)
     finally:
         process.kill()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import cu_seqlens_of
+from helpers import packed_batch
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,22 +22,6 @@ TINY = EncoderConfig(
     intermediate_size=37,
     max_position_embeddings=40,
 )
-LENGTHS = [7, 1, 0, 13, 4]
-
-
-def packed_batch(lengths=LENGTHS, vocab_size=99, picked=0.3):
-    ids = torch.randint(5, vocab_size, (sum(lengths),))
-    positions = torch.cat([torch.arange(n) for n in lengths])
-    labels = torch.where(torch.rand(len(ids)) < picked, ids, -100)
-    return Batch(
-        ids,
-        positions,
-        positions % 2,
-        cu_seqlens_of(lengths, "cpu"),
-        max(lengths),
-        labels,
-        (labels != -100).nonzero()[:, 0],
-    )
 
 
 @pytest.mark.parametrize(
@@ -139,16 +123,16 @@ def test_dropout_follows_the_seed_and_off_equals_eval():
     losses = []
     for seed in (1, 2, 1):
         batch.seed = torch.tensor([seed])
-        losses.append(model(batch).loss_sum.item())
+        losses.append(model(batch).losses["mlm"].sum.item())
     assert losses[0] == losses[2] != losses[1]
     batch.seed = None
     torch.manual_seed(5)
-    drawn = model(batch).loss_sum.item()
+    drawn = model(batch).losses["mlm"].sum.item()
     torch.manual_seed(5)
-    assert model(batch).loss_sum.item() == drawn != model(batch).loss_sum.item()
+    assert model(batch).losses["mlm"].sum.item() == drawn != model(batch).losses["mlm"].sum.item()
     silent = MaskedLM(TINY.replace(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
     silent.load_state_dict(model.state_dict())
-    assert torch.equal(silent.train()(batch).loss_sum, model.eval()(batch).loss_sum)
+    assert torch.equal(silent.train()(batch).loss, model.eval()(batch).loss)
 
 
 def test_dropout_differs_between_layers():
@@ -201,8 +185,9 @@ def test_slack_tokens_change_nothing():
         output.loss.backward()
         results.append((output, [p.grad.clone() for p in model.parameters()]))
     (a, da), (b, db) = results
+    a, b = a.losses["mlm"], b.losses["mlm"]
     assert a.count == b.count and a.correct == b.correct
-    torch.testing.assert_close(a.loss_sum, b.loss_sum, rtol=0, atol=1e-10)
+    torch.testing.assert_close(a.sum, b.sum, rtol=0, atol=1e-10)
     for x, y in zip(da, db):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-10)
 

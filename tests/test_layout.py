@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LIBRARY = sorted((ROOT / "fastbert").glob("*.py"))
+LIBRARY = sorted((ROOT / "fastbert").rglob("*.py"))
 CPU = sorted((ROOT / "fastbert" / "cpu").glob("*.py"))
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 # these look at kernels and at Triton, and run no op
@@ -34,8 +34,25 @@ def imports(path):
             yield from (f"{module}.{alias.name}".replace("..", ".") for alias in node.names)
 
 
+def absolute_imports(path):
+    """Those of a file of the library, relative ones spelled out: fastbert.ops."""
+    package = path.relative_to(ROOT).parent.parts
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*above, *filter(None, [node.module])))
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def name_of(path):
+    return path.relative_to(ROOT).as_posix()
+
+
 def is_kernels(module):
-    return module.startswith((".kernels", "fastbert.kernels")) or module == "kernels"
+    return module.startswith("fastbert.kernels") or module == "kernels"
 
 
 def run(code, *, path=(), cwd=ROOT):
@@ -99,9 +116,9 @@ def is_cpu(module):
     return module.startswith((".cpu", "fastbert.cpu"))
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", LIBRARY, ids=name_of)
 def test_library_leaves_kernels_to_ops_and_triton_to_kernels(path):
-    for module in imports(path):
+    for module in absolute_imports(path):
         if path.name in COMPILING:
             continue
         assert module.split(".")[0] != "triton", f"{path.name} imports {module}: that belongs in kernels/"
@@ -111,15 +128,21 @@ def test_library_leaves_kernels_to_ops_and_triton_to_kernels(path):
     assert "tl" not in names, f"{path.name} says tl.: that belongs in kernels/"
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", LIBRARY, ids=name_of)
 def test_huggingface_names_stand_in_the_tables_only(path):
     if path.name in HUGGINGFACE:
         return
-    for module in imports(path):
+    for module in absolute_imports(path):
         assert module.split(".")[0] != "transformers", f"{path.name} imports {module}"
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             assert not node.value.startswith(("bert.", "cls.")), f"{path.name}:{node.lineno} names {node.value!r}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "fastbert" / "training").glob("*.py")), ids=name_of)
+def test_training_needs_nothing_that_proves_kernels(path):
+    found = {module.split(".")[-1] for module in absolute_imports(path) if module.startswith("fastbert.")}
+    assert not found & {Path(name).stem for name in COMPILING} and "fastbert.proof" not in found
 
 
 def test_autocast_is_handled_in_ops_only():
@@ -133,7 +156,7 @@ def test_autocast_is_handled_in_ops_only():
 def test_folder_is_no_package(folder):
     # a regular package `kernels` would hide the one that HuggingFace publishes
     assert (ROOT / folder).is_dir()
-    assert not (ROOT / folder / "__init__.py").exists()
+    assert not list((ROOT / folder).rglob("__init__.py"))
 
 
 @pytest.mark.parametrize("name", ["tests", "setup", "fastbert", "benchmarks"])
@@ -144,7 +167,15 @@ def test_package_maps_the_kernels_alone(name, tmp_path):
 
 
 def test_no_drawer_for_everything():
-    assert not [path for path in ROOT.glob("*/*.py") if path.stem in {"utils", "util", "common", "misc"}]
+    folders = ("fastbert", "kernels", "benchmarks", "tests")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 100 and not [path for path in files if path.stem in {"utils", "util", "common", "misc"}]
+
+
+def test_names_of_test_files_are_unique():
+    # the folders of tests are no packages, so pytest knows a file by its name alone
+    names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
+    assert len(names) == len(set(names))
 
 
 @pytest.mark.parametrize(("op", "file", "name"), list(signatures()), ids=lambda value: value)
@@ -184,8 +215,9 @@ class Blocker:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Blocker())
 import importlib, pathlib, torch, fastbert
-for path in pathlib.Path(fastbert.__file__).parent.glob("[!_]*.py"):
-    importlib.import_module(f"fastbert.{path.stem}")
+root = pathlib.Path(fastbert.__file__).parent
+for path in root.rglob("[!_]*.py"):
+    importlib.import_module(".".join(("fastbert", *path.relative_to(root).with_suffix("").parts)))
 from fastbert import ops
 y = ops.layer_norm(torch.ones(3, 5), torch.ones(5), torch.zeros(5), impl="auto")
 assert y.abs().max() < 1e-3 and "triton" not in sys.modules and "transformers" not in sys.modules

@@ -8,13 +8,14 @@ import transformers
 from corpus import make_documents, write_text
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from fastbert import report, variants
+from fastbert import variants
 from fastbert.fill_mask import fill_mask, load
 from fastbert.heads import MaskedLM
-from fastbert.pretrain import PretrainConfig, pretrain
 from fastbert.sentences import SentenceEmbedder
 from fastbert.shards import Shards, prepare
 from fastbert.tokenizer import load_tokenizer, save_tokenizer, special_ids, tokenizer_hash, word_starts
+from fastbert.training import log
+from fastbert.training.pretrain import PretrainConfig, pretrain
 
 # family -> pad, unk, cls, sep, mask; the ids that the published files give them, -1 for the last
 FAMILIES = {
@@ -112,7 +113,7 @@ def small_config(family, vocab_size, tokenizer):
 
 def test_prepared_and_pretrained_on(family, tokenizer, text, tmp_path, monkeypatch):
     # its import takes seconds
-    monkeypatch.setattr(report, "_tensorboard", lambda *_: None)
+    monkeypatch.setattr(log, "_tensorboard", lambda *_: None)
     prepare([text], tokenizer, tmp_path / "shards", progress=False)
     shards = Shards.open(tmp_path / "shards")
     assert tokenizer_hash(shards.tokenizer) == tokenizer_hash(tokenizer)
@@ -126,7 +127,7 @@ def test_prepared_and_pretrained_on(family, tokenizer, text, tmp_path, monkeypat
         learning_rate=3e-3, logging_steps=1, eval_steps=100, whole_word_mask=True, dropout=0.0,
     )  # fmt: skip
     pretrain(PretrainConfig(**options, output_dir=tmp_path / "run", max_steps=12))
-    losses = [row["loss"] for row in report.read_metrics(tmp_path / "run") if "loss" in row]
+    losses = [row["loss"] for row in log.read_metrics(tmp_path / "run") if "loss" in row]
     assert losses[-1] < losses[0] - 0.1
     model, again = load(tmp_path / "run")
     assert tokenizer_hash(again) == tokenizer_hash(tokenizer)

@@ -19,34 +19,26 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import signal
-import threading
-import time
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from . import checkpoint, optim, report, variants
-from .data import OBJECTIVES, PAIRS, MaskedBatches, held_out_split
-from .heads import EMBEDDING_SHARING, GENERATOR, MaskedLM, Pretraining, ReplacedTokenPretraining
-from .options import flag, option
-from .shards import Shards, prepare
-from .text import LAYOUTS, check_columns, expand
-from .tokenizer import load_tokenizer, save_tokenizer, special_ids, tokenizer_hash, train_bpe, train_wordpiece
+from .. import variants
+from ..data import OBJECTIVES, PAIRS, MaskedBatches, held_out_split
+from ..files import lock
+from ..heads import EMBEDDING_SHARING, GENERATOR, MaskedLM, Pretraining, ReplacedTokenPretraining
+from ..shards import Shards, prepare
+from ..text import LAYOUTS, check_columns, expand
+from ..tokenizer import load_tokenizer, save_tokenizer, special_ids, tokenizer_hash, train_bpe, train_wordpiece
+from . import card, checkpoint, optim, processes
+from .log import Log
+from .loop import Progress, Run, accumulate, add, figures, forward, length
+from .options import flag, need, option, tidy
 
-# so many steps in a row without a finite gradient, and the run gives up
-MAX_NONFINITE = 5
 # the held-out text is masked once and for all, by a seed that no option changes, and read up to this many tokens
 EVAL_SEED, EVAL_TOKENS = 20181011, 1_000_000
-# what a step adds up: counts, known before it, and fields of MaskedLMOutput
-COUNTS = ("count", "pair_count", "rtd_count")
-SUMS = (
-    "loss_sum", "correct", "pair_loss_sum", "pair_correct", "rtd_loss_sum", "rtd_correct", "rtd_replaced", "rtd_found",
-)  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -107,35 +99,21 @@ class PretrainConfig:
     device: str = option("auto", "auto, cpu, cuda or cuda:1.")
 
     def __post_init__(self):
-        def need(wanted, test, *names):
-            for name in names:
-                if (value := getattr(self, name)) is not None and not test(value):
-                    raise ValueError(f"{flag(name)} is {value!r}: expected {wanted}")
-
-        for field_ in dataclasses.fields(self):
-            name, value, choices = field_.name, getattr(self, field_.name), field_.metadata["choices"]
-            if field_.default == ():
-                value = (value,) if isinstance(value, str | os.PathLike) else value
-                object.__setattr__(self, name, tuple(str(path) for path in value))
-            elif isinstance(value, os.PathLike):
-                object.__setattr__(self, name, str(value))
-            elif choices:
-                need(f"one of {', '.join(choices)}", choices.__contains__, name)
+        tidy(self)
         for name in ("train_file", "output_dir"):
             if not getattr(self, name):
                 raise ValueError(f"{flag(name)} is missing")
-        need("at least 8", lambda value: value >= 8, "max_seq_length")
-        need("at least 1", lambda value: value >= 1, "vocab_size", "gradient_accumulation_steps",
+        need(self, "at least 8", lambda value: value >= 8, "max_seq_length")
+        need(self, "at least 1", lambda value: value >= 1, "vocab_size", "gradient_accumulation_steps",
              "max_steps", "save_steps", "save_total_limit", "eval_steps", "logging_steps", "num_workers")  # fmt: skip
-        need("a number above 0", lambda value: 0 < value < math.inf, "epochs", "max_minutes", "learning_rate",
+        need(self, "a number above 0", lambda value: 0 < value < math.inf, "epochs", "max_minutes", "learning_rate",
              "adam_epsilon", "rtd_weight")  # fmt: skip
-        need("0 or more", lambda value: 0 <= value < math.inf, "warmup_steps", "weight_decay", "max_grad_norm")
-        need(
-            "0 or more, and below 1", lambda value: 0 <= value < 1, "eval_share", "adam_beta1", "adam_beta2", "dropout"
-        )
-        need("more than 0, and below 1", lambda value: 0 < value < 1, "mlm_probability")
-        need("from 0 to 1", lambda value: 0 <= value <= 1, "warmup_ratio")
-        need(f"at least --max-seq-length, {self.max_seq_length}", self.max_seq_length.__le__, "tokens_per_batch")
+        need(self, "0 or more", lambda value: 0 <= value < math.inf, "warmup_steps", "weight_decay", "max_grad_norm")
+        need(self, "0 or more, and below 1", lambda value: 0 <= value < 1,
+             "eval_share", "adam_beta1", "adam_beta2", "dropout")  # fmt: skip
+        need(self, "more than 0, and below 1", lambda value: 0 < value < 1, "mlm_probability")
+        need(self, "from 0 to 1", lambda value: 0 <= value <= 1, "warmup_ratio")
+        need(self, f"at least --max-seq-length, {self.max_seq_length}", self.max_seq_length.__le__, "tokens_per_batch")
         if sum(length is not None for length in (self.max_steps, self.epochs, self.max_minutes)) > 1:
             raise ValueError("more than one of --max-steps, --epochs and --max-minutes is given: expected one")
         if self.embedding_sharing is not None and self.objective != "rtd":
@@ -151,21 +129,6 @@ MAY_DIFFER = {
 }  # fmt: skip
 
 
-@dataclass
-class Progress:
-    """Where a run stands. With the parameters and the optimizer's state, all that a resume needs."""
-
-    step: int = 0  # optimizer steps so far, left-out ones included: the schedule is a function of this
-    epoch: int = 0
-    batch: int = 0  # micro-batches of this epoch so far
-    tokens: int = 0
-    elapsed: float = 0.0  # seconds of training and evaluation, over all resumes
-    skipped: int = 0  # steps left out because their gradient was not finite
-    empty: int = 0  # steps left out because no token was picked
-    evaluated: int = 0  # the step of the last evaluation
-    window: dict = field(default_factory=dict)  # sums since the last row of the log
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -177,22 +140,25 @@ def pretrain(config: PretrainConfig) -> dict:
     any work is done where that can be known, and FloatingPointError when training diverges.
     Under torchrun, or with torch.distributed initialised, every process takes its share of the micro-batches.
     """
-    rank, world_size = _join_processes()
+    rank, world_size = processes.join()
     output_dir = Path(config.output_dir)
-    device = _device(config.device)
+    device = processes.device_of(config.device)
     model_config = _model_config(config)
     sources = [_source(paths, config) for paths in (config.train_file, config.eval_file)]
 
-    with checkpoint.lock(output_dir) if rank == 0 else contextlib.nullcontext(), report.Log(output_dir, rank) as log:
-        resumed = _checkpoint_to_resume(config, log)
+    with lock(output_dir) if rank == 0 else contextlib.nullcontext(), Log(output_dir, rank) as log:
+        resumed = checkpoint.to_resume(output_dir, config.resume)
+        if config.resume:
+            begins = f"--resume: {output_dir} has no checkpoint yet, this run begins"
+            log.say(f"resuming from {resumed}" if resumed else begins)
         tokenizer = _known_tokenizer(config, sources[0], resumed)
         state = checkpoint.read_state(resumed) if resumed else None
         if state:
-            _check_same_run(config, tokenizer, state, resumed)
+            checkpoint.check_same_run(resumed, state, config, tokenizer_hash(tokenizer), MAY_DIFFER)
         _check_vocabulary(config, model_config, tokenizer)
 
         # text -> tokenizer -> shards; under torchrun the first process makes them and the others find them made
-        with _first_process_first(rank):
+        with processes.first_process_first(rank):
             if tokenizer is None and rank == 0:
                 kind = variants.family(model_config.model_type).tokenizer
                 log.say(f"training a {kind} tokenizer of {config.vocab_size} pieces")
@@ -206,7 +172,7 @@ def pretrain(config: PretrainConfig) -> dict:
             if rank == 0:
                 save_tokenizer(tokenizer, output_dir)
             train, evaluation = (
-                _shards(source, tokenizer, output_dir / name, config)
+                _shards(source, tokenizer, output_dir / name, config, rank)
                 for source, name in zip(sources, ("data", "data-eval"))
             )
         for shards in (train, evaluation):
@@ -232,7 +198,7 @@ def pretrain(config: PretrainConfig) -> dict:
         if resumed:
             checkpoint.load(resumed, model, optimizer)
             progress = Progress(**state["progress"])
-        total, warmup = _length(config, loader)
+        total, warmup = length(config, loader)
         facts = {
             "config": dataclasses.asdict(config),
             "model_config": model_config.to_dict(),
@@ -241,126 +207,25 @@ def pretrain(config: PretrainConfig) -> dict:
         }
         log.begin(progress, total, in_seconds=config.max_minutes is not None)
 
-        stream = _micro_batches(loader, progress.epoch, progress.batch)
-        saved, nonfinite = progress.step, 0
-        earlier, began = progress.elapsed, time.monotonic()
-        with _signals() as caught:
-            while True:
-                elapsed = earlier + time.monotonic() - began
-                progress.elapsed, stop = _sum_over_processes(elapsed if rank == 0 else 0.0, len(caught))
-                position = progress.step if config.max_minutes is None else progress.elapsed
-                finished = position >= total
+        with processes.signals() as caught:
+            run = Run(config, model, optimizer, tokenizer, facts, progress, log, total, caught)
+            for step in run.steps(loader, evaluates=held_out is not None):
+                if step.batches is None:
+                    step.row = evaluate(model, held_out, bf16=config.bf16, interrupted=lambda: caught)
+                    continue
+                sums = accumulate(model, step.batches, bf16=config.bf16)
+                factor = optim.SCHEDULES[config.schedule](step.position, total, warmup)
+                run.update(step, sums, config.learning_rate * factor)
 
-                # between steps: evaluate, save, end
-                due = progress.step > progress.evaluated and (finished or progress.step % config.eval_steps == 0)
-                if due and held_out is not None:
-                    row = evaluate(model, held_out, bf16=config.bf16, interrupted=lambda: caught) if rank == 0 else None
-                    if row is not None:
-                        log.write(_place(progress) | row)
-                        progress.evaluated = progress.step
-                    # what was interrupted here is made up for after a resume, if no step comes between
-                    (stop,) = _sum_over_processes(len(caught))
-                if progress.step != saved and (finished or stop or progress.step % config.save_steps == 0):
-                    if rank == 0:
-                        facts["progress"] = dataclasses.asdict(progress)
-                        checkpoint.save(
-                            output_dir, progress.step, model, optimizer, tokenizer, facts, keep=config.save_total_limit
-                        )
-                    saved = progress.step
-                if finished or stop:
-                    break
-
-                # one step
-                started = time.monotonic()
-                batches = []
-                for progress.epoch, progress.batch, batch in islice(stream, config.gradient_accumulation_steps):
-                    batch.seed = dropout_seed(config.seed, progress.step, len(batches), rank)
-                    batches.append(batch)
-                sums = accumulate(model, batches, bf16=config.bf16)
-                norm, factor = None, optim.SCHEDULES[config.schedule](position, total, warmup)
-                if not any(sums[name] for name in COUNTS):
-                    progress.empty += 1
-                else:
-                    norm = optim.clip_gradients(model.parameters(), config.max_grad_norm).item()
-                    if math.isfinite(norm):
-                        for group in optimizer.param_groups:
-                            group["lr"] = config.learning_rate * factor
-                        optimizer.step()
-                        nonfinite = 0
-                    else:
-                        progress.skipped += 1
-                        nonfinite += 1
-                        log.say(
-                            f"step {progress.step + 1} is left out: its gradient norm is {norm} "
-                            f"(epoch {progress.epoch}, up to micro-batch {progress.batch})"
-                        )
-                optimizer.zero_grad(set_to_none=True)
-                progress.step += 1
-                progress.tokens += int(sums["tokens"])
-                sums["capacity"] = config.tokens_per_batch * len(batches) * world_size
-                sums["seconds"] = time.monotonic() - started
-                for name, value in sums.items():
-                    progress.window[name] = progress.window.get(name, 0) + value
-                if progress.step % config.logging_steps == 0:
-                    log.write(_place(progress) | _averages(progress.window, device) | {
-                        "learning_rate": config.learning_rate * factor, "gradient_norm": norm,
-                        "skipped_steps": progress.skipped, "empty_steps": progress.empty,
-                    })  # fmt: skip
-                    progress.window.clear()
-                log.advance(progress)
-                if nonfinite == MAX_NONFINITE:
-                    raise FloatingPointError(
-                        f"training diverged: no finite gradient in the {nonfinite} steps up to {progress.step}; "
-                        f"go on from the last checkpoint with a lower --learning-rate"
-                    )
-
-        if rank == 0 and finished:
+        if rank == 0 and run.finished:
             checkpoint.publish(output_dir, model, tokenizer)
-            report.learning_curve(output_dir)
-            report.model_card(output_dir, facts, train.manifest, progress)
+            card.learning_curve(output_dir)
+            card.model_card(output_dir, facts, train.manifest, progress)
             log.say(f"done: {output_dir} holds the model, README.md and learning_curve.png")
         elif rank == 0:
             name = signal.Signals(caught[0]).name if caught else "another process"
             log.say(f"stopped by {name} after step {progress.step}: go on with --resume")
-        return log.last_evaluation | {"signal": caught[0] if caught and not finished else None}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the arithmetic of a step
-
-
-def accumulate(model, batches, *, bf16=False):
-    """Add to the model's gradients that of the loss of one step, made of the micro-batches `batches` (packing.Batch).
-
-    The loss is the sum over all picked tokens, divided once by how many they are in all micro-batches of all processes;
-    the same for sentence pairs and for tokens that may be replaced, weighted and added. So it does not matter how a
-    step is cut into micro-batches. Nothing to predict: no gradient. Returns sums over the micro-batches of all
-    processes: tokens, COUNTS, and SUMS (without "_sum").
-    """
-    device = next(model.parameters()).device
-    counts = dict.fromkeys((*COUNTS, "tokens"), 0)
-    for batch in batches:
-        for name, count in model.label_counts(batch).items():
-            counts[name] += count
-        counts["tokens"] += int(batch.cu_seqlens[-1])
-    counts = dict(zip(counts, _sum_over_processes(*counts.values()), strict=True))
-    is_empty = not any(counts[name] for name in COUNTS)
-    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
-    for batch in () if is_empty else batches:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            output = model(_to(batch, device))
-        output.divided(counts).backward()
-        for i, name in enumerate(SUMS):
-            if (value := getattr(output, name)) is not None:
-                sums[i] += value.detach()
-    if dist.is_initialized() and not is_empty:
-        for parameter in model.parameters():
-            # a process may have had no batch left
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            dist.all_reduce(parameter.grad)
-    # the one wait for the device in a step, beside the gradient norm
-    sums = _sum_over_processes(*sums.tolist())
-    return counts | {name.removesuffix("_sum"): value for name, value in zip(SUMS, sums, strict=True)}
+        return log.last_evaluation | {"signal": caught[0] if caught and not run.finished else None}
 
 
 @torch.no_grad()
@@ -371,114 +236,26 @@ def evaluate(model, loader, *, bf16=False, interrupted=lambda: False):
     """
     device = next(model.parameters()).device
     histogram = torch.zeros(model.config.vocab_size, dtype=torch.int64)
-    sums, tokens = dict.fromkeys((*COUNTS, *SUMS), 0), 0
+    sums, tokens = {}, 0
     model.eval()
     try:
         for batch in loader.epoch(0):
             if interrupted():
                 return None
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                output = model(_to(batch, device))
-            for name in sums:
-                if (value := getattr(output, name)) is not None:
-                    sums[name] += value.item()
+            add(sums, forward(model, batch, device, bf16).losses)
             histogram += torch.bincount(batch.labels[batch.labels != -100], minlength=len(histogram))
             tokens += int(batch.cu_seqlens[-1])
             if tokens >= EVAL_TOKENS:
                 break
     finally:
         model.train()
-    figures = _figures({name.removesuffix("_sum"): value for name, value in sums.items()})
-    figures["baseline_accuracy"] = histogram.max().item() / max(sums["count"], 1)
-    return {f"eval_{name}": value for name, value in figures.items()}
-
-
-def _figures(sums):
-    """What the sums of `accumulate` come to. Finding a replaced token is hard, so detection has two figures more: the
-    share of the replaced tokens that were found, and the accuracy of always saying that a token is original."""
-    figures = {
-        "loss": sums["loss"] / max(sums["count"], 1),
-        "masked_accuracy": sums["correct"] / max(sums["count"], 1),
-        "picked_tokens": int(sums["count"]),
-    }
-    for kind in ("pair", "rtd"):
-        if count := sums[f"{kind}_count"]:
-            figures[f"{kind}_loss"] = sums[f"{kind}_loss"] / count
-            figures[f"{kind}_accuracy"] = sums[f"{kind}_correct"] / count
-    if sums["rtd_count"]:
-        figures["rtd_baseline_accuracy"] = 1 - sums["rtd_replaced"] / sums["rtd_count"]
-        figures["rtd_recall"] = sums["rtd_found"] / max(sums["rtd_replaced"], 1)
-    return figures
-
-
-def dropout_seed(seed, step, micro_batch, rank):
-    """The seed of all dropout in one micro-batch, int64 [1]: a function of the run's seed and the place in the run."""
-    digest = hashlib.blake2b(f"{seed} {step} {micro_batch} {rank}".encode(), digest_size=8).digest()
-    return torch.tensor([int.from_bytes(digest, "little", signed=True)])
-
-
-def _to(batch, device):
-    return batch if device.type == "cpu" else batch.pin_memory().to(device, non_blocking=True)
-
-
-def _micro_batches(loader, epoch, start):
-    """Endlessly (epoch, how many batches of it are then done, batch), beginning after `start` batches of `epoch`."""
-    while True:
-        done = start
-        for done, batch in enumerate(loader.epoch(epoch, start=start), start + 1):
-            yield epoch, done, batch
-        if not done:
-            raise ValueError("the text gives no batch at all")
-        epoch, start = epoch + 1, 0
-
-
-def _length(config, loader):
-    """(total, warmup) of the run: in steps, or in seconds under --max-minutes."""
-    if config.max_minutes is not None:
-        total = 60 * config.max_minutes
-    elif config.max_steps is not None:
-        total = config.max_steps
-    else:
-        whole, part = divmod(config.epochs or 1, 1)
-        micro_batches = sum(loader.num_batches(epoch) for epoch in range(int(whole)))
-        if part:
-            micro_batches += part * loader.num_batches(int(whole))
-        total = max(1, math.ceil(micro_batches / config.gradient_accumulation_steps))
-    return total, config.warmup_ratio * total if config.warmup_steps is None else config.warmup_steps
-
-
-def _place(progress):
-    """What every row of the log begins with."""
-    return {
-        "step": progress.step, "epoch": progress.epoch, "tokens": progress.tokens,
-        "elapsed": round(progress.elapsed, 3),
-    }  # fmt: skip
-
-
-def _averages(window, device):
-    return _figures(window) | {
-        "fill": window["tokens"] / window["capacity"],
-        "tokens_per_second": round(window["tokens"] / window["seconds"]),
-        "memory_mb": report.peak_memory_mb(device),
-    }
+    row = figures({name: value.item() for name, value in sums.items()})
+    row["baseline_accuracy"] = histogram.max().item() / max(row["picked_tokens"], 1)
+    return {f"eval_{name}": value for name, value in row.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what a run stands on: each of these raises one clear line when it cannot stand
-
-
-def _device(name):
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device is {name!r}: expected auto, cpu, cuda or cuda:1") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device is {name!r}: PyTorch finds no GPU here")
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return device
 
 
 def _model_config(config):
@@ -522,23 +299,6 @@ def _source(paths, config):
     return files
 
 
-def _checkpoint_to_resume(config, log):
-    """The checkpoint to go on from; None to begin."""
-    directory = Path(config.output_dir)
-    run = [name for name in ("metrics.jsonl", checkpoint.MODEL) if (directory / name).exists()]
-    run += [path.name for path in directory.glob("checkpoint-*")]
-    if run and not config.resume:
-        raise ValueError(
-            f"--output-dir {directory} holds another run ({run[-1]}): go on with it by --resume, or name another"
-        )
-    if not config.resume:
-        return None
-    checkpoint.clear_unfinished(directory)
-    found = checkpoint.latest(directory)
-    log.say(f"resuming from {found}" if found else f"--resume: {directory} has no checkpoint yet, this run begins")
-    return found
-
-
 def _known_tokenizer(config, source, resumed):
     """The tokenizer that the options point at; None when it is to be trained."""
     given = load_tokenizer(config.tokenizer) if config.tokenizer else None
@@ -551,19 +311,6 @@ def _known_tokenizer(config, source, resumed):
     if given is None and (resumed or (Path(config.model) / "tokenizer.json").is_file()):
         given = load_tokenizer(resumed or config.model)
     return given
-
-
-def _check_same_run(config, tokenizer, state, resumed):
-    # an option that is younger than the checkpoint had its default
-    then = {field.name: field.default for field in dataclasses.fields(config)} | state["config"]
-    now = json.loads(json.dumps(dataclasses.asdict(config)))
-    for name in now:
-        if name not in MAY_DIFFER and then[name] != now[name]:
-            raise ValueError(f"--resume: {flag(name)} is {now[name]!r}, and {then[name]!r} in {resumed}")
-    if (sha256 := tokenizer_hash(tokenizer)) != state["tokenizer"]:
-        raise ValueError(
-            f"--resume: the tokenizer is another (sha256 {sha256[:12]}), and {state['tokenizer'][:12]} in {resumed}"
-        )
 
 
 def _check_vocabulary(config, model_config, tokenizer):
@@ -582,11 +329,11 @@ def _check_vocabulary(config, model_config, tokenizer):
         )
 
 
-def _shards(source, tokenizer, directory, config):
+def _shards(source, tokenizer, directory, config, rank):
     """Shards of a source that `_source` found; text is prepared into `directory`."""
     if not isinstance(source, list):
         return source
-    if int(os.environ.get("RANK", 0)) == 0:
+    if rank == 0:
         prepare(
             source, tokenizer, directory,
             text_column=config.text_column, layout=config.layout, num_workers=config.num_workers,
@@ -649,56 +396,3 @@ def _generator_config(config):
     if config.dropout is not None:
         found = found.replace(hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout)
     return found
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# processes and signals
-
-
-def _join_processes():
-    """(rank, world size). torchrun's environment is enough to join the others."""
-    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group()
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def _sum_over_processes(*numbers):
-    if not dist.is_initialized():
-        return numbers
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    sums = torch.tensor(numbers, dtype=torch.float64, device=device)
-    dist.all_reduce(sums)
-    return sums.tolist()
-
-
-@contextlib.contextmanager
-def _first_process_first(rank):
-    """The others enter when the first has left."""
-    if rank > 0:
-        dist.barrier()
-    yield
-    if rank == 0 and dist.is_initialized():
-        dist.barrier()
-
-
-@contextlib.contextmanager
-def _signals():
-    """Collects SIGTERM and SIGINT in the list it gives. A second one does what it did before."""
-    caught = []
-
-    def note(number, frame):
-        caught.append(number)
-        restore()
-
-    def restore():
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    before = {}
-    # only the main thread may set handlers; elsewhere signals are the caller's affair
-    if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield caught
-    finally:
-        restore()

@@ -1,4 +1,4 @@
-"""Checkpoints that survive a crash at any instant, and one run at a time in a directory.
+"""Checkpoints that survive a crash at any instant.
 
     checkpoint-<step>/
         config.json, model.safetensors, tokenizer files    a model that fastbert and transformers load
@@ -12,11 +12,8 @@ A checkpoint is built in a hidden directory beside its place, forced to the disk
 checkpoint-<step> is whole unless the disk itself lost something, and that the manifest shows. No file is a pickle.
 """
 
-import contextlib
-import errno
-import hashlib
+import dataclasses
 import json
-import os
 import re
 import shutil
 import warnings
@@ -26,9 +23,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .tokenizer import save_tokenizer
+from ..files import MANIFEST, all_files, sync, verify_manifest, write_manifest
+from ..tokenizer import save_tokenizer
+from .options import flag
 
-MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "trainer_state.json", "MANIFEST.json"
+MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "trainer_state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _BUILDING, _REPLACED = ".building-", ".replaced-"
 _EXACT = "parameter"
@@ -58,7 +57,7 @@ def save(directory, step, model, optimizer, tokenizer, state, *, keep=None):
         if final.exists():  # a directory cannot be renamed over a full one
             final.rename(directory / f"{_REPLACED}{final.name}")
         building.rename(final)
-        _sync(directory)
+        sync(directory)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(building, ignore_errors=True)
         raise _unwritten(final, error) from None
@@ -128,84 +127,56 @@ def publish(directory, model, tokenizer):
         building.mkdir()
         model.save_pretrained(building)
         _save_tokenizers(tokenizer, building)
-        for path in _files(building):
+        for path in all_files(building):
             final = directory / path.relative_to(building)
             final.parent.mkdir(exist_ok=True)
-            _sync(path)
+            sync(path)
             path.replace(final)
-            _sync(final.parent)
+            sync(final.parent)
         shutil.rmtree(building)
-        _sync(directory)
+        sync(directory)
     except (OSError, SafetensorError) as error:
         raise _unwritten(directory, error) from None
 
 
-def write_manifest(directory):
-    """Write MANIFEST.json over all files of `directory`, with everything forced to the disk, the manifest last."""
-    directory = Path(directory)
-    files = [path for path in _files(directory) if path != directory / MANIFEST]
-    for path in (*files, *{path.parent for path in files}):
-        _sync(path)
-    manifest = {
-        path.relative_to(directory).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)} for path in files
-    }
-    (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    _sync(directory / MANIFEST)
-    _sync(directory)
-
-
 def verify(path):
     """Raises ValueError, naming the file and the fault, unless every file of checkpoint `path` is as it was written."""
-    path = Path(path)
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        expected = {name: (entry["size"], entry["sha256"]) for name, entry in manifest.items()}
-    except FileNotFoundError:
-        raise ValueError(f"{path} is no whole checkpoint: it has no {MANIFEST}") from None
-    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
-        raise ValueError(f"{path / MANIFEST} cannot be read: {error}") from None
-    missing = [name for name in (MODEL, OPTIMIZER, STATE) if name not in expected]
-    if missing:
-        raise ValueError(f"{path / MANIFEST} does not list {missing[0]}")
-    for name, (size, digest) in expected.items():
-        file = path / name
-        if not file.is_file():
-            raise ValueError(f"{file} is missing")
-        if file.stat().st_size != size:
-            raise ValueError(f"{file} has {file.stat().st_size} bytes: {size} were written")
-        if _sha256(file) != digest:
-            raise ValueError(f"{file} is damaged: its sha256 is not the one that was written")
+    verify_manifest(path, required=(MODEL, OPTIMIZER, STATE))
 
 
-@contextlib.contextmanager
-def lock(directory):
-    """Holds `directory` for this process, creating it; the file .lock in it names the process.
+def to_resume(directory, resume):
+    """The checkpoint that a run in `directory` goes on from; None where it begins.
 
-    The operating system drops the lock when the process ends, however it ends. Raises ValueError naming the process
-    that holds it, OSError when the directory cannot be written.
+    Raises ValueError when there is another run and `resume` is False, or when no checkpoint of it is whole.
     """
-    import fcntl  # not on Windows: nothing else in the library needs it
-
     directory = Path(directory)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        file = open(directory / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (the with below)
-    except OSError as error:
-        raise OSError(f"{directory} cannot be written: {error.strerror}") from None
-    with file:
-        try:
-            # lockf, not flock: forked workers do not inherit it, so one that outlives its parent holds nothing
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise OSError(f"{directory} cannot be locked: {error.strerror}") from None
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            raise ValueError(f"{directory} is in use by a live run, process {holder}") from None
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        yield
+    run = [name for name in ("metrics.jsonl", MODEL) if (directory / name).exists()]
+    run += [path.name for path in directory.glob("checkpoint-*")]
+    if run and not resume:
+        raise ValueError(
+            f"--output-dir {directory} holds another run ({run[-1]}): go on with it by --resume, or name another"
+        )
+    if not resume:
+        return None
+    clear_unfinished(directory)
+    return latest(directory)
+
+
+def check_same_run(path, state, config, tokenizer, may_differ):
+    """Raises ValueError unless checkpoint `path` is of a run with the options `config` and the tokenizer's hash.
+
+    state: what `read_state` gives. may_differ: names of options that a resumed run may change.
+    """
+    # an option that is younger than the checkpoint had its default
+    then = {field.name: field.default for field in dataclasses.fields(config)} | state["config"]
+    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    for name in now:
+        if name not in may_differ and then[name] != now[name]:
+            raise ValueError(f"--resume: {flag(name)} is {now[name]!r}, and {then[name]!r} in {path}")
+    if tokenizer != state["tokenizer"]:
+        raise ValueError(
+            f"--resume: the tokenizer is another (sha256 {tokenizer[:12]}), and {state['tokenizer'][:12]} in {path}"
+        )
 
 
 def clear_unfinished(directory):
@@ -219,16 +190,6 @@ def clear_unfinished(directory):
             path.rename(final)
     for path in directory.glob(f"{_BUILDING}*"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def write_text(path, text):
-    """Replace the file `path` so that a crash leaves either the old text or the new."""
-    path = Path(path)
-    building = path.with_name(f"{_BUILDING}{path.name}")
-    building.write_text(text, encoding="utf-8")
-    _sync(building)
-    building.replace(path)
-    _sync(path.parent)
 
 
 def _optimizer_tensors(model, optimizer):
@@ -246,11 +207,6 @@ def _save_tokenizers(tokenizer, directory):
         save_tokenizer(tokenizer, path.parent)
 
 
-def _files(directory):
-    """All files of a directory and of those in it."""
-    return sorted(path for path in directory.rglob("*") if path.is_file())
-
-
 def _unwritten(path, error):
     """One OSError for what the system and safetensors say when a file cannot be written."""
     reason = getattr(error, "strerror", None) or error
@@ -261,20 +217,3 @@ def _unwritten(path, error):
 def _by_step(directory):
     steps = {int(match[1]): p for p in Path(directory).glob("checkpoint-*") if (match := _NAME.fullmatch(p.name))}
     return [steps[step] for step in sorted(steps)]
-
-
-def _sha256(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync(path):
-    """Force a file, or a directory's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

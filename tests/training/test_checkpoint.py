@@ -1,4 +1,4 @@
-"""Checkpoints: exact, whole or absent after a crash at any point, passed over when damaged; one run at a time."""
+"""Checkpoints: exact, whole or absent after a crash at any point, passed over when damaged."""
 
 import errno
 import json
@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -14,25 +15,18 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models
 
-from fastbert import checkpoint, optim
+from fastbert import files
 from fastbert.config import EncoderConfig
 from fastbert.heads import MaskedLM
 from fastbert.packing import Batch
 from fastbert.tokenizer import SPECIALS
+from fastbert.training import checkpoint, optim
 
 CONFIG = EncoderConfig(
     vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
     max_position_embeddings=8,
 )  # fmt: skip
 FORK = multiprocessing.get_context("fork")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -103,15 +97,15 @@ def flip(file):
 
 @pytest.mark.parametrize("damage", [truncate, extend, flip, Path.unlink], ids=lambda f: f.__name__)
 @pytest.mark.parametrize(
-    "name", [checkpoint.MODEL, checkpoint.OPTIMIZER, checkpoint.STATE, checkpoint.MANIFEST, "config.json"]
+    "name", [checkpoint.MODEL, checkpoint.OPTIMIZER, checkpoint.STATE, files.MANIFEST, "config.json"]
 )
 def test_a_damaged_checkpoint_is_passed_over(damage, name, tmp_path, tokenizer):
     model, optimizer = trained()
     for step in (1, 2):
         checkpoint.save(tmp_path, step, model, optimizer, tokenizer, {})
-    manifest = json.loads((tmp_path / "checkpoint-2" / checkpoint.MANIFEST).read_text())
+    manifest = json.loads((tmp_path / "checkpoint-2" / files.MANIFEST).read_text())
     damage(tmp_path / "checkpoint-2" / name)
-    if name == checkpoint.MANIFEST and damage in (truncate, flip):
+    if name == files.MANIFEST and damage in (truncate, flip):
         # a lost line end does no harm, and any letter may be hit: what counts is that nothing but the truth passes
         (tmp_path / "checkpoint-2" / name).write_text(json.dumps(manifest)[:-2])
     with pytest.warns(UserWarning, match=f"passed over: .*{name}"):
@@ -147,9 +141,9 @@ def crash_after(monkeypatch, operations):
         return operation
 
     monkeypatch.setattr(checkpoint, "save_file", counted(checkpoint.save_file))
-    monkeypatch.setattr(checkpoint.os, "fsync", counted(os.fsync))
+    monkeypatch.setattr(os, "fsync", counted(os.fsync))
     for name in ("mkdir", "rename", "write_text", "unlink"):
-        monkeypatch.setattr(checkpoint.Path, name, counted(getattr(Path, name)))
+        monkeypatch.setattr(Path, name, counted(getattr(Path, name)))
     return count
 
 
@@ -192,18 +186,22 @@ def save_forever(directory, tokenizer):
 def test_kill_9_at_random_times_leaves_a_whole_checkpoint(tmp_path, tokenizer):
     rng = random.Random(0)
     checkpoint.save(tmp_path, 0, *trained(), tokenizer, {"step": 0})
-    for _ in range(20):
+    for _ in range(12):
         process = FORK.Process(target=save_forever, args=(tmp_path, tokenizer))
         process.start()
-        time.sleep(rng.uniform(0.01, 0.15))
+        # on a busy machine the first save takes a while
+        while not (tmp_path / "checkpoint-2").exists():
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.1))
         process.kill()
         process.join()
         checkpoint.clear_unfinished(tmp_path)
-        for path in tmp_path.glob(f"checkpoint-*/{checkpoint.MANIFEST}"):
+        for path in tmp_path.glob(f"checkpoint-*/{files.MANIFEST}"):
             checkpoint.verify(path.parent)
         found = checkpoint.latest(tmp_path)
-        assert checkpoint.read_state(found)["step"] == int(found.name.split("-")[1])
-    assert checkpoint.read_state(found)["step"] > 0
+        assert checkpoint.read_state(found)["step"] == int(found.name.split("-")[1]) >= 1
+        for path in tmp_path.glob("checkpoint-*"):
+            shutil.rmtree(path)
 
 
 def limited_save(directory, tokenizer, pipe):
@@ -252,34 +250,6 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, tokenizer):
     optimizer = optim.adamw(model, learning_rate=0.01, weight_decay=0.1, betas=(0.9, 0.98), epsilon=1e-6)
     with pytest.raises(ValueError, match=r"another model: vocabulary_bias is \(20,\), expected \(21,\)"):
         checkpoint.load(path, model, optimizer)
-
-
-def hold(directory, pipe):
-    with checkpoint.lock(directory):
-        pipe.send("held")
-        time.sleep(60)
-
-
-def test_a_directory_has_one_holder_and_a_dead_one_holds_nothing(tmp_path):
-    ours, theirs = FORK.Pipe()
-    holder = FORK.Process(target=hold, args=(tmp_path / "run", theirs))
-    holder.start()
-    assert ours.poll(30)
-    with (
-        pytest.raises(ValueError, match=f"in use by a live run, process {holder.pid}"),
-        checkpoint.lock(tmp_path / "run"),
-    ):
-        pass
-    holder.kill()
-    holder.join()
-    with checkpoint.lock(tmp_path / "run"):
-        assert (tmp_path / "run" / ".lock").read_text() == f"{os.getpid()}\n"
-
-
-def test_a_directory_that_cannot_be_made_is_one_line(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file/run cannot be written"), checkpoint.lock(tmp_path / "file" / "run"):
-        pass
 
 
 def test_published_files_replace_the_old_ones(tmp_path, tokenizer):

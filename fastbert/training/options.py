@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 
@@ -13,6 +14,26 @@ def option(default, help, choices=None):
 def flag(name):
     """How the command line spells an option: --max-steps."""
     return "--" + name.replace("_", "-")
+
+
+def tidy(options):
+    """For __post_init__: paths become text and several values a tuple. Raises ValueError for what is no choice."""
+    for field in dataclasses.fields(options):
+        name, value, choices = field.name, getattr(options, field.name), field.metadata["choices"]
+        if field.default == ():
+            value = (value,) if isinstance(value, str | os.PathLike) else value
+            object.__setattr__(options, name, tuple(str(path) for path in value))
+        elif isinstance(value, os.PathLike):
+            object.__setattr__(options, name, str(value))
+        elif choices:
+            need(options, f"one of {', '.join(choices)}", choices.__contains__, name)
+
+
+def need(options, wanted, test, *names):
+    """Raises ValueError unless each of the options `names` is None or passes `test`; `wanted` says what would."""
+    for name in names:
+        if (value := getattr(options, name)) is not None and not test(value):
+            raise ValueError(f"{flag(name)} is {value!r}: expected {wanted}")
 
 
 def kind(field):
