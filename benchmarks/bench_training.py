@@ -39,10 +39,10 @@ import record
 import report
 
 import fastbert
-from fastbert.data import MaskedBatches
-from fastbert.heads import MaskedLM
-from fastbert.shards import Shards, prepare
-from fastbert.tokenizer import train_wordpiece
+from fastbert.data.batches import MaskedBatches
+from fastbert.data.shards import Shards, prepare
+from fastbert.data.tokenizer import train_wordpiece
+from fastbert.model.heads import MaskedLM
 from fastbert.training import optim
 from fastbert.training.log import read_metrics
 from fastbert.training.pretrain import EVAL_SEED, PretrainConfig, pretrain

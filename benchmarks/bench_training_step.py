@@ -57,7 +57,7 @@ def padded_batch(lengths, share=0.15):
 def load(library, directory):
     """The model in `directory`, in training mode, and its optimizer."""
     if library != "transformers":
-        from fastbert.heads import MaskedLM
+        from fastbert.model.heads import MaskedLM
 
         model = MaskedLM.from_pretrained(directory)
     else:

@@ -33,11 +33,11 @@ if __name__ == "__main__" and not torch.cuda.is_available():
 
 import bench_training_step as on_cpu
 import machine
-import op_cases
 import precompile
 import record
 
 from fastbert.packing import pack
+from fastbert.proof import op_cases
 
 TINY = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=40, vocab_size=1100)
 LIBRARIES = ("transformers", "transformers, compiled", "fastbert", "fastbert, packed")

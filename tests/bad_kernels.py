@@ -13,7 +13,7 @@ import triton.language as tl
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fastbert import offline
+from fastbert.proof import offline
 
 
 @triton.jit

@@ -112,7 +112,8 @@ def small():
     import bench_models
     import bench_training_step_gpu
     import machine
-    import op_cases
+
+    from fastbert.proof import op_cases
 
     with contextlib.ExitStack() as stack:
         for sizes, size in ((machine.COPIED, 2**16), (machine.SIDE, 64), (machine.COLD, 2**10)):

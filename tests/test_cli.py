@@ -10,9 +10,9 @@ import pytest
 from click.testing import CliRunner
 
 from fastbert.cli import main
-from fastbert.config import EncoderConfig
-from fastbert.heads import MaskedLM
-from fastbert.tokenizer import load_tokenizer, save_tokenizer
+from fastbert.data.tokenizer import load_tokenizer, save_tokenizer
+from fastbert.model.config import EncoderConfig
+from fastbert.model.heads import MaskedLM
 from fastbert.training import pretrain as script
 from fastbert.training.options import kind
 

@@ -117,8 +117,8 @@ for name in ("fcntl", "resource"):
 # the lock of filelock without fcntl on Linux, which has neither that nor what Windows has, says that it is a weaker one
 warnings.filterwarnings("ignore", message="only soft file lock")
 import torch, fastbert
-from fastbert.shards import Shards, prepare
-from fastbert.tokenizer import save_tokenizer, train_wordpiece
+from fastbert.data.shards import Shards, prepare
+from fastbert.data.tokenizer import save_tokenizer, train_wordpiece
 from fastbert.training import card, log, pretrain
 log._tensorboard = card.learning_curve = lambda *_: None
 directory = sys.argv[1]

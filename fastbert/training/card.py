@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..files import write
-from ..heads import GENERATOR
+from ..model.replaced_tokens import GENERATOR
 from .log import clock, is_evaluation, losses_in, number, read_metrics
 
 # Okabe and Ito's colours, told apart with every kind of colour vision

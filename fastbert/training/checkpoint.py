@@ -23,8 +23,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ..data.tokenizer import save_tokenizer
 from ..files import MANIFEST, all_files, sync, verify_manifest, write_manifest
-from ..tokenizer import save_tokenizer
 from .options import flag
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "trainer_state.json"
@@ -36,7 +36,7 @@ _EXACT = "parameter"
 def save(directory, step, model, optimizer, tokenizer, state, *, keep=None):
     """Write `directory`/checkpoint-<step>, then delete all but the newest `keep` checkpoints (None: keep all).
 
-    `model` is one of fastbert.heads; `optimizer` a torch optimizer over its parameters; `tokenizer` a
+    `model` is one of fastbert.model.heads; `optimizer` a torch optimizer over its parameters; `tokenizer` a
     tokenizers.Tokenizer; `state` goes through JSON. Returns the path. Raises ValueError when a parameter is not finite
     and OSError when the disk does not take the files; earlier checkpoints stay in both cases.
     """

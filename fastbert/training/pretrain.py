@@ -25,13 +25,15 @@ from pathlib import Path
 
 import torch
 
-from .. import variants
-from ..data import OBJECTIVES, PAIRS, MaskedBatches, held_out_split
+from ..data.batches import MaskedBatches
+from ..data.sequences import OBJECTIVES, PAIRS, held_out_split
+from ..data.shards import Shards, prepare
+from ..data.text import LAYOUTS, check_columns, expand
+from ..data.tokenizer import load_tokenizer, save_tokenizer, special_ids, tokenizer_hash, train_bpe, train_wordpiece
 from ..files import lock
-from ..heads import EMBEDDING_SHARING, GENERATOR, MaskedLM, Pretraining, ReplacedTokenPretraining
-from ..shards import Shards, prepare
-from ..text import LAYOUTS, check_columns, expand
-from ..tokenizer import load_tokenizer, save_tokenizer, special_ids, tokenizer_hash, train_bpe, train_wordpiece
+from ..model import families, hf_files, presets
+from ..model.heads import MaskedLM, Pretraining
+from ..model.replaced_tokens import EMBEDDING_SHARING, GENERATOR, ReplacedTokenPretraining
 from . import card, checkpoint, optim, processes
 from .log import Log
 from .loop import Progress, Run, accumulate, add, figures, forward, length
@@ -160,7 +162,7 @@ def pretrain(config: PretrainConfig) -> dict:
         # text -> tokenizer -> shards; under torchrun the first process makes them and the others find them made
         with processes.first_process_first(rank):
             if tokenizer is None and rank == 0:
-                kind = variants.family(model_config.model_type).tokenizer
+                kind = families.family(model_config.model_type).tokenizer
                 log.say(f"training a {kind} tokenizer of {config.vocab_size} pieces")
                 reading = dict(text_column=config.text_column, layout=config.layout, progress=log.console.is_terminal)
                 if kind == "bpe":
@@ -186,9 +188,9 @@ def pretrain(config: PretrainConfig) -> dict:
             raise ValueError(f"--resume: the text is not the text that {resumed} has learned from")
 
         # model and optimizer
-        if config.model in variants.PRESETS:
+        if config.model in presets.PRESETS:
             ids = special_ids(tokenizer)
-            model_config = variants.with_vocabulary(model_config, tokenizer.get_vocab_size(), ids.pad)
+            model_config = families.with_vocabulary(model_config, tokenizer.get_vocab_size(), ids.pad)
         model = _model(config, model_config).to(device).train()
         optimizer = optim.adamw(
             model, learning_rate=config.learning_rate, weight_decay=config.weight_decay,
@@ -261,22 +263,22 @@ def evaluate(model, loader, *, bf16=False, interrupted=lambda: False):
 def _model_config(config):
     """EncoderConfig of --model with --dropout; a preset's vocabulary is sized later, to the tokenizer."""
     path = Path(config.model)
-    if config.model in variants.PRESETS or not (path.exists() or path.suffix == ".json"):
-        found = variants.preset(config.model)
+    if config.model in presets.PRESETS or not (path.exists() or path.suffix == ".json"):
+        found = presets.preset(config.model)
     else:
-        found = variants.read_config(path / "config.json" if path.is_dir() else path)
+        found = hf_files.read_config(path / "config.json" if path.is_dir() else path)
     if config.max_seq_length > found.max_length:
         raise ValueError(
             f"--max-seq-length is {config.max_seq_length}: the model {config.model} has {found.max_length} positions"
         )
-    row = variants.family(found.model_type)
+    row = families.family(found.model_type)
     if config.objective in PAIRS and found.type_vocab_size < 2:
         raise ValueError(f"--objective {config.objective} needs two token types: {config.model} has 1")
     if config.objective in PAIRS and "Pretraining" not in row.architectures:
         raise ValueError(f"--objective {config.objective}: a {found.model_type} does not learn from sentence pairs")
     if config.objective == "rtd" and row.generator is None:
         raise ValueError(
-            f"--objective rtd: a {found.model_type} has no detector of replaced tokens, {variants.detecting()} have"
+            f"--objective rtd: a {found.model_type} has no detector of replaced tokens, {families.detecting()} have"
         )
     if config.objective == "rtd" and path.is_dir() and not (path / GENERATOR / "config.json").is_file():
         raise ValueError(f"--objective rtd: {path} has no generator, expected one in {path / GENERATOR}")
@@ -315,7 +317,7 @@ def _known_tokenizer(config, source, resumed):
 
 def _check_vocabulary(config, model_config, tokenizer):
     """A preset takes the tokenizer's size; any other model has a size of its own."""
-    if config.model in variants.PRESETS:
+    if config.model in presets.PRESETS:
         return
     size = config.vocab_size if tokenizer is None else tokenizer.get_vocab_size()
     if size > model_config.vocab_size:
@@ -392,7 +394,7 @@ def _generator_config(config):
     """That of the generator to go on with; None for the family's own."""
     if not Path(config.model).is_dir():
         return None
-    found = variants.read_config(Path(config.model) / GENERATOR / "config.json")
+    found = hf_files.read_config(Path(config.model) / GENERATOR / "config.json")
     if config.dropout is not None:
         found = found.replace(hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout)
     return found

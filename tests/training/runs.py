@@ -8,8 +8,8 @@ import signal
 import torch
 from safetensors.torch import load_file
 
-from fastbert.shards import prepare
-from fastbert.tokenizer import save_tokenizer, train_wordpiece
+from fastbert.data.shards import prepare
+from fastbert.data.tokenizer import save_tokenizer, train_wordpiece
 from fastbert.training import card, checkpoint, log, pretrain
 from fastbert.training.pretrain import PretrainConfig
 

@@ -16,10 +16,10 @@ import torch
 from tokenizers import Tokenizer, models
 
 from fastbert import files
-from fastbert.config import EncoderConfig
-from fastbert.heads import MaskedLM
+from fastbert.data.tokenizer import SPECIALS
+from fastbert.model.config import EncoderConfig
+from fastbert.model.heads import MaskedLM
 from fastbert.packing import Batch
-from fastbert.tokenizer import SPECIALS
 from fastbert.training import checkpoint, optim
 
 CONFIG = EncoderConfig(

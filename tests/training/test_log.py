@@ -7,11 +7,11 @@ import pytest
 import torch
 from runs import assert_same_run, run, training_rows
 
-from fastbert import variants
-from fastbert.data import MaskedBatches
-from fastbert.heads import TokenClassifier
-from fastbert.shards import Shards
-from fastbert.tokenizer import load_tokenizer
+from fastbert.data.batches import MaskedBatches
+from fastbert.data.shards import Shards
+from fastbert.data.tokenizer import load_tokenizer
+from fastbert.model import hf_files
+from fastbert.model.heads import TokenClassifier
 from fastbert.training import card, checkpoint, log, loop, optim, processes
 from fastbert.training.pretrain import PretrainConfig
 
@@ -75,7 +75,7 @@ def test_a_new_task_brings_a_name_and_nothing_else(options, place, tmp_path, cap
     """Another script around the same loop: its name is in the log, on the console, in the card and the checkpoint."""
     config = PretrainConfig(**options | {"max_steps": 12, "logging_steps": 4, "eval_steps": 6, "learning_rate": 0.01})
     torch.manual_seed(0)
-    model = TokenClassifier(variants.read_config(place / "model.json")).train()
+    model = TokenClassifier(hf_files.read_config(place / "model.json")).train()
     optimizer = optim.adamw(model, learning_rate=0.01, weight_decay=0.0, betas=(0.9, 0.98), epsilon=1e-6)
     loader, progress, directory = Tagged(place), loop.Progress(), tmp_path / "run"
     facts = {"config": {"objective": "mlm"}, "model_config": model.config.to_dict(), "tokenizer": "0" * 64}

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from runs import MODEL, run, training_rows, worker
 from safetensors.torch import load_file
 
-from fastbert import heads, variants
-from fastbert.data import MaskedBatches
+from fastbert.data.batches import MaskedBatches
+from fastbert.data.shards import Shards
+from fastbert.model import heads, hf_files
 from fastbert.packing import Batch
-from fastbert.shards import Shards
 from fastbert.training import checkpoint, log, loop, pretrain
 
 
@@ -62,7 +62,7 @@ def gradients_of(model, batches):
 @pytest.mark.parametrize("kind", ["MaskedLM", "Pretraining"])
 @pytest.mark.parametrize("groups", [[3, 3], [1, 2, 2, 1], [6]], ids=["two", "four-one-without-picks", "one"])
 def test_cutting_a_step_into_micro_batches_does_not_change_its_gradient(kind, groups):
-    config = variants.config_from_hf(MODEL | {"vocab_size": 50, "hidden_dropout_prob": 0.0,
+    config = hf_files.config_from_hf(MODEL | {"vocab_size": 50, "hidden_dropout_prob": 0.0,
                                               "attention_probs_dropout_prob": 0.0})  # fmt: skip
     model = getattr(heads, kind)(config)
     batch = one_batch(LENGTHS, PICKS, pairs=kind == "Pretraining")
@@ -90,7 +90,7 @@ def test_cutting_a_step_into_micro_batches_does_not_change_its_gradient(kind, gr
 
 
 def test_a_step_without_picks_leaves_no_gradient_and_no_nan(options):
-    model = heads.MaskedLM(variants.config_from_hf(MODEL | {"vocab_size": 50}))
+    model = heads.MaskedLM(hf_files.config_from_hf(MODEL | {"vocab_size": 50}))
     found, sums = gradients_of(model, [one_batch([4, 3], [[], []])])
     assert not found and sums == {"count": 0, "tokens": 7}
     # in a run: steps go by, are counted, and leave the model finite

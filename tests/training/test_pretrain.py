@@ -11,11 +11,11 @@ import transformers
 from runs import MODEL, WORDS, run, training_rows
 from safetensors.torch import load_file
 
-from fastbert import heads, variants
-from fastbert.data import MaskedBatches
-from fastbert.fill_mask import fill_mask, load
-from fastbert.shards import Shards
-from fastbert.tokenizer import save_tokenizer, train_bpe
+from fastbert.data.batches import MaskedBatches
+from fastbert.data.shards import Shards
+from fastbert.data.tokenizer import save_tokenizer, train_bpe
+from fastbert.model import families, heads, hf_files
+from fastbert.tasks.fill_mask import fill_mask, load
 from fastbert.training import log, pretrain
 from fastbert.training.pretrain import PretrainConfig
 
@@ -93,7 +93,7 @@ def test_every_family_learns_from_raw_text(name, place, tmp_path):
     (tmp_path / "model.json").write_text(json.dumps(values))
     tokenizer = train_bpe([str(place / "long.txt")], 300, progress=False)
     save_tokenizer(tokenizer, tmp_path / "tokenizer")
-    if variants.family(name).positions_after_padding:
+    if families.family(name).positions_after_padding:
         options = dict(tokenizer=tmp_path / "tokenizer")
     else:
         options = dict(tokenizer=place / "tokenizer")
@@ -122,7 +122,7 @@ def test_pair_objectives_log_their_accuracy_and_load_as_pretraining(objective, o
 
 
 def test_an_evaluation_is_the_same_each_time_and_right(place):
-    model = heads.MaskedLM(variants.config_from_hf(MODEL))
+    model = heads.MaskedLM(hf_files.config_from_hf(MODEL))
     loader = MaskedBatches(Shards.open(place / "shards"), max_seq_length=24, tokens_per_batch=192, seed=1)
     row = pretrain.evaluate(model.train(), loader)
     assert model.training and row == pretrain.evaluate(model, loader)

@@ -24,12 +24,13 @@ from runs import (
 )
 from safetensors.torch import load_file
 
-from fastbert import variants
-from fastbert.data import MaskedBatches
-from fastbert.fill_mask import fill_mask, load
-from fastbert.heads import MaskedLM, ReplacedTokenDetector, ReplacedTokenPretraining, pack_inputs
-from fastbert.packing import Batch
-from fastbert.shards import Shards
+from fastbert.data.batches import MaskedBatches
+from fastbert.data.shards import Shards
+from fastbert.model import hf_files
+from fastbert.model.heads import MaskedLM, ReplacedTokenDetector
+from fastbert.model.replaced_tokens import ReplacedTokenPretraining
+from fastbert.packing import Batch, pack_inputs
+from fastbert.tasks.fill_mask import fill_mask, load
 from fastbert.training import checkpoint, log, pretrain
 from fastbert.training.card import learning_curve
 from fastbert.training.loop import accumulate
@@ -48,7 +49,7 @@ FAMILIES = {
 
 def config_of(family):
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return variants.config_from_hf(MODEL | FAMILIES[family] | {"vocab_size": 148} | no_dropout)
+    return hf_files.config_from_hf(MODEL | FAMILIES[family] | {"vocab_size": 148} | no_dropout)
 
 
 @pytest.fixture(scope="module")
@@ -331,7 +332,7 @@ def test_two_processes_learn_what_one_does_with_two_micro_batches(options, tmp_p
 def test_what_cannot_work_is_said_before_any_work(changes, message, options, place, monkeypatch):
     monkeypatch.setattr(pretrain, "_model", lambda *_: pytest.fail("work was begun"))
     if not (place / "lone").exists():
-        ReplacedTokenDetector(variants.read_config(place / "electra.json")).save_pretrained(place / "lone")
+        ReplacedTokenDetector(hf_files.read_config(place / "electra.json")).save_pretrained(place / "lone")
     if "model" in changes:
         changes = changes | {"model": place / changes["model"]}
     with pytest.raises(ValueError, match=message) as error:

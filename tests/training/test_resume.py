@@ -13,8 +13,8 @@ from click.testing import CliRunner
 from runs import assert_same_run, assert_same_tensors, run, stop_in
 
 from fastbert.cli import main
-from fastbert.shards import prepare
-from fastbert.tokenizer import load_tokenizer, save_tokenizer, train_wordpiece
+from fastbert.data.shards import prepare
+from fastbert.data.tokenizer import load_tokenizer, save_tokenizer, train_wordpiece
 from fastbert.training import checkpoint, log
 
 ROOT = Path(__file__).parents[2]

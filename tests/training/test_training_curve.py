@@ -5,8 +5,8 @@ import torch
 from helpers import packed_batch
 
 from fastbert import ops
-from fastbert.config import EncoderConfig
-from fastbert.heads import Pretraining
+from fastbert.model.config import EncoderConfig
+from fastbert.model.heads import Pretraining
 
 STEPS = 30
 CONFIG = EncoderConfig(
