@@ -60,10 +60,15 @@ def tree(path):
 
 
 def imports(path):
-    """Every module that a file imports, at its top or inside a function, by its full name."""
+    """Every module that a file imports when it runs, at its top or inside a function, by its full name."""
     module = module_of(path)
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    for node in ast.walk(tree(path)):
+    whole = tree(path)
+    for node in ast.walk(whole):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            # for type checkers alone
+            node.body = []
+    for node in ast.walk(whole):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
