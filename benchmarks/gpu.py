@@ -93,18 +93,16 @@ def plan(on_gpu):
     has_workers = on_gpu and importlib.util.find_spec("xdist")
     together, one_process = (("-n", str(workers())), ("-n", "1")) if has_workers else ((), ())
     few, alone, shared = ("--rounds", "2"), f"({ALONE})", f"not ({ALONE})"
+    of_own = shared
     settings = ("--op", "attention", "layer_norm", "bias_gelu", "--model", "bert-base", "--dtype", "bfloat16")
     if not on_gpu:
-        # one op: the tests of all have their own place in the suite
-        alone, shared, others = (
-            f"{alone} and pooling",
-            f"{shared} and pooling",
-            [file for file in others if "pooling" in file],
-        )
+        # one op and one file: the tests of all have their own place in the suite
+        alone, of_own = f"{alone} and pooling", f"{shared} and pooling"
+        others = [file for file in others if "dropout_mask" in file]
     steps = [
         Step("device", 15, "machine.py"),
         Step("own step", 35, "bench_training_step_gpu.py", None, (), ("--own",), ("--own", *few)),
-        Step("tests", 90, None, "tests.json", (own, "-k", shared, *together)),
+        Step("tests", 90, None, "tests.json", (own, "-k", of_own, *together)),
         Step("tuning", 60, "tune.py", None, (), settings, ("--op", "layer_norm", "bias_gelu")),
         Step("ops", 90, "bench_ops.py", None, (), ("--ops", *OPS), ("--ops", "layer_norm", "bias_gelu", *few)),
         Step("races", 60, None, "races.json", (own, "-k", alone, *one_process)),
