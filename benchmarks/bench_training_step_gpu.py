@@ -36,6 +36,7 @@ import machine
 import precompile
 import record
 
+import fastbert
 from fastbert.packing import pack
 from fastbert.proof import op_cases
 
@@ -46,11 +47,11 @@ OWN = LIBRARIES[-1]
 
 def save_weights(directory, device):
     """BERT-base, or in a rehearsal a tiny one, with random weights, as a HuggingFace directory; its config."""
-    from transformers import BertConfig, BertForMaskedLM
-
     torch.manual_seed(0)
-    config = BertConfig() if device.type == "cuda" else BertConfig(**TINY)
-    BertForMaskedLM(config).save_pretrained(directory)
+    config = fastbert.preset("bert-base")
+    if device.type != "cuda":
+        config = config.replace(**TINY)
+    fastbert.MaskedLM(config).save_pretrained(directory)
     return config
 
 
@@ -130,41 +131,61 @@ def model_flops(config, lengths, picked):
     return round(3 * (linear + L * 4 * D * scores - unseen + head))
 
 
-def run_case(name, lengths, models, config, device, ceiling, rounds, end):
-    batches = {library: batch_of(library, lengths, config.vocab_size, device) for library in models}
-    losses, failed = {}, {}
-    with torch.no_grad():
-        for library, (model, _) in list(models.items()):
-            if library.endswith("compiled"):
-                continue  # the same function; an evaluation would compile it once more
-            model.eval()
-            losses[library] = loss_of(model, batches[library], device).item()
-            model.train()
+@torch.no_grad()
+def loss_without_dropout(model, batch, device):
+    model.eval()
+    loss = loss_of(model, batch, device).item()
+    model.train()
+    return loss
+
+
+def run_case(name, lengths, libraries, directory, config, device, ceiling, rounds, end):
+    models, losses, gib, failed = {}, {}, {}, {}
+    batches = {library: batch_of(library, lengths, config.vocab_size, device) for library in libraries}
+
+    def attempt(library, call):
+        """What `call` returns. Where it fails, the library leaves `models`. fastbert's own failure is raised."""
+        try:
+            return call()
+        except Exception as failure:
+            if library.startswith("fastbert"):
+                raise
+            failed[library] = f"{type(failure).__name__}: {failure}".partition("\n")[0][:200]
+            models.pop(library, None)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
+
+    for library in libraries:
+        loaded = attempt(library, functools.partial(load, library, directory, device))
+        if loaded:
+            models[library] = loaded
+    for library in list(models):
+        # compiled is the same function; an evaluation would compile it once more
+        if not library.endswith("compiled"):
+            one = functools.partial(loss_without_dropout, models[library][0], batches[library], device)
+            losses[library] = attempt(library, one)
+    losses = {library: loss for library, loss in losses.items() if library in models}
     difference = max(losses.values()) - min(losses.values())
     if difference > (0.02 if device.type == "cuda" else 1e-4):
         raise AssertionError(f"{name}: the losses differ by {difference:.1e}: {losses}")
     seconds = {library: [] for library in models}
-    gib = {}
+
+    def turn(library, i):
+        one = functools.partial(step, *models[library], batches[library], device)
+        if i == -1 and device.type == "cuda":
+            gib[library] = machine.gib_per_call(device, one)
+        start = time.perf_counter()
+        one()
+        if i >= 0:
+            seconds[library].append(time.perf_counter() - start)
+
     warm_up = 2 if device.type == "cuda" else 0
     for i in range(-warm_up, rounds):
         if i > 4 and time.monotonic() > end:
             break
         for library in list(models)[:: 1 if i % 2 else -1]:
-            if library in failed:
-                continue
-            one = functools.partial(step, *models[library], batches[library], device)
-            try:
-                if i == -1 and device.type == "cuda":
-                    gib[library] = machine.gib_per_call(device, one)
-                start = time.perf_counter()
-                one()
-                if i >= 0:
-                    seconds[library].append(time.perf_counter() - start)
-            except Exception as failure:
-                if library.startswith("fastbert"):
-                    raise
-                failed[library] = f"{type(failure).__name__}: {failure}".partition("\n")[0][:200]
-                models[library][1].zero_grad(set_to_none=True)
+            attempt(library, functools.partial(turn, library, i))
     real = sum(lengths)
     picked = int((on_cpu.padded_batch(lengths)["labels"] != -100).sum())
     flops = model_flops(config, lengths, picked)
@@ -176,8 +197,11 @@ def run_case(name, lengths, models, config, device, ceiling, rounds, end):
             "percent_of_product": round(100 * flops / figures["median_s"] / ceiling, 2),
             "peak_gib": None if gib.get(library) is None else round(gib[library], 3),
         }  # fmt: skip
-    if list(models) == [OWN] and device.type == "cuda":
-        summary[OWN]["kernels"] = kernel_times(functools.partial(step, *models[OWN], batches[OWN], device))
+    if libraries == [OWN] and device.type == "cuda":
+        try:
+            summary[OWN]["kernels"] = kernel_times(functools.partial(step, *models[OWN], batches[OWN], device))
+        except Exception as failure:  # the times of the step stay
+            failed["times of kernels"] = f"{type(failure).__name__}: {failure}".partition("\n")[0][:200]
     return {
         "name": f"BERT-base training step, {name}", "case": name, "tokens_real": real,
         "tokens_padded": len(lengths) * max(lengths), "picked": picked, "difference": difference, "failed": failed,
@@ -256,15 +280,13 @@ def main():
                 left_out.append(case)
                 continue
             try:
-                models = {library: load(library, directory, device) for library in libraries}
-                row = run_case(case, lengths, models, config, device, ceiling, options.rounds, end)
+                row = run_case(case, lengths, libraries, directory, config, device, ceiling, options.rounds, end)
             except Exception as failure:  # the other cases want their turn
                 failures.append(case)
                 print(f"{case}: FAILED: {type(failure).__name__}: {str(failure)[:2000]}", flush=True)
                 continue
             finally:
                 # nothing of a case is there when the next begins
-                models = None
                 gc.collect()
                 if device.type == "cuda":
                     torch.cuda.empty_cache()

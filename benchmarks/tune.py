@@ -138,7 +138,10 @@ def main():
         print(f"{case.name}: {new} classes of shapes", flush=True)
         content = profile(old, facts)
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        # in one piece: every later launch reads it
+        part = output.with_suffix(".part")
+        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        part.replace(output)
     nothing.cleanup()
     pairs = [pair for classes in profile(old, facts)["microseconds"].values() for pair in classes.values()]
     faster = [default / chosen for chosen, default in pairs if chosen and default and chosen < default]

@@ -20,6 +20,7 @@ from pretend_cuda import pretending
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a rehearsal is for machines without a GPU")
 
+WARMED = ("tune.py", "bench_training_step_gpu.py", "bench_ops.py")
 # the files of results that a step leaves when it is done
 RESULTS = {
     "device": {"machine.json"}, "own step": {"own_step.json", "own_step.md"}, "tests": {"tests.json"},
@@ -45,7 +46,8 @@ def finished(archive):
     for step in steps:
         if step["status"] == "passed":
             assert {f"results/{name}" for name in RESULTS[step["step"]]} <= names, step
-        assert f"logs/{step['step'].replace(' ', '_')}.log" in names
+        has_log = f"logs/{step['step'].replace(' ', '_')}.log" in names
+        assert has_log == (step["status"] != "left out")
     return {step["step"]: step["status"] for step in steps}
 
 
@@ -61,7 +63,7 @@ def imports(archive, root):
 
 
 def test_the_whole_command_in_forty_seconds(tmp_path):
-    """More than fits: the steps that overrun are ended and told, the archive has what the others made."""
+    """More than fits: what overruns is ended, the last steps are left out, the archive has what the others made."""
     # on a machine that is busy enough not even the first step fits
     for seconds in (40, 80, 160):
         began = time.monotonic()
@@ -72,8 +74,8 @@ def test_the_whole_command_in_forty_seconds(tmp_path):
             break
     assert [path.name for path in (tmp_path / "out").iterdir()] == [gpu.ARCHIVE], said
     steps = finished(tmp_path / "out" / gpu.ARCHIVE)
-    assert list(steps) == list(RESULTS) and set(steps.values()) <= {"passed", "out of time"}, said
-    assert process.returncode == int("out of time" in steps.values()) and steps["device"] == "passed"
+    assert list(steps) == list(RESULTS) and set(steps.values()) <= {"passed", "out of time", "left out"}, said
+    assert process.returncode == int(set(steps.values()) != {"passed"}) and steps["device"] == "passed"
     found = imports(tmp_path / "out" / gpu.ARCHIVE, tmp_path / "tree")
     assert "rehearsal" in found["machine.json"]
     if steps["tuning"] == "passed":
@@ -96,12 +98,17 @@ def test_a_killed_command_leaves_what_its_finished_steps_made(tmp_path):
     process.kill()
     process.wait()
     # a step does not outlive the command
-    end = time.monotonic() + 10
-    while any(is_running(child) for child in children) and time.monotonic() < end:
-        time.sleep(0.1)
-    assert not any(is_running(child) for child in children)
+    assert ended(*children)
     assert finished(archive) == {"device": "passed", "tuning": "passed"}
     assert imports(archive, tmp_path / "tree").keys() == {"machine.json", "profile.json"}
+
+
+def ended(*pids):
+    """Whether these processes are gone; what has been killed may take a moment."""
+    end = time.monotonic() + 10
+    while any(is_running(pid) for pid in pids) and time.monotonic() < end:
+        time.sleep(0.1)
+    return not any(is_running(pid) for pid in pids)
 
 
 def is_running(pid):
@@ -150,6 +157,21 @@ def test_a_step_that_takes_too_long_is_ended(step, tmp_path):
     assert json.loads((tmp_path / "tests.json").read_text(encoding="utf-8"))["passed"] == 1
 
 
+@pytest.mark.parametrize("ends", [False, True])
+def test_nothing_of_a_step_runs_beside_the_next(ends, step, tmp_path):
+    """Neither what it started, in its group, nor what ran beside it, be it ended or done."""
+    sleep = "import subprocess, sys; "
+    sleep += "print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).pid, file=open({!r}, 'w'))"
+    first, second = tmp_path / "first", tmp_path / "second"
+    body = f"exec({sleep.format(str(first))!r})\n    time.sleep({4 if ends else 60})"
+    beside = [sys.executable, "-c", sleep.format(str(second)) + "; import time; time.sleep(60)"]
+    done = [sys.executable, "-c", "print('compiled')"]
+    status, *_ = gpu.run(step(body), 30 if ends else 12, dict(os.environ), tmp_path, meanwhile=[done, beside])
+    assert status == ("passed" if ends else "out of time")
+    assert ended(*(path.read_text().strip() for path in (first, second)))
+    assert "compiled" in (tmp_path / "logs" / "compile.log").read_text()
+
+
 def test_what_a_killed_pytest_leaves_is_no_failure_of_the_command(tmp_path):
     for content in (None, "<testsuites><testcase"):
         xml = tmp_path / "x.xml"
@@ -168,12 +190,13 @@ def test_a_log_in_the_archive_is_cut_to_its_end(tmp_path):
     assert len(text) == gpu.LOG_BYTES and text.endswith(b"\nlast\n")
 
 
-@pytest.mark.parametrize("what", ["missing", "text", "cut", "other", "device", "path"])
+@pytest.mark.parametrize("what", ["missing", "text", "cut", "bits", "other", "device", "path"])
 def test_what_is_no_archive_is_refused_in_one_line(what, tmp_path, capsys):
     archive = tmp_path / gpu.ARCHIVE
     files = {
         "other": {"a.txt": "x"}, "device": {"run.json": '{"device": "../../evil"}'}, "cut": {"run.json": "{}" * 10**6},
         "path": {"run.json": '{"device": "x"}', "../outside": "x"},
+        "bits": {"run.json": '{"device": "rehearsal"}', "logs/a.log": " ".join(map(str, range(10**4)))},
     }.get(what)  # fmt: skip
     if what == "text":
         archive.write_text("no archive")
@@ -185,6 +208,11 @@ def test_what_is_no_archive_is_refused_in_one_line(what, tmp_path, capsys):
                 tar.addfile(entry, io.BytesIO(content.encode()))
     if what == "cut":
         archive.write_bytes(archive.read_bytes()[:-200])
+    if what == "bits":
+        # inside what is compressed: tar itself would not notice
+        content = bytearray(archive.read_bytes())
+        content[len(content) // 2] ^= 16
+        archive.write_bytes(content)
     with pytest.raises(SystemExit) as ended:
         gpu.main(["--import", str(archive)])
     assert ended.value.code == 2
@@ -198,6 +226,7 @@ def test_what_is_no_archive_is_refused_in_one_line(what, tmp_path, capsys):
     [
         (["--seconds", "5"], "--seconds is 5: expected at least 10"),
         (["--seconds", "nan"], "--seconds is nan"),
+        (["--seconds", "inf"], "--seconds is inf: expected at least 10, and finite"),
         (["--output", "/proc/nowhere"], "--output /proc/nowhere: nothing can be written there"),
         (["--only", "everything"], "invalid choice: 'everything'"),
     ],
@@ -237,7 +266,7 @@ def test_the_plan_fits_and_its_scripts_know_what_they_are_told():
 
 def test_on_a_gpu(monkeypatch, tmp_path, capsys):
     """In order, within the time; compilation beside the tests and never beside what is timed; the profile comes too."""
-    seen, compiling, now = [], [], [0.0]
+    seen, now = [], [0.0]
     monkeypatch.setattr(gpu, "time", types.SimpleNamespace(monotonic=lambda: now[0], time=time.time))
     profile = tmp_path / "kernels" / "profiles" / f"{machine_name()}.json"
     profile.parent.mkdir(parents=True)
@@ -248,13 +277,10 @@ def test_on_a_gpu(monkeypatch, tmp_path, capsys):
         gpu, "tests_on_a_device", lambda: ["tests/kernels/test_gpu.py", "tests/kernels/test_attention.py"]
     )
 
-    def warming(environment, logs):
+    def run_step(step, seconds, environment, work, is_rehearsal, meanwhile):
         assert "TRITON_INTERPRET" not in environment and "FASTBERT_IMPL" not in environment
-        compiling.append(True)
-        return "a process"
-
-    def run_step(step, seconds, environment, work, is_rehearsal):
-        assert bool(compiling) == (step.name == "tests") and not is_rehearsal
+        assert bool(meanwhile) == (step.name == "tests") and not is_rehearsal
+        assert all((gpu.ROOT / command[1]).name in WARMED and command[-1] == "--warm" for command in meanwhile)
         seen.append(step.name)
         taken = min(seconds, {"device": 9.0, "ops": 500.0}.get(step.name, step.seconds / 2))
         now[0] += taken
@@ -265,8 +291,6 @@ def test_on_a_gpu(monkeypatch, tmp_path, capsys):
         return ("passed" if taken < seconds else "out of time"), taken, "3 passed"
 
     monkeypatch.setenv("FASTBERT_IMPL", "reference")
-    monkeypatch.setattr(gpu, "warming", warming)
-    monkeypatch.setattr(gpu, "end", lambda process, grace: compiling.remove(True))
     monkeypatch.setattr(gpu, "run", run_step)
     with pretending(), pytest.raises(SystemExit) as ended:
         gpu.main(["--output", str(tmp_path / "out")])
@@ -275,6 +299,34 @@ def test_on_a_gpu(monkeypatch, tmp_path, capsys):
         assert f"profiles/{profile.name}" in tar.getnames()
         summary = tar.extractfile("results/summary.md").read().decode()
     assert summary.startswith("# make gpu on") and "| ops | out of time |" in summary and "not told" not in summary
+
+
+@pytest.mark.parametrize("seconds", [60, 100, 300])
+def test_a_short_run_does_what_matters_most(seconds, monkeypatch, tmp_path):
+    """The first steps have all the time that they need; what does not fit is left out, and not begun in vain."""
+    given, now = {}, [0.0]
+    monkeypatch.setattr(gpu, "time", types.SimpleNamespace(monotonic=lambda: now[0], time=time.time))
+
+    def run_step(step, share, environment, work, *_):
+        given[step.name] = share
+        now[0] += min(step.seconds, share)
+        return "passed", min(step.seconds, share), "3 passed"
+
+    monkeypatch.setattr(gpu, "run", run_step)
+    with pretending(), pytest.raises(SystemExit) as ended:
+        gpu.main(["--output", str(tmp_path), "--seconds", str(seconds)])
+    assert ended.value.code == 1 and now[0] <= seconds
+    steps, whole = finished_steps(tmp_path / gpu.ARCHIVE), pretended(gpu.plan)
+    fit = [step for i, step in enumerate(whole) if sum(x.seconds for x in whole[: i + 1]) <= seconds]
+    assert {"device", "own step"} <= {step.name for step in fit} <= given.keys()
+    assert all(given[step.name] >= step.seconds for step in fit)
+    assert all(given[step.name] >= step.seconds / 2 for step in whole if step.name in given)
+    assert steps == {step.name: "passed" if step.name in given else "left out" for step in whole}
+
+
+def finished_steps(archive):
+    with tarfile.open(archive) as tar:
+        return {step["step"]: step["status"] for step in json.load(tar.extractfile("run.json"))["steps"]}
 
 
 def pretended(plan):
@@ -301,22 +353,43 @@ def test_without_output_the_archive_is_imported_at_the_end(monkeypatch, tmp_path
 # --- one illegal access fails one test
 
 
-def test_a_cuda_error_costs_one_test(tmp_path):
-    """The worker in which it happened is replaced: the context of its process is lost."""
-    pytest.importorskip("xdist")
+@pytest.mark.parametrize(
+    "workers, where, said, counted",
+    [
+        (1, "call", "CUDA error", "1 failed, 6 passed"),
+        (1, "setup", "Triton Error [CUDA]", "1 failed, 6 passed"),
+        # what it did before passed
+        (1, "teardown", "CUDA error", "1 failed, 7 passed"),
+        (0, "call", "CUDA error", "1 failed, 3 passed"),
+    ],
+)
+def test_a_cuda_error_costs_one_test(workers, where, said, counted, tmp_path):
+    """The worker in which it happened is replaced: the context of its process is lost. Without one, nothing follows."""
+    if workers:
+        pytest.importorskip("xdist")
     (tmp_path / "conftest.py").write_text("from lost_worker import pytest_runtest_makereport  # noqa: F401")
     names = itertools.chain(range(3), ["bad"], range(3, 6))
-    body = "\n".join(f"def test_{name}():\n    work({name!r})\n" for name in names)
+    body = "\n".join(
+        f"def test_{name}(around):\n    {'work' if where == 'call' else 'len'}({str(name)!r})\n" for name in names
+    )
     (tmp_path / "test_lost.py").write_text(
+        "import pytest\n"
         "lost = []\n"
         "def work(name):\n"
         "    if name == 'bad':\n"
         "        lost.append(name)\n"
         "    if lost:\n"
-        "        raise RuntimeError('CUDA error: an illegal memory access was encountered')\n" + body
+        f"        raise RuntimeError('{said}: an illegal memory access was encountered')\n"
+        "@pytest.fixture\n"
+        "def around(request):\n"
+        f"    {'work' if where == 'setup' else 'len'}(request.node.name.removeprefix('test_'))\n"
+        "    yield\n"
+        f"    {'work' if where == 'teardown' else 'len'}(request.node.name.removeprefix('test_'))\n" + body
     )
-    command = [sys.executable, "-m", "pytest", "-n", "1", "-p", "no:cacheprovider", str(tmp_path)]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(tmp_path)]
+    command += ["-n", str(workers)] if workers else []
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert "1 failed, 6 passed" in done.stdout, done.stdout + done.stderr
+    assert counted in done.stdout, done.stdout + done.stderr
+    assert workers or "every later test" in done.stdout
     assert "an illegal memory access was encountered" in done.stderr + done.stdout

@@ -1,10 +1,10 @@
 """What benchmarks do on a GPU only, walked on a CPU that says it is one. No time means anything here."""
 
+import functools
 import importlib
 import itertools
 import json
 import sys
-import types
 from dataclasses import replace
 
 import bench_models
@@ -75,6 +75,9 @@ def test_the_cases_of_a_gpu():
         full, quick = bench_ops.cases(CUDA), bench_ops.cases(CUDA, quick=True)
         searched = tune.cases(CUDA)
     assert [case.op for case in quick] == op_cases.OPS and set(quick) <= set(full)
+    # no op has a second turn before every op had its first
+    plain = [case.op for case in full if not case.dropout_p]
+    assert plain[: len(op_cases.OPS)] == op_cases.OPS
     assert {sum(case.lengths) for case in full} == {65536} and {case.dtype for case in full} == {torch.bfloat16}
     assert len(set(full)) == len(full) and len(set(searched)) == len(searched)
     assert {case.op for case in searched} == set(op_cases.OPS)
@@ -101,21 +104,27 @@ def test_training_step(run, tmp_path, monkeypatch):
         assert row["seconds"].keys() == set(bench_training_step_gpu.LIBRARIES) and not row["failed"]
         assert all(len(rounds) == 2 for rounds in row["seconds"].values()) and row["difference"] < 0.02
         assert row["summary"]["fastbert"]["peak_gib"] == 2
-    assert len(run.compiled) == 3 and "transformers, compiled" in (tmp_path / "training_step.md").read_text("utf-8")
+    assert len(run.compiled) == 2 and "transformers, compiled" in (tmp_path / "training_step.md").read_text("utf-8")
     assert ("reset",) in Stream.log
 
-    def refuses(library, directory, device):
-        if library.endswith("compiled"):
-            load(library, directory, device)
-            return (lambda **_: 1 / 0), types.SimpleNamespace(zero_grad=lambda set_to_none: None)
-        return load(library, directory, device)
+    # "transformers" fails without dropout, compiled where it is loaded or in its step
+    def refuses(in_step, library, directory, device):
+        if library.endswith("compiled") and not in_step:
+            raise ImportError("no compiler")
+        model, optimizer = load(library, directory, device)
+        if not library.startswith("fastbert"):
+            model.forward = lambda **_: 1 / 0
+        return model, optimizer
 
     lengths.pop("second")
-    monkeypatch.setattr(bench_training_step_gpu, "load", refuses)
-    # a library without eval or train would stop all: it must not
-    assert run(bench_training_step_gpu, "--rounds", 1) == 0
-    row = read(tmp_path, "training_step.json")["rows"][0]
-    assert row["failed"] == {"transformers, compiled": "ZeroDivisionError: division by zero"}
+    for in_step, reason in ((False, "ImportError: no compiler"), (True, "ZeroDivisionError: division by zero")):
+        monkeypatch.setattr(bench_training_step_gpu, "load", functools.partial(refuses, in_step))
+        assert run(bench_training_step_gpu, "--rounds", 1) == 0
+        row = read(tmp_path, "training_step.json")["rows"][0]
+        assert row["seconds"].keys() == {"fastbert", "fastbert, packed"}
+        assert row["failed"] == {
+            "transformers": "ZeroDivisionError: division by zero", "transformers, compiled": reason
+        }  # fmt: skip
     assert run(bench_training_step_gpu, "--warm") == 0
 
 
@@ -267,6 +276,16 @@ def test_an_own_step(run, tmp_path, monkeypatch):
         assert row["seconds"].keys() == {"fastbert, packed"} and row["summary"]["fastbert, packed"]["kernels"]
     assert not (tmp_path / "training_step.json").exists() and "S=512" in (tmp_path / "own_step.md").read_text("utf-8")
     assert len(gpu.highlights(tmp_path)) == 2
+
+
+def test_an_own_step_needs_neither_transformers_nor_a_profiler(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setattr(bench_training_step_gpu, "kernel_times", lambda call: 1 / 0)
+    monkeypatch.setattr(bench_training_step_gpu, "cases", lambda device: {"one": (5, 9, 3)})
+    assert run(bench_training_step_gpu, "--own", "--rounds", 2) == 0
+    result = read(tmp_path, "own_step.json")
+    assert len(result["rows"][0]["seconds"]["fastbert, packed"]) == 2
+    assert "ZeroDivisionError" in result["not_measured"]["times of kernels, training step one"]
 
 
 def test_sizes_go_by_all_of_the_memory(monkeypatch):
