@@ -52,7 +52,6 @@ from pathlib import Path
 import machine
 import model_pairs
 import op_cases
-import precompile
 import record
 import tables
 import torch
@@ -286,6 +285,9 @@ def run_case(case, model, device, rates, rounds, not_measured, seconds=20.0):
 
 def compile_kernels(case, model, device):
     """Compile what fastbert's step launches, many kernels at a time."""
+    # it wants triton, which a CPU does without
+    import precompile
+
     try:
         batch, packed = batches(model.config, case, device)
         # the optimizer would move the weights by gradients that mean nothing
