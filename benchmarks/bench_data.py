@@ -36,12 +36,13 @@ import record
 import report
 
 import fastbert
-from fastbert import optim
-from fastbert.data import OBJECTIVES, MaskedBatches
-from fastbert.heads import MaskedLM
-from fastbert.pretrain import accumulate
-from fastbert.shards import Shards, prepare
-from fastbert.tokenizer import train_wordpiece
+from fastbert.data.batches import MaskedBatches
+from fastbert.data.sequences import OBJECTIVES
+from fastbert.data.shards import Shards, prepare
+from fastbert.data.tokenizer import train_wordpiece
+from fastbert.model.heads import MaskedLM
+from fastbert.training import optim
+from fastbert.training.loop import accumulate
 
 # lines that the tokenizers library gets at a time: faster than 5,000 and than all
 BATCH = 1000

@@ -51,7 +51,6 @@ from pathlib import Path
 
 import machine
 import model_pairs
-import op_cases
 import record
 import tables
 import torch
@@ -59,6 +58,7 @@ from model_pairs import FAMILIES, FLOPS, IMPLEMENTATIONS, OWN, Case, Model, batc
 from rounds import take_turns
 
 import fastbert
+from fastbert.proof import op_cases
 
 SWEEPS = ("fill", "batch", "picked", "length", "families", "sentences")
 FILES = {"sweeps": "models", "step": "training_step", "families": "families"}

@@ -5,7 +5,7 @@
     python benchmarks/bench_ops.py --ops attention pooling
     pytest benchmarks/bench_ops.py --benchmark-json new.json      by pytest-benchmark, variant after variant
 
-On a GPU it is 65,536 real tokens in bf16; on a CPU 1,024 or 2,048 in fp32, where fastbert is its own plain PyTorch. A
+On a GPU it is 65,536 real tokens in bf16; on a CPU 1,024 or 2,048 in fp32, where fastbert is `fastbert/cpu`. A
 peer that needs padding gets the rectangle, which is what it computes in a real model, already padded; rates count real
 tokens only. Variants take turns, round after round, in alternating order, each from a cold cache; on a GPU they are
 timed on the device's own stream without the host's time.
@@ -35,11 +35,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import machine
-import op_cases
 import precompile
 import record
-from op_cases import Case, results
 from op_peers import NotApplicable, Unavailable, build, installed, variants
+
+from fastbert.proof import op_cases
+from fastbert.proof.op_cases import Case, results
 
 LENGTHS = (26, 40, 55, 70, 84, 99, 113, 128)
 TOLERANCE = {torch.bfloat16: 0.03, torch.float16: 0.005, torch.float32: 1e-4}

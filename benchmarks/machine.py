@@ -21,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fastbert import ops
-from fastbert.report import versions
+from fastbert.training.card import versions
 
 # sizes by the device's type: a copy many times any cache, a product that keeps every multiprocessor or core busy, and
 # what is read to empty the caches: ten times that of an H200, four times a B200's, twice an MI300X's; on a CPU 64 MiB

@@ -28,9 +28,8 @@ import machine
 import torch
 
 import fastbert
-from fastbert import variants
-from fastbert.heads import pack_inputs
-from fastbert.packing import pack
+from fastbert.model import families, hf_files
+from fastbert.packing import pack, pack_inputs
 
 # family -> its published size
 FAMILIES = {
@@ -132,8 +131,8 @@ def load_pair(config, directory):
 
     logging.disable_progress_bar()
     torch.manual_seed(0)
-    theirs_config = AutoConfig.for_model(**variants.config_to_hf(config))
-    theirs_config.architectures = [variants.family(config.model_type).architectures["MaskedLM"]]
+    theirs_config = AutoConfig.for_model(**hf_files.config_to_hf(config))
+    theirs_config.architectures = [families.family(config.model_type).architectures["MaskedLM"]]
     for attention in ("sdpa", "eager"):
         try:
             theirs = AutoModelForMaskedLM.from_config(theirs_config, attn_implementation=attention)

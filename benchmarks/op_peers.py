@@ -1,8 +1,8 @@
 """What a user could call instead of each op: plain PyTorch, PyTorch's own fused functions, other libraries.
 
-A variant is a function from a case's Arguments to a Run (op_cases.py), in the strongest setting that was found for it
-(README.md lists those). It raises Unavailable, with the reason, where it cannot be had, and NotApplicable where it
-would be another one over again. PEERS, at the end, is the table.
+A variant is a function from a case's Arguments to a Run (fastbert/proof/op_cases.py), in the strongest setting that was
+found for it (README.md lists those). It raises Unavailable, with the reason, where it cannot be had, and NotApplicable
+where it would be another one over again. PEERS, at the end, is the table.
 """
 
 import contextlib
@@ -13,10 +13,10 @@ from importlib import metadata
 
 import torch
 import torch.nn.functional as F
-from op_cases import Arguments, Run, floating, run_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastbert import ops
+from fastbert.proof.op_cases import Arguments, Run, floating, run_of
 
 
 class Unavailable(Exception):

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import compare as gate
 import machine
-import op_cases
 
-from fastbert import variants
+from fastbert.model import presets
+from fastbert.proof import op_cases
 
 ROOT = Path(__file__).resolve().parent.parent
 EVERY = "all"
@@ -75,7 +75,7 @@ def run(ops=(), models=(), device="auto", quick=False, compare=None, output=None
     there, and old results that cannot be compared; OSError for a file that cannot be read.
     """
     checked(ops, op_cases.OPS, "ops")
-    checked(models, variants.PRESETS, "models")
+    checked(models, presets.PRESETS, "models")
     here = machine.device(device)
     # before anything is written over it
     old = gate.read(compare) if compare else None

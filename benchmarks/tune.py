@@ -27,12 +27,12 @@ if __name__ == "__main__" and not torch.cuda.is_available():
     os.environ |= {"TRITON_INTERPRET": "1", "FASTBERT_IMPL": "triton"}
 
 import machine
-import op_cases
 import precompile
-from op_cases import Case
 
 from fastbert import ops
 from fastbert.kernels import _launch
+from fastbert.proof import op_cases
+from fastbert.proof.op_cases import Case
 
 PROFILES = _launch.PROFILES
 MODELS = ("bert-base", "deberta-base", "bert-large", "minilm")

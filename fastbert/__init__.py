@@ -7,7 +7,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .transformers_hook import register_with_transformers
+from .swapping.transformers_hook import register_with_transformers
 
 __version__ = "0.1.0"
 
@@ -22,24 +22,24 @@ if not (_package / "kernels").is_dir():
 # the public names and their modules: loaded when first asked for, so that importing fastbert costs nothing
 _MODULES = {
     "Batch": "packing",
-    "EncoderConfig": "config",
-    "Encoder": "encoder",
-    "MaskedLM": "heads",
-    "MultipleChoice": "heads",
-    "PretrainConfig": "pretrain",
-    "Pretraining": "heads",
-    "QuestionAnswerer": "heads",
-    "ReplacedTokenDetector": "heads",
-    "ReplacedTokenPretraining": "heads",
-    "SentenceEmbedder": "sentences",
-    "SequenceClassifier": "heads",
-    "SwapReport": "swapping",
-    "TokenClassifier": "heads",
+    "EncoderConfig": "model.config",
+    "Encoder": "model.encoder",
+    "MaskedLM": "model.heads",
+    "MultipleChoice": "model.heads",
+    "PretrainConfig": "training.pretrain",
+    "Pretraining": "model.heads",
+    "QuestionAnswerer": "model.heads",
+    "ReplacedTokenDetector": "model.heads",
+    "ReplacedTokenPretraining": "model.replaced_tokens",
+    "SentenceEmbedder": "model.sentences",
+    "SequenceClassifier": "model.heads",
+    "SwapReport": "swapping.mechanism",
+    "TokenClassifier": "model.heads",
     "pack": "packing",
-    "preset": "variants",
-    "swap": "swapping",
-    "swapped": "swapping",
-    "unswap": "swapping",
+    "preset": "model.presets",
+    "swap": "swapping.mechanism",
+    "swapped": "swapping.mechanism",
+    "unswap": "swapping.mechanism",
     "unpack": "packing",
 }
 __all__ = ["ops", *_MODULES]
@@ -47,26 +47,26 @@ __all__ = ["ops", *_MODULES]
 if TYPE_CHECKING:
     # the same names for type checkers and editors, which cannot follow __getattr__
     from . import ops as ops
-    from .config import EncoderConfig as EncoderConfig
-    from .encoder import Encoder as Encoder
-    from .heads import MaskedLM as MaskedLM
-    from .heads import MultipleChoice as MultipleChoice
-    from .heads import Pretraining as Pretraining
-    from .heads import QuestionAnswerer as QuestionAnswerer
-    from .heads import ReplacedTokenDetector as ReplacedTokenDetector
-    from .heads import ReplacedTokenPretraining as ReplacedTokenPretraining
-    from .heads import SequenceClassifier as SequenceClassifier
-    from .heads import TokenClassifier as TokenClassifier
+    from .model.config import EncoderConfig as EncoderConfig
+    from .model.encoder import Encoder as Encoder
+    from .model.heads import MaskedLM as MaskedLM
+    from .model.heads import MultipleChoice as MultipleChoice
+    from .model.heads import Pretraining as Pretraining
+    from .model.heads import QuestionAnswerer as QuestionAnswerer
+    from .model.heads import ReplacedTokenDetector as ReplacedTokenDetector
+    from .model.heads import SequenceClassifier as SequenceClassifier
+    from .model.heads import TokenClassifier as TokenClassifier
+    from .model.presets import preset as preset
+    from .model.replaced_tokens import ReplacedTokenPretraining as ReplacedTokenPretraining
+    from .model.sentences import SentenceEmbedder as SentenceEmbedder
     from .packing import Batch as Batch
     from .packing import pack as pack
     from .packing import unpack as unpack
-    from .pretrain import PretrainConfig as PretrainConfig
-    from .sentences import SentenceEmbedder as SentenceEmbedder
-    from .swapping import SwapReport as SwapReport
-    from .swapping import swap as swap
-    from .swapping import swapped as swapped
-    from .swapping import unswap as unswap
-    from .variants import preset as preset
+    from .swapping.mechanism import SwapReport as SwapReport
+    from .swapping.mechanism import swap as swap
+    from .swapping.mechanism import swapped as swapped
+    from .swapping.mechanism import unswap as unswap
+    from .training.pretrain import PretrainConfig as PretrainConfig
 else:
 
     def __getattr__(name):

@@ -82,7 +82,7 @@ class ScriptCommand(Command):
 
 
 def _option(field):
-    from .options import flag, kind
+    from .training.options import flag, kind
 
     choices, default = field.metadata["choices"], field.default
     spelling, settings = flag(field.name), {"type": click.Choice(choices) if choices else kind(field)}
@@ -96,7 +96,7 @@ def _option(field):
 
 
 def _pretrain_config():
-    from .pretrain import PretrainConfig
+    from .training.pretrain import PretrainConfig
 
     return PretrainConfig
 
@@ -122,8 +122,8 @@ def pretrain(config_file, **options):
     Writes the tokenizer, the token shards, a model that transformers can load, its learning curve and a model card to
     --output-dir. Ctrl-C saves a checkpoint; --resume continues from it.
     """
-    from . import pretrain as script
-    from .options import read_file
+    from .training import pretrain as script
+    from .training.options import read_file
 
     given = {name: value for name, value in options.items() if value not in (None, ())}
     stored = read_file(config_file, script.PretrainConfig) if config_file else {}
@@ -148,7 +148,7 @@ def tokenizer():
 @click.option("--layout", default="auto", show_default=True, help="Documents in .txt files: auto, blank-line or line.")
 def train(files, output_dir, vocab_size, cased, kind, text_column, layout):
     """Train a tokenizer on text files."""
-    from .tokenizer import save_tokenizer, train_bpe, train_wordpiece
+    from .data.tokenizer import save_tokenizer, train_bpe, train_wordpiece
 
     reading = dict(text_column=text_column, layout=layout)
     if kind == "bpe":
@@ -168,8 +168,8 @@ def train(files, output_dir, vocab_size, cased, kind, text_column, layout):
 @click.option("--num-workers", type=int, help="Number of threads.  [default: one per core]")
 def prepare(files, tokenizer, output_dir, text_column, layout, num_workers):
     """Tokenize text into shards that pretrain --train-file reads."""
-    from . import shards
-    from .tokenizer import load_tokenizer
+    from .data import shards
+    from .data.tokenizer import load_tokenizer
 
     manifest = shards.prepare(
         files, load_tokenizer(tokenizer), output_dir,
@@ -187,7 +187,7 @@ def prepare(files, tokenizer, output_dir, text_column, layout, num_workers):
 @click.argument("text")
 def fill_mask(model, top_k, text):
     """Print the most likely words for each [MASK] in TEXT."""
-    from . import fill_mask as script
+    from .tasks import fill_mask as script
 
     for number, words in enumerate(script.fill_mask(*script.load(model), text, top_k), 1):
         click.echo(f"[MASK] {number}")
@@ -201,7 +201,7 @@ def fill_mask(model, top_k, text):
 @click.argument("destination")
 def convert(source, destination, allow_pickle):
     """Convert the model directory SOURCE to the current transformers format, in DESTINATION."""
-    from .convert import convert as rewrite
+    from .model.convert import convert as rewrite
 
     model = rewrite(source, destination, allow_pickle=allow_pickle)
     count = sum(x.numel() for x in model.parameters())
@@ -227,7 +227,7 @@ def doctor(compiles, archs, dtypes, models, ops, candidates, json_file):
     With --compile, report the registers, spills, shared memory, occupancy and instructions of every kernel compiled for
     --arch. The exit code is 1 if a kernel spills, uses atomics, overflows an offset or misses the tensor cores.
     """
-    from . import doctor as script
+    from .proof import doctor as script
 
     if compiles:
         well = script.doctor_compile(archs, dtypes, models, ops, candidates=candidates, json_file=json_file)

@@ -1,23 +1,28 @@
-"""One function per op. Each picks its implementation: the Triton kernels or plain PyTorch. Autocast lives here too.
+"""One function per op. Each picks its implementation. Autocast lives here too.
 
 `impl=` on a call, else the environment variable FASTBERT_IMPL, says which:
 
-    auto        kernels for tensors on a GPU, PyTorch for tensors on the CPU (the default)
-    triton      the kernels; on the CPU they need Triton's interpreter (TRITON_INTERPRET=1). Never falls back
+    auto        kernels for tensors on a GPU, `cpu` for those on a CPU, the reference for others (the default)
+    triton      the kernels; on a CPU they need Triton's interpreter (TRITON_INTERPRET=1)
+    cpu         PyTorch and NumPy, as fast as they are on a CPU
     reference   plain PyTorch everywhere
 
-Arguments, shapes and results are those of the function of the same name in `reference.py`.
+A wish never falls back on something else. Arguments, shapes and results are those of the function of the same name in
+`reference.py`. On a CPU, torch.func's transforms and derivatives of derivatives are those of the reference.
 """
 
 import contextlib
 import importlib.util
 import os
+from collections.abc import Sequence
 
 import torch
 
 from . import reference
+from .cpu import ops as cpu
+from .cpu.dropout import in_memory as in_memory
 
-IMPLEMENTATIONS = ("auto", "triton", "reference")
+IMPLEMENTATIONS = ("auto", "triton", "cpu", "reference")
 IMPL = os.environ.get("FASTBERT_IMPL", "auto")
 if IMPL not in IMPLEMENTATIONS:
     raise ValueError(f"FASTBERT_IMPL={IMPL!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
@@ -58,8 +63,9 @@ def _kernel(file, name):
     return getattr(module, name)
 
 
-def uses_triton(device: torch.device, impl: str | None = None) -> bool:
-    """Whether an op on tensors of `device` (a torch.device) runs the kernels, under `impl` or FASTBERT_IMPL."""
+def implementation(device: torch.device, impl: str | None = None) -> str:
+    """ "triton", "cpu" or "reference": what an op on tensors of `device` (a torch.device) runs, under `impl` or
+    FASTBERT_IMPL."""
     impl = IMPL if impl is None else impl
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl={impl!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
@@ -67,11 +73,40 @@ def uses_triton(device: torch.device, impl: str | None = None) -> bool:
         raise RuntimeError(
             "the Triton kernels were asked for on a CPU tensor: set TRITON_INTERPRET=1 before importing triton"
         )
-    return impl == "triton" or (impl == "auto" and device.type == "cuda" and has_triton())
+    if impl == "cpu" and device.type != "cpu":
+        raise RuntimeError(f"impl='cpu' was asked for on a {device.type} tensor: expected auto, triton or reference")
+    if impl != "auto":
+        return impl
+    if device.type == "cuda" and has_triton():
+        return "triton"
+    return "cpu" if device.type == "cpu" else "reference"
+
+
+def uses_triton(device: torch.device, impl: str | None = None) -> bool:
+    """Whether an op on tensors of `device` runs the kernels."""
+    return implementation(device, impl) == "triton"
 
 
 def _choose(file, name, x, impl):
-    return _kernel(file, name) if uses_triton(x.device, impl) else getattr(reference, name)
+    match implementation(x.device, impl):
+        case "triton":
+            return _kernel(file, name)
+        case "cpu":
+            return _on_cpu(name)
+    return getattr(reference, name)
+
+
+def _on_cpu(name):
+    # torch.func differentiates plain PyTorch only
+    is_transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return getattr(reference if is_transformed else cpu, name)
+
+
+def _library(name, x):
+    """An op without a kernel, which on any GPU is the device's own library."""
+    if implementation(x.device) == "reference" or x.device.type != "cpu" or _autocasts(x):
+        return getattr(reference, name)
+    return _on_cpu(name)
 
 
 def _autocasts(x):
@@ -116,23 +151,33 @@ def _check_dropout(dropout_p, seed):
         raise ValueError(f"dropout_p is {dropout_p} and seed is None: expected an int64 tensor [1]")
 
 
+def dropout(x: torch.Tensor, dropout_p: float, seed: torch.Tensor | None, offset: int = 0) -> torch.Tensor:
+    """x [T, D] with elements dropped, where no kernel has a dropout inside: see `reference.dropout`."""
+    _check_dropout(dropout_p, seed)
+    return _library("dropout", x)(x, dropout_p, seed, offset)
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x @ weightᵀ + bias for x [T, D], by the device's own matrix library: see `reference.linear`."""
-    if x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
-        return reference.linear(x, weight, bias)
-    return torch.nn.functional.linear(x, weight, bias)
+    return _library("linear", x)(x, weight, bias)
+
+
+def linears(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Several linear layers of x [T, D], their results side by side: see `reference.linears`."""
+    return _library("linears", x)(x, weights, biases)
 
 
 def linear_gelu(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, approximate: str = "none",
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, approximate: str = "none",
     impl: str | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """GELU(linear(x)) for x [T, D], weight [F, D]. The bias is added where that is free: inside the GELU's kernel, or
     on a CPU inside the product."""
-    if uses_triton(x.device, impl):
+    chosen = implementation(x.device, impl)
+    if chosen == "cpu" and not _autocasts(x):
+        return _on_cpu("linear_gelu")(x, weight, bias, approximate=approximate)
+    if chosen == "triton":
         return bias_gelu(linear(x, weight), bias, approximate=approximate, impl=impl)
-    if x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
-        return reference.linear_gelu(x, weight, bias, approximate=approximate)
     return bias_gelu(linear(x, weight, bias), None, approximate=approximate, impl=impl)
 
 
@@ -304,22 +349,19 @@ def pooling(
 
 def masked_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor, *,
-    ignore_index: int = -100, label_smoothing: float = 0.0, z_loss: float = 0.0, max_picks: int | None = None,
-    low_memory: bool = False, impl: str | None = None,
+    ignore_index: int = -100, label_smoothing: float = 0.0, impl: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Projection to the vocabulary and cross-entropy without the logits: see `reference.masked_cross_entropy`."""
     hidden, weight, bias = _autocast(hidden, weight, bias)
     with _no_autocast(hidden):
         return _choose("cross_entropy", "masked_cross_entropy", hidden, impl)(
-            hidden, weight, bias, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
-            max_picks=max_picks, low_memory=low_memory,
-        )  # fmt: skip
+            hidden, weight, bias, labels, ignore_index=ignore_index, label_smoothing=label_smoothing
+        )
 
 
 def contrastive_cross_entropy(
     query: torch.Tensor, document: torch.Tensor, labels: torch.Tensor | None = None, *,
-    scale: float | torch.Tensor = 1.0, symmetric: bool = False, ignore_index: int = -100, low_memory: bool = False,
-    impl: str | None = None,
+    scale: float | torch.Tensor = 1.0, symmetric: bool = False, ignore_index: int = -100, impl: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Each query's document against all others, without keeping the scores: see `reference.contrastive_cross_entropy`.
 
@@ -336,5 +378,5 @@ def contrastive_cross_entropy(
     query, document = _autocast(query, document)
     with _no_autocast(query):
         return _choose("cross_entropy", "contrastive_cross_entropy", query, impl)(
-            query, document, labels, scale=scale, symmetric=symmetric, ignore_index=ignore_index, low_memory=low_memory
+            query, document, labels, scale=scale, symmetric=symmetric, ignore_index=ignore_index
         )

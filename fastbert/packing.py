@@ -5,7 +5,7 @@ B sequences, S padded length, T packed tokens, M picked tokens.
 
 import dataclasses
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -147,3 +147,110 @@ def best_fit(lengths, capacity, *, max_sequences=None, look_ahead=1 << 14):
     if N:
         offsets.append(N)
     return np.array(order, dtype=np.int64), np.array(offsets, dtype=np.int64)
+
+
+@dataclass
+class Layout:
+    """Which rows belong together, for attention. `rows`: the rows of x that ask (None: all of them).
+
+    position_ids: int64 [T], from 0 in each sequence. columns: see packing.Batch. shared: what attention makes once a
+    pass, for all its layers.
+    """
+
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    position_ids: torch.Tensor
+    columns: torch.Tensor | None = None
+    shared: dict = field(default_factory=dict)
+    rows: torch.Tensor | None = None
+    cu_seqlens_q: torch.Tensor | None = None
+    max_seqlen_q: int | None = None
+
+    def asking(self, rows):
+        """The same sequences, where only `rows` (ascending, int64 [M]) ask."""
+        cu_seqlens_q = torch.searchsorted(rows, self.cu_seqlens.to(rows.dtype)).to(torch.int32)
+        return replace(self, rows=rows, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=min(self.max_seqlen, len(rows)))
+
+
+def first_rows(batch):
+    """The row of each sequence's first token, int64 [B]. An empty sequence names a neighbour's; none at all, [0]."""
+    rows = batch.cu_seqlens[:-1].long()
+    return rows.clamp(max=len(batch.input_ids) - 1) if len(batch.input_ids) else rows[:0]
+
+
+def pack_inputs(config, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, labels=None):
+    """(Batch, function that gives packed rows the caller's layout) of HuggingFace's arguments, each [B, S]."""
+    if isinstance(input_ids, Batch):
+        return input_ids, lambda rows: rows
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: expected [batch, length]")
+    B, S = input_ids.shape
+    given = dict(input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids, labels=labels)
+    for name, ids in given.items():
+        if ids is None:
+            continue
+        if ids.is_floating_point() or ids.is_complex():
+            raise ValueError(f"{name} are of {ids.dtype}: expected integers")
+        # positions and segments may be the same for all rows
+        if ids.shape != (B, S) and (name in ("input_ids", "labels") or ids.shape not in ((S,), (1, S))):
+            raise ValueError(f"{name} has shape {tuple(ids.shape)}: expected {(B, S)}, that of input_ids")
+    if config.max_length < S and position_ids is None:
+        raise ValueError(f"input_ids are {S} tokens long: the model has {config.max_length} positions")
+    limits = [("input_ids", input_ids, config.vocab_size)]
+    if config.type_vocab_size:
+        limits.append(("token_type_ids", token_type_ids, config.type_vocab_size))
+    if config.has_positions:
+        limits.append(("position_ids", position_ids, config.max_position_embeddings))
+    for name, ids, rows in limits:
+        if ids is not None and ids.numel() and not torch.compiler.is_compiling():
+            lowest, highest = (int(x) for x in torch.aminmax(ids))
+            if lowest < 0 or highest >= rows:
+                outside = lowest if lowest < 0 else highest
+                raise ValueError(f"{name} holds {outside}: the model's table has rows 0 to {rows - 1}")
+    if config.position_offset:
+        if position_ids is None:
+            # RoBERTa's rule: only what is not the padding token counts
+            counted = input_ids != config.pad_token_id
+            position_ids = counted.cumsum(1) * counted - 1
+        else:
+            position_ids = position_ids - config.position_offset
+    batch, indices = pack(input_ids, attention_mask, token_type_ids, position_ids, labels)
+    return batch, lambda rows: unpack(rows, indices, B, S)
+
+
+@dataclass
+class Packed:
+    """Which rows are tokens of which sequence; stands where a mask does otherwise.
+
+    cu_seqlens: int32 [B + 1]; max_seqlen: an int. indices: int64 [T], the tokens' places in [B * S], None where every
+    place has one. shape: (B, S). inside: whether hidden states come without padding, [1, T, D], rather than [B, S, D].
+    """
+
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    indices: torch.Tensor | None
+    shape: tuple
+    inside: bool
+
+    def pack(self, x):
+        """[B, S, ...] or [B * S, ...] -> the tokens' rows [T, ...]."""
+        x = x.reshape(self.shape[0] * self.shape[1], *x.shape[2:]) if x.shape[:2] == self.shape else x
+        return x if self.indices is None else x[self.indices]
+
+    def unpack(self, x):
+        """[T, ...] -> [B, S, ...], 0 where no token is."""
+        if self.indices is not None:
+            rows = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:])
+            x = rows.index_copy(0, self.indices, x)
+        return x.view(*self.shape, *x.shape[1:])
+
+    def blank(self, x):
+        """[B, S, ...] with 0 where no token is."""
+        return x if self.indices is None else self.unpack(self.pack(x))
+
+    def to(self, device, non_blocking=False):
+        """On another device: accelerate moves arguments from layer to layer so."""
+        indices = self.indices if self.indices is None else self.indices.to(device, non_blocking=non_blocking)
+        return dataclasses.replace(
+            self, cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking), indices=indices
+        )

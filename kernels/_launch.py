@@ -170,6 +170,18 @@ def capability():
     return 89 if arch >= 120 else arch
 
 
+def product_precision(dtype):
+    """What `tl.dot` calls torch's switch for products of fp32 on a GPU: "tf32" or "ieee". It counts for fp32 alone."""
+    if dtype != torch.float32:
+        return "ieee"
+    matmul = torch.backends.cuda.matmul
+    # torch 2.9 on: whichever of the two was set; allow_tf32 then raises if it was this one
+    precision = getattr(matmul, "fp32_precision", None)
+    if precision is None:
+        precision = "tf32" if matmul.allow_tf32 else "ieee"
+    return "tf32" if precision == "tf32" else "ieee"
+
+
 def dropout_constants(dropout_p):
     """(threshold, scale): an element is kept when its 16 bits reach the threshold, and is then multiplied by scale."""
     threshold = round(dropout_p * 65536)

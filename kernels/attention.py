@@ -27,95 +27,31 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import INTERPRET, capability, differentiable_once, dropout_constants, launch, register, unit_columns
+from ._attention import (
+    _DTYPES,
+    _at,
+    _exponent,
+    _load_lse,
+    _load_tile,
+    _lse_parts,
+    _probabilities,
+    _store_lse,
+    _store_tile,
+    _unpacked,
+    _zero,
+    _zero_slack,
+)
+from ._attention_settings import _short, _tiled, _tiles
+from ._launch import (
+    INTERPRET,
+    differentiable_once,
+    dropout_constants,
+    launch,
+    product_precision,
+    register,
+    unit_columns,
+)
 from ._math import attention_keep_mask
-
-_DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-
-
-@triton.jit
-def _at(ptr, row, stride_row, head, stride_head):
-    """Where a row of a head begins. Products of row numbers and strides pass 2^31 in large batches: 64 bits."""
-    return ptr + tl.cast(row, tl.int64) * stride_row + tl.cast(head, tl.int64) * stride_head
-
-
-@triton.jit
-def _load_tile(
-    ptr, stride, rows,
-    K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, IS_WHOLE: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """[BLOCK_R, BLOCK_K] from `ptr`, zeros past `rows` (unless IS_WHOLE says that BLOCK_R rows exist) and past K."""
-    offs_r = tl.arange(0, BLOCK_R)
-    offs_k = tl.arange(0, BLOCK_K)
-    pointers = ptr + offs_r[:, None] * stride + offs_k[None, :]
-    if IS_WHOLE and K == BLOCK_K:
-        x = tl.load(pointers)
-    elif IS_WHOLE:
-        x = tl.load(pointers, mask=offs_k[None, :] < K, other=0.0)
-    elif K == BLOCK_K:
-        x = tl.load(pointers, mask=offs_r[:, None] < rows, other=0.0)
-    else:
-        x = tl.load(pointers, mask=(offs_r[:, None] < rows) & (offs_k[None, :] < K), other=0.0)
-    return x.to(tl.float32) if UPCAST else x
-
-
-@triton.jit
-def _store_tile(ptr, stride, rows, x, K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
-    offs_r = tl.arange(0, BLOCK_R)
-    offs_k = tl.arange(0, BLOCK_K)
-    mask = (offs_r[:, None] < rows) & (offs_k[None, :] < K)
-    tl.store(ptr + offs_r[:, None] * stride + offs_k[None, :], x.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _zero_slack(
-    ptr, stride_row, head, stride_head, end, rows, program, programs,
-    K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """This program's share of the zeros in rows `end` to `rows`."""
-    zeros = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
-    for r in range(end + program * BLOCK_R, rows, programs * BLOCK_R):
-        _store_tile(_at(ptr, r, stride_row, head, stride_head), stride_row, rows - r, zeros, K, BLOCK_R, BLOCK_K)
-
-
-@triton.jit
-def _exponent(s, scale_log2, highest, IS_FULL: tl.constexpr):
-    """log2 of the numerators of softmax, from the products s [BLOCK_M, BLOCK_N] and their `highest` [BLOCK_M].
-
-    In fp32 the maximum is taken out before the scale comes in, and `highest` is unscaled: scores of thousands keep the
-    digits of their differences. In 16 bits `highest` is scaled and both are one FMA.
-    """
-    return (s - highest[:, None]) * scale_log2 if IS_FULL else s * scale_log2 - highest[:, None]
-
-
-@triton.jit
-def _load_lse(ptr, rows, H, M, IS_FULL: tl.constexpr, BLOCK_M: tl.constexpr):
-    """(highest, log2 of the sum) of rows as `_store_lse` left them, the latter 0 where the former is their sum.
-
-    Infinity makes the probabilities of rows that do not exist 0.
-    """
-    offs_m = tl.arange(0, BLOCK_M)
-    highest = tl.load(ptr + offs_m, mask=offs_m < rows, other=float("inf"))
-    if IS_FULL:
-        return highest, tl.load(_at(ptr, H, M, 0, 0) + offs_m, mask=offs_m < rows, other=0.0)
-    else:
-        return highest, tl.zeros([BLOCK_M], tl.float32)
-
-
-@triton.jit
-def _store_lse(ptr, rows, H, M, highest, total, IS_FULL: tl.constexpr, BLOCK_M: tl.constexpr):
-    offs_m = tl.arange(0, BLOCK_M)
-    if IS_FULL:
-        tl.store(ptr + offs_m, highest, mask=offs_m < rows)
-        tl.store(_at(ptr, H, M, 0, 0) + offs_m, tl.log2(total), mask=offs_m < rows)
-    else:
-        tl.store(ptr + offs_m, highest + tl.log2(total), mask=offs_m < rows)
-
-
-@triton.jit
-def _probabilities(s, scale_log2, highest, log_total, IS_FULL: tl.constexpr):
-    x = _exponent(s, scale_log2, highest, IS_FULL)
-    return tl.exp2(x - log_total[:, None] if IS_FULL else x)
 
 
 @triton.jit
@@ -178,12 +114,6 @@ def _attention_short_fwd_kernel(
         p = tl.where(keep, p, _zero(keep_scale))
     out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) * (keep_scale / total)[:, None]
     _store_tile(_at(out_ptr, start_q, stride_om, h, stride_oh), stride_om, rows, out, K, BLOCK_M, BLOCK_K)
-
-
-@triton.jit
-def _zero(keep_scale):
-    """0, unknown to the compiler: a selection between p and a constant it would do after rounding p, half by half."""
-    return 0.0 * keep_scale
 
 
 @triton.jit
@@ -492,7 +422,10 @@ def _attention_tiled_dkdv_kernel(
     HAS_DROPOUT: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_FULL: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    IS_TRANSPOSED: tl.constexpr, WAIT_DK: tl.constexpr,
 ):  # fmt: skip
+    """dk and dv. IS_TRANSPOSED: scores are [BLOCK_N, BLOCK_M], which then are operands without a way through shared
+    memory. Not under dropout, whose mask suits [BLOCK_M, BLOCK_N]. WAIT_DK: see the loop."""
     tile = tl.program_id(0) % tiles
     h = tl.program_id(0) // tiles % H
     b = tl.program_id(0) // tiles // H
@@ -523,134 +456,44 @@ def _attention_tiled_dkdv_kernel(
     dv = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     first, _, _, last = _range(n, BLOCK_N, rows, window, HAS_WINDOW, BLOCK_M)
     for m in range(first, last, BLOCK_M):
+        if WAIT_DK:
+            # times 1, unknown to the compiler. With the products of dv and dk both in flight at the start of a pass, as
+            # Triton would have them, ptxas on Hopper has each instruction of all products wait for the one before it
+            dk *= 1.0 + _zero(keep_scale)
         q = _load_tile(_at(q_ptr, m, stride_qm, 0, 0), stride_qm, rows - m, K, BLOCK_M, BLOCK_K, False, UPCAST)
         dout = _load_tile(_at(dout_ptr, m, stride_dom, 0, 0), stride_dom, rows - m, K, BLOCK_M, BLOCK_K, False, UPCAST)
         highest, log_total = _load_lse(lse_ptr + m, rows - m, H, M, IS_FULL, BLOCK_M)
         delta = tl.load(delta_ptr + m + offs_m, mask=m + offs_m < rows, other=0.0)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        p = _probabilities(s, scale_log2, highest, log_total, IS_FULL)
-        if HAS_WINDOW:
-            p = tl.where(_visible(m, n, n + length, window, True, BLOCK_M, BLOCK_N), p, 0.0)
-        # else no mask: what keys that do not exist make lands in rows of their own, which are not stored
-        dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-        if HAS_DROPOUT:
-            keep = attention_keep_mask(start_q + m + offs_m, h, n, seed, offset, threshold, BLOCK_N)
-            dp = tl.where(keep, dp, 0.0)
-            kept = tl.where(keep, p, _zero(keep_scale)).to(dout.dtype)
+        if IS_TRANSPOSED:
+            tl.static_assert(not HAS_DROPOUT)
+            s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+            p = _probabilities(s, scale_log2, highest, log_total, IS_FULL, 0)
+            if HAS_WINDOW:
+                # keys in the place of queries: who sees whom is symmetric, and rows that do not exist have p = 0
+                p = tl.where(_visible(n, m, rows, window, True, BLOCK_N, BLOCK_M), p, 0.0)
+            dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+            dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+            dk = tl.dot((p * (dp - delta[None, :])).to(q.dtype), q, dk, input_precision=PRECISION)
         else:
-            kept = p.to(dout.dtype)
-        dv = tl.dot(tl.trans(kept), dout, dv, input_precision=PRECISION)
-        ds = (p * (dp - delta[:, None])).to(q.dtype)
-        dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            p = _probabilities(s, scale_log2, highest, log_total, IS_FULL)
+            if HAS_WINDOW:
+                p = tl.where(_visible(m, n, n + length, window, True, BLOCK_M, BLOCK_N), p, 0.0)
+            # else no mask: what keys that do not exist make lands in rows of their own, which are not stored
+            dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+            if HAS_DROPOUT:
+                keep = attention_keep_mask(start_q + m + offs_m, h, n, seed, offset, threshold, BLOCK_N)
+                dp = tl.where(keep, dp, 0.0)
+                kept = tl.where(keep, p, _zero(keep_scale)).to(dout.dtype)
+            else:
+                kept = p.to(dout.dtype)
+            dv = tl.dot(tl.trans(kept), dout, dv, input_precision=PRECISION)
+            ds = (p * (dp - delta[:, None])).to(q.dtype)
+            dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
     dk *= scale * keep_scale
     dv *= keep_scale
     _store_tile(_at(dk_ptr, start, stride_dkt, h, stride_dkh), stride_dkt, length, dk, K, BLOCK_N, BLOCK_K)
     _store_tile(_at(dv_ptr, start, stride_dvt, h, stride_dvh), stride_dvt, length, dv, K, BLOCK_N, BLOCK_K)
-
-
-def _unpacked(q, k, v):
-    """q, k and v [rows, H, K], views where they come packed, with the elements of a head side by side."""
-    if k is None:
-        q, k, v = q.unbind(1)
-    elif v is None:
-        k, v = k.unbind(1)
-    return unit_columns(q), unit_columns(k), unit_columns(v)
-
-
-def _short(q, most_rows, max_seqlen, is_forward):
-    """(settings, candidates) where one program takes a whole sequence and head, None where that would spill."""
-    block_m, block_n = (max(triton.next_power_of_2(size), 16) for size in (most_rows, max_seqlen))
-    longest = max(block_m, block_n)
-    is_wide, is_odd = q.shape[-1] > 64, q.shape[-1] % 8 != 0
-    is_hopper = capability() >= 90
-    if q.dtype == torch.float32:
-        largest = 16 if is_wide else 32
-    else:
-        # before Hopper a backward of 128 spills, and so does everything in wide or odd heads
-        largest = 128 if not is_odd and (is_hopper or (is_forward and not is_wide)) else 64
-    if longest > largest:
-        return None
-    if q.dtype == torch.float32:
-        num_warps = 4
-    elif longest <= 32:
-        # what one warp does for all, addresses and statistics, several would each do
-        num_warps = 1 if longest == 16 or is_forward else 2
-    else:
-        num_warps = 8 if (longest == 128 and is_hopper) or (longest == 64 and is_odd) else 4
-    settings = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=1)
-    if is_forward and num_warps == 8 and longest == 128 and not is_wide:
-        # the compiler may take 154, and a multiprocessor then holds one program instead of two
-        settings["maxnreg"] = 128
-    others = {16: (1, 2, 4), 32: (1, 2, 4), 64: (4, 8), 128: ()}[longest]
-    return settings, [settings | dict(num_warps=n) for n in (num_warps, *others)]
-
-
-# (kernel, operands are fp32, head size is over 64): (BLOCK_M, BLOCK_N, warps, stages).
-# Chosen from the compiler's reports (no spills on sm_80 and sm_90: NOTES.md), not yet from times on a device
-_TILES = {
-    ("fwd", False, False): (128, 64, 8, 3),
-    ("fwd", False, True): (128, 64, 8, 2),
-    ("fwd", True, False): (64, 32, 8, 1),
-    ("fwd", True, True): (32, 16, 8, 1),
-    ("dq", False, False): (64, 64, 4, 2),
-    ("dq", False, True): (64, 32, 4, 2),
-    ("dq", True, False): (32, 32, 8, 1),
-    ("dq", True, True): (16, 16, 8, 1),
-    ("dkdv", False, False): (64, 64, 4, 2),
-    ("dkdv", False, True): (64, 64, 8, 2),
-    ("dkdv", True, False): (32, 64, 8, 1),
-    ("dkdv", True, True): (16, 32, 8, 1),
-}
-# before Hopper operands come from registers, of which less is left for the tiles
-_TILES_BEFORE_HOPPER = {
-    ("fwd", False, True): (128, 32, 8, 2),
-    ("dq", False, False): (64, 32, 4, 2),
-    ("dq", False, True): (128, 32, 8, 2),
-    ("dkdv", False, False): (64, 32, 4, 2),
-    ("dkdv", True, False): (32, 32, 8, 1),
-}
-# what a search may try instead, in 16 bits with head sizes up to 64
-_CANDIDATES = {
-    "fwd": [(128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (128, 128, 8, 2)],
-    "dq": [(64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 2), (128, 64, 8, 2), (128, 32, 8, 2)],
-    "dkdv": [(64, 64, 4, 2), (64, 64, 4, 1), (64, 32, 4, 2), (128, 64, 8, 2)],
-}
-
-
-def _tiled(kernel, q, most_rows, constants):
-    """(settings, candidates) of one of the three tiled kernels."""
-    is_full = q.dtype == torch.float32
-    # elements of a head size like 59 are loaded one by one, and the addresses take registers as wide rows do
-    is_wide = q.shape[-1] > 64 or q.shape[-1] % 8 != 0
-    has_dropout, has_window = constants["HAS_DROPOUT"], constants["HAS_WINDOW"]
-    is_hopper = capability() >= 90
-    tile = _TILES[kernel, is_full, is_wide]
-    if not is_hopper:
-        tile = _TILES_BEFORE_HOPPER.get((kernel, is_full, is_wide), tile)
-    candidates = [] if is_full or is_wide else _CANDIDATES[kernel]
-    if not (is_full or is_wide):
-        if kernel == "fwd" and (most_rows <= 64 or has_dropout or has_window):
-            # few rows ask, as in a last layer that only serves the picked ones; or a mask takes registers; or rows that
-            # are far apart see different keys
-            tile = (64, 64, 4, 3)
-        elif kernel == "dkdv" and has_dropout and has_window:
-            tile = (64, 32, 4, 2)
-            candidates = [tile, (128, 64, 8, 2)]
-    elif kernel == "dkdv" and not is_full and q.shape[-1] % 8 != 0:
-        tile = (32, 64, 8, 2)
-
-    def settings(block_m, block_n, num_warps, num_stages):
-        made = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages)
-        if kernel != "dkdv":
-            # where operands are large, two copies of the loop's body would share them in registers, and spill
-            made["PEEL"] = not (is_full or is_wide)
-        return made
-
-    default = settings(*tile)
-    if kernel == "fwd" and tile[:3] == (64, 64, 4) and has_dropout and is_hopper:
-        # the compiler takes 174, and a multiprocessor then holds two programs instead of three
-        default["maxnreg"] = 168
-    return default, [default, *(settings(*x) for x in candidates)]
 
 
 def _arguments(q, max_seqlen, scale, dropout_p, window, offset):
@@ -663,7 +506,7 @@ def _arguments(q, max_seqlen, scale, dropout_p, window, offset):
         HAS_DROPOUT=threshold > 0,
         HAS_WINDOW=has_window,
         IS_FULL=q.dtype == torch.float32,
-        PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        PRECISION=product_precision(q.dtype),
         # Triton's interpreter computes wrongly with bfloat16, so there it is widened as it is loaded
         UPCAST=INTERPRET and q.dtype == torch.bfloat16,
         K=K,
@@ -715,17 +558,6 @@ def attention_fwd(
     key = _key(q, constants, max_seqlen, *["few rows"] * (most_rows <= 64))
     launch(run, "attention_tiled_fwd", key, *_tiled("fwd", q, most_rows, constants))
     return out, lse
-
-
-def _lse_parts(q):
-    return 2 if q.dtype == torch.float32 else 1
-
-
-def _tiles(M, B, max_seqlen_q, BLOCK_M):
-    """(tiles of queries, whether that is for each sequence rather than for all together): `_sequence_of_program`."""
-    if max_seqlen_q >= 0:
-        return max(triton.cdiv(max_seqlen_q, BLOCK_M), 1), True
-    return M // BLOCK_M + B, False
 
 
 def attention_bwd(

@@ -33,6 +33,20 @@ import torch
 import triton
 import triton.language as tl
 
+from ._attention import (
+    _DTYPES,
+    _at,
+    _exponent,
+    _load_lse,
+    _load_tile,
+    _lse_parts,
+    _store_lse,
+    _store_tile,
+    _unpacked,
+    _zero,
+    _zero_slack,
+)
+from ._bands import _bounds, _distance_rows, _gradients, _load_bands, _scores, _shift_keys, _shift_queries, _table
 from ._launch import (
     INTERPRET,
     capability,
@@ -40,113 +54,11 @@ from ._launch import (
     dropout_constants,
     launch,
     multiprocessors,
+    product_precision,
     register,
     unit_columns,
 )
 from ._math import attention_keep_mask
-from .attention import (
-    _DTYPES,
-    _at,
-    _exponent,
-    _load_lse,
-    _load_tile,
-    _lse_parts,
-    _probabilities,
-    _store_lse,
-    _store_tile,
-    _unpacked,
-    _zero,
-    _zero_slack,
-)
-
-
-@triton.jit
-def _load_band(
-    table_ptr, stride, index_ptr, first,
-    K: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """[BLOCK_W, BLOCK_K]: the rows of a position table for as many distances, from entry `first` of the index on."""
-    offs_k = tl.arange(0, BLOCK_K)
-    rows = tl.load(index_ptr + first + tl.arange(0, BLOCK_W))
-    pointers = table_ptr + rows.to(tl.int64)[:, None] * stride + offs_k[None, :]
-    x = tl.load(pointers) if K == BLOCK_K else tl.load(pointers, mask=offs_k[None, :] < K, other=0.0)
-    return x.to(tl.float32) if UPCAST else x
-
-
-@triton.jit
-def _load_bands(
-    pos_key_ptr, stride_pkp, pos_query_ptr, stride_pqp, index_ptr, first,
-    HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, UPCAST: tl.constexpr,
-    K: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """The bands of both tables, the other one in place of one that is absent."""
-    if HAS_KEY:
-        key_band = _load_band(pos_key_ptr, stride_pkp, index_ptr, first, K, BLOCK_W, BLOCK_K, UPCAST)
-        query_band = key_band
-    if HAS_QUERY:
-        query_band = _load_band(pos_query_ptr, stride_pqp, index_ptr, first, K, BLOCK_W, BLOCK_K, UPCAST)
-        if not HAS_KEY:
-            key_band = query_band
-    if not (HAS_KEY or HAS_QUERY):
-        key_band = 0
-        query_band = 0
-    return key_band, query_band
-
-
-@triton.jit
-def _flat(x, R: tl.constexpr, C: tl.constexpr):
-    """[R * C]: x [R, C], element (r, c) in place c // 8 * 8 R + 8 r + c % 8."""
-    return tl.reshape(tl.permute(tl.reshape(x, [R, C // 8, 8]), [1, 0, 2]), [R * C])
-
-
-@triton.jit
-def _beside(left, right, BLOCK: tl.constexpr):
-    """[BLOCK, 2 BLOCK] of two [BLOCK, BLOCK]."""
-    return tl.reshape(tl.permute(tl.join(left, right), [0, 2, 1]), [BLOCK, 2 * BLOCK])
-
-
-@triton.jit
-def _below(upper, lower, BLOCK: tl.constexpr):
-    """[2 BLOCK, BLOCK] of two [BLOCK, BLOCK]."""
-    return tl.reshape(tl.permute(tl.join(upper, lower), [2, 0, 1]), [2 * BLOCK, BLOCK])
-
-
-@triton.jit
-def _pick(x, row, low, high, R: tl.constexpr, C: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """[M, N]: elements (row, low + 8 high) of x [R, C]. row, low, high broadcast to [M, N // 8, 8], of columns 8 n + c.
-
-    Where low depends on rows and c, high on n, and row on one of them, addresses need no arithmetic of their own.
-    """
-    place = (low >> 3) * (8 * R) + (low & 7) + high * (8 * R) + row * 8
-    place = tl.broadcast_to(place, [M, N // 8, 8])
-    return tl.reshape(tl.gather(_flat(x, R, C), tl.reshape(place, [M * N]), 0), [M, N])
-
-
-@triton.jit
-def _scores(
-    q, k, key_band, query_band,
-    HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
-):  # fmt: skip
-    """Unscaled scores [BLOCK_M, BLOCK_N], fp32, of q [BLOCK_M, K], k [BLOCK_N, K] and bands [BLOCK_W, K].
-
-    Both position terms are rounded to the dtype of q, as PyTorch rounds them.
-    """
-    i = tl.arange(0, BLOCK_M)[:, None, None]
-    n = tl.arange(0, BLOCK_N // 8)[None, :, None]
-    c = tl.arange(0, 8)[None, None, :]
-    if HAS_QUERY:
-        band = tl.dot(k, tl.trans(query_band), input_precision=PRECISION).to(q.dtype)
-        band = _pick(band, 8 * n + c, i - c + 7, BLOCK_N // 8 - 1 - n, BLOCK_N, BLOCK_W, BLOCK_M, BLOCK_N)
-        s = band.to(tl.float32)
-    if HAS_KEY:
-        band = tl.dot(q, tl.trans(key_band), input_precision=PRECISION).to(q.dtype)
-        band = _pick(band, i, i - c + 7, BLOCK_N // 8 - 1 - n, BLOCK_M, BLOCK_W, BLOCK_M, BLOCK_N)
-        s = s + band.to(tl.float32) if HAS_QUERY else band.to(tl.float32)
-    if HAS_KEY or HAS_QUERY:
-        return tl.dot(q, tl.trans(k), s, input_precision=PRECISION)
-    else:
-        return tl.dot(q, tl.trans(k), input_precision=PRECISION)
 
 
 @triton.jit
@@ -220,48 +132,6 @@ def _disentangled_attention_fwd_kernel(
     _store_lse(_at(lse_ptr, start_q, 1, h, T), rows, H, T, highest, total, IS_FULL, BLOCK_M)
     out_ptr = _at(out_ptr, start_q, stride_ot, h, stride_oh)
     _store_tile(out_ptr, stride_ot, rows, acc * (keep_scale / total)[:, None], K, BLOCK_M, BLOCK_K)
-
-
-@triton.jit
-def _gradients(
-    s, v, dout, highest, log_total, delta, row, rows_k, h, column, seed, scale_log2, offset, threshold, keep_scale,
-    HAS_DROPOUT: tl.constexpr, IS_FULL: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """(kept, ds) [BLOCK, BLOCK] in the dtype of v: probabilities after dropout, unscaled, and the scores' gradient."""
-    p = _probabilities(s, scale_log2, highest, log_total, IS_FULL)
-    p = tl.where(tl.arange(0, BLOCK)[None, :] < rows_k, p, 0.0)
-    dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-    if HAS_DROPOUT:
-        keep = attention_keep_mask(row, h, column, seed, offset, threshold, BLOCK)
-        dp = tl.where(keep, dp * keep_scale, 0.0)
-        kept = tl.where(keep, p, _zero(keep_scale))
-    else:
-        kept = p
-    return kept.to(v.dtype), (p * (dp - delta[:, None])).to(v.dtype)
-
-
-@triton.jit
-def _shift_queries(ds, BLOCK: tl.constexpr):
-    """[BLOCK, 2 BLOCK] of queries and distances, from the gradient of scores [BLOCK, BLOCK]; 0 where no key is."""
-    i = tl.arange(0, BLOCK)[:, None, None]
-    n = tl.arange(0, BLOCK // 8)[None, :, None]
-    c = tl.arange(0, 8)[None, None, :]
-    none = tl.zeros([BLOCK, BLOCK], ds.dtype)
-    # zeros stand beside ds, on the side where keys of a query end, for each half of the distances
-    first = _pick(_beside(ds, none, BLOCK), i, i - c + 7, BLOCK // 8 - 1 - n, BLOCK, 2 * BLOCK, BLOCK, BLOCK)
-    second = _pick(_beside(none, ds, BLOCK), i, i - c + 7, BLOCK // 8 - 1 - n, BLOCK, 2 * BLOCK, BLOCK, BLOCK)
-    return _beside(first, second, BLOCK)
-
-
-@triton.jit
-def _shift_keys(ds, BLOCK: tl.constexpr):
-    """[BLOCK, 2 BLOCK] of keys and distances, likewise; 0 where no query is."""
-    j = tl.arange(0, BLOCK)[:, None, None]
-    w = 8 * tl.arange(0, BLOCK // 8)[None, :, None] + tl.arange(0, 8)[None, None, :]
-    none = tl.zeros([BLOCK, BLOCK], ds.dtype)
-    first = _pick(_below(none, ds, BLOCK), w + j + 1, j, 0, 2 * BLOCK, BLOCK, BLOCK, BLOCK)
-    second = _pick(_below(ds, none, BLOCK), w + j + 1, j, 0, 2 * BLOCK, BLOCK, BLOCK, BLOCK)
-    return _beside(first, second, BLOCK)
 
 
 @triton.jit
@@ -525,35 +395,6 @@ def _disentangled_attention_dtable_kernel(
     tl.store(dtable_ptr + offs_k, tl.sum(total, 0).to(dtable_ptr.dtype.element_ty), mask=offs_k < K)
 
 
-def _distance_rows(furthest, position_buckets, max_relative_positions):
-    """int32 [2 * furthest + 1]: which row of a position table serves i - j = -furthest, ..., furthest."""
-    r = torch.arange(-furthest, furthest + 1)
-    span = max_relative_positions
-    if position_buckets > 0:
-        span, mid = position_buckets, position_buckets // 2
-        # in float32, as transformers' make_log_bucket_position
-        far = r.abs().clamp(min=mid)
-        steps = torch.log(far / mid) / torch.log(torch.tensor((max_relative_positions - 1) / mid)) * (mid - 1)
-        r = torch.where(r.abs() <= mid, r, (torch.ceil(steps) + mid).long() * r.sign())
-    return (r + span).clamp(0, 2 * span - 1).to(torch.int32)
-
-
-@functools.lru_cache(maxsize=64)
-def _index(furthest, position_buckets, max_relative_positions, device):
-    return _distance_rows(furthest, position_buckets, max_relative_positions).to(device)
-
-
-@functools.lru_cache(maxsize=64)
-def _bounds(reach, BLOCK, rows, position_buckets, max_relative_positions, device):
-    """int32 [rows + 1]: where the distances of each row of a table begin, among those of the tiles of `reach` tokens.
-
-    Counted from i - j = 1 - reach - BLOCK, the first of diagonal 0.
-    """
-    index = _distance_rows(reach - 1, position_buckets, max_relative_positions)
-    bounds = torch.searchsorted(index, torch.arange(rows + 1, dtype=torch.int32)) + BLOCK
-    return bounds.to(torch.int32).to(device)
-
-
 # (kernel, operands are fp32, tensor cores are Hopper's and the head size is up to 64): the rows of a tile (of queries,
 # and of keys where a kernel takes others), warps, stages. From the compiler's reports (no spills on sm_80 and sm_90:
 # NOTES.md), not from times on a device
@@ -614,7 +455,7 @@ def _constants(q, pos_key, pos_query, dropout_p):
         HAS_QUERY=pos_query is not None,
         HAS_DROPOUT=dropout_constants(dropout_p)[0] > 0,
         IS_FULL=q.dtype == torch.float32,
-        PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        PRECISION=product_precision(q.dtype),
         # Triton's interpreter computes wrongly with bfloat16, so there it is widened as it is loaded
         UPCAST=INTERPRET and q.dtype == torch.bfloat16,
         K=K,
@@ -642,7 +483,7 @@ def disentangled_attention_fwd(
         return out.zero_(), lse.zero_()
     tables = [q if x is None else unit_columns(x) for x in (pos_key, pos_query)]
     middle = _furthest(max_seqlen)
-    index = _index(middle, position_buckets, max_relative_positions, q.device)
+    index = _table(q.device, _distance_rows, middle, position_buckets, max_relative_positions)
     threshold, keep_scale = dropout_constants(dropout_p)
     strides = [x.stride(d) for x in (q, k, v, out, *tables) for d in (0, 1)]
     constants = _constants(q, pos_key, pos_query, dropout_p)
@@ -690,7 +531,7 @@ def disentangled_attention_bwd(
         return [x.zero_() for x in grads + dtables]
     tables = [q if x is None else unit_columns(x) for x in (pos_key, pos_query)]
     middle = _furthest(max_seqlen)
-    index = _index(middle, position_buckets, max_relative_positions, q.device)
+    index = _table(q.device, _distance_rows, middle, position_buckets, max_relative_positions)
     threshold, keep_scale = dropout_constants(dropout_p)
     operands = [x.stride(d) for x in (dout, q, k, v) for d in (0, 1)]
     positions = [x.stride(d) for x in tables for d in (0, 1)]
@@ -726,7 +567,7 @@ def disentangled_attention_bwd(
             *operands, *positions, *scalars, **constants, OF_KEY=dtable is dpos_key, **settings,
         )  # fmt: skip
         P = dtable.shape[0]
-        bounds = _bounds(tiles * block, block, P, position_buckets, max_relative_positions, q.device)
+        bounds = _table(q.device, _bounds, tiles * block, block, P, position_buckets, max_relative_positions)
         _disentangled_attention_dtable_kernel[(P * H,)](
             dband, bounds, dtable, H, tiles, groups, K=K, BLOCK=block, BLOCK_G=triton.next_power_of_2(groups),
             BLOCK_K=constants["BLOCK_K"], num_warps=1,

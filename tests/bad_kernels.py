@@ -13,7 +13,7 @@ import triton.language as tl
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fastbert import offline
+from fastbert.proof import offline
 
 
 @triton.jit
@@ -54,6 +54,25 @@ def _product_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _serialised_kernel(x_ptr, y_ptr, rows, BLOCK: tl.constexpr, IS_AWAITED: tl.constexpr):
+    # two sums of products at once, whose other factor comes out of a product of the same pass
+    offs = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    y = tl.load(y_ptr + offs)
+    a = tl.zeros([BLOCK, BLOCK], tl.float32)
+    b = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for m in range(0, rows, BLOCK):
+        if IS_AWAITED:
+            # times 1, which the compiler does not know
+            b *= 1.0 + 0.0 * rows
+        x = tl.load(x_ptr + m * BLOCK + offs)
+        s = tl.dot(x, tl.trans(y))
+        p = tl.exp2(s)
+        a = tl.dot(tl.trans(p.to(x.dtype)), x, a)
+        b = tl.dot(tl.trans((p * s).to(x.dtype)), x, b)
+    tl.store(y_ptr + offs, (a * b).to(y.dtype))
+
+
+@triton.jit
 def _good_kernel(x_ptr, y_ptr, stride, BLOCK: tl.constexpr):
     offs = tl.program_id(0).to(tl.int64) * stride + tl.arange(0, BLOCK)
     tl.store(y_ptr + offs, tl.load(x_ptr + offs))
@@ -67,6 +86,11 @@ def product(size, dtype, precision):
     _product_kernel[(1,)](full(size, size, dtype=dtype), full(size, size, dtype=dtype), BLOCK=size, PRECISION=precision)
 
 
+def two_sums(is_awaited):
+    x, y = full(512, 64, dtype=half), full(64, 64, dtype=half)
+    _serialised_kernel[(1,)](x, y, 512, BLOCK=64, IS_AWAITED=is_awaited, num_warps=4, num_stages=2)
+
+
 half = torch.bfloat16
 LAUNCHES = {
     "spilling": lambda: _spilling_kernel[(1,)](full(128, 128), full(128, 128), BLOCK=128, num_warps=1),
@@ -77,6 +101,8 @@ LAUNCHES = {
     "fp32": lambda: product(64, torch.float32, "ieee"),
     "half": lambda: product(64, half, "ieee"),
     "small": lambda: product(32, half, "ieee"),
+    "serialised": lambda: two_sums(False),
+    "awaited": lambda: two_sums(True),
     "good": lambda: _good_kernel[(4 << 20,)](full(4 << 20, 768), full(4 << 20, 768), 768, BLOCK=256),
 }
 

@@ -151,12 +151,9 @@ CALLS = {
     "pooling": Call("pooling", lambda: _pooling(mode="mean", normalize=True), ("hidden",)),
     "pooling-max": Call("pooling", lambda: _pooling(mode="max"), ("hidden",)),
     "masked_cross_entropy": Call("masked_cross_entropy", _masked_cross_entropy, ("hidden", "labels"), exact=False),
-    "masked_cross_entropy-picked": Call(
-        "masked_cross_entropy", lambda: _masked_cross_entropy(bias=None, max_picks=6, z_loss=0.01, label_smoothing=0.1),
-        ("hidden", "labels"), exact=False,
-    ),
-    "masked_cross_entropy-low_memory": Call(
-        "masked_cross_entropy", lambda: _masked_cross_entropy(low_memory=True), ("hidden", "labels"), exact=False
+    "masked_cross_entropy-smoothed": Call(
+        "masked_cross_entropy", lambda: _masked_cross_entropy(bias=None, label_smoothing=0.1), ("hidden", "labels"),
+        exact=False,
     ),
     "contrastive_cross_entropy": Call(
         "contrastive_cross_entropy", _contrastive_cross_entropy, ("query", "labels"), exact=False

@@ -3,7 +3,7 @@
 import random
 from functools import cache
 
-from fastbert.tokenizer import train_wordpiece
+from fastbert.data.tokenizer import train_wordpiece
 
 
 @cache

@@ -4,7 +4,14 @@ and a record of which operators ran."""
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastbert import reference
+from fastbert.cpu import ops as cpu
+from fastbert.packing import Batch
+
 VALUE_SLACK, GRADIENT_SLACK, FLOOR = 2.0, 3.0, 1e-5
+# what runs on the tests' device where no kernel does, and all that can
+PLAIN = "reference" if torch.cuda.is_available() else "cpu"
+IMPLEMENTATIONS = ["triton", *dict.fromkeys([PLAIN, "reference"])]
 
 
 def assert_within_budget(kernel, reference, *args, **kwargs):
@@ -56,9 +63,28 @@ def assert_within_budget(kernel, reference, *args, **kwargs):
             assert error <= budget, f"{what} {i}: error {error:.2e} over the budget {budget:.2e}"
 
 
+def assert_op_within_budget(kernel, *args, **kwargs):
+    """The kernel, and on a CPU the function of `fastbert.cpu` with the same name, against that of the reference."""
+    name = kernel.__name__
+    assert_within_budget(kernel, getattr(reference, name), *args, **kwargs)
+    if all(x.device.type == "cpu" for x in (*args, *kwargs.values()) if torch.is_tensor(x)):
+        assert_within_budget(getattr(cpu, name), getattr(reference, name), *args, **kwargs)
+
+
 def cu_seqlens_of(lengths, device):
     """int32 [B + 1] for a list of sequence lengths."""
     return torch.tensor([0, *lengths], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
+
+
+def packed_batch(lengths=(7, 1, 0, 13, 4), vocab_size=99, picked=0.3):
+    """A packing.Batch of random sequences, some of whose tokens are picked."""
+    ids = torch.randint(5, vocab_size, (sum(lengths),))
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    labels = torch.where(torch.rand(len(ids)) < picked, ids, -100)
+    return Batch(
+        ids, positions, positions % 2, cu_seqlens_of(lengths, "cpu"), max(lengths), labels,
+        (labels != -100).nonzero()[:, 0],
+    )  # fmt: skip
 
 
 def assert_same_bits(got, wanted):

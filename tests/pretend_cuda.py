@@ -111,7 +111,8 @@ def small():
     """The models of benchmarks with few columns and layers."""
     import machine
     import model_pairs
-    import op_cases
+
+    from fastbert.proof import op_cases
 
     with contextlib.ExitStack() as stack:
         for sizes, size in ((machine.COPIED, 2**16), (machine.SIDE, 64), (machine.COLD, 2**10)):

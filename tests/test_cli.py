@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from fastbert import pretrain as script
 from fastbert.cli import main
-from fastbert.config import EncoderConfig
-from fastbert.heads import MaskedLM
-from fastbert.options import kind
-from fastbert.tokenizer import load_tokenizer, save_tokenizer
+from fastbert.data.tokenizer import load_tokenizer, save_tokenizer
+from fastbert.model.config import EncoderConfig
+from fastbert.model.heads import MaskedLM
+from fastbert.training import pretrain as script
+from fastbert.training.options import kind
 
 ROOT = Path(__file__).parent.parent
 

@@ -77,7 +77,7 @@ def test_wheel_holds_the_library_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         metadata = archive.read(f"fastbert_kernels-{fastbert.__version__}.dist-info/METADATA").decode()
-    library = {f"fastbert/{path.name}" for path in (ROOT / "fastbert").glob("*.py")}
+    library = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fastbert").rglob("*.py")}
     kernels = {f"fastbert/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     shipped = [*(ROOT / "kernels" / "profiles").glob("*.json"), Path("interpreter.json")]
     profiles = {f"fastbert/kernels/profiles/{path.name}" for path in shipped}

@@ -1,21 +1,58 @@
-"""The rules of CONTRIBUTING.md, "Where does a line belong?", checked from the source."""
+"""The rules of CONTRIBUTING.md, "Where does a line belong?", checked from the source, folder by folder."""
 
 import ast
 import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-LIBRARY = sorted((ROOT / "fastbert").glob("*.py"))
+import fastbert
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARY = sorted((ROOT / "fastbert").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
-# these look at kernels and at Triton, and run no op
-COMPILING = {"kernel_cases.py", "offline.py", "machine_code.py", "doctor.py"}
-# those that may know HuggingFace's classes and key names
-HUGGINGFACE = {"variants.py", "swapping.py", "replacements.py", "huggingface_replacements.py", "huggingface.py"}
+OTHERS = sorted([*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")])
+
+# wing (a folder, or a file at the top of fastbert/) -> the wings that it may import, and the libraries of others beside
+# Python's own; None: no rule
+MAY_IMPORT = {
+    "kernels": ("", "torch triton"),
+    "reference": ("", "torch"),
+    "cpu": ("reference", "torch numpy"),
+    "ops": ("kernels cpu reference", "torch"),
+    "packing": ("", "torch numpy"),
+    "files": ("", None),
+    "data": ("packing files", None),
+    "model": ("ops reference packing files data", None),
+    "swapping": ("ops packing", None),
+    "tasks": ("ops packing files data model swapping", None),
+    "training": ("ops packing files data model swapping tasks", None),
+}
+# the two longest kernels have more room
+LONG = {ROOT / "kernels" / "attention.py": 700, ROOT / "kernels" / "disentangled_attention.py": 700}
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT))
+
+
+def module_of(path):
+    """fastbert.x.y of a file of the library or of the kernels."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = ("fastbert", *parts) if parts[0] == "kernels" else parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def wing_of(module):
+    """The folder or top file that fastbert.x.y belongs to: x. "" for what is in `fastbert` itself."""
+    return (module.split(".") + [""])[1]
+
+
+MODULES = {module_of(path): path for path in LIBRARY + KERNELS}
 
 
 def tree(path):
@@ -23,18 +60,28 @@ def tree(path):
 
 
 def imports(path):
-    """Every module that a file imports, at its top or inside a function; relative ones keep their dots."""
-    for node in ast.walk(tree(path)):
+    """Every module that a file imports when it runs, at its top or inside a function, by its full name."""
+    module = module_of(path)
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    whole = tree(path)
+    for node in ast.walk(whole):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            # for type checkers alone
+            node.body = []
+    for node in ast.walk(whole):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            module = "." * node.level + (node.module or "")
-            yield module
-            yield from (f"{module}.{alias.name}".replace("..", ".") for alias in node.names)
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            for alias in node.names:
+                full = f"{base}.{alias.name}"
+                yield full if full in MODULES or full == "fastbert.kernels" else base
 
 
-def is_kernels(module):
-    return module.startswith((".kernels", "fastbert.kernels")) or module == "kernels"
+def ours(path):
+    """The modules of the library that a file imports."""
+    return {module for module in imports(path) if module.split(".")[0] == "fastbert"}
 
 
 def run(code, *, path=(), cwd=ROOT):
@@ -69,48 +116,104 @@ def signature(path, name):
     raise AssertionError(f"{path.name} has no function {name}")
 
 
-@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)
-def test_kernels_import_torch_triton_and_themselves(path):
+@pytest.mark.parametrize("path", LIBRARY + KERNELS, ids=name_of)
+def test_a_wing_imports_what_it_may(path):
+    wing = wing_of(module_of(path))
+    if wing not in MAY_IMPORT:
+        return
+    wings, libraries = MAY_IMPORT[wing]
     for module in imports(path):
         root = module.split(".")[0]
-        assert module.startswith(".") or root in {"torch", "triton"} | sys.stdlib_module_names, module
-        assert not module.startswith(".."), f"{path.name} reaches outside kernels/: {module}"
+        if root == "fastbert":
+            allowed = wing_of(module) in {wing, "", *wings.split()}
+        else:
+            allowed = libraries is None or root in {*libraries.split(), *sys.stdlib_module_names}
+        assert allowed, f"{name_of(path)} imports {module}"
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.name)
-def test_library_leaves_kernels_to_ops_and_triton_to_kernels(path):
-    for module in imports(path):
-        if path.name in COMPILING:
-            continue
-        assert module.split(".")[0] != "triton", f"{path.name} imports {module}: that belongs in kernels/"
-        assert path.name == "ops.py" or not is_kernels(module), f"{path.name} imports {module}: only ops.py may"
+@pytest.mark.parametrize("path", LIBRARY, ids=name_of)
+def test_triton_stays_in_the_kernels_and_in_their_proof(path):
+    wing = wing_of(module_of(path))
+    if wing != "proof":
+        for module in imports(path):
+            assert module.split(".")[0] != "triton", f"{name_of(path)} imports {module}: that belongs in kernels/"
+            is_kernel = wing_of(module) == "kernels" and module.startswith("fastbert.")
+            assert wing == "ops" or not is_kernel, f"{name_of(path)} imports {module}: only ops.py may"
     names = {node.id for node in ast.walk(tree(path)) if isinstance(node, ast.Name)}
-    assert "tl" not in names, f"{path.name} says tl.: that belongs in kernels/"
+    assert "tl" not in names, f"{name_of(path)} says tl.: that belongs in kernels/"
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.name)
-def test_huggingface_names_stand_in_the_tables_only(path):
-    if path.name in HUGGINGFACE:
-        return
-    for module in imports(path):
-        assert module.split(".")[0] != "transformers", f"{path.name} imports {module}"
-    for node in ast.walk(tree(path)):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            assert not node.value.startswith(("bert.", "cls.")), f"{path.name}:{node.lineno} names {node.value!r}"
+@pytest.mark.parametrize("path", LIBRARY, ids=name_of)
+def test_transformers_is_known_in_swapping_only(path):
+    wing = wing_of(module_of(path))
+    if wing != "swapping":
+        assert not [module for module in imports(path) if module.split(".")[0] == "transformers"]
+    if wing not in ("swapping", "model"):
+        texts = {x.value for x in ast.walk(tree(path)) if isinstance(x, ast.Constant) and isinstance(x.value, str)}
+        assert not [text for text in texts if text.startswith(("bert.", "cls."))]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "fastbert" / "model").glob("*.py")), ids=name_of)
+def test_a_model_knows_no_device_and_no_file(path):
+    nodes = list(ast.walk(tree(path)))
+    assert not [node for node in nodes if isinstance(node, ast.Attribute) and node.attr in ("cuda", "is_cuda")]
+    if path.name != "hf_files.py":
+        texts = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+        assert not texts & {"cuda", "cpu"}
+        assert not {"io", "json", "pickle", "safetensors", "shutil", "zipfile"} & {
+            x.split(".")[0] for x in imports(path)
+        }
+        called = {getattr(x.func, "attr", getattr(x.func, "id", "")) for x in nodes if isinstance(x, ast.Call)}
+        assert not called & {"open", "read_text", "write_text", "read_bytes", "write_bytes"}
 
 
 def test_autocast_is_handled_in_ops_only():
     # a training script may switch autocast on; only ops.py may look at it
     for path in LIBRARY + KERNELS:
         names = {node.attr for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute)}
-        assert path.name == "ops.py" or not names & {"is_autocast_enabled", "get_autocast_dtype"}, path.name
+        looks = names & {"is_autocast_enabled", "get_autocast_dtype"}
+        assert not looks or path == ROOT / "fastbert" / "ops.py", name_of(path)
+
+
+def test_no_two_files_import_each_other():
+    # whoever imports x.y runs x/__init__.py too, which imports nothing
+    open_ends = {module: ours(path) & set(MODULES) for module, path in MODULES.items()}
+    while leaves := {module for module, needed in open_ends.items() if not needed & set(open_ends)}:
+        open_ends = {module: needed for module, needed in open_ends.items() if module not in leaves}
+    assert not open_ends
+
+
+@pytest.mark.parametrize("path", LIBRARY + KERNELS + OTHERS, ids=name_of)
+def test_no_file_is_too_long(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= LONG.get(path, 500)
+
+
+def test_a_wing_says_in_a_sentence_what_it_is():
+    for path in (ROOT / "fastbert").glob("*/__init__.py"):
+        (docstring,) = tree(path).body
+        assert docstring.value.value.endswith("."), name_of(path)
+
+
+def test_no_file_hides_a_public_name():
+    # importing fastbert.swap would put that module where the function is
+    places = {path.stem for path in (ROOT / "fastbert").iterdir()}
+    assert places & set(fastbert.__all__) == {"ops"}
 
 
 @pytest.mark.parametrize("folder", ["kernels", "tests", "benchmarks"])
 def test_folder_is_no_package(folder):
     # a regular package `kernels` would hide the one that HuggingFace publishes
     assert (ROOT / folder).is_dir()
-    assert not (ROOT / folder / "__init__.py").exists()
+    assert not list((ROOT / folder).rglob("__init__.py"))
+
+
+def test_tests_mirror_the_wings():
+    tests = list((ROOT / "tests").rglob("test_*.py"))
+    assert {count for _, count in Counter(path.name for path in tests).items()} == {1}
+    wings = {path.parent.name for path in LIBRARY if path.parent != ROOT / "fastbert"}
+    for path in tests:
+        folder = str(path.parent.relative_to(ROOT / "tests"))
+        assert folder in {".", "kernels", "benchmarks", *wings}, name_of(path)
 
 
 @pytest.mark.parametrize("name", ["tests", "setup", "fastbert", "benchmarks"])
@@ -121,7 +224,7 @@ def test_package_maps_the_kernels_alone(name, tmp_path):
 
 
 def test_no_drawer_for_everything():
-    assert not [path for path in ROOT.glob("*/*.py") if path.stem in {"utils", "util", "common", "misc"}]
+    assert not [path for path in LIBRARY + KERNELS + OTHERS if path.stem in {"utils", "util", "common", "misc"}]
 
 
 @pytest.mark.parametrize(("op", "file", "name"), list(signatures()), ids=lambda value: value)
@@ -130,6 +233,10 @@ def test_op_has_one_signature(op, file, name):
     public = signature(ROOT / "fastbert" / "ops.py", op)
     assert signature(ROOT / "fastbert" / "reference.py", op) == public
     assert signature(ROOT / "kernels" / f"{file}.py", op) == public
+    # where `cpu/ops.py` finds it: the reference's own has been compared
+    for node in tree(ROOT / "fastbert" / "cpu" / "ops.py").body:
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and op in {alias.name for alias in node.names}:
+            assert signature(ROOT / "fastbert" / "cpu" / f"{node.module}.py", op) == public
 
 
 def test_every_op_is_checked_above():
@@ -149,22 +256,23 @@ def test_import_takes_under_half_a_second():
 
 
 def test_works_without_triton_and_without_transformers():
-    code = """
+    modules = [module for module, path in MODULES.items() if path in LIBRARY and not path.name.startswith("_")]
+    code = f"""
 import sys
 class Blocker:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"triton", "transformers", "pyarrow", "matplotlib", "tensorboard", "yaml"}:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        if name.split(".")[0] in {{"triton", "transformers", "pyarrow", "matplotlib", "tensorboard", "yaml"}}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Blocker())
-import importlib, pathlib, torch, fastbert
-for path in pathlib.Path(fastbert.__file__).parent.glob("[!_]*.py"):
-    importlib.import_module(f"fastbert.{path.stem}")
+import importlib, torch, fastbert
+for module in {modules}:
+    importlib.import_module(module)
 from fastbert import ops
 y = ops.layer_norm(torch.ones(3, 5), torch.ones(5), torch.zeros(5), impl="auto")
 assert y.abs().max() < 1e-3 and "triton" not in sys.modules and "transformers" not in sys.modules
 print("works")
 """
-    assert run(code) == "works"
+    assert len(modules) > 30 and run(code) == "works"
 
 
 def test_huggingface_kernels_package_is_found_beside_ours(tmp_path):

@@ -7,14 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import cu_seqlens_of
+from calls import CALLS, is_floating
+from helpers import PLAIN, cu_seqlens_of
 
 from fastbert import ops
 
 
 def test_unknown_implementation_is_named():
     x = torch.randn(2, 4)
-    with pytest.raises(ValueError, match="impl='cuda'.*auto, triton, reference"):
+    with pytest.raises(ValueError, match="impl='cuda'.*auto, triton, cpu, reference"):
         ops.bias_gelu(x, x[0], impl="cuda")
 
 
@@ -24,7 +25,7 @@ def test_environment_variable_is_checked():
         env={"FASTBERT_IMPL": "fast", "PYTHONPATH": "."},
         capture_output=True,
     )
-    assert b"FASTBERT_IMPL='fast': expected one of auto, triton, reference" in run.stderr
+    assert b"FASTBERT_IMPL='fast': expected one of auto, triton, cpu, reference" in run.stderr
 
 
 def test_kernels_on_a_cpu_never_fall_back(monkeypatch):
@@ -34,12 +35,52 @@ def test_kernels_on_a_cpu_never_fall_back(monkeypatch):
         ops.bias_gelu(x, x[0], impl="triton")
 
 
-def test_cpu_tensors_take_the_reference():
+def test_auto_goes_by_the_device():
+    chosen = {name: ops.implementation(torch.device(name), "auto") for name in ("cpu", "cuda", "mps", "meta")}
+    on_a_gpu = "triton" if ops.has_triton() else "reference"
+    assert chosen == {"cpu": "cpu", "cuda": on_a_gpu, "mps": "reference", "meta": "reference"}
     assert not ops.uses_triton(torch.device("cpu"))
     assert ops.uses_triton(torch.device("cuda")) == ops.has_triton()
 
 
-@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("name", ["cuda", "mps", "meta"])
+def test_cpu_on_another_device_is_refused(name):
+    with pytest.raises(
+        RuntimeError, match=f"impl='cpu' was asked for on a {name} tensor: expected auto, triton or ref"
+    ):
+        ops.implementation(torch.device(name), "cpu")
+    if name == "meta":
+        x = torch.randn(2, 4, device=name)
+        with pytest.raises(RuntimeError, match="asked for on a meta tensor"):
+            ops.bias_gelu(x, x[0], impl="cpu")
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "contrastive_cross_entropy"])
+def test_transforms_of_torch_func(name):
+    """The gradient and the derivative along a direction (forward mode), of what runs on a CPU."""
+    call = CALLS[name]
+    arguments = call.arguments("cpu", torch.float64)
+    leaves = {name: x for name, x in arguments.items() if is_floating(x)}
+
+    def function(leaves):
+        return call(arguments | leaves, impl="auto")[0].sin().sum()
+
+    _, wanted = CALLS[name].run(arguments, [call(arguments, impl="cpu")[0].cos()], impl="cpu")
+    got = torch.func.grad(function)(leaves)
+    tangents = {name: torch.randn_like(x) for name, x in leaves.items()}
+    _, along = torch.func.jvp(function, (leaves,), (tangents,))
+    for name in leaves:
+        torch.testing.assert_close(got[name], wanted[name])
+    torch.testing.assert_close(along, sum((wanted[name] * tangents[name]).sum() for name in leaves))
+
+
+def test_vmap_on_a_cpu():
+    x, weight, seed = torch.randn(3, 5, 8), torch.randn(8), torch.tensor([7])
+    run = lambda x: ops.layer_norm(x, weight, None, dropout_p=0.3, seed=seed)  # noqa: E731
+    torch.testing.assert_close(torch.func.vmap(run)(x), torch.stack([run(part) for part in x]))
+
+
+@pytest.mark.parametrize("impl", [PLAIN, "triton"])
 def test_ops_under_autocast(impl, device):
     """Matrix products run in autocast's dtype; the row-wise ops give what the encoder asks for, with fp32 inside."""
     dtype = torch.float16 if impl == "triton" and device.type == "cpu" else torch.bfloat16
@@ -93,7 +134,7 @@ ROW_WISE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("impl", [PLAIN, "triton"])
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("op", ROW_WISE)

@@ -1,0 +1,1 @@
+"""Ops for CPU tensors; by name: ops.py."""

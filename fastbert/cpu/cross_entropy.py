@@ -1,0 +1,224 @@
+"""Cross-entropy of a linear layer on a CPU: loss and gradients in one sweep, the logits of some rows at a time."""
+
+import torch
+
+from .. import reference
+from .derivatives import derivatives
+from .matmul import matmul
+
+# rows whose logits are held at once
+ROWS = 1024
+
+
+class MaskedCrossEntropyFunction(torch.autograd.Function):
+    """Loss and gradients of the picked rows in one sweep over chunks of rows, so that [M, V] is never held.
+
+    The last chunk's share of the weight gradient, mostly all of it, waits for the backward: until then it is smaller as
+    the gradient of the logits.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, scale, ignore_index, label_smoothing, wants):
+        picked, targets, count, complete = _pick(labels, ignore_index)
+        V = len(weight)
+        loss_sum = torch.zeros((), dtype=reference.wide(hidden.dtype), device=hidden.device)
+        correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
+        dbias = loss_sum.new_zeros(V) if wants[2] else None
+        dscale = torch.zeros_like(loss_sum) if wants[3] else None
+        drows, earlier, last = [], None, None
+        for start in range(0, len(targets), ROWS):
+            chunk = slice(start, start + ROWS)
+            rows, target, labelled = _labelled_rows(hidden, targets, picked, chunk, ignore_index, complete)
+            logits = _logits(rows, weight, bias, scale)
+            place, inside = _place(target, V)
+            losses, best, dlogits = _softmax(logits, place, inside, label_smoothing)
+            _count_in(loss_sum, correct, losses, best == target[:, None], labelled)
+            if not any(wants):
+                continue
+            _dlogits(dlogits, place, inside, labelled, label_smoothing)
+            if wants[2]:
+                dbias += dlogits.sum(0)
+            dlogits = dlogits if scale is not None else dlogits.to(rows.dtype)
+            if wants[0] or wants[3]:
+                drows.append(matmul(dlogits, weight.to(dlogits.dtype)).to(rows.dtype))
+            if wants[3]:
+                dscale += (rows * drows[-1]).sum(dtype=dscale.dtype)
+            last = (dlogits, rows)
+            if wants[1] and chunk.stop < len(targets):
+                share = _word_sums(dlogits, rows).to(loss_sum.dtype)
+                earlier = share if earlier is None else earlier.add_(share)
+        if last is None:
+            last = hidden.new_zeros(0, V), hidden.new_zeros(0, hidden.shape[1])
+        if any(wants):
+            drows = drows[0] if len(drows) == 1 else torch.cat(drows) if drows else last[1]
+            ctx.save_for_backward(
+                hidden, weight, bias, labels, scale, picked, drows, dbias, dscale, earlier,
+                *(last if wants[1] else (None, None)),
+            )  # fmt: skip
+        ctx.wants, ctx.options = wants, (ignore_index, label_smoothing)
+        ctx.mark_non_differentiable(count, correct)
+        return loss_sum, count, correct
+
+    @staticmethod
+    def backward(ctx, dloss, dcount, dcorrect):
+        hidden, weight, bias, labels, scale, picked, drows, dbias, dscale, earlier, dlogits, rows = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            dhidden, dweight, dbias, dscale = derivatives(
+                lambda *inputs: _meaning(*inputs, labels, *ctx.options), (hidden, weight, bias, scale), dloss
+            )
+            return dhidden, dweight, dbias, None, dscale, None, None, None
+        # of one dimension: in a product with halves, a tensor of none would first be rounded to them
+        dloss = dloss.reshape(1)
+        factor = dloss if scale is None else dloss * scale
+        dhidden = dweight = None
+        if ctx.wants[0]:
+            dhidden = _put_back((drows * factor).to(drows.dtype), picked, len(hidden))
+        if ctx.wants[1]:
+            # the factor goes into the smaller tensor, unless fp16 might not hold it there
+            if rows.dtype == torch.float16:
+                dweight = _word_sums(dlogits, rows) * factor
+            else:
+                dweight = _word_sums(dlogits, rows * factor.to(rows.dtype))
+            dweight = (dweight if earlier is None else (earlier * factor).add_(dweight)).to(weight.dtype)
+        dbias = (dbias * dloss).to(bias.dtype) if ctx.wants[2] else None
+        dscale = dscale * dloss[0] if ctx.wants[3] else None
+        return dhidden, dweight, dbias, None, dscale, None, None, None
+
+
+def _meaning(hidden, weight, bias, scale, labels, ignore_index, label_smoothing):
+    """The loss, by the reference; hidden and weight widened where there is a scale."""
+    if ignore_index is None:
+        # a label that is not this one
+        ignore_index = -1
+    if scale is not None:
+        hidden, weight = hidden.to(scale.dtype) * scale, weight.to(scale.dtype)
+    options = dict(ignore_index=ignore_index, label_smoothing=label_smoothing)
+    return reference.masked_cross_entropy(hidden, weight, bias, labels, **options)[0]
+
+
+def _pick(labels, ignore_index):
+    """(picked, labels there, count, complete): the rows to compute, None for all, and how many have a label.
+
+    complete: all rows there have a label, as with ignore_index None.
+    """
+    if ignore_index is None:
+        return None, labels, torch.full((), len(labels), device=labels.device), True
+    has_label = labels != ignore_index
+    count = has_label.sum()
+    # torch.compile cannot look at the count; and where most rows are picked, a constant number of them, as packed
+    # batches have, is worth more than the few saved
+    if torch.compiler.is_compiling():
+        return None, labels, count, False
+    if (number := int(count)) > 0.75 * len(labels):
+        return None, labels, count, number == len(labels)
+    picked = has_label.nonzero()[:, 0]
+    return picked, labels[picked], count, True
+
+
+def _labelled_rows(hidden, targets, picked, chunk, ignore_index, complete):
+    """(rows, labels, which of them count) of a chunk of the picked rows; what counts nowhere is 0. None: all count."""
+    rows = hidden[chunk] if picked is None else hidden[picked[chunk]]
+    if complete:
+        return rows, targets[chunk].long(), None
+    labelled = targets[chunk] != ignore_index
+    return rows.where(labelled[:, None], 0), targets[chunk].long(), labelled
+
+
+def _logits(rows, weight, bias, scale):
+    """The logits in fp32 or wider: a scale would magnify what rounding left of them."""
+    wide = reference.wide(rows.dtype)
+    if scale is None:
+        return matmul(rows, weight.t(), bias).to(wide)
+    logits = matmul(rows.to(wide) * scale, weight.to(wide).t())
+    return logits if bias is None else logits.add_(bias)
+
+
+def _place(target, V):
+    """(the labels [rows] as words, int64 [rows, 1]; whether they are any)."""
+    place = target[:, None].clamp(0, V - 1)
+    return place, place == target[:, None]
+
+
+def _softmax(logits, place, inside, label_smoothing):
+    """(losses [rows, 1], best words [rows, 1], probabilities in place of the logits).
+
+    With many words each look at all logits takes as long as a part of their product.
+    """
+    maximum, best = logits.max(-1, keepdim=True)
+    # a label that is no word leaves NaN
+    at_label = logits.gather(1, place).where(inside, float("nan"))
+    # relative to the largest logit, so that the loss of a row of large logits keeps its digits
+    over = maximum - at_label
+    if label_smoothing:
+        mean = logits.sum(-1, keepdim=True) / logits.shape[1]
+        over = (1 - label_smoothing) * over + label_smoothing * (maximum - mean)
+    # in place where that is known to work: a CPU has read a number before it writes there
+    is_here = logits.device.type == "cpu" and not torch.compiler.is_compiling()
+    probabilities = torch.softmax(logits, -1, out=logits if is_here else None)
+    # the best word's power is 1, so that its probability is 1 / total
+    return over - probabilities.gather(1, best).log(), best, probabilities
+
+
+def _count_in(loss_sum, correct, losses, right, labelled):
+    """Add the rows [rows, 1] that count to both sums."""
+    if labelled is not None:
+        losses, right = losses.masked_fill(~labelled[:, None], 0), right & labelled[:, None]
+    loss_sum += losses.sum()
+    correct += right.sum()
+
+
+def _dlogits(probabilities, place, inside, labelled, label_smoothing):
+    """Make of probabilities [rows, V] the gradient of their logits, in place."""
+    if labelled is not None:
+        labelled = labelled[:, None].to(probabilities.dtype)
+        probabilities.mul_(labelled)
+    if label_smoothing:
+        even = label_smoothing / probabilities.shape[1]
+        probabilities.sub_(even if labelled is None else even * labelled)
+    at_label = inside.to(probabilities.dtype).mul_(label_smoothing - 1)
+    probabilities.scatter_add_(1, place, at_label if labelled is None else at_label.mul_(labelled))
+
+
+def _word_sums(dlogits, rows):
+    """dlogitsᵀ rows. In fp16, whose largest number a sum over thousands of rows may pass, as fp32."""
+    if rows.dtype == torch.float16:
+        dlogits, rows = dlogits.float(), rows.float()
+    return matmul(dlogits.t(), rows.to(dlogits.dtype))
+
+
+def _put_back(drows, picked, T):
+    return drows if picked is None else drows.new_zeros(T, drows.shape[1]).index_copy_(0, picked, drows)
+
+
+def _cross_entropy(hidden, weight, bias, labels, scale, ignore_index, label_smoothing=0.0):
+    # asked here: inside a Function gradients look disabled, and needs_input_grad knows nothing of no_grad
+    enabled = torch.is_grad_enabled()
+    wants = [enabled and x is not None and x.requires_grad for x in (hidden, weight, bias, scale)]
+    return MaskedCrossEntropyFunction.apply(hidden, weight, bias, labels, scale, ignore_index, label_smoothing, wants)
+
+
+def masked_cross_entropy(hidden, weight, bias, labels, *, ignore_index=-100, label_smoothing=0.0):
+    return _cross_entropy(hidden, weight, bias, labels, None, ignore_index, label_smoothing)
+
+
+def contrastive_cross_entropy(query, document, labels=None, *, scale=1.0, symmetric=False, ignore_index=-100):
+    wide = reference.wide(query.dtype)
+    if not isinstance(scale, torch.Tensor):
+        scale = torch.full((), scale, dtype=wide, device=query.device)
+    scale, absent = scale.to(wide), None
+    everyone = labels is None
+    if everyone:
+        labels, ignore_index = torch.arange(len(query), device=query.device), None
+    forward = _cross_entropy(query, document, None, labels, scale, ignore_index)
+    if not symmetric:
+        return forward
+    if everyone:
+        own, targets = document[: len(query)], labels
+    else:
+        picked = labels != ignore_index
+        targets = torch.arange(len(query), device=query.device).masked_fill(~picked, -1)
+        # a query without a label is nobody's negative
+        own, query = document[labels.masked_fill(~picked, 0)], query.masked_fill(~picked[:, None], 0.0)
+        absent = scale.new_zeros(len(query)).masked_fill(~picked, -float("inf"))
+    backward = _cross_entropy(own, query, absent, targets, scale, None if everyone else -1)
+    return (forward[0] + backward[0]) / 2, *forward[1:]

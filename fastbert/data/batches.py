@@ -1,0 +1,259 @@
+"""Token shards -> masked, packed batches.
+
+Every choice (order, masks, pairs) is a draw of draws.py, so it depends neither on what else is in a batch nor on
+threads or ranks, and an epoch can be entered in its middle.
+"""
+
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from ..packing import Batch, best_fit
+from .draws import _CUT, _ORDER, _PAIR, _PARTNER, _WORD, _draw, _uniform, sequence_keys
+from .masking import BERT_FATES, ELECTRA_FATES, IGNORED, mask_tokens
+from .sequences import PAIRS, cut_sequences
+from .tokenizer import special_ids, word_starts
+
+
+class MaskedBatches:
+    """Masked, packed batches of prepared text.
+
+    shards: Shards. max_seq_length, tokens_per_batch: tokens, special ones counted. objective: "mlm"; "mlm+nsp", where
+    the second segment follows the first or, half of the time, comes from another document (pair_labels 1); "mlm+sop",
+    where the two are swapped half of the time (pair_labels 1); "rtd", where picks are masked as ELECTRA's
+    are and come with draws for a generator (Batch.draws). sequence_ids: the sequences to use (all by default).
+    Each of world_size ranks gets its own batches, and all get equally many: up to world_size - 1 batches of an epoch
+    are left out, others each epoch. num_workers: threads that build batches ahead; 0 builds each when it is asked for.
+
+    capacity=True: every batch has exactly tokens_per_batch tokens, a constant number of sequences and of picks, and
+    max_seqlen = max_seq_length. What it has too many of are pad tokens of no sequence, empty sequences (pair label
+    -100), and picks of the last row, which is never labelled.
+
+    Raises ValueError when these contradict each other or there is no sequence.
+    """
+
+    def __init__(
+        self,
+        shards,
+        *,
+        max_seq_length,
+        tokens_per_batch,
+        mlm_probability=0.15,
+        whole_word_mask=False,
+        objective="mlm",
+        seed=0,
+        rank=0,
+        world_size=1,
+        sequence_ids=None,
+        num_workers=1,
+        capacity=False,
+    ):
+        self.index = cut_sequences(shards, max_seq_length, objective)
+        if tokens_per_batch < max_seq_length:
+            raise ValueError(
+                f"tokens_per_batch is {tokens_per_batch}: expected at least max_seq_length, {max_seq_length}"
+            )
+        if not 0 < mlm_probability <= 1:
+            raise ValueError(f"mlm_probability is {mlm_probability}: expected more than 0 and at most 1")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank is {rank}: expected 0 to {world_size - 1}, for world_size is {world_size}")
+        ids = np.arange(len(self.index.start)) if sequence_ids is None else np.unique(np.asarray(sequence_ids))
+        if len(ids) == 0:
+            raise ValueError("there are no sequences: no text, or nothing left of it")
+        if ids[0] < 0 or ids[-1] >= len(self.index.start):
+            raise ValueError(f"sequence_ids go from {ids[0]} to {ids[-1]}: there are {len(self.index.start)} sequences")
+        self._documents = self.index.document[ids]
+        if objective == "mlm+nsp" and self._documents[0] == self._documents[-1]:
+            raise ValueError("mlm+nsp needs at least two documents: a random second segment comes from another one")
+        self.shards, self.ids = shards, ids
+        self.max_seq_length, self.tokens_per_batch = max_seq_length, tokens_per_batch
+        self.mlm_probability, self.objective, self.seed = mlm_probability, objective, seed
+        self.rank, self.world_size, self.num_workers = rank, world_size, num_workers
+        self.special = special_ids(shards.tokenizer)
+        self.vocab_size = shards.manifest["vocab_size"]
+        self.starts = np.array(word_starts(shards.tokenizer)) if whole_word_mask else None
+        self._lengths = self.index.length[ids] + (3 if objective in PAIRS else 2)
+        self.max_sequences = self.max_picks = None
+        if capacity:
+            # a quarter more than a batch of average sequences has, so that best fit is seldom held up
+            self.max_sequences = int(1.25 * tokens_per_batch / self._lengths.mean()) + 8
+            # without whole words no batch can have more picks than this, with them it is beyond any chance
+            picks = int(np.ceil(mlm_probability * tokens_per_batch)) + self.max_sequences
+            self.max_picks = min(-(-picks // 8) * 8, tokens_per_batch)
+        self._plan = None
+        self._planned(0)
+
+    def num_batches(self, epoch):
+        """How many batches `epoch(epoch)` gives."""
+        return (len(self._planned(epoch)[1]) - 1) // self.world_size
+
+    @property
+    def fill(self):
+        """Real tokens over tokens_per_batch, the mean over all batches of the epoch planned last."""
+        _, _, offsets = self._plan
+        return float(self._lengths.sum() / (self.tokens_per_batch * (len(offsets) - 1)))
+
+    def epoch(self, epoch, start=0):
+        """Iterate over this rank's batches of an epoch, a `fastbert.packing.Batch` each, from number `start` on.
+
+        Tensors are on the CPU: cu_seqlens int32, the others int64. Nothing is spent on the batches before `start`.
+        """
+        order, offsets = self._planned(epoch)
+        count = self.num_batches(epoch)
+        if not 0 <= start <= count:
+            raise ValueError(f"start is {start}: epoch {epoch} has {count} batches")
+        numbers = range(self.rank + start * self.world_size, count * self.world_size, self.world_size)
+        return self._batches(epoch, [order[offsets[b] : offsets[b + 1]] for b in numbers])
+
+    def _planned(self, epoch):
+        """(sequence ids by batch, where each batch starts in them, and the end) of an epoch."""
+        if self._plan is None or self._plan[0] != epoch:
+            order = np.argsort(_draw(sequence_keys(self.seed, epoch, self.ids), _ORDER), kind="stable")
+            placed, offsets = best_fit(self._lengths[order], self.tokens_per_batch, max_sequences=self.max_sequences)
+            if len(offsets) - 1 < self.world_size:
+                raise ValueError(
+                    f"the text fills {len(offsets) - 1} batches of {self.tokens_per_batch} tokens: "
+                    f"expected at least one for each of {self.world_size} ranks"
+                )
+            self._plan = epoch, self.ids[order[placed]], offsets
+        return self._plan[1:]
+
+    def _batches(self, epoch, batches):
+        if self.num_workers == 0:
+            for ids in batches:
+                yield self._build(epoch, ids)
+            return
+        pool = ThreadPoolExecutor(self.num_workers)
+        try:
+            waiting = deque()
+            for ids in batches:
+                waiting.append(pool.submit(self._build, epoch, ids))
+                if len(waiting) > 2 * self.num_workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _build(self, epoch, ids):
+        keys = sequence_keys(self.seed, epoch, ids)
+        # segments are [B, 1] or, for pairs, [B, 2]
+        starts, lengths, pair_labels = self._segments(ids, keys)
+        B, S = starts.shape
+        cu_seqlens = np.zeros(B + 1, dtype=np.int64)
+        np.cumsum((lengths + 1).sum(1) + 1, out=cu_seqlens[1:])
+        T = cu_seqlens[-1]
+
+        # [CLS] segment [SEP] segment [SEP]: all is [SEP] where nothing else is written
+        input_ids = np.full(T, self.special.sep, dtype=np.int64)
+        input_ids[cu_seqlens[:-1]] = self.special.cls
+        places = cu_seqlens[:-1, None] + 1 + np.cumsum(lengths + 1, axis=1) - (lengths + 1)
+        counts = lengths.ravel()
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        tokens = self._tokens(starts.ravel(), counts, within)
+        input_ids[np.repeat(places.ravel(), counts) + within] = tokens
+        # [CLS] counts with the first segment, [SEP] with the one before it
+        type_counts = lengths + 1
+        type_counts[:, 0] += 1
+        token_type_ids = np.repeat(np.tile(np.arange(S), B), type_counts.ravel())
+        position_ids = np.arange(T) - np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens))
+
+        masked, labels = mask_tokens(
+            input_ids,
+            cu_seqlens,
+            keys,
+            special=self.special,
+            vocab_size=self.vocab_size,
+            probability=self.mlm_probability,
+            starts=self.starts,
+            fates=ELECTRA_FATES if self.objective == "rtd" else BERT_FATES,
+        )
+        picks = np.flatnonzero(labels != IGNORED)
+        draws = None
+        if self.objective == "rtd":
+            # no pick becomes a random word here: the generator's takes its place, and its draw
+            owner = np.searchsorted(cu_seqlens, picks, side="right") - 1
+            draws = _uniform(_draw(keys[owner], _WORD, position_ids[picks]))
+        max_seqlen = int(np.diff(cu_seqlens).max())
+        if self.max_sequences is not None:
+            slack = self.tokens_per_batch - T
+            masked = np.pad(masked, (0, slack), constant_values=self.special.pad)
+            position_ids, token_type_ids = np.pad(position_ids, (0, slack)), np.pad(token_type_ids, (0, slack))
+            cu_seqlens = np.pad(cu_seqlens, (0, self.max_sequences - B), constant_values=T)
+            beyond = picks[self.max_picks :]
+            masked[beyond], labels[beyond] = input_ids[beyond], IGNORED
+            labels = np.pad(labels, (0, slack), constant_values=IGNORED)
+            picks = picks[: self.max_picks]
+            # the last row is a pad or a [SEP], so it has no label
+            picks = np.pad(picks, (0, self.max_picks - len(picks)), constant_values=self.tokens_per_batch - 1)
+            if draws is not None:
+                draws = draws[: self.max_picks]
+                draws = np.pad(draws, (0, self.max_picks - len(draws)))
+            if pair_labels is not None:
+                pair_labels = np.pad(pair_labels, (0, self.max_sequences - B), constant_values=IGNORED)
+            max_seqlen = self.max_seq_length
+        return Batch(
+            input_ids=torch.from_numpy(masked),
+            position_ids=torch.from_numpy(position_ids),
+            token_type_ids=torch.from_numpy(token_type_ids),
+            cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
+            max_seqlen=max_seqlen,
+            labels=torch.from_numpy(labels),
+            picks=torch.from_numpy(picks),
+            pair_labels=None if pair_labels is None else torch.from_numpy(pair_labels),
+            draws=None if draws is None else torch.from_numpy(draws),
+        )
+
+    def _segments(self, ids, keys):
+        """(first tokens [B, S], lengths [B, S], pair labels [B] or None) of each sequence's segments."""
+        start, length = self.index.start[ids], self.index.length[ids]
+        if self.objective not in PAIRS:
+            return start[:, None], length[:, None], None
+        cut = self._cuts(start, length, _uniform(_draw(keys, _CUT)))
+        starts, lengths = np.stack([start, start + cut], 1), np.stack([cut, length - cut], 1)
+        false = _uniform(_draw(keys, _PAIR)) < 0.5
+        if self.objective == "mlm+sop":
+            starts[false], lengths[false] = starts[false, ::-1], lengths[false, ::-1]
+        else:
+            # the beginning of another document's sequence, as long as what it replaces, so that length gives no hint
+            first, last = (
+                np.searchsorted(self._documents, self.index.document[ids], side) for side in ("left", "right")
+            )
+            others = len(self.ids) - (last - first)
+            partner = (_uniform(_draw(keys, _PARTNER)) * others).astype(np.int64)
+            partner = self.ids[np.where(partner < first, partner, partner + last - first)]
+            there = self.index.start[partner]
+            left = self.index.document_starts[self.index.document[partner] + 1] - there
+            starts[false, 1] = there[false]
+            lengths[false, 1] = np.minimum(lengths[:, 1], left)[false]
+        return starts, lengths, false.astype(np.int64)
+
+    def _shard_of(self, starts):
+        return np.searchsorted(self.shards.first_token, starts, side="right") - 1
+
+    def _cuts(self, start, length, draw):
+        """Where each sequence is parted in two: at a random one of the sentence borders inside, else in its middle."""
+        cut = length // 2
+        shard = self._shard_of(start)
+        for s in np.unique(shard):
+            here = np.flatnonzero(shard == s)
+            borders, first = self.shards.sentences[s], start[here] - self.shards.first_token[s]
+            low = np.searchsorted(borders, first, side="right")
+            count = np.searchsorted(borders, first + length[here], side="left") - low
+            some = count > 0
+            border = (low + (draw[here] * count).astype(np.int64))[some]
+            cut[here[some]] = borders[border] - first[some]
+        return cut
+
+    def _tokens(self, starts, counts, within):
+        """The tokens of segments, one after another."""
+        shard = self._shard_of(starts)
+        sources = np.repeat(starts - self.shards.first_token[shard], counts) + within
+        shard = np.repeat(shard, counts)
+        tokens = np.empty(len(sources), dtype=np.int64)
+        for s in np.unique(shard):
+            here = shard == s
+            tokens[here] = self.shards.tokens[s][sources[here]]
+        return tokens

@@ -1,0 +1,145 @@
+"""Files that a crash leaves whole, and directories that one process works in at a time."""
+
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from filelock import FileLock, Timeout
+
+MANIFEST = "MANIFEST.json"
+
+
+@contextlib.contextmanager
+def lock(directory):
+    """Holds `directory` for this process, creating it; the file .lock.pid in it names the process.
+
+    The operating system drops the lock when the process ends, however it ends. Raises ValueError naming the process
+    that holds it, OSError when the directory cannot be written.
+    """
+    directory = Path(directory)
+    # beside the lock, not in it: on Windows nobody else can read a locked file
+    holder, held = directory / ".lock.pid", FileLock(directory / ".lock")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        held.acquire(timeout=0)
+    except Timeout:
+        try:
+            process = holder.read_text(encoding="utf-8").strip() or "unknown"
+        except OSError:
+            process = "unknown"
+        raise ValueError(f"{directory} is in use by a live run, process {process}") from None
+    except OSError as error:
+        raise OSError(f"{directory} cannot be written: {error.strerror}") from None
+    try:
+        write(holder, f"{os.getpid()}\n")
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        held.release()
+
+
+def write(path, data):
+    """Replace the file `path` by text or bytes, so that a crash leaves either the old content or the new.
+
+    Raises OSError with one line when the disk does not take it.
+    """
+    path = Path(path)
+    building = path.with_name(path.name + ".tmp")
+    try:
+        if isinstance(data, str):
+            data = data.encode()
+        building.write_bytes(data)
+        sync(building)
+        building.replace(path)
+        sync(path.parent)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def sync(path):
+    """Force a file, or a directory's list of names, to the disk."""
+    is_directory = os.path.isdir(path)
+    if is_directory and os.name == "nt":
+        # Windows cannot open a directory
+        return
+    descriptor = os.open(path, os.O_RDONLY if is_directory else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path):
+    """The sha256 of a file, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_json(path):
+    """The JSON object in a file. Raises ValueError, naming the file, for anything else."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return value
+
+
+def inside(directory, name):
+    """directory / name, for a name that was read from a file. Raises ValueError when it leads out of the directory."""
+    for path in (PurePosixPath(name), PureWindowsPath(name)):
+        if path.is_absolute() or path.drive or path.root or ".." in path.parts:
+            raise ValueError(f"{directory} names the file {name!r}: expected one inside the directory")
+    return Path(directory) / name
+
+
+def all_files(directory):
+    """The files of a directory and of those in it, sorted."""
+    return sorted(path for path in Path(directory).rglob("*") if path.is_file())
+
+
+def write_manifest(directory):
+    """Write MANIFEST.json over all files of `directory`, with everything forced to the disk, the manifest last."""
+    directory = Path(directory)
+    files = [path for path in all_files(directory) if path != directory / MANIFEST]
+    for path in (*files, *{path.parent for path in files}):
+        sync(path)
+    manifest = {
+        path.relative_to(directory).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)} for path in files
+    }
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    sync(directory / MANIFEST)
+    sync(directory)
+
+
+def verify_manifest(directory, required=()):
+    """Raises ValueError, naming the file and the fault, unless every file of `directory` is as its manifest says.
+
+    required: names that the manifest must list.
+    """
+    directory = Path(directory)
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"{directory} has no {MANIFEST}: it was not finished")
+    manifest = read_json(path)
+    try:
+        expected = {name: (entry["size"], entry["sha256"]) for name, entry in manifest.items()}
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{path} cannot be read: {error!r}") from None
+    missing = [name for name in required if name not in expected]
+    if missing:
+        raise ValueError(f"{path} does not list {missing[0]}")
+    for name, (size, digest) in expected.items():
+        file = inside(directory, name)
+        if not file.is_file():
+            raise ValueError(f"{file} is missing")
+        if file.stat().st_size != size:
+            raise ValueError(f"{file} has {file.stat().st_size} bytes: {size} were written")
+        if sha256(file) != digest:
+            raise ValueError(f"{file} is damaged: its sha256 is not the one that was written")

@@ -1,0 +1,268 @@
+"""The kinds of attention, one class each: they project, call their op, and project back.
+
+Letters: T packed tokens, D hidden size, H heads, K head size, M rows of T.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from .. import ops, reference
+from .layers import Norm, dropped, longest_of
+
+
+class SelfAttention(nn.Module):
+    """Queries, keys and values in one product, attention over each sequence, and the output projection."""
+
+    def __init__(self, config, i):
+        super().__init__()
+        self.config = config
+        D = config.hidden_size
+        self.query, self.key, self.value, self.output = (nn.Linear(D, D) for _ in range(4))
+
+    def forward(self, x, layout, dropout):
+        """x [T, D] -> [T, D], or [M, D] when the layout asks for some rows only."""
+        H, K = self.config.num_attention_heads, self.config.head_size
+        if layout.rows is None:
+            q, k = self._project(x, self.query, self.key, self.value).view(-1, 3, H, K), None
+        else:
+            q = self._project(x[layout.rows], self.query).view(-1, H, K)
+            k = self._project(x, self.key, self.value).view(-1, 2, H, K)
+        out = ops.attention(
+            q, k, None, layout.cu_seqlens, layout.max_seqlen, cu_seqlens_q=layout.cu_seqlens_q,
+            max_seqlen_q=layout.max_seqlen_q, **dropout(self.config.attention_probs_dropout_prob),
+        )  # fmt: skip
+        return ops.linear(out.flatten(1), self.output.weight, self.output.bias)
+
+    @staticmethod
+    def _project(x, *linears):
+        # the parameters stay apart, as every checkpoint has them; joining them costs D * D, the product T times that
+        if len(linears) == 1:
+            return ops.linear(x, linears[0].weight, linears[0].bias)
+        return ops.linears(x, [linear.weight for linear in linears], [linear.bias for linear in linears])
+
+
+class RotaryAttention(nn.Module):
+    """The same with rotary positions (Su et al. 2021), and in some layers a window: ModernBERT's."""
+
+    def __init__(self, config, i):
+        super().__init__()
+        self.config = config
+        self.window, self.theta = config.windows[i], config.rope_thetas[i]
+        D = config.hidden_size
+        self.qkv = nn.Linear(D, 3 * D, bias=config.attention_bias)
+        self.output = nn.Linear(D, D, bias=config.attention_bias)
+
+    def forward(self, x, layout, dropout):
+        """x [T, D] -> [T, D], or [M, D] when the layout asks for some rows only."""
+        H, K = self.config.num_attention_heads, self.config.head_size
+        qkv = ops.linear(x, self.qkv.weight, self.qkv.bias).view(-1, 3, H, K)
+        q, k = self._rotated(qkv[:, :2], layout).unbind(1)
+        if self.window is not None and layout.columns is not None:
+            out = reference.attention_by_columns(
+                q, k, qkv[:, 2], layout.cu_seqlens, layout.columns, window=self.window,
+                **dropout(self.config.attention_probs_dropout_prob),
+            )  # fmt: skip
+            return self._output(out, layout.rows)
+        # which rows ask matters to a window, so there all do
+        rows = layout.rows if self.window is None else None
+        asking = dict(cu_seqlens_q=layout.cu_seqlens_q, max_seqlen_q=layout.max_seqlen_q) if rows is not None else {}
+        out = ops.attention(
+            q if rows is None else q[rows], k, qkv[:, 2], layout.cu_seqlens, layout.max_seqlen, window=self.window,
+            **asking, **dropout(self.config.attention_probs_dropout_prob),
+        )  # fmt: skip
+        return self._output(out, layout.rows if rows is None else None)
+
+    def _output(self, out, rows):
+        out = out.flatten(1) if rows is None else out[rows].flatten(1)
+        return ops.linear(out, self.output.weight, self.output.bias)
+
+    def _rotated(self, x, layout):
+        """x [T, 2, H, K], whose two halves of a head are the coordinates that turn."""
+        key = ("rotation", self.theta)
+        if key not in layout.shared:
+            K = x.shape[-1]
+            frequencies = 1.0 / (self.theta ** (torch.arange(0, K, 2, dtype=torch.float32, device=x.device) / K))
+            angle = layout.position_ids[:, None].float() * frequencies
+            layout.shared[key] = tuple(f(angle).to(x.dtype)[:, None, None, :] for f in (torch.cos, torch.sin))
+        cos, sin = layout.shared[key]
+        a, b = x.float().chunk(2, -1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+
+
+class DistanceBias(nn.Module):
+    """A number for each head and bucket of distances, one table for all layers (Raffel et al. 2020): MPNet's."""
+
+    FURTHEST = 128  # beyond, all distances share a bucket
+
+    def __init__(self, config):
+        super().__init__()
+        self.table = nn.Embedding(config.distance_buckets, config.num_attention_heads)
+
+    def forward(self, layout):
+        """[2 * span, H], span = layout.max_seqlen: row span + i - j is that of a query at i and a key at j."""
+        span = longest_of(layout)
+        distance = torch.arange(-span, span, device=self.table.weight.device)
+        # a product and no lookup: its gradient is a sum in a fixed order on every device
+        return (
+            nn.functional.one_hot(self.bucket(distance), self.table.num_embeddings).to(self.table.weight)
+            @ self.table.weight
+        )
+
+    def bucket(self, distance):
+        """The row of the table for int64 distances: half of them before and half after, single at first, then wider."""
+        half = self.table.num_embeddings // 2
+        exact = half // 2
+        far = distance.abs().clamp(min=1).float() / exact
+        wide = exact + (torch.log(far) / math.log(self.FURTHEST / exact) * (half - exact)).long()
+        return torch.where(distance.abs() < exact, distance.abs(), wide.clamp(max=half - 1)) + half * (distance < 0)
+
+
+class BiasedAttention(SelfAttention):
+    """Attention with a bias for each distance, the same in all layers: MPNet's."""
+
+    def forward(self, x, layout, dropout):
+        """x [T, D] -> [T, D], or [M, D] when the layout asks for some rows only."""
+        config = self.config
+        qkv = self._project(x, self.query, self.key, self.value).view(
+            -1, 3, config.num_attention_heads, config.head_size
+        )
+        options = dropout(config.attention_probs_dropout_prob)
+        relative = layout.shared["relative"]
+        if layout.columns is None:
+            out = ops.biased_attention(qkv, None, None, relative, layout.cu_seqlens, layout.max_seqlen, **options)
+        else:
+            out = reference.attention_by_columns(
+                *qkv.unbind(1), layout.cu_seqlens, layout.columns, **options,
+                position_scores=lambda q, k, distance: relative[distance + len(relative) // 2].permute(2, 0, 1).to(q),
+            )  # fmt: skip
+        out = out.flatten(1)
+        return ops.linear(out if layout.rows is None else out[layout.rows], self.output.weight, self.output.bias)
+
+
+class RelativePositions(nn.Module):
+    """DeBERTa's embeddings of relative positions, one table for all layers."""
+
+    def __init__(self, config):
+        super().__init__()
+        span = config.position_buckets or config.max_relative_positions
+        self.buckets, self.furthest = config.position_buckets, config.max_relative_positions
+        self.table = nn.Embedding(2 * span, config.hidden_size)
+        self.norm = Norm(config) if config.norm_rel_ebd else None
+
+    def forward(self, layout):
+        """(rows [2 * span, D], position_buckets, max_relative_positions): see `reference.disentangled_attention`.
+
+        Only the middle of the table where the distances in a batch end there, and each has a row of its own: as if
+        there were no buckets, and no more rows.
+        """
+        table, buckets, furthest = self.table.weight, self.buckets, self.furthest
+        span, longest = len(table) // 2, longest_of(layout)
+        # rows in steps of 64: each number of them is a compilation under torch.compile
+        rows = -(-longest // 64) * 64
+        if longest <= (buckets // 2 + 1 if buckets else span) and rows < span:
+            table, buckets, furthest = table[span - rows : span + rows], 0, rows
+        return table if self.norm is None else self.norm(table), buckets, furthest
+
+
+class DisentangledAttention(nn.Module):
+    """Attention to content and to relative positions (He et al. 2021): DeBERTa v2's and v3's."""
+
+    def __init__(self, config, i):
+        super().__init__()
+        self.config = config
+        D = config.hidden_size
+        self.query, self.key, self.value, self.output = (nn.Linear(D, D) for _ in range(4))
+        own = () if config.share_att_key else config.pos_att_type
+        self.pos_key = nn.Linear(D, D) if "c2p" in own else None
+        self.pos_query = nn.Linear(D, D) if "p2c" in own else None
+
+    def forward(self, x, layout, dropout, asking=None):
+        """x [T, D] -> [T, D], or [M, D] when the layout asks for some rows only.
+
+        asking: as many rows of D, whose queries stand in place of those of x: MaskDecoder's.
+        """
+        H, K = self.config.num_attention_heads, self.config.head_size
+        if asking is None:
+            q, k, v = SelfAttention._project(x, self.query, self.key, self.value).view(-1, 3, H, K), None, None
+        else:
+            q = self._placed(SelfAttention._project(asking, self.query).view(-1, H, K), layout, len(x))
+            k, v = SelfAttention._project(x, self.key, self.value).view(-1, 2, H, K).unbind(1)
+        pos_key, pos_query = (self.key, self.query) if self.config.share_att_key else (self.pos_key, self.pos_query)
+        return self._attend(q, k, v, pos_key, pos_query, layout, dropout)
+
+    @staticmethod
+    def _placed(q, layout, T):
+        """q [M, H, K] of the rows that ask as [T, H, K]; in the others is some neighbour's, of which nobody reads."""
+        if layout.rows is None:
+            return q
+        return nn.functional.pad(q, (0, 0, 0, 0, 0, 1))[
+            torch.searchsorted(layout.rows, torch.arange(T, device=q.device))
+        ]
+
+    def _attend(self, q, k, v, pos_key, pos_query, layout, dropout):
+        config = self.config
+        relative, buckets, furthest = layout.shared["relative"]
+        relative = dropped(relative, config.hidden_dropout_prob, dropout)
+        positions = [
+            ops.linear(relative, linear.weight, linear.bias).view(-1, config.num_attention_heads, config.head_size)
+            if term in config.pos_att_type
+            else None
+            for term, linear in (("c2p", pos_key), ("p2c", pos_query))
+        ]
+        options = dropout(config.attention_probs_dropout_prob)
+        if layout.columns is None:
+            out = ops.disentangled_attention(
+                q, k, v, *positions, layout.cu_seqlens, layout.max_seqlen,
+                position_buckets=buckets, max_relative_positions=furthest, **options,
+            )  # fmt: skip
+        else:
+            length = longest_of(layout)
+            rows = reference.relative_index(length, buckets, furthest).to(q.device)
+            scale = (config.head_size * (1 + len(config.pos_att_type))) ** -0.5
+            scores = reference.relative_scores(*positions, lambda distance: rows[distance + length - 1], scale)
+            q, k, v = (q, k, v) if k is not None else q.unbind(1)
+            out = reference.attention_by_columns(
+                q, k, v, layout.cu_seqlens, layout.columns, position_scores=scores, scale=scale, **options
+            )
+        out = out.flatten(1)
+        return ops.linear(out if layout.rows is None else out[layout.rows], self.output.weight, self.output.bias)
+
+
+class PackedDisentangledAttention(DisentangledAttention):
+    """DeBERTa v1's: one projection, in which each head's query, key and value are neighbours, and no bias for keys."""
+
+    def __init__(self, config, i):
+        nn.Module.__init__(self)
+        self.config = config
+        D = config.hidden_size
+        self.in_proj = nn.Linear(D, 3 * D, bias=False)
+        self.q_bias, self.v_bias = (nn.Parameter(torch.zeros(D)) for _ in range(2))
+        self.pos_key = nn.Linear(D, D, bias=False) if "c2p" in config.pos_att_type else None
+        self.pos_query = nn.Linear(D, D) if "p2c" in config.pos_att_type else None
+        self.output = nn.Linear(D, D)
+
+    def forward(self, x, layout, dropout, asking=None):
+        """See DisentangledAttention."""
+        H, K = self.config.num_attention_heads, self.config.head_size
+        q_bias, v_bias = self.q_bias.view(H, K), self.v_bias.view(H, K)
+        bias = torch.stack((q_bias, torch.zeros_like(q_bias), v_bias), 1)
+        if asking is None:
+            q, k, v = ops.linear(x, self.in_proj.weight, bias.flatten()).view(-1, H, 3, K).unbind(2)
+        else:
+            weight = self.in_proj.weight.view(H, 3, K, -1)
+            q = ops.linear(asking, weight[:, 0].flatten(0, 1), self.q_bias).view(-1, H, K)
+            q = self._placed(q, layout, len(x))
+            k, v = ops.linear(x, weight[:, 1:].flatten(0, 2), bias[:, 1:].flatten()).view(-1, H, 2, K).unbind(2)
+        return self._attend(q, k, v, self.pos_key, self.pos_query, layout, dropout)
+
+
+# EncoderConfig.attention -> the class
+ATTENTIONS = {
+    "softmax": SelfAttention,
+    "biased": BiasedAttention,
+    "rotary": RotaryAttention,
+    "disentangled": DisentangledAttention,
+    "packed disentangled": PackedDisentangledAttention,
+}

@@ -1,0 +1,52 @@
+"""Any checkpoint of the family, rewritten as today's transformers and sentence-transformers store it."""
+
+from pathlib import Path
+
+from ..data.tokenizer import check_vocabulary, load_tokenizer
+from . import families, heads, hf_files
+from .sentences import SentenceEmbedder
+
+
+def load(directory, *, allow_pickle=False):
+    """The model of a directory, of the class that its files name: see `convert`. Raises ValueError."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is no directory")
+    if (directory / "modules.json").exists():
+        return SentenceEmbedder.from_pretrained(directory, allow_pickle=allow_pickle)
+    values = hf_files.read_values(directory / "config.json")
+    table = families.family(values.get("model_type", "bert")).architectures
+    known = {architecture: head for head, architecture in table.items()}
+    named = [name for name in values.get("architectures") or [] if name in known]
+    if not values.get("architectures"):
+        # as DeBERTa's authors publish it
+        tensors = hf_files.from_hf_names(
+            hf_files.stored_tensors(directory, allow_pickle), hf_files.read_config(directory / "config.json")
+        )
+        bias = families.family(values.get("model_type", "bert")).names["vocabulary_bias"]
+        named = [table["MaskedLM" if bias in tensors else "SentenceEmbedder"]]
+    if not named:
+        raise ValueError(
+            f"{directory / 'config.json'} names no architecture that is known: has {values.get('architectures')}, "
+            f"expected one of {', '.join(known)}"
+        )
+    head = known[named[0]]
+    cls = SentenceEmbedder if head == "SentenceEmbedder" else getattr(heads, head)
+    return cls.from_pretrained(directory, allow_pickle=allow_pickle)
+
+
+def convert(source, destination, *, allow_pickle=False):
+    """Read a model directory and write it anew: one model.safetensors under today's names, its tokenizer beside it.
+
+    Reads one file or shards, old names, a bare encoder or any head, and pytorch_model.bin with `allow_pickle`. Returns
+    the model. Raises ValueError when the source cannot be read or the destination already has a model.
+    """
+    destination = Path(destination)
+    if (destination / "config.json").exists():
+        raise ValueError(f"{destination} already has a model: choose another directory")
+    model = load(source, allow_pickle=allow_pickle)
+    if (Path(source) / "tokenizer.json").exists():
+        check_vocabulary(load_tokenizer(source), model.config)
+    model.save_pretrained(destination)
+    hf_files.copy_tokenizer(source, destination)
+    return model

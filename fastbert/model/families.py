@@ -1,0 +1,481 @@
+"""The families of models as rows of data: how HuggingFace names their parts and numbers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from .config import EncoderConfig
+
+
+@dataclass(frozen=True)
+class Family:
+    """How HuggingFace stores one model type.
+
+    prefix: of the encoder's tensors in a checkpoint of a whole model. names: our module or parameter -> theirs; {i} is
+    the layer's number, {g} and {j} its group and its place there; "Head.name" stands for `name` in that head alone.
+    architectures: our head -> their class. tied: in checkpoints, but copies of other tensors or buffers.
+
+    defaults: EncoderConfig fields whose default is not BERT's. keys: EncoderConfig field -> their key in config.json,
+    where it has another name or is not BERT's too; None where they have none. tokenizer: the kind that is trained for
+    it. positions_after_padding: the first rows
+    of the position table, up to that of the padding token's id, belong to no token. projects_always: the embeddings
+    have a projection even where they are as wide as the hidden states. renamed: beginnings of names in published
+    checkpoints -> today's. read, write: EncoderConfig fields from a whole
+    config.json, and back, where it is more than a name. generator: the EncoderConfig of the generator that belongs to a
+    discriminator, where replaced tokens are detected; embedding_sharing: how the two share tables then, see
+    replaced_tokens.ReplacedTokenPretraining.
+    """
+
+    prefix: str
+    names: dict
+    architectures: dict
+    tied: tuple = ()
+    defaults: dict = field(default_factory=dict)
+    keys: dict = field(default_factory=dict)
+    tokenizer: str = "wordpiece"
+    positions_after_padding: bool = False
+    projects_always: bool = False
+    renamed: dict = field(default_factory=dict)
+    read: Callable = lambda values: {}
+    write: Callable = lambda config: {}
+    generator: Callable | None = None
+    embedding_sharing: str | None = None
+
+
+def _encoder(prefix, **other):
+    """The names of BERT's encoder, which several families share."""
+    layer = prefix + "encoder.layer.{i}."
+    return {
+        "encoder.embeddings.word": prefix + "embeddings.word_embeddings",
+        "encoder.embeddings.position": prefix + "embeddings.position_embeddings",
+        "encoder.embeddings.token_type": prefix + "embeddings.token_type_embeddings",
+        "encoder.embeddings.norm": prefix + "embeddings.LayerNorm",
+        "encoder.blocks.{i}.attention.query": layer + "attention.self.query",
+        "encoder.blocks.{i}.attention.key": layer + "attention.self.key",
+        "encoder.blocks.{i}.attention.value": layer + "attention.self.value",
+        "encoder.blocks.{i}.attention.output": layer + "attention.output.dense",
+        "encoder.blocks.{i}.attention_norm": layer + "attention.output.LayerNorm",
+        "encoder.blocks.{i}.feed_forward.up": layer + "intermediate.dense",
+        "encoder.blocks.{i}.feed_forward.down": layer + "output.dense",
+        "encoder.blocks.{i}.feed_forward_norm": layer + "output.LayerNorm",
+        **other,
+    }
+
+
+def _heads(name, **others):
+    """transformers' classes for our heads, which most families name alike."""
+    return {
+        "MaskedLM": f"{name}ForMaskedLM",
+        "SequenceClassifier": f"{name}ForSequenceClassification",
+        "TokenClassifier": f"{name}ForTokenClassification",
+        "QuestionAnswerer": f"{name}ForQuestionAnswering",
+        "MultipleChoice": f"{name}ForMultipleChoice",
+        "SentenceEmbedder": f"{name}Model",
+        **others,
+    }
+
+
+_CLASSIFIERS = {"classifier": "classifier", "QuestionAnswerer.classifier": "qa_outputs"}
+_DENSE_CLASSIFIER = {
+    **_CLASSIFIERS,
+    "SequenceClassifier.pooler": "classifier.dense",
+    "SequenceClassifier.classifier": "classifier.out_proj",
+}
+_LM_HEAD = {
+    "transform.dense": "lm_head.dense",
+    "transform.norm": "lm_head.layer_norm",
+    "vocabulary_bias": "lm_head.bias",
+}
+_LM_HEAD_TIED = ("lm_head.decoder.weight", "lm_head.decoder.bias")
+
+
+def _roberta(name):
+    return Family(
+        prefix="roberta.",
+        names={**_encoder("roberta."), **_LM_HEAD, **_DENSE_CLASSIFIER, "pooler": "roberta.pooler.dense"},
+        architectures=_heads(name),
+        tied=(*_LM_HEAD_TIED, "roberta.embeddings.position_ids"),
+        defaults=dict(pad_token_id=1, head_act="gelu", pooler_dropout=None),
+        keys=dict(classifier_dropout="classifier_dropout"),
+        tokenizer="bpe",
+        positions_after_padding=True,
+    )
+
+
+def _electra_generator(config):
+    """As deep as the discriminator, a quarter as wide, base a third; heads of 64 (Clark et al. 2020, table 6)."""
+    hidden = max(1, round(config.hidden_size / (3 if config.hidden_size == 768 else 4)))
+    heads = max(1, hidden // 64)
+    while hidden % heads:
+        heads -= 1
+    return config.replace(
+        hidden_size=hidden, num_attention_heads=heads,
+        intermediate_size=max(1, config.intermediate_size * hidden // config.hidden_size),
+        embedding_size=None if config.embedding_width == hidden else config.embedding_width,
+    )  # fmt: skip
+
+
+def _deberta_generator(config):
+    """As wide as the discriminator, half as deep (He et al. 2023)."""
+    return config.replace(num_hidden_layers=max(1, config.num_hidden_layers // 2))
+
+
+def _read_modernbert(values):
+    """Windows and rotary bases of the layers, in today's words or those of the published checkpoints."""
+    layers, every = values.get("num_hidden_layers", 22), values.get("global_attn_every_n_layers", 3)
+    kinds = values.get("layer_types") or ["sliding_attention" if i % every else "full_attention" for i in range(layers)]
+    ropes = values.get("rope_parameters") or {}
+    thetas = {
+        kind: (ropes.get(kind) or {}).get("rope_theta") or values.get(old) or default
+        for kind, old, default in (
+            ("full_attention", "global_rope_theta", 160000.0),
+            ("sliding_attention", "local_rope_theta", 10000.0),
+        )
+    }
+    for kind, rope in ropes.items():
+        if isinstance(rope, dict) and rope.get("rope_type", "default") != "default":
+            raise ValueError(f"rope_parameters of {kind} are of type {rope['rope_type']!r}: expected 'default'")
+    if not values.get("decoder_bias", True):
+        raise ValueError("decoder_bias is false: expected true")
+    window = values.get("local_attention", 128) // 2
+    return dict(
+        windows=tuple(window if kind == "sliding_attention" else None for kind in kinds),
+        rope_thetas=tuple(thetas[kind] for kind in kinds),
+    )
+
+
+def _write_modernbert(config):
+    kinds = ["full_attention" if window is None else "sliding_attention" for window in config.windows]
+    thetas = {kind: dict(rope_type="default", rope_theta=theta) for kind, theta in zip(kinds, config.rope_thetas)}
+    windows = [window for window in config.windows if window is not None]
+    return dict(layer_types=kinds, rope_parameters=thetas, local_attention=2 * windows[0] if windows else 128)
+
+
+def _read_deberta(values):
+    """What both of DeBERTa's model types have beside BERT's numbers."""
+    if values.get("talking_head"):
+        raise ValueError("talking_head is true: expected false")
+    for name, expected in (("embedding_size", values.get("hidden_size")), ("conv_groups", 1)):
+        if values.get(name, expected) != expected:
+            raise ValueError(f"{name} is {values[name]}: expected {expected}")
+    terms = values.get("pos_att_type") or ()
+    terms = terms.lower().split("|") if isinstance(terms, str) else terms
+    furthest = values.get("max_relative_positions", -1)
+    is_relative = values.get("relative_attention", False)
+    is_packed = values.get("model_type") == "deberta"
+    return dict(
+        attention="packed disentangled" if is_packed else "disentangled" if is_relative else "softmax",
+        pos_att_type=tuple(term.strip() for term in terms) if is_relative else (),
+        position_buckets=0 if is_packed else max(values.get("position_buckets", -1), 0),
+        max_relative_positions=furthest if furthest > 0 else values.get("max_position_embeddings", 512),
+        norm_rel_ebd="layer_norm" in str(values.get("norm_rel_ebd", "none")).lower(),
+        # ours: transformers has no such decoder, and the published config.json do not speak of theirs
+        enhanced_mask_decoder=bool(values.get("enhanced_mask_decoder", False)),
+    )
+
+
+def _write_deberta(config):
+    values = dict(
+        relative_attention=bool(config.pos_att_type), pos_att_type=list(config.pos_att_type),
+        max_relative_positions=config.max_relative_positions,
+    )  # fmt: skip
+    if config.enhanced_mask_decoder:
+        values["enhanced_mask_decoder"] = True
+    if config.model_type == "deberta-v2":
+        values["position_buckets"] = config.position_buckets or -1
+        values["norm_rel_ebd"] = "layer_norm" if config.norm_rel_ebd else "none"
+    return values
+
+
+def _deberta(**names):
+    return dict(
+        prefix="deberta.",
+        names={
+            **_encoder("deberta."),
+            "encoder.relative.table": "deberta.encoder.rel_embeddings",
+            "MaskedLM.mask_decoder.position": "deberta.embeddings.position_embeddings",
+            "transform.dense": "cls.predictions.transform.dense",
+            "transform.norm": "cls.predictions.transform.LayerNorm",
+            "vocabulary_bias": "cls.predictions.bias",
+            "pooler": "pooler.dense",
+            **_CLASSIFIERS,
+            **names,
+        },
+        tied=("cls.predictions.decoder.weight", "cls.predictions.decoder.bias", "deberta.embeddings.position_ids"),
+        renamed={
+            # the names of the published checkpoints
+            "lm_predictions.lm_head.dense.": "cls.predictions.transform.dense.",
+            "lm_predictions.lm_head.LayerNorm.": "cls.predictions.transform.LayerNorm.",
+            "lm_predictions.lm_head.bias": "cls.predictions.bias",
+        },
+        read=_read_deberta,
+        write=_write_deberta,
+    )
+
+
+_DEBERTA_DEFAULTS = dict(type_vocab_size=0, layer_norm_eps=1e-7, pooler_act="gelu")
+_DEBERTA_KEYS = dict(
+    position_biased_input="position_biased_input", pooler_act="pooler_hidden_act", pooler_dropout="pooler_dropout",
+    classifier_dropout="cls_dropout",
+)  # fmt: skip
+_DEBERTA_SELF = "deberta.encoder.layer.{i}.attention.self."
+_MODERNBERT_LAYER = "model.layers.{i}."
+_ALBERT_LAYER = "albert.encoder.albert_layer_groups.{g}.albert_layers.{j}."
+_DISTILBERT_LAYER = "distilbert.transformer.layer.{i}."
+
+FAMILIES = {
+    "bert": Family(
+        prefix="bert.",
+        names={
+            **_encoder("bert."),
+            "transform.dense": "cls.predictions.transform.dense",
+            "transform.norm": "cls.predictions.transform.LayerNorm",
+            "vocabulary_bias": "cls.predictions.bias",
+            "pooler": "bert.pooler.dense",
+            "pair_classifier": "cls.seq_relationship",
+            **_CLASSIFIERS,
+        },
+        architectures=_heads("Bert", Pretraining="BertForPreTraining"),
+        keys=dict(classifier_dropout="classifier_dropout"),
+        tied=("cls.predictions.decoder.weight", "cls.predictions.decoder.bias", "bert.embeddings.position_ids"),
+    ),
+    "roberta": _roberta("Roberta"),
+    "xlm-roberta": _roberta("XLMRoberta"),
+    "albert": Family(
+        prefix="albert.",
+        names={
+            **{
+                ours: theirs
+                for ours, theirs in _encoder("albert.").items()
+                if not ours.startswith("encoder.blocks.")
+            },
+            "encoder.embeddings.project": "albert.encoder.embedding_hidden_mapping_in",
+            "encoder.blocks.{i}.attention.query": _ALBERT_LAYER + "attention.query",
+            "encoder.blocks.{i}.attention.key": _ALBERT_LAYER + "attention.key",
+            "encoder.blocks.{i}.attention.value": _ALBERT_LAYER + "attention.value",
+            "encoder.blocks.{i}.attention.output": _ALBERT_LAYER + "attention.dense",
+            "encoder.blocks.{i}.attention_norm": _ALBERT_LAYER + "attention.LayerNorm",
+            "encoder.blocks.{i}.feed_forward.up": _ALBERT_LAYER + "ffn",
+            "encoder.blocks.{i}.feed_forward.down": _ALBERT_LAYER + "ffn_output",
+            "encoder.blocks.{i}.feed_forward_norm": _ALBERT_LAYER + "full_layer_layer_norm",
+            "transform.dense": "predictions.dense",
+            "transform.norm": "predictions.LayerNorm",
+            "vocabulary_bias": "predictions.bias",
+            "pooler": "albert.pooler",
+            "pair_classifier": "sop_classifier.classifier",
+            **_CLASSIFIERS,
+        },
+        architectures=_heads("Albert", Pretraining="AlbertForPreTraining"),
+        tied=("predictions.decoder.weight", "predictions.decoder.bias", "albert.embeddings.position_ids"),
+        defaults=dict(
+            vocab_size=30000, embedding_size=128, hidden_size=4096, num_attention_heads=64, intermediate_size=16384,
+            hidden_act="gelu_new", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_hidden_groups=1,
+            classifier_dropout=0.1, pair_dropout=0.1, dropped_branches=("attention",),
+        ),
+        keys=dict(
+            embedding_width="embedding_size", num_hidden_groups="num_hidden_groups", inner_group_num="inner_group_num",
+            classifier_dropout="classifier_dropout_prob", pair_dropout="classifier_dropout_prob",
+        ),
+        projects_always=True,
+    ),
+    "electra": Family(
+        prefix="electra.",
+        names={
+            **_encoder("electra."),
+            "encoder.embeddings.project": "electra.embeddings_project",
+            "transform.dense": "generator_predictions.dense",
+            "transform.norm": "generator_predictions.LayerNorm",
+            "vocabulary_bias": "generator_lm_head.bias",
+            **_DENSE_CLASSIFIER,
+            "MultipleChoice.pooler": "sequence_summary.summary",
+            "dense": "discriminator_predictions.dense",
+            "ReplacedTokenDetector.classifier": "discriminator_predictions.dense_prediction",
+        },
+        architectures=_heads("Electra", ReplacedTokenDetector="ElectraForPreTraining"),
+        tied=("generator_lm_head.weight", "electra.embeddings.position_ids"),
+        defaults=dict(
+            embedding_size=128, hidden_size=256, num_attention_heads=4, intermediate_size=1024, head_act="gelu",
+            pooler_act="gelu", pooler_dropout=None, choice_dropout=0.1,
+        ),
+        keys=dict(
+            embedding_width="embedding_size", classifier_dropout="classifier_dropout",
+            choice_dropout="summary_last_dropout",
+        ),
+        generator=_electra_generator,
+        embedding_sharing="shared",
+    ),
+    "distilbert": Family(
+        prefix="distilbert.",
+        names={
+            "encoder.embeddings.word": "distilbert.embeddings.word_embeddings",
+            "encoder.embeddings.position": "distilbert.embeddings.position_embeddings",
+            "encoder.embeddings.norm": "distilbert.embeddings.LayerNorm",
+            "encoder.blocks.{i}.attention.query": _DISTILBERT_LAYER + "attention.q_lin",
+            "encoder.blocks.{i}.attention.key": _DISTILBERT_LAYER + "attention.k_lin",
+            "encoder.blocks.{i}.attention.value": _DISTILBERT_LAYER + "attention.v_lin",
+            "encoder.blocks.{i}.attention.output": _DISTILBERT_LAYER + "attention.out_lin",
+            "encoder.blocks.{i}.attention_norm": _DISTILBERT_LAYER + "sa_layer_norm",
+            "encoder.blocks.{i}.feed_forward.up": _DISTILBERT_LAYER + "ffn.lin1",
+            "encoder.blocks.{i}.feed_forward.down": _DISTILBERT_LAYER + "ffn.lin2",
+            "encoder.blocks.{i}.feed_forward_norm": _DISTILBERT_LAYER + "output_layer_norm",
+            "transform.dense": "vocab_transform",
+            "transform.norm": "vocab_layer_norm",
+            "vocabulary_bias": "vocab_projector.bias",
+            "pooler": "pre_classifier",
+            **_CLASSIFIERS,
+        },
+        architectures=_heads("DistilBert"),
+        tied=("vocab_projector.weight", "distilbert.embeddings.position_ids"),
+        defaults=dict(
+            num_hidden_layers=6, type_vocab_size=0, pooler_act="relu", classifier_dropout=0.2, token_dropout=0.1,
+            qa_dropout=0.1, dropped_branches=("feed_forward",),
+        ),
+        keys=dict(
+            token_dropout="dropout", num_hidden_layers="n_layers", num_attention_heads="n_heads", hidden_size="dim",
+            intermediate_size="hidden_dim", hidden_dropout_prob="dropout",
+            attention_probs_dropout_prob="attention_dropout", hidden_act="activation", type_vocab_size=None,
+            layer_norm_eps=None, classifier_dropout="seq_classif_dropout",
+            qa_dropout="qa_dropout",
+        ),
+    ),
+    "deberta": Family(
+        **_deberta(**{
+            "encoder.blocks.{i}.attention.in_proj": _DEBERTA_SELF + "in_proj",
+            "encoder.blocks.{i}.attention.q_bias": _DEBERTA_SELF + "q_bias",
+            "encoder.blocks.{i}.attention.v_bias": _DEBERTA_SELF + "v_bias",
+            "encoder.blocks.{i}.attention.pos_key": _DEBERTA_SELF + "pos_proj",
+            "encoder.blocks.{i}.attention.pos_query": _DEBERTA_SELF + "pos_q_proj",
+        }),
+        architectures={head: name for head, name in _heads("Deberta").items() if head != "MultipleChoice"},
+        tokenizer="bpe",
+        defaults=dict(vocab_size=50265, **_DEBERTA_DEFAULTS),
+        keys=_DEBERTA_KEYS,
+    ),
+    "deberta-v2": Family(
+        **_deberta(**{
+            "encoder.blocks.{i}.attention.query": _DEBERTA_SELF + "query_proj",
+            "encoder.blocks.{i}.attention.key": _DEBERTA_SELF + "key_proj",
+            "encoder.blocks.{i}.attention.value": _DEBERTA_SELF + "value_proj",
+            "encoder.blocks.{i}.attention.pos_key": _DEBERTA_SELF + "pos_key_proj",
+            "encoder.blocks.{i}.attention.pos_query": _DEBERTA_SELF + "pos_query_proj",
+            "encoder.relative.norm": "deberta.encoder.LayerNorm",
+            "encoder.convolution.conv": "deberta.encoder.conv.conv",
+            "encoder.convolution.norm": "deberta.encoder.conv.LayerNorm",
+            # transformers has no such head; the published one is another computation
+            "dense": "discriminator_predictions.dense",
+            "ReplacedTokenDetector.classifier": "discriminator_predictions.dense_prediction",
+        }),
+        architectures=_heads("DebertaV2", ReplacedTokenDetector="DebertaV2ForReplacedTokenDetection"),
+        generator=_deberta_generator,
+        embedding_sharing="gdes",
+        tokenizer="bpe",
+        defaults=dict(
+            vocab_size=128100, num_hidden_layers=24, hidden_size=1536, num_attention_heads=24, intermediate_size=6144,
+            **_DEBERTA_DEFAULTS,
+        ),
+        keys=dict(
+            share_att_key="share_att_key", conv_kernel_size="conv_kernel_size", conv_act="conv_act", **_DEBERTA_KEYS
+        ),
+    ),
+    "mpnet": Family(
+        prefix="mpnet.",
+        names={
+            **_encoder("mpnet."),
+            "encoder.blocks.{i}.attention.query": "mpnet.encoder.layer.{i}.attention.attn.q",
+            "encoder.blocks.{i}.attention.key": "mpnet.encoder.layer.{i}.attention.attn.k",
+            "encoder.blocks.{i}.attention.value": "mpnet.encoder.layer.{i}.attention.attn.v",
+            "encoder.blocks.{i}.attention.output": "mpnet.encoder.layer.{i}.attention.attn.o",
+            "encoder.blocks.{i}.attention_norm": "mpnet.encoder.layer.{i}.attention.LayerNorm",
+            "encoder.relative.table": "mpnet.encoder.relative_attention_bias",
+            **_LM_HEAD,
+            **_DENSE_CLASSIFIER,
+            "pooler": "mpnet.pooler.dense",
+        },
+        architectures=_heads("MPNet"),
+        tied=(*_LM_HEAD_TIED, "mpnet.embeddings.position_ids"),
+        defaults=dict(
+            vocab_size=30527, type_vocab_size=0, pad_token_id=1, attention="biased", distance_buckets=32,
+            head_act="gelu", pooler_dropout=None,
+        ),
+        keys=dict(distance_buckets="relative_attention_num_buckets", type_vocab_size=None),
+        positions_after_padding=True,
+    ),
+    "modernbert": Family(
+        prefix="model.",
+        names={
+            "encoder.embeddings.word": "model.embeddings.tok_embeddings",
+            "encoder.embeddings.norm": "model.embeddings.norm",
+            "encoder.blocks.{i}.attention_norm": _MODERNBERT_LAYER + "attn_norm",
+            "encoder.blocks.{i}.attention.qkv": _MODERNBERT_LAYER + "attn.Wqkv",
+            "encoder.blocks.{i}.attention.output": _MODERNBERT_LAYER + "attn.Wo",
+            "encoder.blocks.{i}.feed_forward_norm": _MODERNBERT_LAYER + "mlp_norm",
+            "encoder.blocks.{i}.feed_forward.up": _MODERNBERT_LAYER + "mlp.Wi",
+            "encoder.blocks.{i}.feed_forward.down": _MODERNBERT_LAYER + "mlp.Wo",
+            "encoder.final_norm": "model.final_norm",
+            "transform.dense": "head.dense",
+            "transform.norm": "head.norm",
+            "vocabulary_bias": "decoder.bias",
+            "pooler.dense": "head.dense",
+            "pooler.norm": "head.norm",
+            "classifier": "classifier",
+        },
+        architectures=_heads("ModernBert"),
+        tokenizer="bpe",
+        tied=("decoder.weight",),
+        defaults=dict(
+            vocab_size=50368, num_hidden_layers=22, intermediate_size=1152, max_position_embeddings=8192,
+            layer_norm_eps=1e-5, pad_token_id=50283, type_vocab_size=0, position_biased_input=False, pre_norm=True,
+            attention="rotary", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, attention_bias=False,
+            mlp_bias=False, norm_bias=False, head_bias=False, head_act="gelu", pooler_act="transform",
+            classifier_dropout=0.0,
+        ),
+        keys=dict(
+            hidden_act="hidden_activation", head_act="classifier_activation", hidden_dropout_prob="embedding_dropout",
+            attention_probs_dropout_prob="attention_dropout", output_dropout="attention_dropout",
+            mlp_dropout="mlp_dropout", layer_norm_eps="norm_eps", norm_bias="norm_bias",
+            attention_bias="attention_bias", mlp_bias="mlp_bias", head_bias="classifier_bias",
+            head_pooling="classifier_pooling", classifier_dropout="classifier_dropout", qa_dropout="classifier_dropout",
+            type_vocab_size=None,
+        ),
+        read=_read_modernbert,
+        write=_write_modernbert,
+    ),
+}  # fmt: skip
+
+
+def family(model_type):
+    """The row of a model type. Raises ValueError naming the known ones."""
+    if model_type not in FAMILIES:
+        raise ValueError(f"model_type {model_type!r}: expected one of {', '.join(FAMILIES)}")
+    return FAMILIES[model_type]
+
+
+def detecting():
+    """The model types whose pretraining detects replaced tokens, as text."""
+    return ", ".join(name for name, row in FAMILIES.items() if row.generator is not None)
+
+
+def config_of(model_type, **changes):
+    """An EncoderConfig of a family, with its defaults."""
+    row = family(model_type)
+    fields = {**row.defaults, **changes}
+    if fields.get("embedding_size") == fields.get("hidden_size") and not row.projects_always:
+        fields["embedding_size"] = None
+    if row.positions_after_padding:
+        fields.setdefault("position_offset", fields["pad_token_id"] + 1)
+    return EncoderConfig(model_type=model_type, **fields)
+
+
+def with_vocabulary(config, vocab_size, pad_token_id):
+    """`config` for a tokenizer of so many pieces."""
+    config = config.replace(vocab_size=vocab_size, pad_token_id=pad_token_id)
+    return (
+        config.replace(position_offset=pad_token_id + 1)
+        if family(config.model_type).positions_after_padding
+        else config
+    )
+
+
+def has_pooler(config):
+    """Whether HuggingFace's bare encoder has a pooler."""
+    row = FAMILIES[config.model_type]
+    return row.names.get("pooler", "").startswith(row.prefix)

@@ -1,0 +1,440 @@
+"""Models: an encoder with a head, loaded from and saved to HuggingFace directories.
+
+Letters: B sequences, S padded length, T packed tokens, D hidden size, V vocabulary, M picked tokens.
+"""
+
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .. import ops
+from ..packing import Batch, first_rows, pack_inputs
+from . import hf_files
+from .config import EncoderConfig
+from .encoder import Encoder, initialize
+from .layers import MaskDecoder, VocabularyTransform, dropped
+
+if TYPE_CHECKING:
+    # in the standard library from Python 3.11 on
+    from typing_extensions import Self
+
+
+@dataclass
+class Loss:
+    """A sum, not a mean: micro-batches and processes add up, and are divided once by the global count.
+
+    sum: fp32. count and correct: int64, how many predictions it is over, and how many of them were right (None in
+    regression). weight: what its mean counts in `Output.loss`. more: other counts of the task, by name.
+    """
+
+    sum: torch.Tensor
+    count: torch.Tensor
+    correct: torch.Tensor | None = None
+    weight: float = 1.0
+    more: dict = field(default_factory=dict)
+
+
+@dataclass
+class Output:
+    """What a model with a head returns.
+
+    logits: see the model; None where only the loss was computed. losses: a Loss by the name of what was predicted
+    ("mlm" masked tokens, "pair" sentence pairs, "rtd" replaced tokens, "label" of a text, a choice or a token, "start"
+    and "end" of an answer); without labels there is none.
+    """
+
+    logits: torch.Tensor | None = None
+    losses: dict[str, Loss] = field(default_factory=dict)
+    pair_logits: torch.Tensor | None = None
+    start_logits: torch.Tensor | None = None
+    end_logits: torch.Tensor | None = None
+
+    @property
+    def loss(self) -> torch.Tensor | None:
+        """The weighted sum of the means; 0 where there is nothing to predict, never NaN. None without labels."""
+        return self.divided({name: loss.count for name, loss in self.losses.items()}) if self.losses else None
+
+    def divided(self, counts: dict) -> torch.Tensor:
+        """The weighted sum of the losses, each divided by its own count of {name: int or 0-dimensional tensor}."""
+        parts = []
+        for name, loss in self.losses.items():
+            count = counts[name]
+            count = count.clamp(min=1) if torch.is_tensor(count) else max(count, 1)
+            parts.append(loss.weight * loss.sum / count)
+        return sum(parts[1:], parts[0])
+
+
+class Model(nn.Module):
+    """An encoder, and what all heads share: directories in and out."""
+
+    OPTIONAL = ()  # modules that a checkpoint may lack: then the model does without
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | os.PathLike, *, allow_pickle: bool = False, dtype: torch.dtype = torch.float32,
+        **changes: object,
+    ) -> "Self":  # fmt: skip
+        """From a directory with config.json and model.safetensors (or its shards), HuggingFace's or ours.
+
+        allow_pickle: read a pytorch_model.bin where there is nothing else; only its tensors, no code in it is run.
+        dtype: of the weights in memory. changes: EncoderConfig fields to set, such as num_labels of a new head. A head
+        that the checkpoint lacks starts fresh, with a warning that names it. Raises ValueError when the encoder is
+        incomplete, when a shape disagrees with config.json, or when a file cannot be read.
+        """
+        return hf_files.load(cls, directory, head=cls.__name__, allow_pickle=allow_pickle, dtype=dtype, **changes)
+
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
+        """Write config.json and model.safetensors under HuggingFace's names; transformers loads the directory."""
+        hf_files.save(self, directory)
+
+    def stored(self, directory: str | os.PathLike) -> dict[str, torch.Tensor]:
+        """The state dict for a model like this one that `save_pretrained` has written to a directory."""
+        return type(self).from_pretrained(directory).state_dict()
+
+    def inexact(self) -> dict[str, torch.Tensor]:
+        """{name: parameter} of what `stored` gives back only up to rounding."""
+        return {}
+
+
+def _number_of(labels):
+    return 0 if labels is None else int((labels != -100).sum())
+
+
+class MaskedLM(Model):
+    """With the masked-language-model head: transform, then the word table again as decoder, plus a bias."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__(config)
+        self.transform = VocabularyTransform(config)
+        self.vocabulary_bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.mask_decoder = MaskDecoder(config) if config.enhanced_mask_decoder else None
+        for part in (self.transform, self.mask_decoder):
+            if part is not None:
+                part.apply(lambda module: initialize(module, config))
+
+    def forward(
+        self, input_ids: torch.Tensor | Batch, attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None, position_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> Output:  # fmt: skip
+        """Loss "mlm" when there are labels, else logits. Returns Output.
+
+        Either a packing.Batch alone, or HuggingFace's padded arguments, each [B, S]: labels are -100 where nothing was
+        picked; attention_mask may have padding anywhere. Logits are [T, V] for a Batch, else [B, S, V].
+        """
+        batch, restore = pack_inputs(self.config, input_ids, attention_mask, token_type_ids, position_ids, labels)
+        if batch.labels is None:
+            return Output(restore(self.logits(batch)))
+        return Output(losses={"mlm": self._masked_lm(self.hidden(batch, batch.picks), batch)})
+
+    def hidden(self, batch: Batch, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """What the head reads: hidden states of the rows `rows` (int64 [M], ascending; None: all T), [M, D]."""
+        return self.encoder(batch, rows, decoder=self.mask_decoder)
+
+    def label_counts(self, batch: Batch) -> dict[str, int]:
+        """What the losses of a packing.Batch are divided by: see `Output.divided`. Waits for its device."""
+        return {"mlm": _number_of(batch.labels)}
+
+    def logits(self, batch: Batch, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """Vocabulary scores of the rows `rows` (int64 [M], ascending; None: all T) of a packing.Batch: [M, V]."""
+        hidden = self.transform(self.hidden(batch, rows))
+        return ops.linear(hidden, self.encoder.embeddings.word.weight, self.vocabulary_bias)
+
+    def _masked_lm(self, hidden, batch):
+        _check_labels(batch.labels, self.config.vocab_size)
+        weight, bias = self.encoder.embeddings.word.weight, self.vocabulary_bias
+        return Loss(*ops.masked_cross_entropy(self.transform(hidden), weight, bias, batch.labels[batch.picks]))
+
+
+class Pretraining(MaskedLM):
+    """With both pretraining heads: masked language model, and sentence pairs (NSP or SOP) from the first token."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__(config)
+        self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
+        self.pair_classifier = nn.Linear(config.hidden_size, 2)
+        for module in (self.pooler, self.pair_classifier):
+            initialize(module, config)
+
+    def forward(
+        self, input_ids: torch.Tensor | Batch, attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None, position_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None, next_sentence_label: torch.Tensor | None = None,
+    ) -> Output:  # fmt: skip
+        """As MaskedLM.forward, and loss "pair" of next_sentence_label (or Batch.pair_labels): int64 [B], 0 if true.
+
+        Either kind of label may be missing: its loss is then left out.
+        """
+        batch, restore = pack_inputs(self.config, input_ids, attention_mask, token_type_ids, position_ids, labels)
+        if next_sentence_label is not None:
+            batch.pair_labels = next_sentence_label
+        if batch.labels is None and batch.pair_labels is None:
+            dropout = self.encoder.dropout(batch)
+            hidden = self.encoder(batch, dropout=dropout)
+            logits = ops.linear(self.transform(hidden), self.encoder.embeddings.word.weight, self.vocabulary_bias)
+            pair_logits = self._pair_logits(hidden[first_rows(batch)], batch, dropout)
+            return Output(restore(logits), pair_logits=pair_logits)
+        picks = batch.picks if batch.labels is not None else batch.input_ids.new_empty(0)
+        # one ascending list of the rows that either head reads, and where each of them stands in it
+        rows, order = torch.sort(torch.cat((picks, first_rows(batch))), stable=True)
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        dropout = self.encoder.dropout(batch)
+        hidden = self.encoder(batch, rows, dropout)[place]
+        output = Output()
+        if batch.labels is not None:
+            output.losses["mlm"] = self._masked_lm(hidden[: len(picks)], batch)
+        if batch.pair_labels is not None:
+            scores = self._pair_logits(hidden[len(picks) :], batch, dropout)
+            output.losses["pair"] = _classification(scores, batch.pair_labels)
+        return output
+
+    def label_counts(self, batch: Batch) -> dict[str, int]:
+        """See `MaskedLM.label_counts`."""
+        return {"mlm": _number_of(batch.labels), "pair": _number_of(batch.pair_labels)}
+
+    def _pair_logits(self, first, batch, dropout):
+        pooled = dropped(torch.tanh(self.pooler(first)), self.config.pair_dropout, dropout)
+        scores = self.pair_classifier(pooled)
+        return F.pad(scores, (0, 0, 0, len(batch.cu_seqlens) - 1 - len(scores)))  # a batch without a token has no first
+
+
+_ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "gelu": F.gelu}
+
+
+class SequenceClassifier(Model):
+    """A label, or several, or a number for each sequence or pair, from its first token: pooler, then a linear layer."""
+
+    OUTPUTS = None
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__(config)
+        D = config.hidden_size
+        self.pooler = VocabularyTransform(config) if config.pooler_act == "transform" else nn.Linear(D, D)
+        self.classifier = nn.Linear(D, self.OUTPUTS or config.num_labels)
+        for module in (self.pooler, self.classifier):
+            module.apply(lambda module: initialize(module, config))
+
+    def forward(
+        self, input_ids: torch.Tensor | Batch, attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None, position_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> Output:  # fmt: skip
+        """Logits [B, num_labels], and loss "label" when there are labels. Returns Output.
+
+        Either a packing.Batch, or HuggingFace's padded arguments, each [B, S]. labels: int64 [B], -100 for none; or
+        float [B, num_labels] in 0 .. 1, a probability of each label by itself; or float [B] (or [B, num_labels])
+        with problem_type "regression" or one label: squared error. The first token is the first that is not padding,
+        wherever it stands. Raises ValueError when labels do not fit.
+        """
+        batch, _ = pack_inputs(self.config, input_ids, attention_mask, token_type_ids, position_ids)
+        logits = self._scores(batch, self.config.pooler_dropout, self.config.classifier_dropout)
+        return Output(logits, _label_loss(logits, labels, self.config))
+
+    def _scores(self, batch, pooler_dropout, classifier_dropout):
+        config, dropout = self.config, self.encoder.dropout(batch)
+        if config.head_pooling == "cls":
+            hidden = first_hidden(self.encoder, batch, dropout)
+        else:
+            hidden = ops.pooling(self.encoder(batch, dropout=dropout), batch.cu_seqlens, mode=config.head_pooling)
+        classifier_dropout = config.hidden_dropout_prob if classifier_dropout is None else classifier_dropout
+        hidden = dropped(hidden, classifier_dropout if pooler_dropout is None else pooler_dropout, dropout)
+        if config.pooler_act == "transform":
+            pooled = self.pooler(hidden)
+        else:
+            pooled = _ACTIVATIONS[config.pooler_act](ops.linear(hidden, self.pooler.weight, self.pooler.bias))
+        pooled = dropped(pooled, classifier_dropout, dropout)
+        return ops.linear(pooled, self.classifier.weight, self.classifier.bias)
+
+
+class MultipleChoice(SequenceClassifier):
+    """The right one of several choices: each is read with the question, and gets one score."""
+
+    OUTPUTS = 1
+
+    def forward(
+        self, input_ids: torch.Tensor | Batch, attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None, position_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> Output:  # fmt: skip
+        """Logits [B, C] for arguments [B, C, S], and loss "label" for labels int64 [B]. Returns Output."""
+        if input_ids.dim() != 3:
+            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: expected [batch, choices, length]")
+        flat = (x if x is None else x.flatten(0, 1) for x in (attention_mask, token_type_ids, position_ids))
+        batch, _ = pack_inputs(self.config, input_ids.flatten(0, 1), *flat)
+        config = self.config
+        dropout_p = config.classifier_dropout if config.choice_dropout is None else config.choice_dropout
+        logits = self._scores(batch, config.pooler_dropout or 0.0, dropout_p).view(input_ids.shape[:2])
+        return Output(logits, _label_loss(logits, labels))
+
+
+class _TokenScores(Model):
+    """Some numbers for each token: what labels and answers have in common."""
+
+    def __init__(self, config: EncoderConfig, outputs: int) -> None:
+        super().__init__(config)
+        self.transform = VocabularyTransform(config) if config.pooler_act == "transform" else None
+        self.classifier = nn.Linear(config.hidden_size, outputs)
+        self.classifier.apply(lambda module: initialize(module, config))
+        if self.transform is not None:
+            self.transform.apply(lambda module: initialize(module, config))
+
+    def _scores(self, batch, dropout_p):
+        dropout = self.encoder.dropout(batch)
+        hidden = self.encoder(batch, dropout=dropout)
+        hidden = hidden if self.transform is None else self.transform(hidden)
+        return ops.linear(dropped(hidden, dropout_p, dropout), self.classifier.weight, self.classifier.bias)
+
+
+class TokenClassifier(_TokenScores):
+    """A label for each token, such as the names of persons and places."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__(config, config.num_labels)
+
+    def forward(
+        self, input_ids: torch.Tensor | Batch, attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None, position_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> Output:  # fmt: skip
+        """Logits [B, S, num_labels], 0 at padding, and loss "label" over the labels int64 [B, S] that are not -100.
+
+        Either a packing.Batch (logits [T, num_labels], its own labels) or HuggingFace's padded arguments. Returns
+        Output.
+        """
+        batch, restore = pack_inputs(self.config, input_ids, attention_mask, token_type_ids, position_ids, labels)
+        config = self.config
+        chain = (config.token_dropout, config.classifier_dropout, config.hidden_dropout_prob)
+        logits = self._scores(batch, next(p for p in chain if p is not None))
+        return Output(restore(logits), _label_loss(logits, batch.labels))
+
+    def label_counts(self, batch: Batch) -> dict[str, int]:
+        """See `MaskedLM.label_counts`."""
+        return {"label": _number_of(batch.labels)}
+
+
+class ReplacedTokenDetector(Model):
+    """ELECTRA's discriminator: which tokens are not those of the text, but a generator's (Clark et al. 2020)."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__(config)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.classifier = nn.Linear(config.hidden_size, 1)
+        for module in (self.dense, self.classifier):
+            initialize(module, config)
+
+    def forward(
+        self, input_ids: torch.Tensor | Batch, attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None, position_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> Output:  # fmt: skip
+        """Logits [B, S], above 0 where a token looks replaced, 0 at padding; and loss "rtd" for labels int64 [B, S].
+
+        labels: 1 where a token was replaced, 0 where not, -100 where nobody asks. Either a packing.Batch (logits [T],
+        its own labels) or HuggingFace's padded arguments. Returns Output.
+        """
+        batch, restore = pack_inputs(self.config, input_ids, attention_mask, token_type_ids, position_ids, labels)
+        hidden = ops.linear(self.encoder(batch), self.dense.weight)
+        hidden = ops.bias_gelu(hidden, self.dense.bias, approximate=self.config.approximate)
+        logits = ops.linear(hidden, self.classifier.weight, self.classifier.bias)[:, 0]
+        output = Output(restore(logits))
+        if batch.labels is not None:
+            known, detected = batch.labels != -100, logits > 0
+            replaced = batch.labels == 1
+            losses = F.binary_cross_entropy_with_logits(logits.float(), replaced.to(torch.float32), reduction="none")
+            output.losses["rtd"] = Loss(
+                losses.where(known, 0).sum(), known.sum(), ((detected == replaced) & known).sum(),
+                more={"replaced": replaced.sum(), "found": (replaced & detected).sum()},
+            )  # fmt: skip
+        return output
+
+
+class QuestionAnswerer(_TokenScores):
+    """The span of the text that answers a question: a score for each token as its start, and as its end."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__(config, 2)
+
+    def forward(
+        self, input_ids: torch.Tensor | Batch, attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None, position_ids: torch.Tensor | None = None,
+        start_positions: torch.Tensor | None = None, end_positions: torch.Tensor | None = None,
+    ) -> Output:  # fmt: skip
+        """start_logits and end_logits [B, S] for HuggingFace's padded arguments, and losses "start" and "end".
+
+        start_positions, end_positions: int64 [B], columns of input_ids. One outside 0 .. S - 1, or at padding, is no
+        label. Padding takes no part: its logits are -inf. Returns Output.
+        """
+        batch, restore = pack_inputs(self.config, input_ids, attention_mask, token_type_ids, position_ids)
+        logits = restore(self._scores(batch, self.config.qa_dropout)).float()
+        is_token = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        logits = logits.masked_fill(~is_token.bool()[..., None], float("-inf"))
+        output = Output()
+        output.start_logits, output.end_logits = logits.unbind(-1)
+        if start_positions is not None and end_positions is not None:
+            S = input_ids.shape[1]
+            ends = (("start", output.start_logits, start_positions), ("end", output.end_logits, end_positions))
+            for name, scores, place in ends:
+                inside = (place >= 0) & (place < S)
+                inside &= is_token.bool().gather(1, place.clamp(0, S - 1)[:, None])[:, 0]
+                # each end's mean counts half
+                scores = scores.nan_to_num(neginf=-1e30)
+                output.losses[name] = _classification(scores, place.where(inside, -100), weight=0.5)
+        return output
+
+
+def _check_labels(labels, number):
+    """ValueError for a label outside 0 .. number - 1 that is not -100: elsewhere than on a CPU the device finds it."""
+    if not labels.is_cpu or torch.compiler.is_compiling():
+        return
+    outside = labels[(labels != -100) & ((labels < 0) | (labels >= number))]
+    if len(outside):
+        raise ValueError(f"labels hold {int(outside[0])}: expected 0 to {number - 1}, or -100 for none")
+
+
+def _classification(logits, labels, weight=1.0):
+    """Loss of logits [N, C] for labels int64 [N], -100 for none."""
+    known, scores = labels != -100, logits.float()
+    correct = ((logits.argmax(-1) == labels) & known).sum()
+    return Loss(F.cross_entropy(scores, labels, reduction="sum"), known.sum(), correct, weight)
+
+
+def _label_loss(logits, labels, config=None):
+    """{"label": Loss} as the labels' type and shape, or config.problem_type, ask for; {} without labels."""
+    if labels is None:
+        return {}
+    kind = config.problem_type if config is not None else "single_label_classification"
+    if kind is None:
+        kind = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+        if logits.shape[-1] == 1:
+            kind = "regression"
+    if kind == "single_label_classification":
+        if labels.shape != logits.shape[:-1]:
+            raise ValueError(f"labels have shape {tuple(labels.shape)}: expected {tuple(logits.shape[:-1])}")
+        _check_labels(labels, logits.shape[-1])
+        return {"label": _classification(logits, labels)}
+    scores, labels = logits.float(), labels.float()
+    if labels.numel() != logits.numel():
+        raise ValueError(f"labels have shape {tuple(labels.shape)}: expected {tuple(logits.shape)} for {kind}")
+    labels, count = labels.view_as(scores), torch.tensor(labels.numel(), device=labels.device)
+    if kind == "regression":
+        return {"label": Loss(F.mse_loss(scores, labels, reduction="sum"), count)}
+    loss_sum = F.binary_cross_entropy_with_logits(scores, labels, reduction="sum")
+    return {"label": Loss(loss_sum, count, ((scores > 0) == (labels > 0.5)).sum())}
+
+
+def first_hidden(encoder, batch, dropout):
+    """Hidden states [B, D] of each sequence's first token; 0 for an empty sequence."""
+    hidden = encoder(batch, first_rows(batch), dropout)
+    B = len(batch.cu_seqlens) - 1
+    if len(hidden) < B:  # a batch without a token has no first
+        return hidden.new_zeros(B, hidden.shape[-1])
+    return hidden.masked_fill((batch.cu_seqlens.diff() == 0)[:, None], 0.0)

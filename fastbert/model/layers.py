@@ -1,0 +1,176 @@
+"""The modules around attention that own an encoder's parameters: linear layers around one fused op each.
+
+Letters: T packed tokens, D hidden size, F feed-forward size, H heads, K head size, M rows of T.
+"""
+
+import torch
+from torch import nn
+
+from .. import ops
+
+
+class Embeddings(nn.Module):
+    """Token, position and segment tables, summed, normalised, dropped out; narrower tables are projected to D."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        D, width = config.hidden_size, config.embedding_width
+        self.word = nn.Embedding(config.vocab_size, width, padding_idx=config.pad_token_id)
+        self.position = nn.Embedding(config.max_position_embeddings, width) if config.position_biased_input else None
+        self.token_type = nn.Embedding(config.type_vocab_size, width) if config.type_vocab_size else None
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps, bias=config.norm_bias)
+        self.project = nn.Linear(width, D) if config.embedding_size is not None else None
+
+    def forward(self, batch, dropout):
+        token_type_ids, token_type, position_ids, position = None, None, None, None
+        if self.token_type is not None:
+            token_type_ids, token_type = batch.token_type_ids, self.token_type.weight
+        if self.position is not None:
+            position_ids, position = batch.position_ids, self.position.weight
+            if self.config.position_offset:
+                position_ids = position_ids + self.config.position_offset
+        x = ops.embedding(
+            batch.input_ids, position_ids, token_type_ids, self.word.weight, position, token_type,
+            self.norm.weight, self.norm.bias,
+            padding_idx=self.config.pad_token_id, eps=self.norm.eps, **dropout(self.config.hidden_dropout_prob),
+        )  # fmt: skip
+        return x if self.project is None else ops.linear(x, self.project.weight, self.project.bias)
+
+
+def longest_of(layout):
+    """What all distances in a batch are below."""
+    return layout.max_seqlen if layout.columns is None else int(layout.columns.max()) + 1
+
+
+class MaskDecoder(nn.Module):
+    """DeBERTa's enhanced mask decoder (He et al. 2021, section 3.2): before the words, absolute positions.
+
+    The last layer runs twice, and both times reads what the layer before it gave. What asks there is at first the same
+    with the positions added, then what came out the first time. As in microsoft/DeBERTa's masked_language_model.py.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def forward(self, block, x, layout, dropout):
+        """block: the last; x [T, D] -> [T, D], or [M, D] when the layout asks for some rows only."""
+        dropout = dropout.copy()
+        rows = slice(None) if layout.rows is None else layout.rows
+        asking = x[rows] + self.position(layout.position_ids[rows]).to(x.dtype)
+        for _ in range(2):
+            attended = block.attention(x, layout, dropout, asking)
+            asking = block.after_attention(attended, asking, dropout)
+        return asking
+
+
+class Convolution(nn.Module):
+    """What DeBERTa v2 xlarge adds to its first layer: LayerNorm(x + activation(convolution of the embeddings))."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, width = config.hidden_size, config.conv_kernel_size
+        self.conv = nn.Conv1d(D, D, width, padding=width // 2)
+        self.norm = Norm(config)
+        self.activation = {"tanh": torch.tanh, "gelu": nn.functional.gelu}[config.conv_act]
+        self.dropout_p = config.hidden_dropout_prob
+
+    def forward(self, embeddings, x, layout, dropout):
+        """embeddings [T, D]; x [T, D], or [M, D] when the layout asks for some rows only -> as x.
+
+        A sequence sees nothing of its neighbours.
+        """
+        T, width = len(embeddings), self.conv.kernel_size[0]
+        rows = torch.arange(T, device=x.device)
+        sequence = torch.searchsorted(layout.cu_seqlens[1:], rows.to(torch.int32), right=True)
+        column = rows - layout.cu_seqlens[sequence] if layout.columns is None else layout.columns
+        # ascending, and between two sequences more than the width apart
+        place = sequence * (longest_of(layout) + width) + column
+        columns = []
+        for shift in range(-(width // 2), width // 2 + 1):
+            wanted = (place if layout.rows is None else place[layout.rows]) + shift
+            there = torch.searchsorted(place, wanted).clamp(max=T - 1)
+            columns.append(embeddings[there] * (place[there] == wanted)[:, None])
+        weight = self.conv.weight.transpose(1, 2).flatten(1)
+        y = dropped(ops.linear(torch.cat(columns, 1), weight, self.conv.bias), self.dropout_p, dropout)
+        return self.norm(x + self.activation(y))
+
+
+class FeedForward(nn.Module):
+    """Up to F, GELU, down to D. The first bias is added inside the GELU's kernel."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x):
+        x = ops.linear_gelu(x, self.up.weight, self.up.bias, approximate=self.config.approximate)
+        return ops.linear(x, self.down.weight, self.down.bias)
+
+
+class GatedFeedForward(nn.Module):
+    """Up to 2 F, of which one half through GELU gates the other, and down (Shazeer 2020)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x, dropout):
+        x, gate = ops.linear(x, self.up.weight, self.up.bias).chunk(2, -1)
+        x = ops.bias_gelu(x, None, approximate=self.config.approximate) * gate
+        return ops.linear(dropped(x, self.config.mlp_dropout, dropout), self.down.weight, self.down.bias)
+
+
+class Norm(nn.LayerNorm):
+    """LayerNorm alone."""
+
+    def __init__(self, config):
+        super().__init__(config.hidden_size, eps=config.layer_norm_eps, bias=config.norm_bias)
+
+    def forward(self, x):
+        # dtype: see AddNorm
+        return ops.layer_norm(x, self.weight, self.bias, eps=self.eps, dtype=x.dtype)
+
+
+def dropped(x, dropout_p, dropout):
+    """x [M, D] with elements dropped."""
+    options = dropout(dropout_p)
+    return ops.dropout(x, **options) if options else x
+
+
+class AddNorm(nn.LayerNorm):
+    """LayerNorm(dropout(x) + residual), the dropout where config.dropped_branches has this `branch`."""
+
+    def __init__(self, config, branch):
+        super().__init__(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout_p = config.hidden_dropout_prob if branch in config.dropped_branches else 0.0
+
+    def forward(self, x, residual, dropout):
+        # dtype: under autocast the op would give fp32, as torch's does, and whatever reads it would move twice as much
+        return ops.layer_norm(
+            x, self.weight, self.bias, residual=residual, eps=self.eps, dtype=x.dtype, **dropout(self.dropout_p)
+        )
+
+
+class VocabularyTransform(nn.Module):
+    """What the masked-LM head does before the tied projection: linear, GELU, LayerNorm."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        width = config.embedding_width
+        self.dense = nn.Linear(config.hidden_size, width, bias=config.head_bias)
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps, bias=config.norm_bias)
+
+    def forward(self, x):
+        x = ops.linear(x, self.dense.weight)
+        # dtype: see AddNorm
+        return ops.gelu_layer_norm(
+            x, self.dense.bias, self.norm.weight, self.norm.bias,
+            approximate=self.config.head_approximate, eps=self.norm.eps, dtype=x.dtype,
+        )  # fmt: skip

@@ -1,0 +1,114 @@
+"""What runs in place of HuggingFace's norms and feed-forward modules.
+
+Letters as in `steps.py`.
+"""
+
+from .. import ops
+from .steps import Replacement, gelu, gelu_form, gelu_norm, layer_norm, linear, linear_gelu, refuses_activation
+
+
+class AddNorm(Replacement):
+    """LayerNorm(dropout(dense(x)) + residual)."""
+
+    PARTS = ("layer_norm",)
+    WHAT = "linear, fused dropout, add and norm"
+
+    def forward(self, hidden_states, input_tensor):
+        return layer_norm(self.LayerNorm, linear(self.dense, hidden_states), input_tensor, self.dropout)
+
+
+class MPNetAttentionNorm(Replacement):
+    PARTS = ("layer_norm",)
+    WHAT = "fused dropout, add and norm"
+
+    def forward(self, hidden_states, attention_mask=None, position_bias=None, output_attentions=False, **kwargs):
+        attended, *rest = self.attn(hidden_states, attention_mask, position_bias, output_attentions=output_attentions)
+        return layer_norm(self.LayerNorm, attended, hidden_states, self.dropout), *rest
+
+
+class DebertaLayerNorm(Replacement):
+    PARTS = ("layer_norm",)
+    WHAT = "fused norm"
+
+    def forward(self, hidden_states):
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        return ops.layer_norm(rows, self.weight, self.bias, eps=self.variance_epsilon).view(hidden_states.shape)
+
+
+class Intermediate(Replacement):
+    """gelu(dense(x))."""
+
+    PARTS = ("gelu",)
+    WHAT = "linear, fused bias and GELU"
+    refuses = refuses_activation("intermediate_act_fn")
+
+    def forward(self, hidden_states):
+        return linear_gelu(self.dense, self.intermediate_act_fn, hidden_states)
+
+
+class DistilBertFeedForward(Replacement):
+    PARTS = ("gelu",)
+    WHAT = "linear, fused bias and GELU"
+    refuses = refuses_activation("activation")
+
+    def ff_chunk(self, input):
+        return self.dropout(linear(self.lin2, linear_gelu(self.lin1, self.activation, input)))
+
+    def forward(self, input):
+        return super().forward(input)
+
+
+class DistilBertBlock(Replacement):
+    PARTS = ("layer_norm",)
+    WHAT = "fused add and norm"
+
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        attended, _ = self.attention(hidden_states, attention_mask=attention_mask, **kwargs)
+        x = layer_norm(self.sa_layer_norm, attended, hidden_states)
+        return layer_norm(self.output_layer_norm, self.ffn(x), x)
+
+
+class AlbertBlock(Replacement):
+    PARTS = ("layer_norm", "gelu")
+    WHAT = "linear, fused bias and GELU, add and norm"
+    refuses = refuses_activation("activation")
+
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        if self.chunk_size_feed_forward:
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        x, _ = self.attention(hidden_states, attention_mask, **kwargs)
+        if self.fastbert_options.gelu:
+            y = linear(self.ffn_output, linear_gelu(self.ffn, self.activation, x))
+        else:
+            y = self.ff_chunk(x)
+        return (
+            layer_norm(self.full_layer_layer_norm, y, x)
+            if self.fastbert_options.layer_norm
+            else self.full_layer_layer_norm(y + x)
+        )
+
+
+class ModernBertFeedForward(Replacement):
+    PARTS = ("gelu",)
+    WHAT = "linear, fused GELU"
+    refuses = refuses_activation("act")
+
+    def forward(self, hidden_states):
+        x, gate = linear(self.Wi, hidden_states).chunk(2, -1)
+        x = gelu(x, gelu_form(self.act)) * gate
+        return linear(self.Wo, self.drop(x))
+
+
+class Transform(Replacement):
+    """LayerNorm(gelu(dense(x))): what a masked-LM head does first."""
+
+    PARTS = ("gelu", "layer_norm")
+    WHAT = "linear, fused bias, GELU and norm"
+    refuses = refuses_activation("transform_act_fn")
+
+    def forward(self, hidden_states):
+        if self.fastbert_options.gelu and self.fastbert_options.layer_norm:
+            return gelu_norm(self.dense, gelu_form(self.transform_act_fn), self.LayerNorm, hidden_states)
+        if self.fastbert_options.gelu:
+            return self.LayerNorm(linear_gelu(self.dense, self.transform_act_fn, hidden_states))
+        return layer_norm(self.LayerNorm, self.transform_act_fn(self.dense(hidden_states)))

@@ -1,0 +1,183 @@
+"""What runs in place of HuggingFace's models with a loss: head and loss on picked tokens alone.
+
+Letters as in `steps.py`; M picked tokens.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .. import ops
+from .stacks import is_static
+from .steps import Replacement, _beside, _named, gelu_norm, is_plain, layer_norm, linear_gelu
+
+
+def _mean(loss_sum, count, num_items):
+    """The mean, over the whole of a step where its number of labels is known; 0 where there is no label."""
+    number = torch.as_tensor(count if num_items is None else num_items, device=loss_sum.device)
+    return loss_sum / number.clamp(min=1)
+
+
+class LossHead(Replacement):
+    """A head whose loss is a mean over labels. Under gradient accumulation and several processes HuggingFace's Trainer
+    hands the number of labels of the whole step to the model and expects it to divide by that; theirs do not."""
+
+    PARTS = ("loss",)
+    WHAT = "loss by the number of labels of the whole step"
+
+    def forward(self, *args, **kwargs):
+        kwargs = _named(self, args, kwargs)
+        num_items, labels = kwargs.pop("num_items_in_batch", None), kwargs.get("labels")
+        out = super().forward(**kwargs)
+        if labels is None:
+            return out
+        loss = out[0] if isinstance(out, tuple) else out.loss
+        count = (labels != -100).sum().to(loss.device)
+        # their mean over no label is NaN
+        loss = torch.where(count == 0, 0, loss)
+        if num_items is not None:
+            loss = _mean(loss * count, count, num_items)
+        if isinstance(out, tuple):
+            return loss, *out[1:]
+        out.loss = loss
+        return out
+
+
+class MaskedLM(Replacement):
+    """A masked-language model: the head and the loss on picked tokens alone; in training no scores are kept."""
+
+    PARTS = ("loss",)
+    WHAT = "head and loss on picked tokens alone"
+    SCORES = "logits"
+
+    @staticmethod
+    def refuses(module):
+        if getattr(module.config, "is_decoder", False):
+            return "a decoder"
+        return None if _vocabulary_head(module) is not None else "its head is not one that fastbert knows"
+
+    def forward(self, *args, **kwargs):
+        kwargs = _named(self, args, kwargs)
+        labels, num_items = kwargs.pop("labels", None), kwargs.pop("num_items_in_batch", None)
+        if labels is None:
+            return super().forward(**kwargs)
+        return_dict = kwargs.pop("return_dict", None)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        if self.training and self.fastbert_options.logits == "evaluation":
+            out = self.base_model(**kwargs, return_dict=True)
+            loss = self._picked_loss(out[0], labels, num_items)
+            fields = dict(loss=loss, hidden_states=out.get("hidden_states"), attentions=out.get("attentions"))
+            cls = _beside(self, "MaskedLMOutput")
+        else:
+            out = super().forward(**kwargs, return_dict=True)
+            scores = out[self.SCORES].flatten(0, -2)
+            labels = labels.to(scores.device).flatten()
+            picks = (labels != -100).nonzero()[:, 0]
+            loss_sum = _cross_entropy(scores[picks], labels[picks])
+            fields, cls = {**out, "loss": _mean(loss_sum, (labels != -100).sum(), num_items)}, type(out)
+        out = cls(**fields)
+        return out if return_dict else out.to_tuple()
+
+    def _picked_loss(self, hidden, labels, num_items):
+        labels = labels.to(hidden.device).flatten()
+        picks = slice(None) if is_static() else (labels != -100).nonzero()[:, 0]
+        return _mean(*picked_loss(self, hidden.flatten(0, -2)[picks], labels[picks]), num_items)
+
+
+class Pretraining(MaskedLM):
+    """Both pretraining heads: the masked language model, and sentence pairs from the pooler. Theirs give a loss only
+    where both kinds of label are given. Of a step in several parts, each part's pairs count as its picked tokens do."""
+
+    SCORES = "prediction_logits"
+    # their argument for the pairs' labels, the head of the pairs, and its field in what the model returns
+    PAIRS = "next_sentence_label", "cls.seq_relationship", "seq_relationship_logits"
+
+    def forward(self, *args, **kwargs):
+        kwargs = _named(self, args, kwargs)
+        argument, head, field = self.PAIRS
+        labels, pair_labels = kwargs.pop("labels", None), kwargs.pop(argument, None)
+        num_items = kwargs.pop("num_items_in_batch", None)
+        if labels is None or pair_labels is None:
+            return super().forward(**kwargs)
+        return_dict = kwargs.pop("return_dict", None)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        if self.training and self.fastbert_options.logits == "evaluation":
+            out = self.base_model(**kwargs, return_dict=True)
+            loss = self._picked_loss(out[0], labels, num_items)
+            fields = {field: self.get_submodule(head)(out[1])}
+            fields |= dict(hidden_states=out.get("hidden_states"), attentions=out.get("attentions"))
+            cls = _beside(self, f"{self.config.model_type.capitalize()}ForPreTrainingOutput")
+        else:
+            out = super().forward(**kwargs, labels=labels, num_items_in_batch=num_items, return_dict=True)
+            loss, fields, cls = out.loss, dict(out), type(out)
+        scores, pair_labels = fields[field], pair_labels.to(fields[field].device).flatten()
+        pair_loss = _mean(_cross_entropy(scores.view(-1, 2), pair_labels), (pair_labels != -100).sum(), None)
+        if num_items is not None:
+            pair_loss = _mean(pair_loss * (labels != -100).sum().to(pair_loss.device), None, num_items)
+        out = cls(**{**fields, "loss": loss + pair_loss})
+        return out if return_dict else out.to_tuple()
+
+
+class AlbertPretraining(Pretraining):
+    PAIRS = "sentence_order_label", "sop_classifier", "sop_logits"
+
+
+def picked_loss(model, rows, labels):
+    """(sum of the cross-entropies, how many) of hidden states [M, D] and labels [M], all of them picked."""
+    transform, decoder = _vocabulary_head(model)
+    rows = transform(rows)
+    count = (labels != -100).sum()
+    if is_plain(decoder, nn.Linear):
+        return ops.masked_cross_entropy(rows, decoder.weight, decoder.bias, labels)[0], count
+    return _cross_entropy(decoder(rows), labels), count
+
+
+def _cross_entropy(scores, labels):
+    """The sum, in fp32 or wider."""
+    return F.cross_entropy(scores.to(torch.promote_types(scores.dtype, torch.float32)), labels, reduction="sum")
+
+
+def _vocabulary_head(model):
+    """(what a masked-LM head does with hidden states before the vocabulary, its last linear layer), None: unknown."""
+    find = next((_VOCABULARY_HEADS[c.__name__] for c in type(model).__mro__ if c.__name__ in _VOCABULARY_HEADS), None)
+    try:
+        return None if find is None else find(model)
+    except AttributeError:
+        return None
+
+
+def _lm_head(model):
+    head = model.lm_head
+    return lambda x: gelu_norm(head.dense, "none", head.layer_norm, x), head.decoder
+
+
+def _bert_head(model):
+    return model.cls.predictions.transform, model.cls.predictions.decoder
+
+
+def _albert_head(model):
+    head = model.predictions
+    return lambda x: head.LayerNorm(linear_gelu(head.dense, head.activation, x)), head.decoder
+
+
+def _distilbert_head(model):
+    return (
+        lambda x: layer_norm(model.vocab_layer_norm, linear_gelu(model.vocab_transform, model.activation, x)),
+        model.vocab_projector,
+    )
+
+
+_VOCABULARY_HEADS = {
+    "BertForMaskedLM": _bert_head,
+    "BertForPreTraining": _bert_head,
+    "RobertaForMaskedLM": _lm_head,
+    "XLMRobertaForMaskedLM": _lm_head,
+    "MPNetForMaskedLM": _lm_head,
+    "AlbertForMaskedLM": _albert_head,
+    "AlbertForPreTraining": _albert_head,
+    "DistilBertForMaskedLM": _distilbert_head,
+    "ElectraForMaskedLM": lambda model: (model.generator_predictions, model.generator_lm_head),
+    "DebertaForMaskedLM": _bert_head,
+    "DebertaV2ForMaskedLM": _bert_head,
+    "ModernBertForMaskedLM": lambda model: (model.head, model.decoder),
+}

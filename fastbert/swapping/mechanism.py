@@ -1,0 +1,252 @@
+"""Swap: make a model that is already built fast, in place, and take it back.
+
+A module changes its class and nothing else: its new class derives from the old one and overrides `forward` (PyTorch's
+`fully_shard` and `parametrize` work the same way). So parameters, buffers, names, hooks, and every reference that
+someone holds stay what they were; no library is patched, no other model is touched.
+
+This file is the mechanism. What runs instead stands in `table.py` and `torch_nn.py`.
+"""
+
+import contextlib
+import functools
+import inspect
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.utils import parametrize
+
+from . import table, torch_nn
+from .steps import Options
+
+# full name of a class -> what takes its place
+TABLE = {**torch_nn.TABLE, **table.TABLE}
+PARTS = ("attention", "layer_norm", "gelu", "loss")
+
+
+@dataclass
+class Row:
+    """One module: its name in the model ("" is the model itself), its class, what runs there now ("" if it stayed),
+    and why it stayed ("" if it did not)."""
+
+    name: str
+    module: str
+    became: str = ""
+    reason: str = ""
+
+
+@dataclass
+class SwapReport:
+    """What `swap` has done. `print(report)` shows it as a table, layers that fared alike in one line."""
+
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def swapped(self) -> list[Row]:
+        """The rows of what runs fastbert now."""
+        return [row for row in self.rows if row.became]
+
+    @property
+    def stayed(self) -> list[Row]:
+        """The rows of what was looked at and left as it was, each with its reason."""
+        return [row for row in self.rows if not row.became]
+
+    def raise_if_incomplete(self) -> None:
+        """RuntimeError that names what stayed and why, or that nothing was found to swap."""
+        if not self.rows:
+            raise RuntimeError(
+                "fastbert.swap found nothing to swap: no module of this model is of a class that it knows"
+            )
+        if self.stayed:
+            lines = [
+                f"{name or 'the model'} ({module}): {reason}" for name, module, _, reason in self._lines(self.stayed)
+            ]
+            raise RuntimeError("fastbert.swap left some modules as they were: " + "; ".join(lines))
+
+    @staticmethod
+    def _lines(rows):
+        """(names, class, became, reason), once for all layers that differ in their numbers only."""
+        groups = {}
+        for row in rows:
+            pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", row.name)
+            groups.setdefault((pattern, row.module, row.became, row.reason), []).append(row.name)
+        for (_, module, became, reason), names in groups.items():
+            yield _joined(names), module, became, reason
+
+    def __str__(self) -> str:
+        lines = [
+            (name or "(the model)", module, became or f"stays: {reason}")
+            for name, module, became, reason in self._lines(self.rows)
+        ]
+        head = ("module", "class", "runs")
+        widths = [max(len(line[i]) for line in (head, *lines)) for i in range(2)]
+        table = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in (head, *lines)]
+        table.insert(1, "-" * max(map(len, table)))
+        return "\n".join([*table, f"{len(self.swapped)} modules swapped, {len(self.stayed)} left as they were"])
+
+
+def _joined(names):
+    """`layer.0.x`, `layer.1.x`, `layer.2.x` as `layer.0-2.x`."""
+    if len(names) == 1:
+        return names[0]
+    parts = [re.split(r"(?<=\.)(\d+)(?=\.|$)", name) for name in names]
+    joined = list(parts[0])
+    for i, column in enumerate(zip(*parts)):
+        numbers = sorted({int(x) for x in column}) if i % 2 else []
+        if len(numbers) > 1:
+            whole = numbers == list(range(numbers[0], numbers[-1] + 1))
+            joined[i] = f"{numbers[0]}-{numbers[-1]}" if whole else ",".join(map(str, numbers))
+    return "".join(joined)
+
+
+def swap(
+    model: nn.Module, *, attention: bool = True, layer_norm: bool = True, gelu: bool = True, loss: bool = True,
+    unpad: bool | str = "auto", logits: str = "evaluation",
+) -> SwapReport:  # fmt: skip
+    """Make `model` (any nn.Module that holds modules of a known kind) run fastbert's kernels, in place.
+
+    attention, layer_norm, gelu, loss: which parts. unpad: "auto" runs a stack of layers on the real tokens alone where
+    nobody looks at what is inside it, and leaves torch's encoders as they are beside a decoder of torch's, which may
+    read their padded places; with True these run so too; False never does. logits: whether a masked-language model that
+    was given labels returns its scores too: in "evaluation" only, or "always"; without labels it always does.
+
+    Known: HuggingFace's BERT, RoBERTa, XLM-R, ALBERT, DistilBERT, ELECTRA, DeBERTa (v1, v2, v3), MPNet and ModernBERT
+    with any head, also inside of other models (sentence-transformers); nn.TransformerEncoder and its layers,
+    nn.LayerNorm, nn.GELU, nn.CrossEntropyLoss. Returns a SwapReport. A second swap changes nothing but what it switches
+    otherwise. Raises ValueError for a switch that does not exist, TypeError for what is no nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: expected a torch.nn.Module")
+    if unpad not in ("auto", True, False):
+        raise ValueError(f"unpad is {unpad!r}: expected 'auto', True or False")
+    if logits not in ("evaluation", "always"):
+        raise ValueError(f"logits is {logits!r}: expected 'evaluation' or 'always'")
+    wanted = dict(zip(PARTS, (attention, layer_norm, gelu, loss)))
+    for name, value in wanted.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} is {value!r}: expected True or False")
+    options = Options(unpad=bool(unpad), logits=logits, **wanted)
+    unswap(model)
+    rows, found = [], list(model.named_modules())
+    read = set() if unpad is True else _encoders_of_decoders(model)
+    for name, module in found:
+        known = next((cls for cls in type(module).__mro__ if _full_name(cls) in TABLE), None)
+        if known is None or hasattr(type(module), "replaces"):
+            continue
+        row, replacement = Row(name, type(module).__name__), TABLE[_full_name(known)]
+        if _overrides(type(module), known) or parametrize.is_parametrized(module):
+            row.reason = f"a class of its own, derived from {known.__name__}"
+        elif not any(wanted[part] for part in replacement.PARTS):
+            row.reason = f"switched off: {' and '.join(replacement.PARTS)}"
+        elif "forward" in vars(module):
+            row.reason = "its forward has been set on the instance"
+        elif id(module) in read and "attention" in replacement.PARTS:
+            row.reason = "a decoder in this model may read what it computes for padding; unpad=True if none does"
+        else:
+            row.reason = replacement.refuses(module) or ""
+        if not row.reason:
+            row.became = replacement.WHAT
+            module.__class__ = _class_of(replacement, type(module))
+            module.fastbert_options = options
+        rows.append(row)
+    return SwapReport(rows)
+
+
+def _encoders_of_decoders(model):
+    """The ids of torch's encoders, and of all inside them, in a model with a decoder of torch's: nn.Transformer hands
+    that one padded places too, unless it is given a memory_key_padding_mask."""
+    modules = list(model.modules())
+    if not any(isinstance(module, nn.TransformerDecoder) for module in modules):
+        return set()
+    return {id(inner) for module in modules if isinstance(module, nn.TransformerEncoder) for inner in module.modules()}
+
+
+def unswap(model: nn.Module) -> None:
+    """Give every module of `model` its own class back. Harmless where nothing was swapped."""
+    for module in model.modules():
+        original = vars(type(module)).get("replaces")
+        if original is not None:
+            module.__class__ = original
+            vars(module).pop("fastbert_options", None)
+
+
+@contextlib.contextmanager
+def swapped(model: nn.Module, **switches: bool | str) -> Iterator[SwapReport]:
+    """`with swapped(model) as report:` swaps as `swap` does, and gives the model back at the end, as it was before."""
+    before = {id(module): (module, type(module), vars(module).get("fastbert_options")) for module in model.modules()}
+    try:
+        yield swap(model, **switches)
+    finally:
+        unswap(model)
+        for module, cls, options in before.values():
+            if "replaces" in vars(cls):
+                module.__class__, module.fastbert_options = cls, options
+
+
+def _full_name(cls):
+    return f"{cls.__module__}.{cls.__qualname__}" if "replaces" not in vars(cls) else ""
+
+
+def _overrides(cls, base):
+    """Whether a class derived from `base` may compute something of its own: it overrides what `base` itself defines."""
+    between = itertools.takewhile(lambda c: c is not base, cls.__mro__)
+    names = {name for c in between for name in vars(c) if not name.startswith(("__", "get_", "set_"))}
+    return "forward" in names or any(inspect.isfunction(vars(base).get(name)) for name in names)
+
+
+@functools.cache
+def _class_of(replacement, original):
+    """`original` with the forward of `replacement`. It goes by the same name: others look classes up by it."""
+
+    @functools.wraps(original.forward)  # keeps the signature, from which HuggingFace's Trainer reads what to pass
+    def forward(self, *args, **kwargs):
+        if replacement.yields() or _is_dry(args, kwargs):
+            return replacement.as_ever(self, *args, **kwargs)
+        return replacement.forward(self, *args, **kwargs)
+
+    return type(
+        original.__name__,
+        (replacement, original),
+        {
+            "__module__": original.__module__,
+            "__qualname__": original.__qualname__,
+            "__doc__": original.__doc__,
+            "__reduce_ex__": _reduce,
+            "__prepare_scriptable__": _original,
+            "forward": forward,
+            "replaces": original,
+            "replacement": replacement,
+        },
+    )
+
+
+def _is_dry(args, kwargs):
+    """Whether a forward only asks for shapes: tensors on the meta device, or fake ones, have no lengths to pack by."""
+    x = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
+    return x is not None and (x.is_meta or isinstance(x, FakeTensor))
+
+
+def _reduce(self, protocol):
+    # the class is made on the fly: a pickle names what it is made from
+    cls = type(self)
+    state = self.__getstate__() if hasattr(self, "__getstate__") else vars(self)
+    return _new, (vars(cls)["replacement"], vars(cls)["replaces"]), state
+
+
+def _original(self):
+    """The module as it was, with all inside it, around the same parameters: torch.jit.script, which reads the source of
+    a forward, asks for it."""
+    module = object.__new__(vars(type(self)).get("replaces", type(self)))
+    inside = {name: inner if inner is None else _original(inner) for name, inner in self._modules.items()}
+    vars(module).update(vars(self), _modules=inside)
+    vars(module).pop("fastbert_options", None)
+    return module
+
+
+def _new(replacement, original):
+    cls = _class_of(replacement, original)
+    return cls.__new__(cls)

@@ -1,0 +1,192 @@
+"""What all replacements share: the base class, and steps on other people's modules.
+
+Letters: B sequences, S padded length, T real tokens, N rows (T where padding is gone, else B * S), D hidden size,
+H heads, K head size.
+"""
+
+import inspect
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .. import ops
+
+
+@dataclass(frozen=True)
+class Options:
+    """The switches of `mechanism.swap`, as each swapped module keeps them."""
+
+    attention: bool
+    layer_norm: bool
+    gelu: bool
+    loss: bool
+    unpad: bool
+    logits: str
+
+
+class Replacement:
+    """A forward that takes the place of another class's, of which `self` is an instance all the same.
+
+    PARTS: the switches of `swap` that each ask for it. WHAT: what the report says runs now.
+    """
+
+    PARTS = ()
+    WHAT = ""
+
+    @staticmethod
+    def refuses(module):
+        """Why this one stays as it is, or None."""
+        return None
+
+    @staticmethod
+    def yields():
+        """Whether `as_ever` is to run rather than `forward`: a graph that leaves this process, and is for any lengths,
+        is the model's own."""
+        return torch.jit.is_tracing() or torch.compiler.is_exporting()
+
+    def as_ever(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+def original(module):
+    """The class of a module before the swap, whatever has derived from that since (fully_shard does)."""
+    return getattr(type(module), "replaces", type(module))
+
+
+def is_plain(module, cls):
+    """Whether `module` is of `cls` (or what took its place) and calling it does nothing but its forward: no adapter,
+    no hook, no parametrization. Only then its parameters may be used without calling it."""
+    kind = type(module)
+    return (kind is cls or vars(kind).get("replaces") is cls) and not (
+        nn.modules.module._has_any_global_hook()
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+    )
+
+
+def linear(module, x):
+    """x [..., D] through a linear layer."""
+    if not is_plain(module, nn.Linear):
+        return module(x)
+    rows = ops.linear(x.reshape(-1, x.shape[-1]), module.weight, module.bias)
+    return rows.view(*x.shape[:-1], rows.shape[-1])
+
+
+def fresh_seed(device):
+    """A dropout seed from torch's generator, so that manual_seed and activation checkpointing replay it."""
+    return torch.randint(-(2**63), 2**63 - 1, (1,), device=device)
+
+
+def dropping(module, device):
+    """The dropout arguments of an op for an nn.Dropout."""
+    if not module.training or module.p == 0.0:
+        return {}
+    return dict(dropout_p=module.p, seed=fresh_seed(device))
+
+
+def layer_norm(module, x, residual=None, dropout=None):
+    """LayerNorm(dropout(x) + residual), in one pass where the modules allow it. x, residual [..., D]."""
+    eps = _eps(module)
+    if eps is None or module.weight is None:
+        x = x if dropout is None else dropout(x)
+        return module(x if residual is None else x + residual)
+    options = {}
+    if dropout is not None and dropout.training:
+        if is_plain(dropout, nn.Dropout):
+            options = dropping(dropout, x.device)
+        else:
+            x = dropout(x)
+    rows = x.reshape(-1, x.shape[-1])
+    residual = residual if residual is None else residual.reshape(rows.shape)
+    return ops.layer_norm(rows, module.weight, module.bias, residual=residual, eps=eps, **options).view(x.shape)
+
+
+def _eps(norm):
+    """The epsilon of a LayerNorm over the last dimension whose parameters may be used; None for other modules."""
+    if is_plain(norm, nn.LayerNorm):
+        return norm.eps if len(norm.normalized_shape) == 1 else None
+    # DeBERTa v1 has one of its own, which computes the same
+    kind = original(norm)
+    return norm.variance_epsilon if kind.__name__ == "DebertaLayerNorm" and is_plain(norm, kind) else None
+
+
+def gelu_form(activation):
+    """Which GELU a module of HuggingFace's or torch's is, as `torch.nn.functional.gelu` names it; None: another."""
+    kind = original(activation)
+    if kind is nn.GELU:
+        return activation.approximate
+    return {
+        "GELUActivation": "none", "NewGELUActivation": "tanh", "GELUTanh": "tanh", "PytorchGELUTanh": "tanh",
+        "FastGELUActivation": "tanh",
+    }.get(kind.__name__)  # fmt: skip
+
+
+def linear_gelu(dense, activation, x):
+    """activation(dense(x)), the bias added inside the GELU's kernel."""
+    approximate = gelu_form(activation)
+    if approximate is None or not is_plain(activation, original(activation)):
+        return activation(linear(dense, x))
+    if not is_plain(dense, nn.Linear):
+        return gelu(dense(x), approximate)
+    rows = x.reshape(-1, x.shape[-1])
+    y = ops.linear_gelu(rows, dense.weight, dense.bias, approximate=approximate)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def gelu(x, approximate):
+    """x [..., F]."""
+    return ops.bias_gelu(x.reshape(-1, x.shape[-1]), None, approximate=approximate).view(x.shape)
+
+
+def refuses_activation(name):
+    def refuses(module):
+        activation = getattr(module, name)
+        if gelu_form(activation) is None:
+            kind = getattr(activation, "__name__", type(activation).__name__)
+            return f"its activation, {kind}, is no GELU"
+        return None
+
+    return staticmethod(refuses)
+
+
+def attend(packed, q, k, v, heads, op=ops.attention, **options):
+    """Attention of [N, H * K] rows each, [N, H * K]. `op`: that of `ops` which takes (q, k, v, cu_seqlens, longest)."""
+    D = q.shape[-1]
+    if not packed.inside:
+        q, k, v = (packed.pack(x) for x in (q, k, v))
+    q, k, v = (x.reshape(len(x), heads, -1) for x in (q, k, v))
+    out = op(q, k, v, packed.cu_seqlens, packed.max_seqlen, **options).reshape(-1, D)
+    return out if packed.inside else packed.unpack(out).view(-1, D)
+
+
+def _rows(x):
+    """[B, S, D] -> [B * S, D]."""
+    return x.flatten(0, 1)
+
+
+def gelu_norm(dense, approximate, norm, x):
+    """LayerNorm(gelu(dense(x))), in one pass after the product where the modules allow it."""
+    if not is_plain(dense, nn.Linear) or not is_plain(norm, nn.LayerNorm):
+        return layer_norm(norm, gelu(linear(dense, x), approximate))
+    rows = x.reshape(-1, x.shape[-1])
+    y = ops.gelu_layer_norm(
+        ops.linear(rows, dense.weight), dense.bias, norm.weight, norm.bias, approximate=approximate, eps=norm.eps
+    )
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _beside(module, name):
+    """What stands under a name in the file of a module's class, or of the first that it derives from and has it."""
+    files = (sys.modules.get(cls.__module__) for cls in type(module).__mro__)
+    return next(getattr(file, name) for file in files if hasattr(file, name))
+
+
+def _named(self, args, kwargs):
+    """All arguments of a call of a model's forward by their names."""
+    names = list(inspect.signature(original(self).forward).parameters)[1:]
+    return {**dict(zip(names, args)), **kwargs}

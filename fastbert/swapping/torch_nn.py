@@ -1,0 +1,314 @@
+"""What runs in place of torch.nn's modules, see `mechanism.py`: their own parameters under their own names, our ops.
+
+Letters: B sequences, S padded length, T real tokens, D hidden size, H heads, K head size, N rows, C classes.
+
+A layer and a stack of layers compute real tokens alone, and give 0 where padding stands. (torch does the same in its
+fast path for inference, and elsewhere gives what the padding happened to attend to.)
+"""
+
+import dataclasses
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .. import ops
+from ..packing import Packed
+from .stacks import is_static, is_watched, packing
+from .steps import Replacement, dropping, fresh_seed, gelu_form, is_plain, linear
+
+# what a program of the kernels holds: columns of a norm, columns of a head
+MOST_COLUMNS, MOST_HEAD_SIZE = 8192, 128
+
+
+def _is_ordinary(x):
+    """Whether x is a tensor with numbers in memory: nested ones, subclasses and what torch.func traces are torch's."""
+    if type(x) not in (torch.Tensor, nn.Parameter) or x.is_nested or x.device.type == "meta" or x.numel() == 0:
+        return False
+    return x.is_floating_point() and not torch._C._are_functorch_transforms_active()
+
+
+def _takes(x):
+    """Whether our ops compute what torch does on x, a tensor of any shape."""
+    # the kernels compute in fp32
+    return _is_ordinary(x) and (x.dtype != torch.float64 or not ops.uses_triton(x.device))
+
+
+class LayerNorm(Replacement):
+    PARTS = ("layer_norm",)
+    WHAT = "fused norm"
+
+    @staticmethod
+    def refuses(module):
+        columns = math.prod(module.normalized_shape)
+        if columns > MOST_COLUMNS:
+            return f"it normalises over {columns} numbers, and the kernels hold {MOST_COLUMNS}"
+        return None
+
+    def forward(self, input):
+        shape = self.normalized_shape
+        if not _takes(input) or input.shape[-len(shape) :] != shape:
+            return super().forward(input)
+        weight, bias = (p if p is None else p.flatten() for p in (self.weight, self.bias))
+        rows = input.reshape(-1, math.prod(shape))
+        return ops.layer_norm(rows, weight, bias, eps=self.eps).view(input.shape)
+
+
+class GELU(Replacement):
+    PARTS = ("gelu",)
+    WHAT = "fused GELU"
+
+    def forward(self, input):
+        # torch's keeps the memory format of its input
+        if not _takes(input) or not input.is_contiguous():
+            return super().forward(input)
+        rows = input.view(-1, input.shape[-1] if input.dim() else 1)
+        return ops.bias_gelu(rows, None, approximate=self.approximate).view(input.shape)
+
+
+# ------------------------------------------------------------------------------------------------------- transformer
+
+
+def _packing(x, padding, batch_first, *, inside):
+    """The Packed of x [B, S, D] (or [S, B, D], or [S, D]) under torch's key_padding_mask: bool, True where padding is,
+    or floating, added to the scores. None where that mask does more than hide padding."""
+    if x.dim() not in (2, 3) or is_static():
+        return None
+    if x.dim() == 2:
+        x, padding, batch_first = x[None], padding if padding is None else padding[None], True
+    x = x if batch_first else x.transpose(0, 1)
+    B, S = x.shape[:2]
+    kept = None
+    if padding is not None:
+        if padding.shape != (B, S) or padding.requires_grad:
+            return None
+        if padding.dtype == torch.bool:
+            kept = ~padding
+        elif padding.is_floating_point():
+            kept = padding == 0
+            if not bool((kept | (padding <= torch.finfo(padding.dtype).min / 2)).all()):
+                return None
+        else:
+            return None
+    packed = packing(x, kept, {}, inside=inside, by_distance=False)
+    if packed is None or batch_first:
+        return packed
+    # the places where the tokens of each sequence stand in [S, B, D]
+    places = torch.arange(B * S, device=x.device) if packed.indices is None else packed.indices
+    return dataclasses.replace(packed, indices=places % S * B + places // S, shape=(S, B))
+
+
+def _pack(packed, x):
+    return packed.pack(x.view(*packed.shape, x.shape[-1]))
+
+
+def _is_swapped(module, replacement):
+    """Whether calling `module` ends in the forward of `replacement`, through whatever hooks."""
+    return isinstance(module, replacement) and "forward" not in vars(module)
+
+
+class MultiheadAttention(Replacement):
+    PARTS = ("attention",)
+    WHAT = "fused self-attention (with an attn_mask or need_weights: torch's)"
+
+    @staticmethod
+    def refuses(module):
+        if not module._qkv_same_embed_dim:
+            return "its keys or values have another width (kdim, vdim)"
+        if module.bias_k is not None or module.add_zero_attn:
+            return "it adds a key to each sequence (add_bias_kv, add_zero_attn)"
+        if module.head_dim > MOST_HEAD_SIZE:
+            return f"its heads have {module.head_dim} columns, and the kernels hold {MOST_HEAD_SIZE}"
+        return None
+
+    def forward(
+        self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True,
+        is_causal=False,
+    ):  # fmt: skip
+        packed = key_padding_mask if isinstance(key_padding_mask, Packed) else None
+        asks_more = need_weights or attn_mask is not None or is_causal
+        if packed is None and query is key and key is value and not asks_more and _takes(query):
+            packed = _packing(query, key_padding_mask, self.batch_first, inside=False)
+        if packed is None:
+            return super().forward(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+        rows = query if packed.inside else _pack(packed, query)
+        qkv = ops.linear(rows, self.in_proj_weight, self.in_proj_bias).view(len(rows), 3, self.num_heads, -1)
+        options = {}
+        if self.training and self.dropout > 0.0:
+            options = dict(dropout_p=self.dropout, seed=fresh_seed(rows.device))
+        out = ops.attention(qkv, None, None, packed.cu_seqlens, packed.max_seqlen, **options).flatten(1)
+        # never called by torch either
+        out = ops.linear(out, self.out_proj.weight, self.out_proj.bias)
+        return (out if packed.inside else packed.unpack(out).view(query.shape)), None
+
+
+# the methods that torch's layer calls, which somebody may have set on an instance
+_BLOCKS = {"_sa_block", "_ff_block"}
+
+
+class TransformerEncoderLayer(Replacement):
+    """In evaluation too: torch's own fast path computes the exact GELU there, also where the tanh form is asked for."""
+
+    PARTS = ("attention", "layer_norm", "gelu")
+    WHAT = "fused steps between the products"
+
+    def forward(self, src, src_mask=None, src_key_padding_mask=None, is_causal=False):
+        if isinstance(src_key_padding_mask, Packed):
+            return self._block(src, key_padding_mask=src_key_padding_mask)
+        if vars(self).keys() & _BLOCKS or not _takes(src) or (is_causal and src_mask is None):
+            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+        if src_mask is None and self.fastbert_options.unpad and _packs(self) and not is_watched(self):
+            packed = _packing(src, src_key_padding_mask, self.self_attn.batch_first, inside=True)
+            if packed is not None:
+                rows = self._block(_pack(packed, src), key_padding_mask=packed)
+                return packed.unpack(rows).view(src.shape)
+        # the forms in which torch hands masks on
+        padding = F._canonical_mask(
+            src_key_padding_mask, "src_key_padding_mask", F._none_or_dtype(src_mask), "src_mask", src.dtype
+        )
+        mask = F._canonical_mask(src_mask, "src_mask", None, "", src.dtype, check_other=False)
+        return self._block(src, attn_mask=mask, key_padding_mask=padding, is_causal=is_causal)
+
+    def _block(self, x, **masks):
+        def attended(x):
+            return self.self_attn(x, x, x, need_weights=False, **masks)[0]
+
+        if self.norm_first:
+            x = x + self.dropout1(attended(self.norm1(x)))
+            return x + self.dropout2(self._feed_forward(self.norm2(x)))
+        x = self._add_norm(self.norm1, self.dropout1, attended(x), x)
+        return self._add_norm(self.norm2, self.dropout2, self._feed_forward(x), x)
+
+    def _add_norm(self, norm, dropout, x, residual):
+        """norm(residual + dropout(x)), in one pass where the modules allow it."""
+        fuses = self.fastbert_options.layer_norm and is_plain(norm, nn.LayerNorm)
+        if not fuses or norm.normalized_shape != x.shape[-1:]:
+            return norm(residual + dropout(x))
+        options = {}
+        if is_plain(dropout, nn.Dropout):
+            options = dropping(dropout, x.device)
+        else:
+            x = dropout(x)
+        rows, residual = (y.reshape(-1, y.shape[-1]) for y in (x, residual))
+        return ops.layer_norm(rows, norm.weight, norm.bias, residual=residual, eps=norm.eps, **options).view(x.shape)
+
+    def _feed_forward(self, x):
+        approximate = _gelu_of(self.activation) if self.fastbert_options.gelu else None
+        if approximate is not None and is_plain(self.linear1, nn.Linear):
+            weight, bias = self.linear1.weight, self.linear1.bias
+            y = ops.linear_gelu(x.flatten(0, -2), weight, bias, approximate=approximate).view(*x.shape[:-1], -1)
+        else:
+            y = self.activation(linear(self.linear1, x))
+        return linear(self.linear2, self.dropout(y))
+
+
+def _gelu_of(activation):
+    """Which GELU an activation is, as `torch.nn.functional.gelu` names it; None: another, or watched."""
+    if activation is F.gelu:
+        return "none"
+    if isinstance(activation, functools.partial) and activation.func is F.gelu and not activation.args:
+        return activation.keywords.get("approximate", "none") if activation.keywords.keys() <= {"approximate"} else None
+    return gelu_form(activation) if isinstance(activation, nn.GELU) and is_plain(activation, nn.GELU) else None
+
+
+def _packs(layer):
+    """Whether a layer can be called with a Packed in place of its padding mask."""
+    # for every layer of every call: Module.__getattr__ would take most of the time
+    parts = layer._modules
+    is_ours = _is_swapped(layer, TransformerEncoderLayer) and _is_swapped(parts["self_attn"], MultiheadAttention)
+    return is_ours and not _BLOCKS & vars(layer).keys() and _is_rowwise(parts, (parts["self_attn"].embed_dim,))
+
+
+def _is_rowwise(parts, shape):
+    """Whether all that stands beside the attention treats each row alone, as far as its kind tells: what a user has put
+    there may look at whole sequences (stochastic depth, a convolution, a norm over S and D)."""
+    activation = parts.get("activation")
+    if activation is not None and gelu_form(activation) is None:
+        is_torchs = type(activation).__module__ == nn.ReLU.__module__
+        if not is_torchs or hasattr(activation, "dim") or activation._parameters:
+            return False
+    for name in ("linear1", "linear2"):
+        # as linear layers of all makes have it
+        if not hasattr(parts[name], "in_features"):
+            return False
+    for name in ("norm1", "norm2"):
+        if getattr(parts[name], "normalized_shape", None) != shape:
+            return False
+    return all(isinstance(parts[name], (nn.Dropout, nn.Identity)) for name in ("dropout", "dropout1", "dropout2"))
+
+
+class TransformerEncoder(Replacement):
+    PARTS = ("attention",)
+    WHAT = "the layers without padding"
+
+    @staticmethod
+    def refuses(module):
+        # a layer that also stands elsewhere may have been swapped before
+        kinds = [vars(type(layer)).get("replaces", type(layer)) for layer in module.layers]
+        others = {kind.__name__ for kind in kinds if kind.forward is not nn.TransformerEncoderLayer.forward}
+        return f"it has layers of another class, {', '.join(sorted(others))}" if others else None
+
+    def forward(self, src, mask=None, src_key_padding_mask=None, is_causal=None):
+        packed = None
+        if mask is None and not is_causal and _takes(src) and not is_watched(self) and all(map(_packs, self.layers)):
+            orders = {layer.self_attn.batch_first for layer in self.layers}
+            if len(orders) == 1:
+                packed = _packing(src, src_key_padding_mask, *orders, inside=self.fastbert_options.unpad)
+        if packed is None:
+            return super().forward(src, mask, src_key_padding_mask, is_causal)
+        x = _pack(packed, src) if packed.inside else src
+        for layer in self.layers:
+            x = layer(x, src_key_padding_mask=packed)
+        norm = self.norm
+        if norm is not None and is_plain(norm, nn.LayerNorm) and norm.normalized_shape == x.shape[-1:]:
+            x, norm = norm(x), None
+        x = packed.unpack(x).view(src.shape) if packed.inside else x
+        return x if norm is None else norm(x)
+
+
+class Decoder(Replacement):
+    """nn.TransformerDecoder and its layers."""
+
+    PARTS = ("attention",)
+
+    @staticmethod
+    def refuses(module):
+        return "a decoder attends causally, and to another model"
+
+
+# -------------------------------------------------------------------------------------------------------------- loss
+
+
+class CrossEntropyLoss(Replacement):
+    """torch's, but where no row has a label the mean is 0, and so are all gradients; torch's mean is NaN."""
+
+    PARTS = ("loss",)
+    WHAT = "0 in place of NaN where no row has a label"
+
+    def forward(self, input, target):
+        loss = super().forward(input, target)
+        # a target of numbers holds probabilities
+        if self.reduction != "mean" or target.is_floating_point() or type(loss) is not torch.Tensor:
+            return loss
+        # no look at the labels, for which a GPU would have to wait
+        return loss.masked_fill((target == self.ignore_index).all(), 0.0)
+
+
+# full name of torch's class -> what takes its place
+TABLE = {
+    f"{cls.__module__}.{cls.__qualname__}": replacement
+    for cls, replacement in {
+        nn.LayerNorm: LayerNorm,
+        nn.GELU: GELU,
+        nn.MultiheadAttention: MultiheadAttention,
+        nn.TransformerEncoderLayer: TransformerEncoderLayer,
+        nn.TransformerEncoder: TransformerEncoder,
+        nn.TransformerDecoderLayer: Decoder,
+        nn.TransformerDecoder: Decoder,
+        nn.CrossEntropyLoss: CrossEntropyLoss,
+    }.items()
+}

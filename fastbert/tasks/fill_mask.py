@@ -1,0 +1,56 @@
+"""Fill in the words that [MASK] hides."""
+
+from pathlib import Path
+
+import torch
+
+from ..data.tokenizer import check_vocabulary, load_tokenizer, special_ids
+from ..model.heads import MaskedLM
+from ..packing import Batch
+
+
+def load(directory):
+    """(MaskedLM, tokenizers.Tokenizer) of a model's directory, on the GPU where there is one."""
+    if not (Path(directory) / "config.json").is_file():
+        raise FileNotFoundError(f"no model in {directory}: expected a folder with config.json and model.safetensors")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = MaskedLM.from_pretrained(directory), load_tokenizer(directory)
+    check_vocabulary(tokenizer, model.config)
+    return model.to(device), tokenizer
+
+
+@torch.no_grad()
+def fill_mask(model, tokenizer, text, top_k=5):
+    """The most probable words for every [MASK] (or <mask>) in `text`, from left to right.
+
+    Returns a list with one list per [MASK] of `top_k` pairs (word, probability), best first, as the tokenizer spells
+    them: ## begins a continuation in WordPiece. Raises ValueError when there is no [MASK] or the text is longer than
+    the model has positions.
+    """
+    special = special_ids(tokenizer)
+    positions, vocab_size = model.config.max_length, tokenizer.get_vocab_size()
+    if not 1 <= top_k <= vocab_size:
+        raise ValueError(f"top_k is {top_k}: expected 1 to {vocab_size}")
+    tokenizer.encode_special_tokens = False
+    # some tokenizer.json say to which length their texts were filled up
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    for mask in ("[MASK]", "<mask>"):
+        text = text.replace(mask, tokenizer.id_to_token(special.mask))
+    ids = torch.tensor([special.cls, *tokenizer.encode(text, add_special_tokens=False).ids, special.sep])
+    rows = (ids == special.mask).nonzero()[:, 0]
+    if not len(rows):
+        raise ValueError("the text has no [MASK]: write it in place of the word to find")
+    if len(ids) > positions:
+        raise ValueError(f"the text has {len(ids)} tokens: the model has {positions} positions")
+    batch = Batch(
+        ids, torch.arange(len(ids)), torch.zeros_like(ids), torch.tensor([0, len(ids)], dtype=torch.int32), len(ids)
+    )
+    device = next(model.parameters()).device
+    # a model's vocabulary may have been rounded up beyond the tokenizer's
+    logits = model.eval().logits(batch.to(device), rows.to(device))[:, :vocab_size]
+    probabilities, words = logits.float().softmax(-1).topk(top_k)
+    return [
+        [(tokenizer.id_to_token(word), probability) for word, probability in zip(*row, strict=True)]
+        for row in zip(words.tolist(), probabilities.tolist(), strict=True)
+    ]

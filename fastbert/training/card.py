@@ -1,0 +1,221 @@
+"""What a finished run shows: a picture of its learning curve, and a model card."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from .. import __version__
+from ..files import write
+from ..model.replaced_tokens import GENERATOR
+from .log import clock, is_evaluation, losses_in, number, read_metrics
+
+# Okabe and Ito's colours, told apart with every kind of colour vision
+TRAIN, HELD_OUT, BASELINE = "#56B4E9", "#D55E00", "#555555"
+# losses whose figures have titles of their own here
+NAMED = ("pair", "rtd")
+# a figure of the log and its title; where it is compared with one, its baseline and what that is
+PANELS = (
+    ("loss", "Loss per picked token (nats)", None, None),
+    ("masked_accuracy", "Masked accuracy", "baseline_accuracy", "always the most frequent token"),
+    ("rtd_loss", "Replaced or original: loss per token (nats)", None, None),
+    ("rtd_accuracy", "Replaced or original: accuracy", "rtd_baseline_accuracy", "always original"),
+    ("rtd_recall", "Replaced tokens that were found", None, None),
+)
+# a figure of the last evaluation, what the card calls it, and how it is written
+HELD_OUT_FIGURES = (
+    ("loss", "held-out loss", "{} nats per picked token"),
+    ("masked_accuracy", "held-out masked accuracy", "{:.2%}"),
+    ("baseline_accuracy", "always the most frequent token", "{:.2%}"),
+    ("picked_tokens", "held-out picked tokens", "{:,}"),
+    ("pair_accuracy", "held-out pair accuracy", "{:.2%}"),
+    ("rtd_loss", "held-out loss of detection", "{} nats per token"),
+    ("rtd_recall", "held-out replaced tokens found", "{:.2%}"),
+    ("rtd_accuracy", "held-out tokens judged right", "{:.2%}"),
+    ("rtd_baseline_accuracy", "the same, always saying original", "{:.2%}"),
+)
+
+
+def learning_curve(directory):
+    """Draw learning_curve.png from metrics.jsonl: losses and accuracies, against steps and tokens.
+
+    Returns its path, or None when matplotlib is not installed or there is nothing to draw.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import EngFormatter, PercentFormatter
+    except ImportError:
+        return None
+    rows = read_metrics(directory)
+
+    def curve(name):
+        """(steps, values) of a column."""
+        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        return tuple(zip(*points, strict=True)) or ((), ())
+
+    names = dict.fromkeys(name for row in rows for name in losses_in(row) if name not in NAMED)
+    panels = [(f"{name}_{what}", f"{name}: {what}", None, None) for name in names for what in ("loss", "accuracy")]
+    panels = [panel for panel in (*PANELS, *panels) if curve(panel[0])[0] or curve(f"eval_{panel[0]}")[0]]
+    if not panels:
+        return None
+    # the generator's above, the discriminator's below
+    columns, lines = (len(panels), 1) if len(panels) <= 3 else (len(panels) - 2, 2)
+    figure = Figure(figsize=(5 * columns, 4.2 * lines), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    tokens_per_step = rows[-1]["tokens"] / rows[-1]["step"]
+    places = figure.subplots(lines, columns, squeeze=False)
+    for unused in places[0, 2:] if lines > 1 else ():
+        unused.set_axis_off()
+    places = [*places[0, :2], *places[1]] if lines > 1 else places[0]
+    for axes, (name, title, baseline, meaning) in zip(places, panels, strict=True):
+        axes.plot(*curve(name), color=TRAIN, linewidth=1.2, label="training")
+        if curve(f"eval_{name}")[0]:
+            axes.plot(
+                *curve(f"eval_{name}"), color=HELD_OUT, linewidth=2, marker="o", markersize=4, label="held-out text"
+            )
+        if not name.endswith("loss"):
+            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1 if name == "rtd_accuracy" else 0))
+        steps, values = curve(f"eval_{baseline}")
+        look = dict(color=BASELINE, linewidth=1.2, linestyle="--", label=meaning)
+        # the better a generator, the fewer of its tokens are wrong
+        if len(set(values)) > 1:
+            axes.plot(steps, values, **look)
+        elif values:
+            axes.axhline(values[0], **look)
+        axes.set_title(title, loc="left", fontsize=11)
+        axes.set_xlabel("step")
+        axes.set_xlim(left=0)
+        if name in ("masked_accuracy", "rtd_recall"):
+            axes.set_ylim(bottom=0)
+        axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=9)
+        above = axes.secondary_xaxis("top", functions=(lambda x: x * tokens_per_step, lambda x: x / tokens_per_step))
+        above.xaxis.set_major_formatter(EngFormatter(sep=""))
+        above.set_xlabel("tokens", fontsize=9)
+        above.tick_params(labelsize=9, length=3)
+        above.spines["top"].set_visible(False)
+    path = Path(directory) / "learning_curve.png"
+    figure.savefig(path)
+    return path
+
+
+def versions():
+    """Names and versions of what a run depends on, those that are not installed left out."""
+    found = {"fastbert": __version__, "python": platform.python_version()}
+    for name in ("torch", "triton", "tokenizers", "transformers", "safetensors", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def model_card(directory, facts, manifest, progress):
+    """Write README.md. facts: what checkpoints record of the run; manifest: of the text it learned from."""
+    directory = Path(directory)
+    config, model = facts["config"], facts["model_config"]
+    evaluation = next((row for row in reversed(read_metrics(directory)) if is_evaluation(row)), {})
+
+    def table(head, rows):
+        lines = [f"| {head} | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
+        return "\n".join(lines)
+
+    figures = [("steps", f"{progress.step:,}"), ("tokens seen", f"{progress.tokens:,}"),
+               ("training time", clock(progress.elapsed))]  # fmt: skip
+    if progress.skipped:
+        figures.append(("steps left out, gradient not finite", f"{progress.skipped:,}"))
+    # a loss that is not finite is null in the log
+    for name in [name for name in evaluation if name.endswith("loss")]:
+        evaluation[name] = number(evaluation[name], 4 if name == "eval_rtd_loss" else 3)
+    others = [name for name in losses_in(evaluation) if name not in NAMED]
+    others = [(f"{name}_loss", f"held-out {name} loss", "{}") for name in others] + [
+        (f"{name}_accuracy", f"held-out {name} accuracy", "{:.2%}") for name in others
+    ]
+    figures += [
+        (title, form.format(evaluation[f"eval_{name}"]))
+        for name, title, form in (*HELD_OUT_FIGURES, *others)
+        if f"eval_{name}" in evaluation
+    ]
+    text = [
+        (name, f"{manifest[key]:,}")
+        for name, key in (("documents", "documents"), ("sentences", "sentences"), ("tokens", "tokens"),
+                          ("lines skipped, not UTF-8 or without text", "skipped_lines"))
+    ]  # fmt: skip
+    text += [("vocabulary", f"{manifest['vocab_size']:,} pieces"), ("tokenizer's sha256", facts["tokenizer"][:16])]
+    is_detector = config["objective"] == "rtd"
+    left_out = (
+        "train_file",
+        "eval_file",
+        "output_dir",
+        "tokenizer",
+        "resume",
+        "num_workers",
+        "device",
+        "text_column",
+        "layout",
+        *(() if is_detector else ("rtd_weight",)),
+    )
+    recipe = [(f"`{name}`", value) for name, value in config.items() if name not in left_out and value is not None]
+    objectives = {
+        "mlm": "masked-language modelling",
+        "mlm+nsp": "masked-language modelling and next-sentence prediction",
+        "mlm+sop": "masked-language modelling and sentence-order prediction",
+        "rtd": f"the detection of tokens that a generator, kept in `{GENERATOR}`, has replaced",
+    }
+    kind = {"mlm": "MaskedLM", "rtd": "ReplacedTokenDetector"}.get(config["objective"], "Pretraining")
+    # a detector fills in nothing; its generator does
+    masked = directory / GENERATOR if is_detector else directory
+    tags = "feature-extraction" if is_detector else "fill-mask"
+    training = "replaced-token-detection" if is_detector else "masked-language-modeling"
+    curve = "\n![Losses and accuracies over the run](learning_curve.png)\n"
+    loss = "Loss: the sum over picked tokens, divided once per step by their number"
+    if is_detector:
+        loss += f", plus {config['rtd_weight']:g} times the discriminator's, over all tokens, divided by theirs"
+    write(
+        directory / "README.md",
+        f"""---
+library_name: transformers
+pipeline_tag: {tags}
+tags: [{model["model_type"]}, fastbert, {training}]
+---
+# {directory.resolve().name}
+
+An encoder ({model["model_type"]}), {model["num_hidden_layers"]} layers of size {model["hidden_size"]}, pretrained \
+with fastbert on
+{objectives[config["objective"]]}.
+
+## Use
+
+```bash
+fastbert fill-mask --model {masked} "A sentence with a [MASK] in it."
+```
+```python
+from fastbert import {kind}
+model = {kind}.from_pretrained("{directory}")
+```
+```python
+from transformers import pipeline
+pipeline("fill-mask", model="{masked}")("A sentence with a [MASK] in it.")
+```
+
+## Figures
+
+{table("run", figures)}
+{curve if (directory / "learning_curve.png").exists() else ""}
+## Text
+
+{table("training text, held-out documents included", text)}
+
+## Model
+
+{table("config.json", [(f"`{name}`", value) for name, value in model.items()])}
+
+## Recipe
+
+{table("option", recipe)}
+
+{loss}. Made with \
+{", ".join(f"{name} {number}" for name, number in versions().items())}.
+""",
+    )

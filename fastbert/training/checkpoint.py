@@ -1,0 +1,219 @@
+"""Checkpoints that survive a crash at any instant.
+
+    checkpoint-<step>/
+        config.json, model.safetensors, tokenizer files    a model that fastbert and transformers load
+        generator/                                          a second model, where one is learned with
+        optimizer.safetensors                               AdamW's two moments and step, by parameter name, and
+                                                            parameters that the model's own file has only rounded
+        trainer_state.json                                  where the run stands, a JSON object
+        MANIFEST.json                                       size and sha256 of each file above, written last
+
+A checkpoint is built in a hidden directory beside its place, forced to the disk, and renamed. So a directory named
+checkpoint-<step> is whole unless the disk itself lost something, and that the manifest shows. No file is a pickle.
+"""
+
+import dataclasses
+import json
+import re
+import shutil
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ..data.tokenizer import save_tokenizer
+from ..files import MANIFEST, all_files, sync, verify_manifest, write_manifest
+from .options import flag
+
+MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "trainer_state.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+_BUILDING, _REPLACED = ".building-", ".replaced-"
+_EXACT = "parameter"
+
+
+def save(directory, step, model, optimizer, tokenizer, state, *, keep=None):
+    """Write `directory`/checkpoint-<step>, then delete all but the newest `keep` checkpoints (None: keep all).
+
+    `model` is one of fastbert.model.heads; `optimizer` a torch optimizer over its parameters; `tokenizer` a
+    tokenizers.Tokenizer; `state` goes through JSON. Returns the path. Raises ValueError when a parameter is not finite
+    and OSError when the disk does not take the files; earlier checkpoints stay in both cases.
+    """
+    bad = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
+    if bad:
+        raise ValueError(f"step {step} is not saved: {len(bad)} parameters are not finite, the first is {bad[0]}")
+    directory = Path(directory)
+    final = directory / f"checkpoint-{step}"
+    clear_unfinished(directory)
+    building = directory / f"{_BUILDING}{final.name}"
+    try:
+        building.mkdir(parents=True)
+        model.save_pretrained(building)
+        save_file(_optimizer_tensors(model, optimizer), building / OPTIMIZER)
+        (building / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        _save_tokenizers(tokenizer, building)
+        write_manifest(building)
+        if final.exists():  # a directory cannot be renamed over a full one
+            final.rename(directory / f"{_REPLACED}{final.name}")
+        building.rename(final)
+        sync(directory)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(building, ignore_errors=True)
+        raise _unwritten(final, error) from None
+    clear_unfinished(directory)
+    for old in _by_step(directory)[:-keep] if keep else []:
+        # without its manifest a checkpoint is no longer one, so that a half-deleted one cannot be taken for whole
+        (old / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def load(path, model, optimizer):
+    """Put the tensors of checkpoint `path`, verified first, into `model` and `optimizer`. Returns its state.
+
+    Raises ValueError when a file is damaged, or when the checkpoint is of another model.
+    """
+    path = Path(path)
+    verify(path)
+    restored = model.stored(path)
+    own = model.state_dict()
+    for name, tensor in own.items():
+        if name not in restored or restored[name].shape != tensor.shape:
+            found = tuple(restored[name].shape) if name in restored else "missing"
+            raise ValueError(f"{path} is of another model: {name} is {found}, expected {tuple(tensor.shape)}")
+    model.load_state_dict(restored)
+    tensors = load_file(path / OPTIMIZER)
+    for name, parameter in model.named_parameters():
+        prefix = name + "/"
+        entries = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+        if _EXACT in entries:
+            parameter.data.copy_(entries.pop(_EXACT))
+        # a parameter that has had no gradient yet has no state
+        if entries:
+            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in entries.items()}
+    return read_state(path)
+
+
+def read_state(path):
+    """The JSON object that `save` was given as `state`."""
+    return json.loads((Path(path) / STATE).read_text(encoding="utf-8"))
+
+
+def latest(directory):
+    """The newest whole checkpoint in `directory`, as a Path; None when there is no checkpoint at all.
+
+    A damaged one is passed over with a warning that says what is wrong with it. Raises ValueError when all are damaged.
+    """
+    candidates = _by_step(directory)
+    for path in reversed(candidates):
+        try:
+            verify(path)
+        except ValueError as error:
+            warnings.warn(f"passed over: {error}", stacklevel=2)
+        else:
+            return path
+    if candidates:
+        raise ValueError(f"none of the {len(candidates)} checkpoints in {directory} is whole")
+    return None
+
+
+def publish(directory, model, tokenizer):
+    """Put the finished model and its tokenizer into `directory` itself, each file whole or not at all."""
+    directory = Path(directory)
+    building = directory / f"{_BUILDING}model"
+    shutil.rmtree(building, ignore_errors=True)
+    try:
+        building.mkdir()
+        model.save_pretrained(building)
+        _save_tokenizers(tokenizer, building)
+        for path in all_files(building):
+            final = directory / path.relative_to(building)
+            final.parent.mkdir(exist_ok=True)
+            sync(path)
+            path.replace(final)
+            sync(final.parent)
+        shutil.rmtree(building)
+        sync(directory)
+    except (OSError, SafetensorError) as error:
+        raise _unwritten(directory, error) from None
+
+
+def verify(path):
+    """Raises ValueError, naming the file and the fault, unless every file of checkpoint `path` is as it was written."""
+    verify_manifest(path, required=(MODEL, OPTIMIZER, STATE))
+
+
+def to_resume(directory, resume):
+    """The checkpoint that a run in `directory` goes on from; None where it begins.
+
+    Raises ValueError when there is another run and `resume` is False, or when no checkpoint of it is whole.
+    """
+    directory = Path(directory)
+    run = [name for name in ("metrics.jsonl", MODEL) if (directory / name).exists()]
+    run += [path.name for path in directory.glob("checkpoint-*")]
+    if run and not resume:
+        raise ValueError(
+            f"--output-dir {directory} holds another run ({run[-1]}): go on with it by --resume, or name another"
+        )
+    if not resume:
+        return None
+    clear_unfinished(directory)
+    return latest(directory)
+
+
+def check_same_run(path, state, config, tokenizer, may_differ):
+    """Raises ValueError unless checkpoint `path` is of a run with the options `config` and the tokenizer's hash.
+
+    state: what `read_state` gives. may_differ: names of options that a resumed run may change.
+    """
+    # an option that is younger than the checkpoint had its default
+    then = {field.name: field.default for field in dataclasses.fields(config)} | state["config"]
+    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    for name in now:
+        if name not in may_differ and then[name] != now[name]:
+            raise ValueError(f"--resume: {flag(name)} is {now[name]!r}, and {then[name]!r} in {path}")
+    if tokenizer != state["tokenizer"]:
+        raise ValueError(
+            f"--resume: the tokenizer is another (sha256 {tokenizer[:12]}), and {state['tokenizer'][:12]} in {path}"
+        )
+
+
+def clear_unfinished(directory):
+    """Undo what a save that was killed has left behind. Only for the holder of the lock."""
+    directory = Path(directory)
+    for path in directory.glob(f"{_REPLACED}*"):
+        final = directory / path.name.removeprefix(_REPLACED)
+        if final.exists():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.rename(final)
+    for path in directory.glob(f"{_BUILDING}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _optimizer_tensors(model, optimizer):
+    tensors = {
+        f"{name}/{key}": value.detach().contiguous()
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+    return tensors | {f"{name}/{_EXACT}": parameter.detach() for name, parameter in model.inexact().items()}
+
+
+def _save_tokenizers(tokenizer, directory):
+    """Beside every model in `directory`."""
+    for path in directory.rglob("config.json"):
+        save_tokenizer(tokenizer, path.parent)
+
+
+def _unwritten(path, error):
+    """One OSError for what the system and safetensors say when a file cannot be written."""
+    reason = getattr(error, "strerror", None) or error
+    free = shutil.disk_usage(path.parent).free / 1e6
+    return OSError(f"{path} cannot be written: {reason} ({free:,.0f} MB are free there)")
+
+
+def _by_step(directory):
+    steps = {int(match[1]): p for p in Path(directory).glob("checkpoint-*") if (match := _NAME.fullmatch(p.name))}
+    return [steps[step] for step in sorted(steps)]

@@ -1,0 +1,174 @@
+"""What a run says: a progress bar and lines, metrics.jsonl, TensorBoard."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from ..files import write
+
+METRICS = "metrics.jsonl"
+# what is said of a row: a column and the text where the row has it. Losses that are not named here are said plainly
+TRAINING = (
+    ("loss", "loss {loss}  accuracy {masked_accuracy:.1%}"),
+    ("pair_loss", ""),
+    ("rtd_loss", "  replaced: loss {rtd_loss}  found {rtd_recall:.1%}  right {rtd_accuracy:.1%}"),
+)
+EVALUATION = (
+    ("eval_loss", "held-out loss {eval_loss}, masked accuracy {eval_masked_accuracy:.1%}"),
+    ("eval_pair_loss", ", pairs {eval_pair_accuracy:.1%}"),
+    ("eval_baseline_accuracy", " (always the most frequent token: {eval_baseline_accuracy:.1%})"),
+    ("eval_rtd_loss", "; replaced tokens found {eval_rtd_recall:.1%}, right {eval_rtd_accuracy:.1%}"
+                      " (always original: {eval_rtd_baseline_accuracy:.1%})"),
+)  # fmt: skip
+
+
+class Log:
+    """Use with `with`. Processes of rank above 0 say and write nothing.
+
+    `last_evaluation` is the last row with an evaluation, {} before there is one.
+    """
+
+    def __init__(self, directory, rank):
+        self.directory, self.rank = Path(directory), rank
+        self.console = Console(stderr=True, highlight=False, quiet=rank > 0)
+        self.last_evaluation = {}
+        self.rows = self.bar = self.tensorboard = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for part in (self.rows, self.tensorboard):
+            if part is not None:
+                part.close()
+        if self.bar is not None:
+            self.bar.stop()
+
+    def say(self, line):
+        # soft_wrap: a line stays one line, however narrow the terminal
+        self.console.print(line, markup=False, soft_wrap=True)
+
+    def begin(self, progress, total, *, in_seconds):
+        """Open the log at `progress`: later rows, from before a resume, go. The run ends at step or second `total`."""
+        self.total, self.in_seconds = total, in_seconds
+        self.began = (progress.step, progress.elapsed)
+        if self.rank > 0:
+            return
+        path = self.directory / METRICS
+        kept = [row for row in read_metrics(self.directory) if row["step"] <= progress.step] if progress.step else []
+        write(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.last_evaluation = next((row for row in reversed(kept) if is_evaluation(row)), {})
+        self.rows = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed in __exit__)
+        self.tensorboard = _tensorboard(self.directory / "tensorboard", progress.step)
+        columns = (
+            TextColumn("{task.fields[place]}"), BarColumn(bar_width=16), TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[left]} left"),
+        )  # fmt: skip
+        self.bar = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
+        self.task = self.bar.add_task("", total=total, place="step 0", figures="", left="?")
+        self.bar.start()
+        self.advance(progress)
+
+    def advance(self, progress):
+        """Move the bar."""
+        if self.rank > 0:
+            return
+        now, start = (progress.elapsed, self.began[1]) if self.in_seconds else (progress.step, self.began[0])
+        left = "?"
+        if now > start:
+            left = clock((progress.elapsed - self.began[1]) * (self.total - now) / (now - start))
+        place = f"step {progress.step}" + ("" if self.in_seconds else f"/{self.total}")
+        self.bar.update(self.task, completed=now, place=place, left=left)
+
+    def write(self, row):
+        """Append a row to metrics.jsonl, and show it. Numbers that are not finite become null."""
+        if self.rank > 0:
+            return
+        row = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in row.items()
+        }
+        self.rows.write(json.dumps(row) + "\n")
+        if self.tensorboard is not None:
+            for name, value in row.items():
+                if name not in ("step", "elapsed") and value is not None:
+                    self.tensorboard.add_scalar(name.replace("eval_", "eval/", 1), value, row["step"])
+        if is_evaluation(row):
+            self.last_evaluation = row
+            self.say(f"step {row['step']}: {spoken(row, EVALUATION)}")
+            return
+        figures = f"{spoken(row, TRAINING)}  {row['tokens_per_second']:,} tokens/s  fill {row['fill']:.1%}"
+        if row["memory_mb"] is not None:
+            figures += f"  {row['memory_mb']:,.0f} MB"
+        self.bar.update(self.task, figures=figures)
+        if not self.console.is_terminal:
+            self.say(f"step {row['step']}: {figures}  {clock(row['elapsed'])}")
+
+
+def is_evaluation(row):
+    return any(name.startswith("eval_") for name in row)
+
+
+def losses_in(row):
+    """The names of a row's losses beside the masked tokens'."""
+    columns = [name.removeprefix("eval_") for name in row if name.endswith("_loss")]
+    return [column.removesuffix("_loss") for column in columns if column != "loss"]
+
+
+def spoken(row, table):
+    """What a table of (column, text) says of a row, and of each loss that the table does not know."""
+    shown = {name: number(value) if name.endswith("loss") else value for name, value in row.items()}
+    text = "".join(text.format(**shown) for column, text in table if column in row)
+    prefix = "eval_" if is_evaluation(row) else ""
+    for name in losses_in(row):
+        if f"{prefix}{name}_loss" not in dict(table):
+            text += f"  {'held-out ' if prefix else ''}{name}: loss {shown[f'{prefix}{name}_loss']}"
+            if f"{prefix}{name}_accuracy" in row:
+                text += f"  accuracy {row[f'{prefix}{name}_accuracy']:.1%}"
+    return text.lstrip()
+
+
+def read_metrics(directory):
+    """The rows of a run's metrics.jsonl; a last line that a crash has cut is left out."""
+    path = Path(directory) / METRICS
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def peak_memory_mb(device):
+    """Most memory held so far: by tensors on a GPU, else by this process. None where the system does not say."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 1e6)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    # kilobytes, on macOS bytes
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3))
+
+
+def _tensorboard(directory, step):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(directory), purge_step=step + 1)
+
+
+def clock(seconds):
+    seconds = max(0, round(seconds))
+    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+def number(value, digits=3):
+    return "not finite" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,288 @@
+"""The loop of a training script, which the script itself runs:
+
+    for step in run.steps(loader, evaluates=True):
+        if step.batches is None:
+            step.row = ...               an evaluation: its figures
+        else:
+            sums = accumulate(model, step.batches)
+            run.update(step, sums, learning_rate)
+
+Time, signals, checkpoints and the log are kept in between.
+"""
+
+import hashlib
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+
+from . import checkpoint, optim, processes
+from .log import peak_memory_mb
+
+# so many steps in a row without a finite gradient, and the run gives up
+MAX_NONFINITE = 5
+
+
+@dataclass
+class Progress:
+    """Where a run stands. With the parameters and the optimizer's state, all that a resume needs."""
+
+    step: int = 0  # optimizer steps so far, left-out ones included: the schedule is a function of this
+    epoch: int = 0
+    batch: int = 0  # micro-batches of this epoch so far
+    tokens: int = 0
+    elapsed: float = 0.0  # seconds of training and evaluation, over all resumes
+    skipped: int = 0  # steps left out because their gradient was not finite
+    empty: int = 0  # steps left out because there was nothing to predict
+    evaluated: int = 0  # the step of the last evaluation
+    window: dict = field(default_factory=dict)  # sums since the last row of the log
+
+    def place(self):
+        """What every row of the log begins with."""
+        place = {"step": self.step, "epoch": self.epoch, "tokens": self.tokens}
+        return place | {"elapsed": round(self.elapsed, 3)}
+
+
+@dataclass
+class Step:
+    """What a script works on: a step of training, or an evaluation, which has no micro-batches."""
+
+    position: float  # where the schedule stands: steps, or seconds under --max-minutes
+    batches: list | None = None
+    # of an evaluation, set by the script: its figures, or None when it was interrupted
+    row: dict | None = None
+    # of a step, set by Run.update
+    sums: dict | None = None
+    gradient_norm: float | None = None
+    learning_rate: float | None = None
+
+
+@dataclass
+class Run:
+    """A run of a training script.
+
+    config: its options; those read here have the names of PretrainConfig. facts: what checkpoints record of the run,
+    beside its progress. total: its length, see `length`. caught: signals that came, see `processes.signals`.
+    """
+
+    config: Any
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    tokenizer: Any
+    facts: dict
+    progress: Progress
+    log: Any
+    total: float
+    caught: list
+    finished: bool = False
+    nonfinite: int = 0  # steps in a row without a finite gradient
+
+    def steps(self, loader, *, evaluates):
+        """Yields a Step for each step of training and each evaluation, until the run is finished or a signal came.
+
+        loader: has the micro-batches, see `MaskedBatches.epoch`. evaluates: whether there is something to evaluate on;
+        the first process does that. Raises FloatingPointError when training diverges.
+        """
+        config, progress = self.config, self.progress
+        rank, world_size = processes.join()
+        stream = micro_batches(loader, progress.epoch, progress.batch)
+        saved, earlier, began = progress.step, progress.elapsed, time.monotonic()
+        while True:
+            elapsed = earlier + time.monotonic() - began
+            progress.elapsed, stop = processes.total(elapsed if rank == 0 else 0.0, len(self.caught))
+            position = progress.step if config.max_minutes is None else progress.elapsed
+            self.finished = position >= self.total
+
+            # between steps: evaluate, save, end
+            due = progress.step > progress.evaluated and (self.finished or progress.step % config.eval_steps == 0)
+            if due and evaluates:
+                if rank == 0:
+                    yield (step := Step(position))
+                    if step.row is not None:
+                        self.log.write(progress.place() | step.row)
+                        progress.evaluated = progress.step
+                # what was interrupted here is made up for after a resume, if no step comes between
+                (stop,) = processes.total(len(self.caught))
+            if progress.step != saved and (self.finished or stop or progress.step % config.save_steps == 0):
+                if rank == 0:
+                    checkpoint.save(
+                        config.output_dir, progress.step, self.model, self.optimizer, self.tokenizer,
+                        self.facts | {"progress": asdict(progress)}, keep=config.save_total_limit,
+                    )  # fmt: skip
+                saved = progress.step
+            if self.finished or stop:
+                return
+
+            started = time.monotonic()
+            step = Step(position, [])
+            for progress.epoch, progress.batch, batch in islice(stream, config.gradient_accumulation_steps):
+                batch.seed = dropout_seed(config.seed, progress.step, len(step.batches), rank)
+                step.batches.append(batch)
+            yield step
+            step.sums["capacity"] = config.tokens_per_batch * len(step.batches) * world_size
+            step.sums["seconds"] = time.monotonic() - started
+            self._record(step)
+
+    def update(self, step, sums, learning_rate):
+        """Step the optimizer with the gradients there are, clipped; not where they are not finite, or none.
+
+        sums: what `accumulate` returned.
+        """
+        config, progress = self.config, self.progress
+        step.sums, step.learning_rate = sums, learning_rate
+        if not any(sums[column(name, "count")] for name in losses_in(sums)):
+            progress.empty += 1
+        else:
+            step.gradient_norm = optim.clip_gradients(self.model.parameters(), config.max_grad_norm).item()
+            if math.isfinite(step.gradient_norm):
+                for group in self.optimizer.param_groups:
+                    group["lr"] = learning_rate
+                self.optimizer.step()
+                self.nonfinite = 0
+            else:
+                progress.skipped += 1
+                self.nonfinite += 1
+                self.log.say(
+                    f"step {progress.step + 1} is left out: its gradient norm is {step.gradient_norm} "
+                    f"(epoch {progress.epoch}, up to micro-batch {progress.batch})"
+                )
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _record(self, step):
+        progress, window = self.progress, self.progress.window
+        progress.step += 1
+        progress.tokens += int(step.sums["tokens"])
+        for name, value in step.sums.items():
+            window[name] = window.get(name, 0) + value
+        if progress.step % self.config.logging_steps == 0:
+            self.log.write(progress.place() | figures(window) | {
+                "fill": window["tokens"] / window["capacity"],
+                "tokens_per_second": round(window["tokens"] / window["seconds"]),
+                "memory_mb": peak_memory_mb(next(self.model.parameters()).device),
+                "learning_rate": step.learning_rate, "gradient_norm": step.gradient_norm,
+                "skipped_steps": progress.skipped, "empty_steps": progress.empty,
+            })  # fmt: skip
+            window.clear()
+        self.log.advance(progress)
+        if self.nonfinite == MAX_NONFINITE:
+            raise FloatingPointError(
+                f"training diverged: no finite gradient in the {self.nonfinite} steps up to {progress.step}; "
+                f"go on from the last checkpoint with a lower --learning-rate"
+            )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the arithmetic of a step
+
+
+def accumulate(model, batches, *, bf16=False):
+    """Add to the model's gradients that of the loss of one step, made of the micro-batches `batches` (packing.Batch).
+
+    Each of the model's losses is summed over all that it predicts, and divided once by how many that are in all
+    micro-batches of all processes. So it does not matter how a step is cut into micro-batches. Nothing to predict: no
+    gradient. Returns sums over the micro-batches of all processes: tokens, and those of `add`.
+    """
+    device = next(model.parameters()).device
+    labels = [model.label_counts(batch) for batch in batches]
+    names = [*labels[0]]
+    tokens, *counts = processes.total(
+        sum(int(batch.cu_seqlens[-1]) for batch in batches), *(sum(one[name] for one in labels) for name in names)
+    )
+    counts, sums = dict(zip(names, counts, strict=True)), {}
+    if any(counts.values()):
+        for batch in batches:
+            output = forward(model, batch, device, bf16)
+            output.divided(counts).backward()
+            add(sums, output.losses)
+        processes.add_gradients(model)
+        # the one wait for the device in a step, beside the gradient norm
+        sums = dict(zip(sums, processes.total(*torch.stack([*sums.values()]).tolist()), strict=True))
+    return sums | {column(name, "count"): count for name, count in counts.items()} | {"tokens": tokens}
+
+
+def forward(model, batch, device, bf16=False):
+    """The model's Output for a micro-batch that is on the CPU."""
+    if device.type != "cpu":
+        batch = batch.pin_memory().to(device, non_blocking=True)
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        return model(batch)
+
+
+def column(name, what):
+    """What sums, checkpoints and the log call a figure of the loss `name`; those of masked tokens have no prefix."""
+    return what if name == "mlm" else f"{name}_{what}"
+
+
+def losses_in(sums):
+    """The names of the losses in sums."""
+    return [name.removesuffix("count").rstrip("_") or "mlm" for name in sums if name.endswith("count")]
+
+
+def add(sums, losses):
+    """Add an Output's losses to `sums`, {column: float64 tensor}: loss, count, correct, and what else is counted."""
+    for name, loss in losses.items():
+        parts = {"loss": loss.sum, "count": loss.count, "correct": loss.correct, **loss.more}
+        for what, value in parts.items():
+            if value is not None:
+                key = column(name, what)
+                sums[key] = sums.get(key, 0) + value.detach().double()
+
+
+def figures(sums):
+    """What sums come to: each loss, and the share of it that was right.
+
+    Finding a replaced token is hard, so there are two figures more: the share of the replaced tokens that were found,
+    and the accuracy of always saying that a token is original.
+    """
+    found = {}
+    for name in losses_in(sums):
+        loss, count, correct, replaced = (
+            sums.get(column(name, what), 0) for what in ("loss", "count", "correct", "replaced")
+        )
+        if name == "mlm":
+            found |= {
+                "loss": loss / max(count, 1), "masked_accuracy": correct / max(count, 1), "picked_tokens": int(count)
+            }  # fmt: skip
+        elif count:
+            found[f"{name}_loss"] = loss / count
+            if column(name, "correct") in sums:
+                found[f"{name}_accuracy"] = correct / count
+            if name == "rtd":
+                found["rtd_baseline_accuracy"] = 1 - replaced / count
+                found["rtd_recall"] = sums["rtd_found"] / max(replaced, 1)
+    return found
+
+
+def dropout_seed(seed, step, micro_batch, rank):
+    """The seed of all dropout in one micro-batch, int64 [1]: a function of the run's seed and the place in the run."""
+    digest = hashlib.blake2b(f"{seed} {step} {micro_batch} {rank}".encode(), digest_size=8).digest()
+    return torch.tensor([int.from_bytes(digest, "little", signed=True)])
+
+
+def micro_batches(loader, epoch, start):
+    """Endlessly (epoch, how many batches of it are then done, batch), beginning after `start` batches of `epoch`."""
+    while True:
+        done = start
+        for done, batch in enumerate(loader.epoch(epoch, start=start), start + 1):
+            yield epoch, done, batch
+        if not done:
+            raise ValueError("the text gives no batch at all")
+        epoch, start = epoch + 1, 0
+
+
+def length(config, loader):
+    """(total, warmup) of the run: in steps, or in seconds under --max-minutes."""
+    if config.max_minutes is not None:
+        total = 60 * config.max_minutes
+    elif config.max_steps is not None:
+        total = config.max_steps
+    else:
+        whole, part = divmod(config.epochs or 1, 1)
+        batches = sum(loader.num_batches(epoch) for epoch in range(int(whole)))
+        if part:
+            batches += part * loader.num_batches(int(whole))
+        total = max(1, math.ceil(batches / config.gradient_accumulation_steps))
+    return total, config.warmup_ratio * total if config.warmup_steps is None else config.warmup_steps

@@ -1,0 +1,400 @@
+"""Pretrain BERT on text. A script, to be read from top to bottom:
+
+    options -> checks -> text, tokenizer, shards -> model -> the loop: micro-batches -> sums -> one division -> step
+    -> evaluation, log, checkpoint -> the finished model, its learning curve and its card
+
+What ends up in the output directory:
+
+    config.json model.safetensors tokenizer.json ...   the model: fastbert and transformers load the directory
+    generator/                                         the generator that a detector of replaced tokens learned with
+    README.md learning_curve.png metrics.jsonl         how it came to be
+    checkpoint-<step>/ data/ tensorboard/              to go on from, and to look closer
+
+Everything random is a pure function of the seed and of a place in the run (epoch, sequence, step), so a resumed run
+needs no generator's state, and on a CPU repeats an uninterrupted one bit for bit.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..data.batches import MaskedBatches
+from ..data.sequences import OBJECTIVES, PAIRS, held_out_split
+from ..data.shards import Shards, prepare
+from ..data.text import LAYOUTS, check_columns, expand
+from ..data.tokenizer import load_tokenizer, save_tokenizer, special_ids, tokenizer_hash, train_bpe, train_wordpiece
+from ..files import lock
+from ..model import families, hf_files, presets
+from ..model.heads import MaskedLM, Pretraining
+from ..model.replaced_tokens import EMBEDDING_SHARING, GENERATOR, ReplacedTokenPretraining
+from . import card, checkpoint, optim, processes
+from .log import Log
+from .loop import Progress, Run, accumulate, add, figures, forward, length
+from .options import flag, need, option, tidy
+
+# the held-out text is masked once and for all, by a seed that no option changes, and read up to this many tokens
+EVAL_SEED, EVAL_TOKENS = 20181011, 1_000_000
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """The options of `fastbert pretrain`, one field each. Raises ValueError with the option and value that is wrong."""
+
+    train_file: tuple[str, ...] = option((), "Text to train on: files, folders, globs, or one directory of shards.")
+    eval_file: tuple[str, ...] = option((), "Text to evaluate on. Without it, part of the documents is held out.")
+    eval_share: float = option(0.02, "Share of the documents held out for evaluation; 0 for none.")
+    text_column: str = option("text", "Column with the text, in .jsonl, .csv and .parquet files.")
+    layout: str = option("auto", "Documents in .txt files: separated by blank lines, or one per line.", LAYOUTS)
+    output_dir: str = option("", "Directory for the model, checkpoints and logs.")
+    tokenizer: str | None = option(None, "Directory of a tokenizer. Without it, one is trained on the text.")
+    vocab_size: int = option(30522, "Vocabulary size of the trained tokenizer.")
+    cased: bool = option(False, "Train a tokenizer that keeps case and accents.")
+    model: str = option(
+        "bert-base",
+        "bert-tiny, -mini, -small, -medium, -base or -large; a config.json; or the directory of a model to start from.",
+    )
+    objective: str = option(
+        "mlm", "Masked words, masked words and sentence pairs, or replaced tokens (ELECTRA, DeBERTa-v3).", OBJECTIVES
+    )
+    rtd_weight: float = option(50.0, "Replaced tokens: weight of the discriminator's loss; the generator's is 1.")
+    embedding_sharing: str | None = option(
+        None, "Replaced tokens: how the discriminator uses the generator's embeddings. Depends on the family.",
+        EMBEDDING_SHARING,
+    )  # fmt: skip
+    max_seq_length: int = option(128, "Maximum tokens in a sequence, [CLS] and [SEP] included.")
+    tokens_per_batch: int = option(8192, "Maximum tokens in a micro-batch. None of them is padding.")
+    gradient_accumulation_steps: int = option(1, "Micro-batches per step.")
+    max_steps: int | None = option(None, "Length of the run, in steps.")
+    epochs: float | None = option(None, "Length of the run, in passes over the text; 1 if no length is given.")
+    max_minutes: float | None = option(
+        None, "Length of the run, in minutes of training; the schedule follows the clock."
+    )
+    learning_rate: float = option(5e-4, "Peak learning rate.")
+    schedule: str = option("linear", "Learning rate schedule after the warm-up.", tuple(optim.SCHEDULES))
+    warmup_ratio: float = option(0.06, "Share of the run spent on warm-up.")
+    warmup_steps: int | None = option(None, "Warm-up in steps. Overrides --warmup-ratio.")
+    weight_decay: float = option(0.01, "AdamW's weight decay. Biases and norms have none.")
+    adam_beta1: float = option(0.9, "AdamW's beta 1.")
+    adam_beta2: float = option(0.98, "AdamW's beta 2.")
+    adam_epsilon: float = option(1e-6, "AdamW's epsilon.")
+    max_grad_norm: float = option(1.0, "Gradient norm to clip at; 0 for no clipping.")
+    mlm_probability: float = option(0.15, "Share of the tokens picked for prediction.")
+    whole_word_mask: bool = option(False, "Pick whole words.")
+    dropout: float | None = option(None, "Dropout of hidden states and attention. The model's own by default.")
+    bf16: bool = option(False, "Run matrix products in bfloat16.")
+    seed: int = option(0, "Seed of everything random.")
+    resume: bool = option(False, "Resume the run in the output directory from its last good checkpoint.")
+    save_steps: int = option(1000, "Steps between checkpoints.")
+    save_total_limit: int = option(2, "Checkpoints to keep.")
+    eval_steps: int = option(500, "Steps between evaluations.")
+    logging_steps: int = option(10, "Steps between rows of the log.")
+    num_workers: int | None = option(None, "Processes that prepare text. One per core by default.")
+    device: str = option("auto", "auto, cpu, cuda or cuda:1.")
+
+    def __post_init__(self):
+        tidy(self)
+        for name in ("train_file", "output_dir"):
+            if not getattr(self, name):
+                raise ValueError(f"{flag(name)} is missing")
+        need(self, "at least 8", lambda value: value >= 8, "max_seq_length")
+        need(self, "at least 1", lambda value: value >= 1, "vocab_size", "gradient_accumulation_steps",
+             "max_steps", "save_steps", "save_total_limit", "eval_steps", "logging_steps", "num_workers")  # fmt: skip
+        need(self, "a number above 0", lambda value: 0 < value < math.inf, "epochs", "max_minutes", "learning_rate",
+             "adam_epsilon", "rtd_weight")  # fmt: skip
+        need(self, "0 or more", lambda value: 0 <= value < math.inf, "warmup_steps", "weight_decay", "max_grad_norm")
+        need(self, "0 or more, and below 1", lambda value: 0 <= value < 1,
+             "eval_share", "adam_beta1", "adam_beta2", "dropout")  # fmt: skip
+        need(self, "more than 0, and below 1", lambda value: 0 < value < 1, "mlm_probability")
+        need(self, "from 0 to 1", lambda value: 0 <= value <= 1, "warmup_ratio")
+        need(self, f"at least --max-seq-length, {self.max_seq_length}", self.max_seq_length.__le__, "tokens_per_batch")
+        if sum(length is not None for length in (self.max_steps, self.epochs, self.max_minutes)) > 1:
+            raise ValueError("more than one of --max-steps, --epochs and --max-minutes is given: expected one")
+        if self.embedding_sharing is not None and self.objective != "rtd":
+            raise ValueError(f"--embedding-sharing goes with --objective rtd: the objective is {self.objective}")
+        if self.max_minutes is not None and self.warmup_steps is not None:
+            raise ValueError("--warmup-steps does not go with --max-minutes, which knows no steps: use --warmup-ratio")
+
+
+# A resumed run may differ from its beginning in these; the text and the tokenizer are compared by content.
+MAY_DIFFER = {
+    "train_file", "eval_file", "output_dir", "tokenizer", "max_steps", "epochs", "max_minutes", "resume", "save_steps",
+    "save_total_limit", "eval_steps", "logging_steps", "num_workers", "device",
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def pretrain(config: PretrainConfig) -> dict:
+    """Run `config`, a PretrainConfig, to its end, or until SIGTERM or SIGINT, which end it after the step and save.
+
+    Returns the last row of metrics.jsonl that has an evaluation ({} without held-out text), and in "signal" the number
+    of the signal that ended the run, or None. Raises ValueError or OSError for what the caller can put right, before
+    any work is done where that can be known, and FloatingPointError when training diverges.
+    Under torchrun, or with torch.distributed initialised, every process takes its share of the micro-batches.
+    """
+    rank, world_size = processes.join()
+    output_dir = Path(config.output_dir)
+    device = processes.device_of(config.device)
+    model_config = _model_config(config)
+    sources = [_source(paths, config) for paths in (config.train_file, config.eval_file)]
+
+    with lock(output_dir) if rank == 0 else contextlib.nullcontext(), Log(output_dir, rank) as log:
+        resumed = checkpoint.to_resume(output_dir, config.resume)
+        if config.resume:
+            begins = f"--resume: {output_dir} has no checkpoint yet, this run begins"
+            log.say(f"resuming from {resumed}" if resumed else begins)
+        tokenizer = _known_tokenizer(config, sources[0], resumed)
+        state = checkpoint.read_state(resumed) if resumed else None
+        if state:
+            checkpoint.check_same_run(resumed, state, config, tokenizer_hash(tokenizer), MAY_DIFFER)
+        _check_vocabulary(config, model_config, tokenizer)
+
+        # text -> tokenizer -> shards; under torchrun the first process makes them and the others find them made
+        with processes.first_process_first(rank):
+            if tokenizer is None and rank == 0:
+                kind = families.family(model_config.model_type).tokenizer
+                log.say(f"training a {kind} tokenizer of {config.vocab_size} pieces")
+                reading = dict(text_column=config.text_column, layout=config.layout, progress=log.console.is_terminal)
+                if kind == "bpe":
+                    tokenizer = train_bpe(sources[0], config.vocab_size, **reading)
+                else:
+                    tokenizer = train_wordpiece(sources[0], config.vocab_size, lowercase=not config.cased, **reading)
+            elif tokenizer is None:
+                tokenizer = load_tokenizer(output_dir)
+            if rank == 0:
+                save_tokenizer(tokenizer, output_dir)
+            train, evaluation = (
+                _shards(source, tokenizer, output_dir / name, config, rank)
+                for source, name in zip(sources, ("data", "data-eval"))
+            )
+        for shards in (train, evaluation):
+            if shards is not None and shards.manifest["skipped_lines"]:
+                log.say(
+                    f"{shards.directory}: {shards.manifest['skipped_lines']:,} lines skipped that are not UTF-8 text"
+                )
+        loader, held_out = _loaders(config, train, evaluation, rank, world_size)
+        fingerprint = _fingerprint(train, evaluation)
+        if state and state["data"] != fingerprint:
+            raise ValueError(f"--resume: the text is not the text that {resumed} has learned from")
+
+        # model and optimizer
+        if config.model in presets.PRESETS:
+            ids = special_ids(tokenizer)
+            model_config = families.with_vocabulary(model_config, tokenizer.get_vocab_size(), ids.pad)
+        model = _model(config, model_config).to(device).train()
+        optimizer = optim.adamw(
+            model, learning_rate=config.learning_rate, weight_decay=config.weight_decay,
+            betas=(config.adam_beta1, config.adam_beta2), epsilon=config.adam_epsilon,
+        )  # fmt: skip
+        progress = Progress()
+        if resumed:
+            checkpoint.load(resumed, model, optimizer)
+            progress = Progress(**state["progress"])
+        total, warmup = length(config, loader)
+        facts = {
+            "config": dataclasses.asdict(config),
+            "model_config": model_config.to_dict(),
+            "tokenizer": tokenizer_hash(tokenizer),
+            "data": fingerprint,
+        }
+        log.begin(progress, total, in_seconds=config.max_minutes is not None)
+
+        with processes.signals() as caught:
+            run = Run(config, model, optimizer, tokenizer, facts, progress, log, total, caught)
+            for step in run.steps(loader, evaluates=held_out is not None):
+                if step.batches is None:
+                    step.row = evaluate(model, held_out, bf16=config.bf16, interrupted=lambda: caught)
+                    continue
+                sums = accumulate(model, step.batches, bf16=config.bf16)
+                factor = optim.SCHEDULES[config.schedule](step.position, total, warmup)
+                run.update(step, sums, config.learning_rate * factor)
+
+        if rank == 0 and run.finished:
+            checkpoint.publish(output_dir, model, tokenizer)
+            card.learning_curve(output_dir)
+            card.model_card(output_dir, facts, train.manifest, progress)
+            log.say(f"done: {output_dir} holds the model, README.md and learning_curve.png")
+        elif rank == 0:
+            name = signal.Signals(caught[0]).name if caught else "another process"
+            log.say(f"stopped by {name} after step {progress.step}: go on with --resume")
+        return log.last_evaluation | {"signal": caught[0] if caught and not run.finished else None}
+
+
+@torch.no_grad()
+def evaluate(model, loader, *, bf16=False, interrupted=lambda: False):
+    """Loss and accuracy on a loader's epoch 0, so on the same picks every time; None when `interrupted()` says so.
+
+    Beside them the baseline: the share of the same picks that the most frequent token among them gets right.
+    """
+    device = next(model.parameters()).device
+    histogram = torch.zeros(model.config.vocab_size, dtype=torch.int64)
+    sums, tokens = {}, 0
+    model.eval()
+    try:
+        for batch in loader.epoch(0):
+            if interrupted():
+                return None
+            add(sums, forward(model, batch, device, bf16).losses)
+            histogram += torch.bincount(batch.labels[batch.labels != -100], minlength=len(histogram))
+            tokens += int(batch.cu_seqlens[-1])
+            if tokens >= EVAL_TOKENS:
+                break
+    finally:
+        model.train()
+    row = figures({name: value.item() for name, value in sums.items()})
+    row["baseline_accuracy"] = histogram.max().item() / max(row["picked_tokens"], 1)
+    return {f"eval_{name}": value for name, value in row.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a run stands on: each of these raises one clear line when it cannot stand
+
+
+def _model_config(config):
+    """EncoderConfig of --model with --dropout; a preset's vocabulary is sized later, to the tokenizer."""
+    path = Path(config.model)
+    if config.model in presets.PRESETS or not (path.exists() or path.suffix == ".json"):
+        found = presets.preset(config.model)
+    else:
+        found = hf_files.read_config(path / "config.json" if path.is_dir() else path)
+    if config.max_seq_length > found.max_length:
+        raise ValueError(
+            f"--max-seq-length is {config.max_seq_length}: the model {config.model} has {found.max_length} positions"
+        )
+    row = families.family(found.model_type)
+    if config.objective in PAIRS and found.type_vocab_size < 2:
+        raise ValueError(f"--objective {config.objective} needs two token types: {config.model} has 1")
+    if config.objective in PAIRS and "Pretraining" not in row.architectures:
+        raise ValueError(f"--objective {config.objective}: a {found.model_type} does not learn from sentence pairs")
+    if config.objective == "rtd" and row.generator is None:
+        raise ValueError(
+            f"--objective rtd: a {found.model_type} has no detector of replaced tokens, {families.detecting()} have"
+        )
+    if config.objective == "rtd" and path.is_dir() and not (path / GENERATOR / "config.json").is_file():
+        raise ValueError(f"--objective rtd: {path} has no generator, expected one in {path / GENERATOR}")
+    if config.dropout is not None:
+        found = found.replace(hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout)
+    return found
+
+
+def _source(paths, config):
+    """What --train-file or --eval-file stands for: Shards of a prepared directory, a list of text files, or None."""
+    if not paths:
+        return None
+    prepared = [path for path in paths if (Path(path) / "manifest.json").is_file()]
+    if len(prepared) == 1 and len(paths) == 1:
+        return Shards.open(paths[0])
+    if prepared:
+        raise ValueError(f"{prepared[0]} is a prepared directory: it cannot be joined with other files, name it alone")
+    files = expand(paths)
+    check_columns(files, config.text_column)
+    return files
+
+
+def _known_tokenizer(config, source, resumed):
+    """The tokenizer that the options point at; None when it is to be trained."""
+    given = load_tokenizer(config.tokenizer) if config.tokenizer else None
+    if isinstance(source, Shards):
+        if given is not None and tokenizer_hash(given) != tokenizer_hash(source.tokenizer):
+            raise ValueError(
+                f"--tokenizer {config.tokenizer} is not the one that {config.train_file[0]} was prepared with"
+            )
+        return source.tokenizer
+    if given is None and (resumed or (Path(config.model) / "tokenizer.json").is_file()):
+        given = load_tokenizer(resumed or config.model)
+    return given
+
+
+def _check_vocabulary(config, model_config, tokenizer):
+    """A preset takes the tokenizer's size; any other model has a size of its own."""
+    if config.model in presets.PRESETS:
+        return
+    size = config.vocab_size if tokenizer is None else tokenizer.get_vocab_size()
+    if size > model_config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {size} pieces: {config.model} has a vocab_size of {model_config.vocab_size}"
+        )
+    if tokenizer is not None and special_ids(tokenizer).pad != model_config.pad_token_id:
+        raise ValueError(
+            f"the tokenizer's [PAD] is {special_ids(tokenizer).pad}: "
+            f"{config.model} has a pad_token_id of {model_config.pad_token_id}"
+        )
+
+
+def _shards(source, tokenizer, directory, config, rank):
+    """Shards of a source that `_source` found; text is prepared into `directory`."""
+    if not isinstance(source, list):
+        return source
+    if rank == 0:
+        prepare(
+            source, tokenizer, directory,
+            text_column=config.text_column, layout=config.layout, num_workers=config.num_workers,
+        )  # fmt: skip
+    return Shards.open(directory)
+
+
+def _loaders(config, train, evaluation, rank, world_size):
+    """MaskedBatches to train on and, or None, to evaluate on."""
+    ids = held_out_ids = None
+    if evaluation is None and config.eval_share:
+        try:
+            ids, held_out_ids = held_out_split(
+                train, config.eval_share, config.seed,
+                max_seq_length=config.max_seq_length, objective=config.objective,
+            )  # fmt: skip
+        except ValueError as error:
+            raise ValueError(f"{error} (--eval-share 0 does without, --eval-file takes other text)") from None
+        evaluation = train
+    same = {
+        "max_seq_length": config.max_seq_length,
+        "tokens_per_batch": config.tokens_per_batch,
+        "mlm_probability": config.mlm_probability,
+        "whole_word_mask": config.whole_word_mask,
+        "objective": config.objective,
+        # constant shapes: matrix libraries set up, and keep, something for each one that they meet
+        "capacity": True,
+    }
+    loader = MaskedBatches(train, **same, seed=config.seed, rank=rank, world_size=world_size, sequence_ids=ids)
+    if evaluation is None:
+        return loader, None
+    return loader, MaskedBatches(evaluation, **same, seed=EVAL_SEED, sequence_ids=held_out_ids)
+
+
+def _fingerprint(*shards):
+    """sha256 of the contents of the training and the evaluation text."""
+    files = [[record["sha256"] for record in one.manifest["shards"]] for one in shards if one is not None]
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
+
+def _model(config, model_config):
+    torch.manual_seed(config.seed)
+    if config.objective == "rtd":
+        model = ReplacedTokenPretraining(
+            model_config, _generator_config(config), embedding_sharing=config.embedding_sharing,
+            rtd_weight=config.rtd_weight,
+        )  # fmt: skip
+    else:
+        model = (Pretraining if config.objective in PAIRS else MaskedLM)(model_config)
+    if Path(config.model).is_dir():
+        model.load_state_dict(model.stored(config.model))
+    return model
+
+
+def _generator_config(config):
+    """That of the generator to go on with; None for the family's own."""
+    if not Path(config.model).is_dir():
+        return None
+    found = hf_files.read_config(Path(config.model) / GENERATOR / "config.json")
+    if config.dropout is not None:
+        found = found.replace(hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout)
+    return found

@@ -1,0 +1,83 @@
+"""What a training script has to do with the system: its device, the other processes, the signals that end it."""
+
+import contextlib
+import os
+import signal
+import threading
+
+import torch
+import torch.distributed as dist
+
+
+def device_of(name):
+    """The torch.device that --device stands for; under torchrun each process has its own GPU. Raises ValueError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device is {name!r}: expected auto, cpu, cuda or cuda:1") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device is {name!r}: PyTorch finds no GPU here")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return device
+
+
+def join():
+    """(rank, world size). torchrun's environment is enough to join the others."""
+    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group()
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def total(*numbers):
+    """The sums of these numbers over all processes."""
+    if not dist.is_initialized():
+        return numbers
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    sums = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def add_gradients(model):
+    """Every gradient becomes its sum over all processes; 0 where a process has none."""
+    if not dist.is_initialized():
+        return
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        dist.all_reduce(parameter.grad)
+
+
+@contextlib.contextmanager
+def first_process_first(rank):
+    """The others enter when the first has left."""
+    if rank > 0:
+        dist.barrier()
+    yield
+    if rank == 0 and dist.is_initialized():
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def signals():
+    """Collects SIGTERM and SIGINT in the list it gives. A second one does what it did before."""
+    caught = []
+
+    def note(number, frame):
+        caught.append(number)
+        restore()
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {}
+    # only the main thread may set handlers; elsewhere signals are the caller's affair
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        restore()

@@ -1,0 +1,186 @@
+"""Bands of relative positions: the rows of a tile's distances, and how scores are shifted against them.
+
+disentangled_attention.py explains them. Letters: M queries and N keys of a tile, K head size.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import triton
+import triton.language as tl
+
+from ._attention import _probabilities, _zero
+from ._math import attention_keep_mask
+
+
+@triton.jit
+def _load_band(
+    table_ptr, stride, index_ptr, first,
+    K: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_W, BLOCK_K]: the rows of a position table for as many distances, from entry `first` of the index on."""
+    offs_k = tl.arange(0, BLOCK_K)
+    rows = tl.load(index_ptr + first + tl.arange(0, BLOCK_W))
+    pointers = table_ptr + rows.to(tl.int64)[:, None] * stride + offs_k[None, :]
+    x = tl.load(pointers) if K == BLOCK_K else tl.load(pointers, mask=offs_k[None, :] < K, other=0.0)
+    return x.to(tl.float32) if UPCAST else x
+
+
+@triton.jit
+def _load_bands(
+    pos_key_ptr, stride_pkp, pos_query_ptr, stride_pqp, index_ptr, first,
+    HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, UPCAST: tl.constexpr,
+    K: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The bands of both tables, the other one in place of one that is absent."""
+    if HAS_KEY:
+        key_band = _load_band(pos_key_ptr, stride_pkp, index_ptr, first, K, BLOCK_W, BLOCK_K, UPCAST)
+        query_band = key_band
+    if HAS_QUERY:
+        query_band = _load_band(pos_query_ptr, stride_pqp, index_ptr, first, K, BLOCK_W, BLOCK_K, UPCAST)
+        if not HAS_KEY:
+            key_band = query_band
+    if not (HAS_KEY or HAS_QUERY):
+        key_band = 0
+        query_band = 0
+    return key_band, query_band
+
+
+@triton.jit
+def _flat(x, R: tl.constexpr, C: tl.constexpr):
+    """[R * C]: x [R, C], element (r, c) in place c // 8 * 8 R + 8 r + c % 8."""
+    return tl.reshape(tl.permute(tl.reshape(x, [R, C // 8, 8]), [1, 0, 2]), [R * C])
+
+
+@triton.jit
+def _beside(left, right, BLOCK: tl.constexpr):
+    """[BLOCK, 2 BLOCK] of two [BLOCK, BLOCK]."""
+    return tl.reshape(tl.permute(tl.join(left, right), [0, 2, 1]), [BLOCK, 2 * BLOCK])
+
+
+@triton.jit
+def _below(upper, lower, BLOCK: tl.constexpr):
+    """[2 BLOCK, BLOCK] of two [BLOCK, BLOCK]."""
+    return tl.reshape(tl.permute(tl.join(upper, lower), [2, 0, 1]), [2 * BLOCK, BLOCK])
+
+
+@triton.jit
+def _pick(x, row, low, high, R: tl.constexpr, C: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """[M, N]: elements (row, low + 8 high) of x [R, C]. row, low, high broadcast to [M, N // 8, 8], of columns 8 n + c.
+
+    Where low depends on rows and c, high on n, and row on one of them, addresses need no arithmetic of their own.
+    """
+    place = (low >> 3) * (8 * R) + (low & 7) + high * (8 * R) + row * 8
+    place = tl.broadcast_to(place, [M, N // 8, 8])
+    return tl.reshape(tl.gather(_flat(x, R, C), tl.reshape(place, [M * N]), 0), [M, N])
+
+
+@triton.jit
+def _scores(
+    q, k, key_band, query_band,
+    HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """Unscaled scores [BLOCK_M, BLOCK_N], fp32, of q [BLOCK_M, K], k [BLOCK_N, K] and bands [BLOCK_W, K].
+
+    Both position terms are rounded to the dtype of q, as PyTorch rounds them.
+    """
+    i = tl.arange(0, BLOCK_M)[:, None, None]
+    n = tl.arange(0, BLOCK_N // 8)[None, :, None]
+    c = tl.arange(0, 8)[None, None, :]
+    if HAS_QUERY:
+        band = tl.dot(k, tl.trans(query_band), input_precision=PRECISION).to(q.dtype)
+        band = _pick(band, 8 * n + c, i - c + 7, BLOCK_N // 8 - 1 - n, BLOCK_N, BLOCK_W, BLOCK_M, BLOCK_N)
+        s = band.to(tl.float32)
+    if HAS_KEY:
+        band = tl.dot(q, tl.trans(key_band), input_precision=PRECISION).to(q.dtype)
+        band = _pick(band, i, i - c + 7, BLOCK_N // 8 - 1 - n, BLOCK_M, BLOCK_W, BLOCK_M, BLOCK_N)
+        s = s + band.to(tl.float32) if HAS_QUERY else band.to(tl.float32)
+    if HAS_KEY or HAS_QUERY:
+        return tl.dot(q, tl.trans(k), s, input_precision=PRECISION)
+    else:
+        return tl.dot(q, tl.trans(k), input_precision=PRECISION)
+
+
+@triton.jit
+def _gradients(
+    s, v, dout, highest, log_total, delta, row, rows_k, h, column, seed, scale_log2, offset, threshold, keep_scale,
+    HAS_DROPOUT: tl.constexpr, IS_FULL: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(kept, ds) [BLOCK, BLOCK] in the dtype of v: probabilities after dropout, unscaled, and the scores' gradient."""
+    p = _probabilities(s, scale_log2, highest, log_total, IS_FULL)
+    p = tl.where(tl.arange(0, BLOCK)[None, :] < rows_k, p, 0.0)
+    dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+    if HAS_DROPOUT:
+        keep = attention_keep_mask(row, h, column, seed, offset, threshold, BLOCK)
+        dp = tl.where(keep, dp * keep_scale, 0.0)
+        kept = tl.where(keep, p, _zero(keep_scale))
+    else:
+        kept = p
+    return kept.to(v.dtype), (p * (dp - delta[:, None])).to(v.dtype)
+
+
+@triton.jit
+def _shift_queries(ds, BLOCK: tl.constexpr):
+    """[BLOCK, 2 BLOCK] of queries and distances, from the gradient of scores [BLOCK, BLOCK]; 0 where no key is."""
+    i = tl.arange(0, BLOCK)[:, None, None]
+    n = tl.arange(0, BLOCK // 8)[None, :, None]
+    c = tl.arange(0, 8)[None, None, :]
+    none = tl.zeros([BLOCK, BLOCK], ds.dtype)
+    # zeros stand beside ds, on the side where keys of a query end, for each half of the distances
+    first = _pick(_beside(ds, none, BLOCK), i, i - c + 7, BLOCK // 8 - 1 - n, BLOCK, 2 * BLOCK, BLOCK, BLOCK)
+    second = _pick(_beside(none, ds, BLOCK), i, i - c + 7, BLOCK // 8 - 1 - n, BLOCK, 2 * BLOCK, BLOCK, BLOCK)
+    return _beside(first, second, BLOCK)
+
+
+@triton.jit
+def _shift_keys(ds, BLOCK: tl.constexpr):
+    """[BLOCK, 2 BLOCK] of keys and distances, likewise; 0 where no query is."""
+    j = tl.arange(0, BLOCK)[:, None, None]
+    w = 8 * tl.arange(0, BLOCK // 8)[None, :, None] + tl.arange(0, 8)[None, None, :]
+    none = tl.zeros([BLOCK, BLOCK], ds.dtype)
+    first = _pick(_below(none, ds, BLOCK), w + j + 1, j, 0, 2 * BLOCK, BLOCK, BLOCK, BLOCK)
+    second = _pick(_below(ds, none, BLOCK), w + j + 1, j, 0, 2 * BLOCK, BLOCK, BLOCK, BLOCK)
+    return _beside(first, second, BLOCK)
+
+
+def _distance_rows(furthest, position_buckets, max_relative_positions):
+    """int32 [2 * furthest + 1]: which row of a position table serves i - j = -furthest, ..., furthest."""
+    r = torch.arange(-furthest, furthest + 1)
+    span = max_relative_positions
+    if position_buckets > 0:
+        span, mid = position_buckets, position_buckets // 2
+        # in float32, as transformers' make_log_bucket_position
+        far = r.abs().clamp(min=mid)
+        steps = torch.log(far / mid) / torch.log(torch.tensor((max_relative_positions - 1) / mid)) * (mid - 1)
+        r = torch.where(r.abs() <= mid, r, (torch.ceil(steps) + mid).long() * r.sign())
+    return (r + span).clamp(0, 2 * span - 1).to(torch.int32)
+
+
+def _bounds(reach, BLOCK, rows, position_buckets, max_relative_positions):
+    """int32 [rows + 1]: where the distances of each row of a table begin, among those of the tiles of `reach` tokens.
+
+    Counted from i - j = 1 - reach - BLOCK, the first of diagonal 0.
+    """
+    index = _distance_rows(reach - 1, position_buckets, max_relative_positions)
+    bounds = torch.searchsorted(index, torch.arange(rows + 1, dtype=torch.int32)) + BLOCK
+    return bounds.to(torch.int32)
+
+
+# {(function, its arguments, device): table}. Nothing is ever taken out: a CUDA graph knows a table by its address alone
+_tables = {}
+
+
+def _table(device, make, *sizes):
+    """make(*sizes), sorted, on `device`: made once, or in each call that a CUDA graph records before any other."""
+    key = make, sizes, device
+    if key in _tables:
+        return _tables[key]
+    table = make(*sizes)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # A graph copies nothing from here, and its memory must not be kept: each run of equal numbers is filled in
+        runs = zip(*(x.tolist() for x in torch.unique_consecutive(table, return_counts=True)))
+        return torch.cat([torch.full((n,), value, dtype=table.dtype, device=device) for value, n in runs])
+    # a thread of its own: what torch.compile runs before it records takes memory from its graph's pool, by thread
+    with ThreadPoolExecutor(1) as thread:
+        return _tables.setdefault(key, thread.submit(table.to, device).result())

@@ -1,0 +1,257 @@
+"""Text -> shards: what they hold, restarts, damage, memory."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from corpus import make_documents, small_tokenizer, write_text
+
+from fastbert.data.shards import Shards, prepare
+from fastbert.data.tokenizer import load_tokenizer, save_tokenizer, special_ids
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def contents(directory):
+    return {path.name: path.read_bytes() for path in sorted(Path(directory).iterdir())}
+
+
+def test_shards_hold_the_text(shards, tokenizer):
+    documents = make_documents(300)
+    manifest = shards.manifest
+    assert manifest["documents"] == shards.num_documents == 300
+    assert manifest["sentences"] == sum(map(len, documents))
+    assert manifest["tokens"] == shards.num_tokens == sum(map(len, shards.tokens)) == shards.document_starts()[-1]
+    assert manifest["dtype"] == "uint16" and all(tokens.dtype == np.uint16 for tokens in shards.tokens)
+    for number in (0, 1, 150, 298, 299):
+        ids = [tokenizer.encode(line, add_special_tokens=False).ids for line in documents[number]]
+        assert [sentence.tolist() for sentence in shards.document(number)] == ids
+        a, b = shards.document_starts()[number : number + 2]
+        assert b - a == sum(map(len, ids))
+
+
+def test_lines_are_parted_into_sentences_and_empty_ones_left_out(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("Ba bo. Ki ku!  Za?\n\u200b\n\n\x01\n\nlast one\n")
+    manifest = prepare([tmp_path / "a.txt"], tokenizer, tmp_path / "out", progress=False)
+    assert (manifest["documents"], manifest["sentences"]) == (2, 4)
+
+
+def test_large_vocabularies_are_kept_in_32_bits(tmp_path, tokenizer):
+    vocab = tokenizer.get_vocab()
+    (tmp_path / "tokenizer").mkdir()
+    pieces = sorted(vocab, key=vocab.get) + [f"[more{i}]" for i in range(70000)] + ["last"]
+    (tmp_path / "tokenizer" / "vocab.txt").write_text("\n".join(pieces))
+    (tmp_path / "a.txt").write_text("last bado last\n")
+    prepare([tmp_path / "a.txt"], load_tokenizer(tmp_path / "tokenizer"), tmp_path / "out", progress=False)
+    opened = Shards.open(tmp_path / "out")
+    assert opened.tokens[0].dtype == np.uint32
+    assert opened.tokens[0][0] == opened.tokens[0][-1] == len(pieces) - 1
+
+
+@pytest.mark.parametrize("num_workers", [1, 4])
+def test_special_tokens_written_in_the_text_are_text(num_workers, tmp_path, tokenizer):
+    path = tmp_path / "a.txt"
+    path.write_text("ba [MASK] bo [SEP] [CLS]ki[PAD] [UNK]\n" * 50)
+    prepare([path], tokenizer, tmp_path / "out", num_workers=num_workers, shard_tokens=100, progress=False)
+    opened = Shards.open(tmp_path / "out")
+    special = set(special_ids(tokenizer)) - {special_ids(tokenizer).unk}
+    for tokens in opened.tokens:
+        assert not special & set(tokens.tolist())
+    bracket = tokenizer.token_to_id("[")
+    assert tokenizer.id_to_token(int(opened.tokens[0][1])) in ("[", "[UNK]") or bracket is None
+    # and the caller's tokenizer still knows them
+    assert special_ids(tokenizer).mask in tokenizer.encode("[MASK]").ids
+
+
+def test_a_word_of_a_megabyte(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("ba " + "bo" * 500_000 + " ki\n")
+    started = time.monotonic()
+    manifest = prepare([tmp_path / "a.txt"], tokenizer, tmp_path / "out", progress=False)
+    assert time.monotonic() - started < 20
+    tokens = Shards.open(tmp_path / "out").tokens[0].tolist()
+    assert manifest["tokens"] == len(tokens) and tokens.count(special_ids(tokenizer).unk) == 1
+
+
+def test_truncation_in_a_tokenizer_does_not_cut_text(tmp_path, tokenizer, shards):
+    short = load_tokenizer(shards.directory)
+    short.enable_truncation(4)
+    short.enable_padding(length=64)
+    write_text(tmp_path / "a.txt", make_documents(5))
+    prepare([tmp_path / "a.txt"], short, tmp_path / "short", progress=False)
+    prepare([tmp_path / "a.txt"], tokenizer, tmp_path / "plain", progress=False)
+    assert np.array_equal(Shards.open(tmp_path / "short").tokens[0], Shards.open(tmp_path / "plain").tokens[0])
+
+
+def test_shards_do_not_depend_on_the_number_of_workers(shards, tokenizer, tmp_path):
+    files = [row[0] for row in shards.manifest["files"]]
+    for num_workers in (0, 3):
+        out = tmp_path / str(num_workers)
+        prepare(files, tokenizer, out, shard_tokens=5000, num_workers=num_workers, progress=False)
+        assert contents(out) == contents(shards.directory)
+
+
+PREPARE = """
+import sys
+from fastbert.data.shards import prepare
+from fastbert.data.tokenizer import load_tokenizer
+text, tokenizer, out, shard_tokens = sys.argv[1:]
+prepare([text], load_tokenizer(tokenizer), out, shard_tokens=int(shard_tokens), num_workers=2, progress=False)
+"""
+
+# ru_maxrss would count the process that started this one, too
+PEAK = """
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+def start_prepare(text, tokenizer, out, shard_tokens):
+    command = [sys.executable, "-c", PREPARE, *map(str, (text, tokenizer, out, shard_tokens))]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+def test_killed_again_and_again_the_shards_are_the_same(tmp_path, tokenizer):
+    save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    text, out = write_text(tmp_path / "a.txt", make_documents(6000)), tmp_path / "out"
+    first_written, kills = None, 0
+    for seen in (1, 4, 8):
+        process = start_prepare(text, tmp_path / "tokenizer", out, 20000)
+        deadline = time.monotonic() + 60
+        while process.poll() is None and not (out / f"shard-{seen:05d}.json").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.communicate()
+        assert not (out / "manifest.json").exists(), "the text is too short for this test: prepare was not interrupted"
+        stamp = (out / "shard-00000.tokens.npy").stat().st_mtime_ns
+        assert first_written in (None, stamp), "a finished shard was written again"
+        first_written = stamp
+    assert kills == 3
+    # a shard whose data did not survive is made again, and so is what comes after it
+    damaged = out / "shard-00003.tokens.npy"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    prepare([text], tokenizer, out, shard_tokens=20000, progress=False)
+    assert (out / "shard-00000.tokens.npy").stat().st_mtime_ns == first_written
+    prepare([text], tokenizer, tmp_path / "whole", shard_tokens=20000, progress=False)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_one_preparation_per_directory(tmp_path, tokenizer):
+    text = write_text(tmp_path / "a.txt", make_documents(10))
+    out = tmp_path / "out"
+    manifest = prepare([text], tokenizer, out, progress=False)
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.npy")}
+    # the same again is at hand already
+    assert prepare([text], tokenizer, out, progress=False) == manifest
+    assert {path.name: path.stat().st_mtime_ns for path in out.glob("*.npy")} == before
+
+    other = write_text(tmp_path / "b.txt", make_documents(11))
+    message = r"out holds another preparation \(it differs in: {}\): choose another directory or delete this one"
+    with pytest.raises(ValueError, match=message.format("files")):
+        prepare([other], tokenizer, out, progress=False)
+    with pytest.raises(ValueError, match=message.format("layout")):
+        prepare([text], tokenizer, out, layout="line", progress=False)
+    with pytest.raises(ValueError, match=message.format("tokenizer")):
+        prepare([text], small_tokenizer(tmp_path, 140), out, progress=False)
+    save_tokenizer(small_tokenizer(tmp_path, 140), tmp_path / "model")
+    with pytest.raises(ValueError, match="model holds another tokenizer"):
+        prepare([text], tokenizer, tmp_path / "model", progress=False)
+
+
+def test_after_text_that_failed_the_directory_can_be_used(tmp_path, tokenizer):
+    path = tmp_path / "a.txt"
+    path.write_text("\x01\n")
+    with pytest.raises(ValueError, match="gave no tokens"):
+        prepare([path], tokenizer, tmp_path / "out", progress=False)
+    path.write_text("good text\n")
+    assert prepare([path], tokenizer, tmp_path / "out", progress=False)["documents"] == 1
+
+
+def test_a_directory_in_use_or_not_writable(tmp_path, tokenizer):
+    text = write_text(tmp_path / "a.txt", make_documents(4000))
+    save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    process = start_prepare(text, tmp_path / "tokenizer", tmp_path / "out", 10000)
+    while process.poll() is None and not (tmp_path / "out" / "shard-00000.json").exists():
+        time.sleep(0.002)
+    process.send_signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(ValueError, match=f"out is in use by a live run, process {process.pid}"):
+            prepare([text], tokenizer, tmp_path / "out", shard_tokens=10000, progress=False)
+    finally:
+        process.kill()
+        process.communicate()
+    with pytest.raises(OSError, match="a.txt cannot be written"):
+        prepare([text], tokenizer, tmp_path / "a.txt", progress=False)
+    with pytest.raises(OSError, match="/proc/out cannot be written"):
+        prepare([text], tokenizer, "/proc/out", progress=False)
+
+
+@pytest.mark.parametrize("arguments", [{"layout": "lines"}, {"shard_tokens": 0}])
+def test_prepare_arguments(arguments, tmp_path, tokenizer):
+    text = write_text(tmp_path / "a.txt", make_documents(1))
+    with pytest.raises(ValueError, match=f"{next(iter(arguments))} is"):
+        prepare([text], tokenizer, tmp_path / "out", progress=False, **arguments)
+
+
+def test_memory_does_not_grow_with_the_text(tmp_path, tokenizer):
+    save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    peaks = []
+    for copies in (1, 10):
+        text = write_text(tmp_path / f"{copies}.txt", make_documents(3200, lines=12) * copies)
+        done = subprocess.run(
+            [sys.executable, "-c", PREPARE + PEAK, text, tmp_path / "tokenizer", tmp_path / f"out-{copies}", "100000"],
+            cwd=ROOT, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        peaks.append(int(done.stdout) / 1024)
+    assert os.path.getsize(text) > 8e6
+    # 8 here; all of the text read ahead of the workers would make it 24
+    assert peaks[1] - peaks[0] < 12, f"peaks in MB: {peaks}"
+
+
+def test_damaged_shards_are_one_clear_line(tmp_path, tokenizer):
+    text = write_text(tmp_path / "a.txt", make_documents(20))
+
+    def fresh(name):
+        prepare([text], tokenizer, tmp_path / name, progress=False)
+        return tmp_path / name
+
+    def fails(directory, message, verify=False, kind=ValueError):
+        with pytest.raises(kind, match=message) as caught:
+            Shards.open(directory, verify=verify)
+        assert "\n" not in str(caught.value)
+
+    fails(tmp_path, "holds no finished shards: there is no manifest.json", kind=FileNotFoundError)
+    one = fresh("truncated")
+    path = one / "shard-00000.tokens.npy"
+    path.write_bytes(path.read_bytes()[:-2])
+    fails(one, "shard-00000.tokens.npy is missing or damaged")
+    path.unlink()
+    fails(one, "shard-00000.tokens.npy is missing or damaged")
+    fails(one, "shard-00000.tokens.npy cannot be read", verify=True)
+    two = fresh("flipped")
+    path = two / "shard-00000.sentences.npy"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    Shards.open(two)
+    fails(two, "shard-00000.sentences.npy is damaged: its sha256", verify=True)
+    three = fresh("shorter")
+    np.save(three / "shard-00000.documents.npy", np.arange(3))
+    fails(three, "has 3 entries, which is not what the manifest says")
+    save_tokenizer(small_tokenizer(tmp_path, 140), fresh("tokenizer"))
+    fails(tmp_path / "tokenizer", "holds another tokenizer than the one its shards were made with")
+    five = fresh("manifest")
+    for written, message in (
+        ("{", "manifest.json cannot be read"),
+        ("[]", "manifest.json holds no JSON object"),
+        ('{"format": 99}', "manifest.json has format 99: expected 1"),
+        ('{"format": 1}', "manifest.json has no 'shards': it is damaged"),
+    ):
+        (five / "manifest.json").write_text(written)
+        fails(five, message)

@@ -1,0 +1,196 @@
+"""Any strides: every op, each of its tensors and each incoming gradient, in every layout that a caller may hand in.
+
+A view lies between guards, NaN or 1, in memory of its own. The op must give what it gives on
+contiguous copies, to the bit wherever no product by the device's matrix library is involved, and must leave the memory
+as it was: views, gaps between their elements, and guards.
+"""
+
+import functools
+from itertools import accumulate
+
+import pytest
+import torch
+from calls import CALLS, is_floating
+from helpers import assert_within_budget
+
+GUARD = 16
+
+
+def contiguous(shape):
+    return shape and [*accumulate(reversed(shape[1:]), int.__mul__, initial=1)][::-1]
+
+
+def row_slice(shape):
+    return [2 * contiguous(shape)[0], *contiguous(shape)[1:]]
+
+
+def column_slice(shape):
+    return [2 * stride for stride in contiguous(shape)]
+
+
+def slice_of_a_wider_tensor(shape):
+    return contiguous([*shape[:-1], shape[-1] + 5])
+
+
+def transpose(shape):
+    return contiguous(shape[::-1])[::-1]
+
+
+def first_two_swapped(shape):
+    strides = contiguous([shape[1], shape[0], *shape[2:]])
+    return [strides[1], strides[0], *strides[2:]]
+
+
+def expanded_rows(shape):
+    return [0, *contiguous(shape[1:])]
+
+
+def expanded_columns(shape):
+    return [*contiguous(shape[:-1]), 0]
+
+
+def one_number(shape):
+    return [0] * len(shape)
+
+
+def odd_offset(shape):
+    return contiguous(shape)
+
+
+# calls that take their tensors by the same road as another one: only all of them at once
+ALIKE = {
+    "attention-window",
+    "bias_gelu-tanh", "embedding-three_types", "pooling-max", "masked_cross_entropy-smoothed",
+    "contrastive_cross_entropy-symmetric",
+}  # fmt: skip
+SLOW = {"biased_attention", "disentangled_attention"}
+LAYOUTS = [
+    row_slice, column_slice, slice_of_a_wider_tensor, transpose, first_two_swapped, expanded_rows, expanded_columns,
+    one_number, odd_offset,
+]  # fmt: skip
+
+
+def differ(name, shape):
+    """The layouts that differ for a tensor of this shape; few for a call that takes the interpreter long."""
+    layouts = [column_slice, transpose, one_number, odd_offset] if CALLS[name].op in SLOW else LAYOUTS
+    if len(shape) == 0:
+        return [odd_offset]
+    if len(shape) == 1:
+        return [column_slice, one_number, odd_offset]
+    if len(shape) == 2:
+        return [layout for layout in layouts if layout is not first_two_swapped]
+    return layouts
+
+
+def laid_out(value, layout):
+    """(view, memory) with `value`'s numbers in the view, the first of them where the layout repeats one."""
+    sizes, strides = list(value.shape), layout(list(value.shape))
+    offset = GUARD + (layout is odd_offset)
+    needed = offset + sum((size - 1) * stride for size, stride in zip(sizes, strides)) + 1 + GUARD
+    # an integer that is read although it is not the op's must not crash the test: 1 is a valid id
+    alien = float("nan") if value.is_floating_point() else 1
+    memory = torch.full((needed,), alien, dtype=value.dtype, device=value.device)
+    own = [1 if stride == 0 else size for size, stride in zip(sizes, strides)]
+    memory.as_strided(own, strides, offset).copy_(value[tuple(slice(n) for n in own)])
+    return memory.as_strided(sizes, strides, offset), memory
+
+
+def bits(memory):
+    return memory.view(torch.uint8).clone()
+
+
+@functools.cache
+def plain(name, device):
+    """(arguments, cotangents, outputs, gradients) of a call on contiguous tensors."""
+    call = CALLS[name]
+    arguments = call.arguments(device)
+    generator = torch.Generator().manual_seed(1)
+    outputs = call(arguments)
+    cotangents = [torch.randn(x.shape, generator=generator).to(device) for x in outputs if x.is_floating_point()]
+    return arguments, cotangents, *call.run(arguments, cotangents)
+
+
+def check(name, arguments, cotangents, memories, expected, repeats=False):
+    """repeats: numbers stand in more than one place, so that predictions may be a matter of the last digit."""
+    before = [bits(memory) for memory in memories]
+    outputs, gradients = CALLS[name].run(arguments, cotangents)
+    for memory, then in zip(memories, before):
+        assert torch.equal(bits(memory), then), "written to"
+    pairs = [(f"output {i}", *pair) for i, pair in enumerate(zip(outputs, expected[0], strict=True))]
+    pairs += [(f"gradient of {argument}", gradients[argument], expected[1][argument]) for argument in gradients]
+    for what, got, wanted in pairs:
+        if CALLS[name].exact or not (repeats or wanted.is_floating_point()):
+            assert torch.equal(got, wanted), what
+        elif wanted.is_floating_point():
+            torch.testing.assert_close(got, wanted, rtol=0, atol=4e-6 * max(1.0, wanted.abs().max().item()), msg=what)
+
+
+def tensors_of(name):
+    # sequences cannot all begin at one place
+    return {n: x for n, x in CALLS[name].arguments("cpu").items() if torch.is_tensor(x)}
+
+
+def cases():
+    for name in (name for name in CALLS if name not in ALIKE):
+        for argument, value in tensors_of(name).items():
+            for layout in differ(name, value.shape):
+                if not (argument.startswith("cu_seqlens") and layout is one_number):
+                    yield pytest.param(name, argument, layout, id=f"{name}-{argument}-{layout.__name__}")
+
+
+@pytest.mark.parametrize("name, argument, layout", list(cases()))
+def test_inputs(name, argument, layout, device):
+    arguments, cotangents, *expected = plain(name, device)
+    view, memory = laid_out(arguments[argument], layout)
+    repeats = not torch.equal(view, arguments[argument])
+    if repeats:
+        expected = CALLS[name].run(arguments | {argument: view.contiguous()}, cotangents)
+    check(name, arguments | {argument: view}, cotangents, [memory], expected, repeats)
+
+
+def cases_of_gradients():
+    for name in (name for name in CALLS if name not in ALIKE):
+        outputs = CALLS[name](CALLS[name].arguments("cpu"), impl="reference")
+        layouts = (layout for x in outputs if x.is_floating_point() for layout in differ(name, x.shape))
+        for layout in dict.fromkeys(layouts):
+            yield pytest.param(name, layout, id=f"{name}-{layout.__name__}")
+
+
+@pytest.mark.parametrize("name, layout", list(cases_of_gradients()))
+def test_incoming_gradients(name, layout, device):
+    arguments, cotangents, *expected = plain(name, device)
+    views, memories = zip(*(laid_out(x, layout if layout in differ(name, x.shape) else odd_offset) for x in cotangents))
+    if not all(torch.equal(*pair) for pair in zip(views, cotangents)):
+        expected = CALLS[name].run(arguments, [view.contiguous() for view in views])
+    check(name, arguments, views, memories, expected)
+
+
+@pytest.mark.parametrize("layout", [row_slice, column_slice, transpose, odd_offset], ids=lambda layout: layout.__name__)
+@pytest.mark.parametrize("name", CALLS)
+def test_all_at_once(name, layout, device):
+    arguments, cotangents, *expected = plain(name, device)
+    tensors = {n: x for n, x in arguments.items() if torch.is_tensor(x)}
+    pairs = {n: laid_out(x, layout if layout in differ(name, x.shape) else column_slice) for n, x in tensors.items()}
+    views = [laid_out(x, layout if layout in differ(name, x.shape) else odd_offset) for x in cotangents]
+    memories = [memory for _, memory in (*pairs.values(), *views)]
+    check(name, arguments | {n: view for n, (view, _) in pairs.items()}, [v for v, _ in views], memories, expected)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_sum_backward(name, device):
+    """The gradient that `sum().backward()` sends is one number in memory."""
+    arguments, *_ = plain(name, device)
+    leaves = {n: x.detach().requires_grad_() for n, x in arguments.items() if is_floating(x)}
+    CALLS[name](arguments | leaves)[0].sum().backward()
+    for n, wanted in CALLS[name].run(arguments)[1].items():
+        assert torch.equal(leaves[n].grad, wanted), n
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_contiguous_call_is_right(name, device):
+    """What all others are compared with."""
+    call = CALLS[name]
+    arguments = call.arguments(device)
+    assert_within_budget(
+        lambda **a: call(a), lambda **a: call(a, impl="reference"), **arguments
+    )  # fmt: skip

@@ -1,0 +1,196 @@
+"""What is wrong with a directory is said in one line, and what can be read is read right."""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_families import CASES, theirs_of
+
+from fastbert.model import families
+from fastbert.model.convert import convert
+from fastbert.model.heads import MaskedLM, SequenceClassifier, TokenClassifier
+from fastbert.model.sentences import SentenceEmbedder
+
+
+@pytest.fixture
+def bert(tmp_path):
+    """A directory that transformers has written: bert, three layers."""
+    theirs_of("bert", "ForMaskedLM").save_pretrained(tmp_path)
+    return tmp_path
+
+
+def refuses(directory, message, **options):
+    with pytest.raises(ValueError, match=message) as caught:
+        MaskedLM.from_pretrained(directory, **options)
+    assert "\n" not in str(caught.value) and str(directory) in str(caught.value)
+
+
+CONFIGS = {
+    "a size in quotes": (dict(hidden_size="36"), "hidden_size is '36': expected int"),
+    "a fraction": (dict(hidden_size=36.0), "hidden_size is 36.0: expected int"),
+    "a word for a number": (dict(hidden_dropout_prob="high"), "hidden_dropout_prob is 'high': expected float"),
+    "no layers": (dict(num_hidden_layers=0), "num_hidden_layers is 0: expected at least 1"),
+    "padding outside": (dict(pad_token_id=99), "pad_token_id is 99: expected 0 to 98"),
+    "pooling": (dict(model_type="modernbert", classifier_pooling="max"), "head_pooling is .max.: expected one of cls"),
+    "even width": (dict(model_type="deberta-v2", conv_kernel_size=4), "conv_kernel_size is 4: expected an odd number"),
+    "activation": (dict(model_type="deberta-v2", conv_act="relu"), "conv_act is 'relu': expected one of tanh, gelu"),
+    "unknown term": (
+        dict(model_type="deberta-v2", relative_attention=True, pos_att_type="c2p|p2p"),
+        "expected some of c2p, p2c",
+    ),
+    "a decoder": (dict(is_decoder=True), "is_decoder is true: expected false, an encoder"),
+    "relative": (dict(position_embedding_type="relative_key"), "position_embedding_type is 'relative_key'"),
+    "no type": (dict(model_type=None), "model_type None: expected one of bert, roberta"),
+    "unknown": (dict(model_type="llama"), "model_type 'llama': expected one of bert, roberta.*modernbert"),
+    "more layers": (dict(num_hidden_layers=4), "lacks 16 of the encoder's tensors, the first is bert.encoder.layer.3"),
+    "wider": (
+        dict(intermediate_size=38),
+        r"intermediate.dense.weight has shape \(37, 36\), config.json wants \(38, 36",
+    ),
+    "more words": (dict(vocab_size=100), r"has shape \(99,\), config.json wants \(100,\)"),
+    "fewer positions": (dict(max_position_embeddings=30), r"has shape \(40, 36\), config.json wants \(30, 36\)"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_configs_that_contradict_themselves_or_the_weights(case, bert):
+    changes, message = CONFIGS[case]
+    path = bert / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    refuses(bert, message)
+
+
+def with_integers(tensors):
+    name = "bert.encoder.layer.0.output.dense.weight"
+    return tensors | {name: tensors[name].to(torch.int8)}
+
+
+def with_another_decoder(tensors):
+    return tensors | {"cls.predictions.decoder.weight": torch.ones(99, 36)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (with_integers, "bert.encoder.layer.0.output.dense.weight is of torch.int8: expected floating-point"),
+        (with_another_decoder, "cls.predictions.decoder.weight is not the same as bert.embeddings.word_embed"),
+    ],
+    ids=["quantised", "not tied"],
+)  # fmt: skip
+def test_weights_that_cannot_be_meant(change, message, bert):
+    save_file(change(load_file(bert / "model.safetensors")), bert / "model.safetensors")
+    refuses(bert, message)
+
+
+@pytest.mark.parametrize("content", [b"", b"text" * 99, "half"], ids=["empty", "text", "truncated"])
+def test_files_that_are_no_safetensors(content, bert):
+    path = bert / "model.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if content == "half" else content)
+    refuses(bert, "model.safetensors cannot be read: ")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "cannot be read as a file of tensors: EOFError"),
+        (b"\x80\x02K\x01.", "cannot be read as a file of tensors"),
+        ([torch.ones(2)], "holds something else than tensors by name"),
+        ({"state_dict": {"a": torch.ones(2)}}, "holds something else than tensors by name"),
+    ],
+    ids=["empty", "another pickle", "a list", "a training state"],
+)
+def test_pickles_that_are_no_state_dict(content, message, bert):
+    (bert / "model.safetensors").unlink()
+    path = bert / "pytorch_model.bin"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    refuses(bert, message, allow_pickle=True)
+
+
+def test_a_name_is_no_directory():
+    with pytest.raises(ValueError, match="bert-base-uncased is no directory: expected one with config.json"):
+        MaskedLM.from_pretrained("bert-base-uncased")
+
+
+@pytest.mark.parametrize(
+    "case", ["bert", "roberta", "albert", "electra", "distilbert", "deberta", "deberta-v3", "mpnet", "modernbert"]
+)
+def test_of_tied_tensors_any_may_be_the_one_that_is_stored(case, tmp_path):
+    """Other programs keep the one whose name comes first: roberta's is lm_head.decoder.weight."""
+    theirs = theirs_of(case, "ForMaskedLM")
+    theirs.save_pretrained(tmp_path)
+    expected = MaskedLM.from_pretrained(tmp_path).state_dict()
+    row = families.family(theirs.config.model_type)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    word = row.names["encoder.embeddings.word"] + ".weight"
+    copy = next(name for name in row.tied if name.endswith("weight"))
+    tensors[copy] = tensors[word].clone()
+    save_file(tensors, path)
+    both = MaskedLM.from_pretrained(tmp_path).state_dict()
+    del tensors[word]
+    save_file(tensors, path)
+    one = MaskedLM.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(x, both[name]) and torch.equal(x, one[name]) for name, x in expected.items())
+
+
+@pytest.mark.parametrize("head", ["ForMaskedLM", "Model"])
+@pytest.mark.parametrize("case", ["bert", "deberta", "deberta-v3"])
+def test_a_config_without_architectures_is_converted_by_its_tensors(case, head, tmp_path):
+    theirs_of(case, head).save_pretrained(tmp_path / "in")
+    path = tmp_path / "in" / "config.json"
+    values = json.loads(path.read_text())
+    del values["architectures"]
+    path.write_text(json.dumps(values))
+    model = convert(tmp_path / "in", tmp_path / "out")
+    assert type(model) is (MaskedLM if head == "ForMaskedLM" else SentenceEmbedder)
+    [written] = json.loads((tmp_path / "out" / "config.json").read_text())["architectures"]
+    assert written == CASES[case][0] + head
+
+
+def test_linear_layers_of_old_sentence_transformers_are_pickles(tmp_path):
+    model = SentenceEmbedder(families.config_of("bert", **CASES["bert"][1]), dense=[(36, 7, True, "Tanh")])
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "2_Dense" / "model.safetensors"
+    torch.save(load_file(path), tmp_path / "2_Dense" / "pytorch_model.bin")
+    path.unlink()
+    with pytest.raises(ValueError, match=re.escape("2_Dense has no model.safetensors, only pytorch_model.bin")):
+        SentenceEmbedder.from_pretrained(tmp_path)
+    again = SentenceEmbedder.from_pretrained(tmp_path, allow_pickle=True)
+    assert all(torch.equal(x, again.state_dict()[name]) for name, x in model.state_dict().items())
+
+
+ONES = torch.ones(2, 3, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("head", "inputs", "message"),
+    [
+        (MaskedLM, dict(input_ids=ONES[0]), r"input_ids has shape \(3,\): expected \[batch, length\]"),
+        (MaskedLM, dict(input_ids=ONES.float()), "input_ids are of torch.float32: expected integers"),
+        (MaskedLM, dict(input_ids=ONES, labels=ONES[:, :2]), r"labels has shape \(2, 2\): expected \(2, 3\)"),
+        (MaskedLM, dict(input_ids=ONES, token_type_ids=ONES[:, :2]), r"token_type_ids has shape \(2, 2\)"),
+        (MaskedLM, dict(input_ids=ONES, attention_mask=ONES[:1]), r"attention_mask has shape \(1, 3\)"),
+        (MaskedLM, dict(input_ids=ONES, labels=99 * ONES), "labels hold 99: expected 0 to 98, or -100 for none"),
+        (MaskedLM, dict(input_ids=ONES, labels=-ONES), "labels hold -1: expected 0 to 98"),
+        (TokenClassifier, dict(input_ids=ONES, labels=2 * ONES), "labels hold 2: expected 0 to 1"),
+        (SequenceClassifier, dict(input_ids=ONES, labels=2 * ONES[:, 0]), "labels hold 2: expected 0 to 1"),
+    ],
+    ids=["one row", "floats", "short labels", "short segments", "few masks", "label", "negative", "token", "text"],
+)  # fmt: skip
+def test_inputs_that_do_not_fit(head, inputs, message):
+    model = head(families.config_of("bert", **CASES["bert"][1]))
+    with pytest.raises(ValueError, match=message):
+        model(**inputs)
+
+
+def test_positions_and_segments_may_be_given_once_for_all_rows():
+    model = MaskedLM(families.config_of("bert", **CASES["bert"][1])).eval()
+    whole = torch.tensor([[3, 1, 2]]).expand(2, 3)
+    expected = model(ONES, position_ids=whole, token_type_ids=whole % 2).logits
+    for rows in (whole[:1], whole[0]):
+        assert torch.equal(model(ONES, position_ids=rows, token_type_ids=rows % 2).logits, expected)

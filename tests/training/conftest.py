@@ -1,0 +1,47 @@
+"""Runs in these tests have one thread, and neither TensorBoard nor a picture, which take longer than their steps."""
+
+import pytest
+import torch
+
+from runs import documents, draw_nothing, prepared, run, short_run, write_model
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    draw_nothing(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """A directory with a text and a longer one, model.json, and a tokenizer and shards of the shorter."""
+    place = tmp_path_factory.mktemp("training")
+    texts = documents(300)
+    (place / "long.txt").write_text("\n".join(texts))
+    prepared(place, texts[:60], 120)
+    write_model(place)
+    return place
+
+
+@pytest.fixture
+def options(place, tmp_path):
+    return short_run(place) | {"output_dir": tmp_path / "run"}
+
+
+@pytest.fixture(scope="session")
+def whole(place):
+    """The directory of that run, done without a break, with a checkpoint every 4 steps. To be copied, not changed."""
+    with pytest.MonkeyPatch.context() as patched:
+        draw_nothing(patched)
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        run(short_run(place), output_dir=place / "whole", save_steps=4, save_total_limit=5)
+        torch.set_num_threads(before)
+    return place / "whole"

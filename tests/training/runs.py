@@ -1,0 +1,106 @@
+"""Tiny runs for the tests of training: a text, a model's config, short runs, and how to compare and to stop them."""
+
+import json
+import os
+import random
+import signal
+
+import torch
+from safetensors.torch import load_file
+
+from fastbert.data.shards import prepare
+from fastbert.data.tokenizer import save_tokenizer, train_wordpiece
+from fastbert.training import card, checkpoint, log, pretrain
+from fastbert.training.pretrain import PretrainConfig
+
+MODEL = {
+    "model_type": "bert", "vocab_size": 200, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "intermediate_size": 64, "max_position_embeddings": 64,
+}  # fmt: skip
+WORDS = {
+    "cat": "chases mice in dark barns", "dog": "guards sheep on green hills", "bird": "builds nests among tall trees",
+    "fish": "follows currents under grey ice", "horse": "carries riders over stone bridges",
+}  # fmt: skip
+
+
+def documents(count):
+    draw = random.Random(0)
+    return [
+        "".join(f"every day the {name} {WORDS[name]} .\n" for name in draw.choices(list(WORDS), k=draw.randint(1, 6)))
+        for _ in range(count)
+    ]
+
+
+def prepared(place, texts, vocab_size):
+    """Writes text.txt, a tokenizer and shards of it into a directory."""
+    (place / "text.txt").write_text("\n".join(texts))
+    tokenizer = train_wordpiece([str(place / "text.txt")], vocab_size, progress=False)
+    save_tokenizer(tokenizer, place / "tokenizer")
+    prepare([str(place / "text.txt")], tokenizer, place / "shards", progress=False)
+
+
+def short_run(place):
+    """Options of a run with dropout and accumulation, whose 12 steps pass the end of an epoch."""
+    return {
+        "train_file": place / "shards", "model": place / "model.json",
+        "max_seq_length": 24, "tokens_per_batch": 192, "gradient_accumulation_steps": 2, "max_steps": 12,
+        "learning_rate": 3e-3, "logging_steps": 5, "eval_steps": 4, "save_steps": 100, "eval_share": 0.1, "seed": 7,
+    }  # fmt: skip
+
+
+def run(options, **changes):
+    return pretrain.pretrain(PretrainConfig(**options | changes))
+
+
+def training_rows(directory):
+    return [row for row in log.read_metrics(directory) if not log.is_evaluation(row)]
+
+
+def rows_without_times(directory):
+    timing = ("elapsed", "tokens_per_second", "memory_mb")
+    return [{k: v for k, v in row.items() if k not in timing} for row in log.read_metrics(directory)]
+
+
+def assert_same_tensors(one, other):
+    tensors = [load_file(file) for file in (one, other)]
+    assert tensors[0].keys() == tensors[1].keys() and tensors[0]
+    for key, value in tensors[0].items():
+        assert torch.equal(value, tensors[1][key]), key
+
+
+def assert_same_run(one, other, step=12):
+    """The same parameters, optimizer state and figures, bit for bit."""
+    for name in (checkpoint.MODEL, checkpoint.OPTIMIZER):
+        assert_same_tensors(*(directory / f"checkpoint-{step}" / name for directory in (one, other)))
+    assert rows_without_times(one) == rows_without_times(other)
+
+
+def draw_nothing(patch):
+    """TensorBoard and the picture take longer than a short run."""
+    patch.setattr(log, "_tensorboard", lambda *_: None)
+    patch.setattr(card, "learning_curve", lambda *_: None)
+
+
+def stop_in(monkeypatch, name, call):
+    """SIGTERM arrives in call number `call` of the function `name` of pretrain.py."""
+    real, calls = getattr(pretrain, name), [0]
+
+    def function(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(pretrain, name, function)
+
+
+def worker(rank, world_size, file, options):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world_size)
+    run(options)
+    torch.distributed.destroy_process_group()
+
+
+def write_model(place, name="model.json", **changes):
+    (place / name).write_text(json.dumps(MODEL | changes))
+    return place / name

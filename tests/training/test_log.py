@@ -1,0 +1,138 @@
+"""What a run says: rows of the log in words, the picture and the card; a loss by another name goes all the way."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from fastbert.data.batches import MaskedBatches
+from fastbert.data.shards import Shards
+from fastbert.data.tokenizer import load_tokenizer
+from fastbert.model import hf_files
+from fastbert.model.heads import TokenClassifier
+from fastbert.training import card, checkpoint, log, loop, optim, processes
+from fastbert.training.pretrain import PretrainConfig
+from runs import assert_same_run, run, training_rows
+
+MLM = {"loss": 2.0, "masked_accuracy": 0.25, "picked_tokens": 40}
+PAIR = {"pair_loss": 0.5, "pair_accuracy": 0.75}
+RTD = {"rtd_loss": 0.25, "rtd_accuracy": 0.9, "rtd_baseline_accuracy": 0.875, "rtd_recall": 0.5}
+
+
+def evaluated(row):
+    return {f"eval_{name}": value for name, value in (row | {"baseline_accuracy": 0.125}).items()}
+
+
+@pytest.mark.parametrize(
+    ("row", "training", "evaluation"),
+    [
+        (MLM, "loss 2.000  accuracy 25.0%",
+         "held-out loss 2.000, masked accuracy 25.0% (always the most frequent token: 12.5%)"),
+        (MLM | PAIR, "loss 2.000  accuracy 25.0%",
+         "held-out loss 2.000, masked accuracy 25.0%, pairs 75.0% (always the most frequent token: 12.5%)"),
+        (MLM | RTD, "loss 2.000  accuracy 25.0%  replaced: loss 0.250  found 50.0%  right 90.0%",
+         "held-out loss 2.000, masked accuracy 25.0% (always the most frequent token: 12.5%); "
+         "replaced tokens found 50.0%, right 90.0% (always original: 87.5%)"),
+        (MLM | {"loss": None}, "loss not finite  accuracy 25.0%",
+         "held-out loss not finite, masked accuracy 25.0% (always the most frequent token: 12.5%)"),
+        (MLM | {"span_loss": 1.5, "span_accuracy": 0.5, "size_loss": 3.0},
+         "loss 2.000  accuracy 25.0%  span: loss 1.500  accuracy 50.0%  size: loss 3.000",
+         "held-out loss 2.000, masked accuracy 25.0% (always the most frequent token: 12.5%)"
+         "  held-out span: loss 1.500  accuracy 50.0%  held-out size: loss 3.000"),
+    ],
+    ids=["mlm", "pair", "rtd", "not-finite", "others"],
+)  # fmt: skip
+def test_rows_in_words(row, training, evaluation):
+    assert log.spoken(row, log.TRAINING) == training
+    assert log.spoken(evaluated(row), log.EVALUATION) == evaluation
+
+
+def test_figures_of_sums():
+    sums = {
+        "loss": 80.0, "count": 40, "correct": 10.0, "pair_loss": 0.0, "pair_count": 0, "pair_correct": 0.0,
+        "rtd_loss": 25.0, "rtd_count": 100, "rtd_correct": 90.0, "rtd_replaced": 8.0, "rtd_found": 4.0, "tokens": 100,
+    }  # fmt: skip
+    expected = MLM | RTD | {"rtd_baseline_accuracy": 0.92}
+    assert loop.figures(sums) == expected and [*loop.figures(sums)] == [*expected]
+    assert loop.figures({"count": 0, "tokens": 9}) == {"loss": 0, "masked_accuracy": 0, "picked_tokens": 0}
+    assert loop.figures({"size_loss": 3.0, "size_count": 2}) == {"size_loss": 1.5}
+
+
+class Tagged:
+    """MaskedBatches whose labels say of every token whether its number is odd."""
+
+    def __init__(self, place):
+        self.loader = MaskedBatches(Shards.open(place / "shards"), max_seq_length=24, tokens_per_batch=192, seed=1)
+
+    def epoch(self, epoch, start=0):
+        for batch in self.loader.epoch(epoch, start=start):
+            batch.labels, batch.picks = batch.input_ids % 2, None
+            yield batch
+
+
+def test_a_new_task_brings_a_name_and_nothing_else(options, place, tmp_path, capsys):
+    """Another script around the same loop: its name is in the log, on the console, in the card and the checkpoint."""
+    config = PretrainConfig(**options | {"max_steps": 12, "logging_steps": 4, "eval_steps": 6, "learning_rate": 0.01})
+    torch.manual_seed(0)
+    model = TokenClassifier(hf_files.read_config(place / "model.json")).train()
+    optimizer = optim.adamw(model, learning_rate=0.01, weight_decay=0.0, betas=(0.9, 0.98), epsilon=1e-6)
+    loader, progress, directory = Tagged(place), loop.Progress(), tmp_path / "run"
+    facts = {"config": {"objective": "mlm"}, "model_config": model.config.to_dict(), "tokenizer": "0" * 64}
+    directory.mkdir()
+    with log.Log(directory, 0) as journal, processes.signals() as caught:
+        journal.begin(progress, 12, in_seconds=False)
+        tokenizer = load_tokenizer(place / "tokenizer")
+        taken = loop.Run(config, model, optimizer, tokenizer, facts, progress, journal, 12, caught)
+        for step in taken.steps(loader, evaluates=True):
+            if step.batches is None:
+                with torch.no_grad():
+                    sums = {}
+                    loop.add(sums, model(next(loader.epoch(0))).losses)
+                step.row = {f"eval_{name}": value.item() for name, value in loop.figures(sums).items()}
+                continue
+            taken.update(step, loop.accumulate(model, step.batches), 0.01)
+        last = journal.last_evaluation
+    rows = training_rows(directory)
+    assert [row["step"] for row in rows] == [4, 8, 12] and "loss" not in rows[0]
+    assert rows[-1]["label_loss"] < 0.8 * rows[0]["label_loss"] and rows[-1]["label_accuracy"] > 0.6
+    said = capsys.readouterr().err
+    assert f"step 12: label: loss {rows[-1]['label_loss']:.3f}  accuracy {rows[-1]['label_accuracy']:.1%}" in said
+    assert last["step"] == 12 and f"step 12: held-out label: loss {last['eval_label_loss']:.3f}" in said
+    assert checkpoint.read_state(directory / "checkpoint-12")["progress"]["evaluated"] == 12
+    manifest = dict.fromkeys(("documents", "sentences", "tokens", "skipped_lines", "vocab_size"), 1)
+    card.model_card(directory, facts, manifest, progress)
+    text = (directory / "README.md").read_text(encoding="utf-8")
+    assert f"| held-out label loss | {last['eval_label_loss']:.3f} |" in text
+    assert f"| held-out label accuracy | {last['eval_label_accuracy']:.2%} |" in text
+
+
+def test_a_checkpoint_from_before_losses_had_names_goes_on(options, whole, tmp_path):
+    """Then the sums of every objective were written, those that a run did not have as 0."""
+    directory = shutil.copytree(whole, options["output_dir"])
+    for name in ("checkpoint-12", "checkpoint-8"):
+        shutil.rmtree(directory / name)
+    file = directory / "checkpoint-4" / checkpoint.STATE
+    state = json.loads(file.read_text())
+    sums = state["progress"]["window"]
+    assert sums["count"] > 0 and not any("_" in name for name in sums)
+    old = (
+        "pair_count",
+        "rtd_count",
+        "pair_loss",
+        "pair_correct",
+        "rtd_loss",
+        "rtd_correct",
+        "rtd_replaced",
+        "rtd_found",
+    )
+    sums.update(dict.fromkeys(old, 0))
+    file.write_text(json.dumps(state))
+    checkpoint.write_manifest(directory / "checkpoint-4")
+    for name in (checkpoint.MODEL, log.METRICS):
+        (directory / name).unlink()
+    (directory / log.METRICS).write_text("".join(
+        line + "\n" for line in (whole / log.METRICS).read_text().splitlines() if json.loads(line)["step"] <= 4
+    ))  # fmt: skip
+    run(options, resume=True)
+    assert_same_run(whole, directory)

@@ -1,0 +1,177 @@
+"""The loop of training: what a step adds up, the step itself, its length, and several processes."""
+
+import math
+import multiprocessing
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from fastbert.data.batches import MaskedBatches
+from fastbert.data.shards import Shards
+from fastbert.model import heads, hf_files
+from fastbert.packing import Batch
+from fastbert.training import checkpoint, log, loop, pretrain
+from runs import MODEL, run, training_rows, worker
+
+
+def one_batch(lengths, picks_of, vocab=50, pairs=False):
+    """A Batch of random sequences; sequence b has the rows `picks_of[b]` picked."""
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    T = int(cu_seqlens[-1])
+    ids = torch.randint(5, vocab, (T,))
+    labels = torch.full((T,), -100)
+    for start, rows in zip(cu_seqlens.tolist(), picks_of, strict=False):
+        for row in rows:
+            labels[start + row] = torch.randint(5, vocab, ())
+    return Batch(
+        ids, torch.cat([torch.arange(n) for n in lengths]), torch.zeros_like(ids), cu_seqlens.int(), max(lengths),
+        labels=labels, picks=(labels != -100).nonzero()[:, 0],
+        pair_labels=torch.arange(len(lengths)) % 2 if pairs else None,
+    )  # fmt: skip
+
+
+def cut(batch, groups):
+    """The sequences of a batch as several batches, `groups` sequences each."""
+    starts, parts, at = batch.cu_seqlens.tolist(), [], 0
+    for size in groups:
+        rows = slice(starts[at], starts[at + size])
+        labels = batch.labels[rows]
+        parts.append(Batch(
+            batch.input_ids[rows], batch.position_ids[rows], batch.token_type_ids[rows],
+            batch.cu_seqlens[at : at + size + 1] - starts[at], batch.max_seqlen, labels=labels,
+            picks=(labels != -100).nonzero()[:, 0],
+            pair_labels=None if batch.pair_labels is None else batch.pair_labels[at : at + size],
+        ))  # fmt: skip
+        at += size
+    assert at == len(starts) - 1
+    return parts
+
+
+LENGTHS, PICKS = [7, 3, 9, 1, 5, 8], [[1, 2, 3, 6], [], [4], [], [], [0, 1, 2, 3, 4, 5]]
+
+
+def gradients_of(model, batches):
+    model.zero_grad(set_to_none=True)
+    sums = loop.accumulate(model, batches)
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, sums
+
+
+@pytest.mark.parametrize("kind", ["MaskedLM", "Pretraining"])
+@pytest.mark.parametrize("groups", [[3, 3], [1, 2, 2, 1], [6]], ids=["two", "four-one-without-picks", "one"])
+def test_cutting_a_step_into_micro_batches_does_not_change_its_gradient(kind, groups):
+    config = hf_files.config_from_hf(MODEL | {"vocab_size": 50, "hidden_dropout_prob": 0.0,
+                                              "attention_probs_dropout_prob": 0.0})  # fmt: skip
+    model = getattr(heads, kind)(config)
+    batch = one_batch(LENGTHS, PICKS, pairs=kind == "Pretraining")
+    parts = cut(batch, groups)
+    if len(groups) == 4:
+        assert any(len(part.picks) == 0 for part in parts)
+    found, sums = gradients_of(model, parts)
+    assert (sums["count"], sums["tokens"]) == (11, sum(LENGTHS))
+
+    # the truth: a mean over all picks, from logits, without micro-batches
+    model.zero_grad(set_to_none=True)
+    hidden = model.encoder(batch)
+    logits = F.linear(model.transform(hidden), model.encoder.embeddings.word.weight, model.vocabulary_bias)
+    loss = F.cross_entropy(logits, batch.labels)
+    assert sums["loss"] / 11 == pytest.approx(loss.item(), rel=1e-5)
+    if kind == "Pretraining":
+        scores = model.pair_classifier(torch.tanh(model.pooler(hidden[batch.cu_seqlens[:-1].long()])))
+        pair_loss = F.cross_entropy(scores, batch.pair_labels)
+        assert sums["pair_loss"] / 6 == pytest.approx(pair_loss.item(), rel=1e-5)
+        loss = loss + pair_loss
+    loss.backward()
+    for name, p in model.named_parameters():
+        scale = p.grad.abs().max().item()
+        torch.testing.assert_close(found[name], p.grad, rtol=0, atol=2e-6 * scale + 1e-8, msg=name)
+
+
+def test_a_step_without_picks_leaves_no_gradient_and_no_nan(options):
+    model = heads.MaskedLM(hf_files.config_from_hf(MODEL | {"vocab_size": 50}))
+    found, sums = gradients_of(model, [one_batch([4, 3], [[], []])])
+    assert not found and sums == {"count": 0, "tokens": 7}
+    # in a run: steps go by, are counted, and leave the model finite
+    run(options, mlm_probability=1e-4, logging_steps=12, gradient_accumulation_steps=1)
+    [row] = training_rows(options["output_dir"])
+    assert 6 < row["empty_steps"] <= 12 and math.isfinite(row["loss"]) and row["skipped_steps"] == 0
+
+
+def poison(monkeypatch, steps):
+    """In these steps (from 0) one parameter's gradient is NaN. Returns a list: the parameters before each step."""
+    real, seen = pretrain.accumulate, []
+
+    def accumulate(model, batches, **kwargs):
+        seen.append([p.detach().clone() for p in model.parameters()])
+        sums = real(model, batches, **kwargs)
+        if len(seen) - 1 in steps:
+            next(model.parameters()).grad.view(-1)[0] = math.nan
+        return sums
+
+    monkeypatch.setattr(pretrain, "accumulate", accumulate)
+    return seen
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_parameters_untouched(options, monkeypatch):
+    seen = poison(monkeypatch, {2, 3, 6})
+    run(options, logging_steps=1)
+    unchanged = [all(torch.equal(a, b) for a, b in zip(one, two, strict=True)) for one, two in zip(seen, seen[1:])]
+    assert [step for step, same in enumerate(unchanged) if same] == [2, 3, 6]
+    rows = training_rows(options["output_dir"])
+    assert [r["skipped_steps"] for r in rows] == [0, 0, 1, 2, 2, 2, 3, 3, 3, 3, 3, 3]
+    assert [r["gradient_norm"] is None for r in rows] == [step in (2, 3, 6) for step in range(12)]
+
+
+def test_five_in_a_row_abort_and_keep_the_last_good_checkpoint(options, monkeypatch):
+    poison(monkeypatch, range(4, 100))
+    with pytest.raises(FloatingPointError, match="no finite gradient in the 5 steps up to 9"):
+        run(options, save_steps=4, gradient_accumulation_steps=1)
+    found = checkpoint.latest(options["output_dir"])
+    assert found.name == "checkpoint-8"
+    assert all(tensor.isfinite().all() for tensor in load_file(found / checkpoint.MODEL).values())
+
+
+def test_dropout_has_another_seed_in_every_place():
+    places = [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (0, 11, 0, 0), (0, 1, 1, 0)]
+    seeds = [loop.dropout_seed(*place) for place in places]
+    assert len({int(seed) for seed in seeds}) == len(places)
+    assert all(seed.dtype == torch.int64 and seed.shape == (1,) for seed in seeds)
+    assert torch.equal(seeds[0], loop.dropout_seed(*places[0]))
+
+
+def test_length_in_epochs_is_passes_over_the_text(options, place):
+    run(options, epochs=1.5, max_steps=None, eval_share=0)
+    loader = MaskedBatches(Shards.open(place / "shards"), max_seq_length=24, tokens_per_batch=192, seed=7)
+    state = checkpoint.read_state(checkpoint.latest(options["output_dir"]))
+    expected = math.ceil((loader.num_batches(0) + 0.5 * loader.num_batches(1)) / 2)
+    assert state["progress"]["step"] == expected
+    assert run(options, resume=True, epochs=1.5, max_steps=None, eval_share=0) == {"signal": None}
+
+
+def test_a_run_by_the_clock_ends_in_time_with_its_rate_near_zero(options):
+    began = time.monotonic()
+    run(options, max_steps=None, max_minutes=1.5 / 60, logging_steps=1)
+    assert time.monotonic() - began < 15
+    rates = [r["learning_rate"] for r in training_rows(options["output_dir"])]
+    assert max(rates) > 2e-3 and rates[-1] < 1e-3 and len(rates) > 3
+
+
+def test_two_processes_learn_what_one_does_with_two_micro_batches(options, tmp_path):
+    options = options | {"dropout": 0.0, "max_steps": 4, "gradient_accumulation_steps": 1}
+    run(options, output_dir=tmp_path / "one", gradient_accumulation_steps=2)
+    context = multiprocessing.get_context("fork")
+    processes = [
+        context.Process(target=worker, args=(rank, 2, tmp_path / "rendezvous", options)) for rank in range(2)
+    ]  # fmt: skip
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    one, two = (load_file(d / "model.safetensors") for d in (tmp_path / "one", options["output_dir"]))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=1e-4, msg=name)
+    figures = [log.read_metrics(d)[-1] for d in (tmp_path / "one", options["output_dir"])]
+    assert figures[0]["tokens"] == figures[1]["tokens"]

@@ -1,0 +1,156 @@
+"""A run that ends early goes on to the bit: stopped, killed, damaged; and one directory is not for two runs."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from fastbert.cli import main
+from fastbert.data.shards import prepare
+from fastbert.data.tokenizer import load_tokenizer, save_tokenizer, train_wordpiece
+from fastbert.training import checkpoint, log
+from runs import assert_same_run, assert_same_tensors, run, stop_in
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("where", "call", "step"),
+    [("accumulate", 1, 1), ("accumulate", 6, 6), ("accumulate", 8, 8), ("evaluate", 1, 4), ("accumulate", 10, 10)],
+    ids=["first-step", "mid-epoch", "at-an-evaluation", "in-an-evaluation", "second-epoch-at-a-row-of-the-log"],
+)
+def test_a_stopped_run_resumes_to_the_bit(where, call, step, options, whole, monkeypatch, capsys):
+    handler = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patched:
+        stop_in(patched, where, call)
+        result = run(options)
+    assert result["signal"] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is handler
+    assert f"stopped by SIGTERM after step {step}: go on with --resume" in capsys.readouterr().err
+    assert checkpoint.latest(options["output_dir"]).name == f"checkpoint-{step}"
+    assert not (options["output_dir"] / "model.safetensors").exists()
+    result = run(options, resume=True)
+    assert result["signal"] is None and result["step"] == 12
+    assert_same_run(whole, options["output_dir"])
+    epochs = {row["epoch"] for row in log.read_metrics(options["output_dir"])}
+    assert epochs == {0, 1}, "the run was meant to pass the end of an epoch"
+
+
+@pytest.mark.filterwarnings("ignore:passed over")
+def test_a_run_goes_on_from_the_good_checkpoint_before_a_damaged_one(options, whole):
+    directory = options["output_dir"]
+    shutil.copytree(whole, directory)
+    for name in ("checkpoint-12", "checkpoint-8"):
+        (directory / name / checkpoint.MODEL).write_bytes(b"")
+    (directory / "model.safetensors").unlink()
+    with pytest.warns(UserWarning, match="passed over: .*checkpoint-12/model.safetensors has 0 bytes"):
+        run(options, resume=True)
+    assert_same_run(whole, directory)
+    assert (directory / "model.safetensors").exists()
+
+
+def test_a_finished_run_may_be_made_longer(options, whole):
+    shutil.copytree(whole, options["output_dir"])
+    assert run(options, max_steps=14, resume=True)["step"] == 14
+
+
+def test_resume_without_a_run_begins_one(options, capsys):
+    assert run(options, resume=True, max_steps=2)["step"] == 2
+    assert "no checkpoint yet" in capsys.readouterr().err
+
+
+def arguments_of(options):
+    return [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+
+
+def command(options, *flags):
+    arguments = arguments_of(options)
+    code = (
+        "import sys; from fastbert.cli import main; from fastbert.training import log; "
+        "log._tensorboard = lambda *_: None; main(sys.argv[1:], prog_name='fastbert')"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code, "pretrain", *arguments, *flags], cwd=ROOT, text=True,
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def wait_for(path, process):
+    for _ in range(1200):
+        if path.exists():
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    raise AssertionError(f"{path} did not come")
+
+
+def test_a_killed_process_a_busy_directory_and_ctrl_c(options, tmp_path):
+    """One long run: busy while it lives, killed without warning, resumed, interrupted, resumed to its end."""
+    directory = options["output_dir"]
+    options = options | {"save_steps": 3, "eval_steps": 1000, "max_steps": 3000}
+    process = command(options)
+    wait_for(directory / "checkpoint-3", process)
+    with pytest.raises(ValueError, match=f"in use by a live run, process {process.pid}"):
+        run(options, resume=True)
+    second = CliRunner().invoke(main, ["pretrain", *arguments_of(options), "--resume"])
+    assert second.exit_code == 2 and second.stderr.count("\n") == 1 and "in use by a live run" in second.stderr
+    process.kill()
+    process.communicate()
+    killed_at = checkpoint.read_state(checkpoint.latest(directory))["progress"]["step"]
+
+    process = command(options, "--resume")
+    wait_for(directory / f"checkpoint-{killed_at + 6}", process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped by SIGINT after step" in errors.splitlines()[-1] and "Traceback" not in errors
+    # the same run without a break
+    step = checkpoint.read_state(checkpoint.latest(directory))["progress"]["step"]
+    with pytest.MonkeyPatch.context() as patched:
+        stop_in(patched, "accumulate", step)
+        run(options, output_dir=tmp_path / "whole")
+    assert_same_tensors(*(d / f"checkpoint-{step}" / checkpoint.MODEL for d in (directory, tmp_path / "whole")))
+
+
+def test_a_directory_with_another_run_is_not_overwritten(options, whole):
+    before = {p: p.stat().st_mtime_ns for p in whole.iterdir() if p.is_file() and p.name != ".lock"}
+    with pytest.raises(ValueError, match="holds another run .*--resume"):
+        run(options, output_dir=whole)
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+@pytest.fixture(scope="module")
+def stand_ins(place, whole, tmp_path_factory):
+    """A run, another tokenizer and another text, by the names that stand for them below."""
+    here = tmp_path_factory.mktemp("other")
+    shutil.copytree(whole, here / "run")
+    save_tokenizer(train_wordpiece([str(place / "text.txt")], 100, progress=False), here / "tokenizer")
+    lines = (place / "text.txt").read_text().splitlines(keepends=True)[::-1]
+    (here / "reversed.txt").write_text("".join(lines))
+    prepare([str(here / "reversed.txt")], load_tokenizer(place / "tokenizer"), here / "shards", progress=False)
+    return {
+        "run": here / "run", "text": place / "text.txt", "other": here / "tokenizer", "other text": here / "shards"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": 0.5}, r"--learning-rate is 0.5, and 0.003 in .*checkpoint-12"),
+        ({"tokens_per_batch": 256}, "--tokens-per-batch is 256, and 192 in"),
+        ({"seed": 8}, "--seed is 8, and 7 in"),
+        ({"dropout": 0.0}, "--dropout is 0.0, and None in"),
+        ({"tokenizer": "other", "train_file": "text"}, "the tokenizer is another"),
+        ({"train_file": "other text"}, "the text is not the text that"),
+    ],
+    ids=["learning-rate", "batch", "seed", "dropout", "tokenizer", "text"],
+)
+def test_resuming_with_something_else_names_it(changes, message, options, stand_ins):
+    changes = {name: stand_ins.get(value, value) for name, value in changes.items()}
+    with pytest.raises(ValueError, match=message):
+        run(options, output_dir=stand_ins["run"], max_steps=14, resume=True, **changes)
