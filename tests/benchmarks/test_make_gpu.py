@@ -20,7 +20,7 @@ from pretend_cuda import pretending
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a rehearsal is for machines without a GPU")
 
-WARMED = ("tune.py", "bench_training_step_gpu.py", "bench_ops.py")
+WARMED = ("tune.py", "bench_models.py", "bench_ops.py")
 # the files of results that a step leaves when it is done
 RESULTS = {
     "device": {"machine.json"}, "own step": {"own_step.json", "own_step.md"}, "tests": {"tests.json"},
