@@ -92,12 +92,12 @@ def plan(on_gpu):
         alone, shared, others = f"{alone} and pooling", f"{shared} and pooling", others[:1]
     steps = [
         Step("device", 15, "machine.py"),
-        Step("own step", 35, "bench_training_step_gpu.py", None, (), ("--own",), ("--own", *few)),
+        Step("own step", 35, "bench_models.py", None, (), ("step", "--own"), ("step", "--own", *few)),
         Step("tests", 90, None, "tests.json", (own, "-k", shared, *together)),
         Step("tuning", 60, "tune.py", None, (), settings, ("--op", "layer_norm", "bias_gelu")),
         Step("ops", 90, "bench_ops.py", None, (), ("--ops", *OPS), ("--ops", "layer_norm", "bias_gelu", *few)),
         Step("races", 60, None, "races.json", (own, "-k", alone)),
-        Step("training step", 70, "bench_training_step_gpu.py", None, (), (), few),
+        Step("training step", 70, "bench_models.py", None, (), ("step",), ("step", *few)),
         Step("other tests", 50, None, "other_tests.json", (*others, "-k", shared, *together)),
         Step("page", 10, "report.py"),
     ]
@@ -120,7 +120,7 @@ def warming(environment, logs):
     """Compile what later steps time into the caches on disk, beside the tests. Returns the process."""
     scripts = [
         ["tune.py", *next(step for step in plan(True) if step.name == "tuning").arguments],
-        ["bench_training_step_gpu.py"], ["bench_ops.py", "--ops", *OPS],
+        ["bench_models.py", "step"], ["bench_ops.py", "--ops", *OPS],
     ]  # fmt: skip
     commands = [f'"$0" benchmarks/{" ".join(script)} --warm' for script in scripts]
     return start(["sh", "-c", "; ".join(commands), sys.executable], logs / "compile.log", environment)
@@ -293,7 +293,7 @@ def highlights(results):
         ours = row["summary"]["fastbert, packed"]
         lines.append(
             f"own training step, {row['case']}: {1e3 * ours['median_s']:.1f} ms, {ours['real_tokens_per_s']:,} real "
-            f"tokens/s, {ours['percent_of_product']} % of the product's rate"
+            f"tokens/s, {ours['mfu']:.0%} of the product's rate"
         )
     for row in rows_of("ops.json"):
         cases.setdefault(row["case"], []).append(row)
@@ -304,12 +304,12 @@ def highlights(results):
     for row in rows_of("training_step.json"):
         figures = row["summary"]
         packed = figures.get("fastbert, packed")
-        others = [figures[library] for library in ("transformers", "transformers, compiled") if library in figures]
+        others = [figures[library] for library in ("transformers", "transformers compiled") if library in figures]
         if packed and others:
             times = min(other["median_s"] for other in others) / packed["median_s"]
             lines.append(
                 f"training step, {row['case']}: {packed['real_tokens_per_s']:,} real tokens/s, "
-                f"{packed['percent_of_product']} % of the product's rate, {times:.2f}x transformers"
+                f"{packed['mfu']:.0%} of the product's rate, {times:.2f}x transformers"
             )
     return lines
 

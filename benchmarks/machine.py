@@ -129,7 +129,8 @@ def ceilings(device):
     The product is in bf16 on a GPU; on a CPU in fp32, and of torch's two libraries by the faster.
     """
     clock = Clock(device)
-    return {"copy": _copy_rate(clock), "product": _product_rate(clock)}
+    dtype = "bfloat16" if device.type == "cuda" else "float32"
+    return {"copy": _copy_rate(clock), "product": product_rate(clock, dtype)}
 
 
 def _copy_rate(clock):
@@ -141,11 +142,11 @@ def _copy_rate(clock):
     return 2 * source.nbytes / _median_seconds(clock, lambda: target.copy_(source))
 
 
-def _product_rate(clock):
+def product_rate(clock, dtype):
+    """FLOPs a second of a large matrix product in a dtype, by its name."""
     side = 256 if rehearsing(clock.device) else SIDE[clock.device.type]
-    dtype = torch.bfloat16 if clock.device.type == "cuda" else torch.float32
     # random numbers: a product of zeros draws less power, and runs faster
-    a, b = (torch.randn(side, side, device=clock.device).to(dtype) for _ in range(2))
+    a, b = (torch.randn(side, side, device=clock.device).to(getattr(torch, dtype)) for _ in range(2))
     calls = [lambda: a @ b]
     if clock.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         # oneDNN, which torch contains and chooses for some dtypes and processors only
@@ -268,6 +269,26 @@ def _gib_on_a_cpu(call):
         held += event.nbytes()
         highest = max(highest, held)
     return highest / 2**30
+
+
+def kernel_times(call):
+    """[{"kernel", "calls", "us"}] of what a call runs on the device, the longest first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    found = [event for event in profile.key_averages() if event.self_device_time_total]
+    found.sort(key=lambda event: -event.self_device_time_total)
+    return [
+        {"kernel": event.key[:120], "calls": event.count, "us": round(event.self_device_time_total, 1)}
+        for event in found[:60]
+    ]
+
+
+def high_water_mib():
+    """The most memory that this process has had, in MiB. Linux only."""
+    # not resource.getrusage: its maximum begins with that of the process that started this one
+    status = Path("/proc/self/status").read_text()
+    return round(int(status.partition("VmHWM:")[2].split()[0]) / 1024)
 
 
 def main():

@@ -30,9 +30,13 @@ def _figure(columns, lines=1, size=(5.2, 3.9), **settings):
     return figure, list(axes.flat)
 
 
-def _save(figure, path, title):
+def _save(figure, path, title, labelled=None):
+    """Write the picture. labelled: an axis whose bars or lines the legend names."""
     import matplotlib.pyplot as plt
 
+    if labelled:
+        handles, labels = labelled.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     # so many letters of this size go into a line
     title = textwrap.fill(title, int(14 * figure.get_figwidth()))
     figure.suptitle(title, fontsize=8, color="#52606d")
@@ -266,9 +270,7 @@ def plot_training(result, caption, path):
     if baseline:
         axes[2].axhline(baseline, color="#bbbbbb", linewidth=1, linestyle=":")
         axes[2].text(0, baseline, " always the most frequent token", fontsize=7, va="bottom", color="#777777")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    _save(figure, path, f"The same model, text, masks and order. {caption}")
+    _save(figure, path, f"The same model, text, masks and order. {caption}", axes[0])
 
 
 def plot_roofline(points, ceilings, caption, path):
@@ -366,39 +368,38 @@ def plot_history(lines, caption, path):
 
 
 def plot_families(rows, caption, path):
-    """Bars for each family: how many times faster fastbert is than transformers. rows: of families.json."""
-    figure, axes = _figure(2, size=(6, 3.8), sharey=True)
+    """Bars for each family: how many times faster fastbert is than transformers. rows: of tables.speeds."""
+    panels = [("train", "training step"), ("inference", "inference")]
+    figure, axes = _figure(len(panels), size=(6, 3.8), sharey=True)
     shown = {"fastbert": "fastbert", "swapped": "transformers, swapped", "fastbert on MKL": "fastbert on MKL"}
-    colours = _colours(shown)
-    for axis, (pass_, title) in zip(axes, (("train", "training step"), ("inference", "inference"))):
+    for axis, (pass_, title) in zip(axes, panels):
         here = [row for row in rows if row["pass"] == pass_]
-        for i, (name, label) in enumerate(shown.items()):
-            values = [row["speedup"][name] for row in here]
-            places = [x + 0.29 * i for x in range(len(here))]
-            bars = axis.bar(places, values, 0.27, label=label, color=colours[name])
-            axis.bar_label(bars, fmt="%.1f", fontsize=6)
+        bars = {label: [row["speedup"][name] for row in here] for name, label in shown.items()}
+        _bars(axis, [row["family"] for row in here], bars, "%.1f", 6, rotation=35, ha="right")
         axis.axhline(1, color="#333333", linewidth=1)
-        axis.set_xticks([x + 0.29 for x in range(len(here))], [row["family"] for row in here], rotation=35, ha="right")
         axis.set_title(f"{title}: times as fast as transformers", loc="left", fontsize=10)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    _save(figure, path, f"Every family, base size with fewer layers, 60 % fill. {caption}")
+    _save(figure, path, f"Every family, base size with fewer layers, 60 % fill. {caption}", axes[0])
 
 
 def plot_training_step(rows, caption, path):
     """Bars: speed and peak memory of BERT-base's training step. rows: of training_step.json, measured on a CPU."""
     panels = (("real_tokens_per_s", "real tokens per second (more is better)"),
               ("peak_memory_mib", "peak memory of the process, MiB (less is better)"))  # fmt: skip
-    figure, axes = _figure(2, size=(4.7, 3.6))
-    names = list(rows[0]["summary"])
-    colours = _colours(names)
-    for axis, (figure_of, title) in zip(axes, panels):
-        for i, name in enumerate(names):
-            places = [x + 0.28 * i for x in range(len(rows))]
-            bars = axis.bar(places, [row["summary"][name][figure_of] for row in rows], 0.26, label=name,
-                            color=colours[name])  # fmt: skip
-            axis.bar_label(bars, fmt="%.0f", fontsize=8)
-        axis.set_xticks([x + 0.28 for x in range(len(rows))], [row["case"] for row in rows])
+    figure, axes = _figure(len(panels), size=(4.7, 3.6))
+    for axis, (key, title) in zip(axes, panels):
+        bars = {name: [row["summary"][name][key] for row in rows] for name in rows[0]["summary"]}
+        _bars(axis, [row["case"] for row in rows], bars, "%.0f", 8)
         axis.set_title(title, loc="left", fontsize=10)
         axis.margins(y=0.12)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    _save(figure, path, f"BERT-base's training step. {caption}")
+    _save(figure, path, f"BERT-base's training step. {caption}", axes[0])
+
+
+def _bars(axis, groups, bars, form, fontsize, **ticks):
+    """Bars side by side for each group. bars: {implementation: a value for each group}."""
+    colours = _colours(bars)
+    for i, (name, values) in enumerate(bars.items()):
+        places = [x + 0.29 * i for x in range(len(groups))]
+        drawn = axis.bar(places, values, 0.27, label=name, color=colours[name])
+        axis.bar_label(drawn, fmt=form, fontsize=fontsize)
+    middle = 0.29 * (len(bars) - 1) / 2
+    axis.set_xticks([x + middle for x in range(len(groups))], groups, **ticks)

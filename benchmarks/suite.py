@@ -46,11 +46,9 @@ def steps(ops, models, device, quick, folder):
         named = () if not ops or EVERY in ops else ("--ops", *ops)
         add("ops", "bench_ops.py", "ops.json", *named, *quickly, "--output", place)
     if whole and not quick:
-        if device.type == "cuda":
-            add("training step", "bench_training_step_gpu.py", "training_step.json", "--output", place)
-        else:
-            for name, script in (("training_step", "bench_training_step.py"), ("families", "bench_families.py")):
-                add(name.replace("_", " "), script, f"{name}.json", "--output", place)
+        add("training step", "bench_models.py", "training_step.json", "step", "--output", place)
+        if device.type == "cpu":
+            add("families", "bench_models.py", "families.json", "families", "--output", place)
     if models or whole:
         named = () if not models or EVERY in models else ("--models", *models)
         add("models", "bench_models.py", "models.json", *named, *quickly, "--output", place)

@@ -108,9 +108,8 @@ def pretending(gib=140):
 @contextlib.contextmanager
 def small():
     """The models of benchmarks with few columns and layers."""
-    import bench_models
-    import bench_training_step_gpu
     import machine
+    import model_pairs
 
     from fastbert.proof import op_cases
 
@@ -126,16 +125,12 @@ def small():
                 return make(max(tokens // 64, 2 * longest), longest)
 
             stack.enter_context(mock.patch.object(op_cases, name, few))
-        save = bench_training_step_gpu.save_weights
-        stack.enter_context(
-            mock.patch.object(bench_training_step_gpu, "save_weights", lambda directory, device: save(directory, CPU))
-        )
-        config_of = bench_models.config_of
+        config_of = model_pairs.config_of
         sizes = dict(hidden_size=64, num_attention_heads=2, intermediate_size=96)
 
-        def narrow(model, layers):
-            config = config_of(model, min(layers, 2))
+        def narrow(model, layers, dropout):
+            config = config_of(model, min(layers or 2, 2), dropout)
             return config.replace(**sizes, embedding_size=64 if config.embedding_size else None)
 
-        stack.enter_context(mock.patch.object(bench_models, "config_of", narrow))
+        stack.enter_context(mock.patch.object(model_pairs, "config_of", narrow))
         yield

@@ -8,10 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import bench_families
-import bench_training_step
+import bench_models
 import pytest
 import report
+import tables
+from model_pairs import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -91,10 +92,10 @@ def test_snippets_run_as_they_stand(tmp_path):
 
 def test_training_step_figures_follow_from_the_raw_seconds():
     result = json.loads((RESULTS / "training_step.json").read_text(encoding="utf-8"))
-    shown = bench_training_step.markdown(result)
+    shown = tables.step_table(result)
     for row in result["rows"]:
         assert row["difference"] <= 1e-5
-        for library in bench_training_step.LIBRARIES[1:]:
+        for library in bench_models.ON_A_CPU[1:]:
             rounds = zip(row["seconds"]["transformers"], row["seconds"][library])
             assert f"{statistics.median(a / b for a, b in rounds):.2f}x" in shown, library
 
@@ -102,9 +103,9 @@ def test_training_step_figures_follow_from_the_raw_seconds():
 def test_family_figures_follow_from_the_raw_seconds():
     result = json.loads((RESULTS / "families.json").read_text(encoding="utf-8"))
     rows = [row for row in result["rows"] if "family" in row]
-    assert list(dict.fromkeys(row["family"] for row in rows)) == list(bench_families.MODELS)
-    assert [row["pass"] for row in rows] == ["train", "inference"] * len(bench_families.MODELS)
-    lines = {line.split(" | ")[0].strip("| "): line for line in bench_families.markdown(result).splitlines()}
+    assert list(dict.fromkeys(row["family"] for row in rows)) == list(FAMILIES)
+    assert [row["pass"] for row in rows] == ["train", "inference"] * len(FAMILIES)
+    lines = {line.split(" | ")[0].strip("| "): line for line in tables.families_table(result).splitlines()}
     for row in rows:
         assert row["difference"] <= 1e-4
         times = statistics.median(a / b for a, b in zip(row["seconds"]["transformers"], row["seconds"]["fastbert"]))

@@ -294,7 +294,8 @@ class Pooling(Op):
 
     @staticmethod
     def plain(hidden, weights):
-        """As sentence-transformers does it: a masked mean of the rectangle [B, S, D]. weights: [B, S, 1], 1 and 0."""
+        """A masked mean of the rectangle [B, S, D]. weights: [B, S, 1], 1 and 0; sentence-transformers expands them first,
+        which moves more."""
         return F.normalize((hidden * weights).sum(1) / weights.sum(1), dim=-1)
 
 

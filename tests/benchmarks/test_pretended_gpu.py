@@ -4,14 +4,13 @@ import importlib
 import itertools
 import json
 import sys
-import types
 from dataclasses import replace
 
 import bench_models
 import bench_ops
-import bench_training_step_gpu
 import gpu
 import machine
+import model_pairs
 import pytest
 import report
 import torch
@@ -84,39 +83,55 @@ def test_the_cases_of_a_gpu():
 
 def test_training_step(run, tmp_path, monkeypatch):
     """All four libraries take steps. What fails is told: a library in its place, a case at the end."""
-    load, lengths = bench_training_step_gpu.load, {"first": (5, 9, 3), "second": (9, 9), "third": (4, 9)}
-    monkeypatch.setattr(bench_training_step_gpu, "cases", lambda device: lengths)
-    batches = bench_training_step_gpu.batch_of
+    todo = [bench_models.step_cases(machine.device("cpu"))[0]]
+    names = ("transformers", "transformers compiled", "fastbert", model_pairs.OWN)
+    todo = [
+        replace(todo[0], title=title, lengths=lengths, dtype="bfloat16", implementations=names)
+        for title, lengths in {"first": (5, 9, 3), "second": (9, 9), "third": (4, 9)}.items()
+    ]
+    monkeypatch.setattr(bench_models, "step_cases", lambda *_: todo)
+    batches = model_pairs.batches
 
-    def batch_of(library, lengths, vocabulary, device):
-        if lengths == (9, 9):
+    def batches_of(config, case, device):
+        if case.title == "second":
             raise RuntimeError("out of memory")
-        return batches(library, lengths, vocabulary, device)
+        return batches(config, case, device)
 
-    monkeypatch.setattr(bench_training_step_gpu, "batch_of", batch_of)
-    assert run(bench_training_step_gpu, "--rounds", 2) == 1
+    monkeypatch.setattr(model_pairs, "batches", batches_of)
+    assert run(bench_models, "step", "--rounds", 2) == 1
     result = read(tmp_path, "training_step.json")
-    assert [row["case"] for row in result["rows"]] == ["first", "third"]
+    assert [row["case"] for row in result["rows"]] == ["first", "third"] and result["settings"]["dropout"] == 0.1
     for row in result["rows"]:
-        assert row["seconds"].keys() == set(bench_training_step_gpu.LIBRARIES) and not row["failed"]
+        assert row["seconds"].keys() == set(names)
         assert all(len(rounds) == 2 for rounds in row["seconds"].values()) and row["difference"] < 0.02
         assert row["summary"]["fastbert"]["peak_gib"] == 2
-    assert len(run.compiled) == 3 and "transformers, compiled" in (tmp_path / "training_step.md").read_text("utf-8")
+    assert not [name for name in result["not_measured"] if name.startswith("transformers compiled")]
+    assert len(run.compiled) == 1 and "transformers compiled" in (tmp_path / "training_step.md").read_text("utf-8")
     assert ("reset",) in Stream.log
+    todo.pop(1)
+    call = model_pairs.Model.call
 
-    def refuses(library, directory, device):
-        if library.endswith("compiled"):
-            load(library, directory, device)
-            return (lambda **_: 1 / 0), types.SimpleNamespace(zero_grad=lambda set_to_none: None)
-        return load(library, directory, device)
+    def refuses(self, implementation, *rest):
+        return (lambda **_: 1 / 0) if implementation.endswith("compiled") else call(self, implementation, *rest)
 
-    lengths.pop("second")
-    monkeypatch.setattr(bench_training_step_gpu, "load", refuses)
-    # a library without eval or train would stop all: it must not
-    assert run(bench_training_step_gpu, "--rounds", 1) == 0
-    row = read(tmp_path, "training_step.json")["rows"][0]
-    assert row["failed"] == {"transformers, compiled": "ZeroDivisionError: division by zero"}
-    assert run(bench_training_step_gpu, "--warm") == 0
+    monkeypatch.setattr(model_pairs.Model, "call", refuses)
+    assert run(bench_models, "step", "--rounds", 1) == 0
+    result = read(tmp_path, "training_step.json")
+    lost = {why for name, why in result["not_measured"].items() if name.startswith("transformers compiled: ")}
+    assert lost == {"ZeroDivisionError: division by zero"} and "fastbert" in result["rows"][0]["seconds"]
+    assert run(bench_models, "step", "--warm") == 0
+
+
+def test_what_is_compared_has_no_dropout_and_what_is_timed_has():
+    pair = ("transformers", "fastbert")
+    with pretending(30), small():
+        case = replace(bench_models.step_cases(CUDA)[0], lengths=(5, 9, 3), implementations=pair)
+        model = model_pairs.Model("bert-base", None, CUDA, dropout=True)
+        calls, difference = model_pairs.checked(model, case, CUDA, {})
+        assert calls.keys() == set(pair) and difference < 0.02
+        for name, call in calls.items():
+            assert model.module(name, case).training
+            assert len({call().item() for _ in range(3)}) == 3, name
 
 
 def test_models(run, tmp_path, monkeypatch):
@@ -134,15 +149,16 @@ def test_models(run, tmp_path, monkeypatch):
     assert {row["pass"] for row in read(tmp_path, "models.json")["rows"]} == {"inference"}
 
 
-def test_models_are_compiled_beforehand(monkeypatch, capsys):
+def test_models_are_compiled_beforehand(run, monkeypatch, capsys):
     """What the cases will call; one sequence with CUDA graphs. What does not compile stops no other."""
     case = bench_models.Case("fill", "bert-tiny", (9, 5), "train", "bfloat16")
     shapes = [case, replace(case, model="no model"), replace(case, passes="inference", lengths=(7,))]
-    shapes.append(replace(case, implementations=("fastbert",)))
+    monkeypatch.setattr(bench_models, "cases", lambda *_: shapes)
     compiled = []
-    monkeypatch.setattr(torch, "compile", lambda module, mode=None, **_: compiled.append(mode) or module)
-    with pretending(30), small():
-        bench_models.warm(shapes, CUDA)
+    monkeypatch.setattr(
+        model_pairs.Model, "_compiled", lambda _, module, case, mode=None: compiled.append(mode) or module
+    )
+    assert run(bench_models, "--warm") == 0
     assert compiled == [None, "reduce-overhead"]
     assert "no model" in capsys.readouterr().out
 
@@ -162,7 +178,7 @@ def test_a_page_without_matplotlib(monkeypatch, tmp_path):
     """What was measured is told, without pictures."""
     step = {
         "machine": {"device": NAME, "torch": "2.11", "triton": "3.6", "capability": "9.0"}, "date": "2026-11-23",
-        "command": "python x", "settings": {"ceilings": {"copy": 1e12, "product": 1e14}, "left_out": []}, "rows": [],
+        "command": "python x", "settings": {"left_out": []}, "rows": [],
         "not_measured": {"liger": "not installed"},
     }  # fmt: skip
     (tmp_path / "training_step.json").write_text(json.dumps(step))
@@ -176,7 +192,7 @@ def test_a_page_without_matplotlib(monkeypatch, tmp_path):
 def test_the_cases_of_a_training_step():
     """As many tokens in each rectangle; text fills 60 % of its own."""
     with pretending(140):
-        found = bench_training_step_gpu.cases(CUDA)
+        found = {case.title: case.lengths for case in bench_models.step_cases(CUDA)}
     assert list(found) == ["S=128, text", "S=512, text", "S=128, no padding", "S=512, no padding"]
     for name, lengths in found.items():
         assert len(lengths) * max(lengths) == 65536, name
@@ -224,11 +240,11 @@ def test_a_model_that_fails_costs_its_row(where, run, tmp_path, monkeypatch):
     build = bench_models.Model.__init__
     failed = []
 
-    def init(self, preset, layers, device):
+    def init(self, preset, *rest):
         if where == "load" and not failed:
             failed.append(preset)
             raise ImportError("transformers has no such model")
-        build(self, preset, layers, device)
+        build(self, preset, *rest)
 
     call = bench_models.Model.call
 
@@ -259,13 +275,13 @@ def test_a_model_that_fails_costs_its_row(where, run, tmp_path, monkeypatch):
 
 def test_an_own_step(run, tmp_path, monkeypatch):
     """fastbert's alone, without padding, at both lengths."""
-    monkeypatch.setattr(bench_training_step_gpu, "kernel_times", lambda call: [{"kernel": "k", "calls": 1, "us": 1.0}])
-    assert run(bench_training_step_gpu, "--own", "--rounds", 2) == 0
+    monkeypatch.setattr(machine, "kernel_times", lambda call: [{"kernel": "k", "calls": 1, "us": 1.0}])
+    assert run(bench_models, "step", "--own", "--rounds", 2) == 0
     rows = read(tmp_path, "own_step.json")["rows"]
     assert [row["case"] for row in rows] == ["S=128, no padding", "S=512, no padding"]
     for row in rows:
         assert row["seconds"].keys() == {"fastbert, packed"} and row["summary"]["fastbert, packed"]["kernels"]
-    assert not (tmp_path / "training_step.json").exists() and "S=512" in (tmp_path / "own_step.md").read_text("utf-8")
+    assert not (tmp_path / "training_step.json").exists() and "2 x 512" in (tmp_path / "own_step.md").read_text("utf-8")
     assert len(gpu.highlights(tmp_path)) == 2
 
 
@@ -274,6 +290,6 @@ def test_sizes_go_by_all_of_the_memory(monkeypatch):
     with pretending(140):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (2**30, 140 * 2**30))
         assert {sum(case.lengths) for case in bench_ops.cases(CUDA)} == {65536}
-        assert {len(n) * max(n) for n in bench_training_step_gpu.cases(CUDA).values()} == {65536}
+        assert {len(case.lengths) * max(case.lengths) for case in bench_models.step_cases(CUDA)} == {65536}
         case = bench_models.cases(CUDA, ["bert-base"], ["fill"], False)[0]
         assert len(case.lengths) * max(case.lengths) == 65536

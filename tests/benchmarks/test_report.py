@@ -10,15 +10,15 @@ import tempfile
 from pathlib import Path
 
 import bench_data
-import bench_families
 import bench_models
 import bench_training
-import bench_training_step
 import machine
+import model_pairs
 import pytest
 import record
 import report
 import rounds
+import tables
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -29,8 +29,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(autouse=True)
 def memory(monkeypatch):
-    """This process gives its memory back: it has other tests to run."""
+    """This process gives its memory back: it has other tests to run. A product that is timed for a ceiling is small."""
     monkeypatch.setattr(machine, "keep_memory", lambda: False)
+    monkeypatch.setitem(machine.SIDE, "cpu", 64)
 
 
 def models_row(**changes):
@@ -131,14 +132,14 @@ def test_every_committed_file_has_the_one_form():
 
 def test_families_by_fill_and_length():
     rows = [models_row(sweep="families", fill=0.6), models_row(sweep="families", fill=1.0, seconds={"x": [0.1] * 3})]
-    (lines, _) = report.sweep_table({"rows": rows}, "families", "fill", "{:.0%}".format)
+    (lines, _) = tables.sweep_table({"rows": rows}, "families", "fill", "{:.0%}".format)
     assert lines.splitlines()[::2] == [
         "| model | pass | 60% | 100% |",
         # the fastest counts, and a loss is one
         "| bert-base (12 layers) | inference, float32 | **2.00x** | 0.50x, a loss |",
     ]
-    assert report.sweep_table({"rows": rows}, "length", "length", str) == []
-    assert report.times_of(0.997) == "0.997x, a loss" and report.times_of(1.0) == "**1.00x**"
+    assert tables.sweep_table({"rows": rows}, "length", "length", str) == []
+    assert tables.times_of(0.997) == "0.997x, a loss" and tables.times_of(1.0) == "**1.00x**"
 
 
 def test_latency_and_throughput_stand_beside_each_other():
@@ -149,10 +150,10 @@ def test_latency_and_throughput_stand_beside_each_other():
 
     # one text in 10 ms; 4 take 16 ms, and 8 as long for each: 4 are the better batch
     rows = [row(1, 0.01, 0.04), row(4, 0.016, 0.1), row(8, 0.04, 0.2)]
-    first, second = report.latency_table({"rows": rows})[0].splitlines()[2:5:2]
+    first, second = tables.latency_table({"rows": rows})[0].splitlines()[2:5:2]
     assert first == "| bert-base, float32 | transformers sdpa | 40 ms | 4,000 | 40.0 | 4 |"
     assert second == "| bert-base, float32 | fastbert | 10 ms | 25,000 | 250.0 | 4 |"
-    assert report.latency_table({"rows": []}) == []
+    assert tables.latency_table({"rows": []}) == []
 
 
 def test_any_file_of_the_common_form_has_a_table(tmp_path):
@@ -241,25 +242,25 @@ def test_lengths_fill_what_they_should(sequences, longest, fill):
 def test_model_flops_are_those_that_torch_counts(preset):
     """Of transformers' own model, without padding, every token picked: there nothing is left out."""
     n = 16
-    config = bench_models.config_of(preset, 3).replace(vocab_size=300, pad_token_id=0)
+    config = model_pairs.config_of(preset, 3).replace(vocab_size=300, pad_token_id=0)
     if config.windows:
         # transformers computes every score, also outside of a window
         config = config.replace(windows=(None,) * 3)
     with tempfile.TemporaryDirectory() as directory:
-        theirs, _, _ = bench_families.load_pair(config, directory)
+        theirs, _, _ = model_pairs.load_pair(config, directory)
     theirs.set_attn_implementation("eager")
     ids = torch.randint(1, 300, (2, n))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         getattr(theirs, theirs.base_model_prefix)(input_ids=ids)
     counted = counter.get_total_flops()
-    stated = bench_models.model_flops(config, [n, n], 0, "inference")
+    stated = model_pairs.model_flops(config, [n, n], 0, "inference")
     # DeBERTa projects its table of positions too, and multiplies with all of it before it gathers
     assert stated <= counted * 1.001
     if not config.pos_att_type:
         assert stated == pytest.approx(counted, rel=0.01)
         with FlopCounterMode(display=False) as counter:
             theirs(input_ids=ids, labels=ids).loss.backward()
-        stated = bench_models.model_flops(config, [n, n], 2 * n, "train")
+        stated = model_pairs.model_flops(config, [n, n], 2 * n, "train")
         assert stated == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 
@@ -267,23 +268,23 @@ def test_model_flops_are_those_that_torch_counts(preset):
 def test_model_flops_of_a_training_step_are_those_that_fastbert_does(preset):
     """A quarter picked: what the last layer does not compute of the others is not claimed either."""
     n = 16
-    config = bench_models.config_of(preset, 3).replace(vocab_size=300, pad_token_id=0)
+    config = model_pairs.config_of(preset, 3).replace(vocab_size=300, pad_token_id=0)
     ids = torch.randint(1, 300, (2, n))
     labels = ids.masked_fill(torch.arange(n) >= n // 4, -100)
     # oneDNN's products are not counted
     with torch.backends.mkldnn.flags(enabled=False), FlopCounterMode(display=False) as counter:
         fastbert.MaskedLM(config)(input_ids=ids, labels=labels).loss.backward()
-    stated = bench_models.model_flops(config, [n, n], n // 2, "train")
+    stated = model_pairs.model_flops(config, [n, n], n // 2, "train")
     assert stated == pytest.approx(counter.get_total_flops(), rel=0.01)
-    assert stated < 0.9 * bench_models.model_flops(config, [n, n], 2 * n, "train")
+    assert stated < 0.9 * model_pairs.model_flops(config, [n, n], 2 * n, "train")
 
 
 def test_pairs_in_a_window():
     for n, window in ((1, 0), (5, 2), (9, 3), (9, 20), (8, 7)):
         place = torch.arange(n)
         seen = int(((place[:, None] - place).abs() <= window).sum())
-        assert bench_models._pairs(n, window) == seen
-    assert bench_models._pairs(7, None) == 49
+        assert model_pairs._pairs(n, window) == seen
+    assert model_pairs._pairs(7, None) == 49
 
 
 def test_padding_a_batch_of_fixed_capacity_loses_nothing(tmp_path):
@@ -331,40 +332,76 @@ def test_models_end_to_end(tmp_path, capsys):
     assert "fill: 4 rows" in write(tmp_path)
 
 
-def test_families_end_to_end(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench_families, "MODELS", {"bert": "bert-tiny", "albert": "bert-tiny"})
-    monkeypatch.setattr(bench_families, "run_single", lambda rounds: single)
-    monkeypatch.setattr(bench_families, "run_sentences", lambda rounds: None)
-    seconds = {"transformers": [0.03] * 3, "swapped": [0.02] * 3}
-    single = bench_families.row_of("one text of 8 tokens", seconds, tokens_real=8, difference=0.0)
-    bench_families.main(["--only", "bert", "--layers", "1", "--rounds", "3", "--output", str(tmp_path)])
+@pytest.fixture
+def narrow(monkeypatch):
+    """Models of one layer and few columns."""
+    config_of = model_pairs.config_of
+    sizes = dict(hidden_size=64, num_attention_heads=2, intermediate_size=96, vocab_size=1100)
+    monkeypatch.setattr(model_pairs, "config_of", lambda model, *_: config_of(model, 1).replace(**sizes))
+
+
+def test_families_end_to_end(narrow, tmp_path, capsys):
+    bench_models.main(["families", "--models", "bert-base", "--quick", "--output", str(tmp_path)])
     result = json.loads((tmp_path / "families.json").read_text(encoding="utf-8"))
-    assert [row["name"] for row in result["rows"][:2]] == ["bert, 1 layers, train", "bert, 1 layers, inference"]
+    # by these names older results are compared
+    assert [record.name_of(row) for row in result["rows"]] == [
+        "bert, 1 layers, train", "bert, 1 layers, inference", "one text of 8 tokens through BERT-base",
+    ]  # fmt: skip
     for row in result["rows"][:2]:
-        assert list(row["seconds"]) == list(bench_families.LIBRARIES) and row["tokens_real"] == 615
+        assert list(row["seconds"]) == list(bench_models.OF_FAMILIES) and row["tokens_real"] == 615
         assert all(len(times) == 3 for times in row["seconds"].values())
-    assert result["not_measured"].keys() == {"sentences"} and "1.50x" in capsys.readouterr().out
+    assert result["rows"][2]["seconds"].keys() == {"transformers", "swapped"}
+    assert "fastbert on MKL" in capsys.readouterr().out
+    assert tables.single_line(result).startswith("one text of 8 tokens through BERT-base: ")
     page = write(tmp_path)
-    assert "| bert |" in page and "(families.png)" in page and "one text of 8 tokens" not in page
+    assert "| bert |" in page and "(families.png)" in page
 
 
-def test_training_step_end_to_end(tmp_path, monkeypatch):
-    from transformers import BertConfig
-
-    def tiny(vocab_size, **settings):
-        sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
-        return BertConfig(vocab_size=vocab_size, **sizes, **settings)
-
-    monkeypatch.setattr("transformers.BertConfig", tiny)
-    monkeypatch.setattr(bench_training_step, "peak_mib", lambda *_: {"peak": 20, "before": 10})
-    bench_training_step.main(["--rounds", "3", "--output", str(tmp_path)])
+def test_training_step_end_to_end(narrow, tmp_path, monkeypatch):
+    memory = {"peak_memory_mib": 20, "memory_before_model_mib": 10}
+    monkeypatch.setattr(bench_models, "memory_of_a_process", lambda *_: memory)
+    bench_models.main(["step", "--rounds", "3", "--output", str(tmp_path)])
     result = json.loads((tmp_path / "training_step.json").read_text(encoding="utf-8"))
-    assert [row["case"] for row in result["rows"]] == list(bench_training_step.LENGTHS)
+    assert [row["case"] for row in result["rows"]] == list(bench_models.LENGTHS)
+    assert record.name_of(result["rows"][1]) == "BERT-base training step, no padding"
     for row in result["rows"]:
-        assert [len(row["seconds"][library]) for library in bench_training_step.LIBRARIES] == [3, 3, 3]
+        assert [len(row["seconds"][library]) for library in bench_models.ON_A_CPU] == [3, 3, 3]
         assert row["summary"]["fastbert"]["peak_memory_mib"] == 20 and row["difference"] < 1e-5
     page = write(tmp_path)
     assert "20 -> 20 MiB" in page and "(training_step.png)" in page
+
+
+def test_memory_of_a_process(narrow, tmp_path, monkeypatch, capsys):
+    """What the process does that measures it: three steps of the model in a directory."""
+    model = model_pairs.Model("bert-base", 1, torch.device("cpu"))
+    steps = []
+    train_step = model_pairs.train_step
+    monkeypatch.setattr(model_pairs, "train_step", lambda *rest: steps.append(rest) or train_step(*rest))
+    for name in bench_models.ON_A_CPU:
+        arguments = ["step", "--memory", name, "--case", "no padding", "--weights", model.directory.name]
+        bench_models.main(arguments)
+        found = json.loads(capsys.readouterr().out)
+        assert found["peak_memory_mib"] >= found["memory_before_model_mib"] > 100
+    assert len(steps) == 9
+
+
+def test_names_of_results_are_those_of_the_committed_ones():
+    """So that a new run is compared with them, row by row."""
+    results = record.read(report.FEATURED)
+    families = {(case.title, case.passes) for case in bench_models.family_cases([], 4)}
+    names = {record.name_of(row) for row in results["families"]["rows"]}
+    for case in bench_models.family_cases([], 4):
+        assert bench_models.names_of(case, case.layers)["name"] in names
+    assert len(families) == 19 and "300 sentences embedded" in names
+    for case in bench_models.step_cases(torch.device("cpu")):
+        assert bench_models.names_of(case, 12)["name"] in {row["name"] for row in results["training_step"]["rows"]}
+    sweeps = {record.name_of(row) for row in results["models"]["rows"]}
+    for case in bench_models.cases(torch.device("cpu"), [], bench_models.SWEEPS, False):
+        layers = case.layers or fastbert.preset(case.model).num_hidden_layers
+        share = case.picked if case.passes == "train" else None
+        row = {"sweep": case.sweep, "model": case.model, "layers": layers, "pass": case.passes, "dtype": case.dtype}
+        row |= {"sequences": len(case.lengths), "length": max(case.lengths), "fill": case.fill, "picked_share": share}
+        assert record.name_of(row) in sweeps
 
 
 def test_a_wrong_implementation_is_not_timed(monkeypatch):
@@ -372,21 +409,21 @@ def test_a_wrong_implementation_is_not_timed(monkeypatch):
     case = bench_models.Case(
         "fill", "bert-tiny", (16, 9), "inference", layers=1, implementations=("transformers eager", "fastbert")
     )
-    model = bench_models.Model("bert-tiny", 1, device)
-    call = bench_models.Model.call
+    model = model_pairs.Model("bert-tiny", 1, device)
+    call = model_pairs.Model.call
 
     def changed(self, implementation, *rest):
         found = call(self, implementation, *rest)
         return (lambda: found() * 1.01) if implementation in wrong else found
 
-    monkeypatch.setattr(bench_models.Model, "call", changed)
+    monkeypatch.setattr(model_pairs.Model, "call", changed)
     wrong, missing = {"transformers eager"}, {}
-    calls, _ = bench_models.checked(model, case, device, missing)
+    calls, _ = model_pairs.checked(model, case, device, missing)
     assert "fastbert" in calls and "transformers eager" not in calls
     assert any("wrong: differs" in reason for reason in missing.values())
     wrong = {"fastbert"}
     with pytest.raises(ValueError, match="wrong"):
-        bench_models.checked(model, case, device, {})
+        model_pairs.checked(model, case, device, {})
 
 
 def test_sweeps_go_as_far_as_the_families_allow():
@@ -394,7 +431,7 @@ def test_sweeps_go_as_far_as_the_families_allow():
     longest = {}
     for case in found:
         longest[case.model, case.passes] = max(longest.get((case.model, case.passes), 0), *case.lengths)
-    for family, model in bench_families.MODELS.items():
+    for family, model in model_pairs.FAMILIES.items():
         positions = fastbert.preset(model).max_length
         # DeBERTa's relative positions know no end
         wanted = {"modernbert": 8192, "deberta-v2": 2048}.get(family, 512)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from runs import documents, draw_nothing, prepared, run, short_run, write_model
 
 

@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 import torch
-from runs import assert_same_run, run, training_rows
 
 from fastbert.data.batches import MaskedBatches
 from fastbert.data.shards import Shards
@@ -14,6 +13,7 @@ from fastbert.model import hf_files
 from fastbert.model.heads import TokenClassifier
 from fastbert.training import card, checkpoint, log, loop, optim, processes
 from fastbert.training.pretrain import PretrainConfig
+from runs import assert_same_run, run, training_rows
 
 MLM = {"loss": 2.0, "masked_accuracy": 0.25, "picked_tokens": 40}
 PAIR = {"pair_loss": 0.5, "pair_accuracy": 0.75}

@@ -7,7 +7,6 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import MODEL, run, training_rows, worker
 from safetensors.torch import load_file
 
 from fastbert.data.batches import MaskedBatches
@@ -15,6 +14,7 @@ from fastbert.data.shards import Shards
 from fastbert.model import heads, hf_files
 from fastbert.packing import Batch
 from fastbert.training import checkpoint, log, loop, pretrain
+from runs import MODEL, run, training_rows, worker
 
 
 def one_batch(lengths, picks_of, vocab=50, pairs=False):

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from runs import MODEL, WORDS, run, training_rows
 from safetensors.torch import load_file
 
 from fastbert.data.batches import MaskedBatches
@@ -18,6 +17,7 @@ from fastbert.model import families, heads, hf_files
 from fastbert.tasks.fill_mask import fill_mask, load
 from fastbert.training import log, pretrain
 from fastbert.training.pretrain import PretrainConfig
+from runs import MODEL, WORDS, run, training_rows
 
 
 def test_from_raw_text_to_a_model_that_knows_words(place, tmp_path, monkeypatch):

@@ -9,19 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from runs import (
-    MODEL,
-    assert_same_tensors,
-    documents,
-    draw_nothing,
-    prepared,
-    rows_without_times,
-    run,
-    stop_in,
-    training_rows,
-    worker,
-    write_model,
-)
 from safetensors.torch import load_file
 
 from fastbert.data.batches import MaskedBatches
@@ -35,6 +22,19 @@ from fastbert.training import checkpoint, log, pretrain
 from fastbert.training.card import learning_curve
 from fastbert.training.loop import accumulate
 from fastbert.training.pretrain import PretrainConfig
+from runs import (
+    MODEL,
+    assert_same_tensors,
+    documents,
+    draw_nothing,
+    prepared,
+    rows_without_times,
+    run,
+    stop_in,
+    training_rows,
+    worker,
+    write_model,
+)
 
 FAMILIES = {
     "electra": dict(model_type="electra", embedding_size=16),

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from runs import assert_same_run, assert_same_tensors, run, stop_in
 
 from fastbert.cli import main
 from fastbert.data.shards import prepare
 from fastbert.data.tokenizer import load_tokenizer, save_tokenizer, train_wordpiece
 from fastbert.training import checkpoint, log
+from runs import assert_same_run, assert_same_tensors, run, stop_in
 
 ROOT = Path(__file__).parents[2]
 
