@@ -294,8 +294,8 @@ class Pooling(Op):
 
     @staticmethod
     def plain(hidden, weights):
-        """A masked mean of the rectangle [B, S, D]. weights: [B, S, 1], 1 and 0; sentence-transformers expands them first,
-        which moves more."""
+        """A masked mean of the rectangle [B, S, D]. weights: [B, S, 1], 1 and 0."""
+        # sentence-transformers writes the weights out to [B, S, D] first, which moves more
         return F.normalize((hidden * weights).sum(1) / weights.sum(1), dim=-1)
 
 
