@@ -20,7 +20,6 @@ in Triton's interpreter.
 
 import argparse
 import collections
-import csv
 import itertools
 import logging
 import statistics
@@ -38,24 +37,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import machine
 import precompile
 import record
-from op_peers import NotApplicable, Unavailable, build, installed, variants
+from op_pages import PASSES, told, write
+from op_peers import build, installed, variants
+from peers import NotApplicable, Unavailable
 
 from fastbert.proof import op_cases
-from fastbert.proof.op_cases import Case, results
+from fastbert.proof.op_cases import TABLE, Case, results
 
 LENGTHS = (26, 40, 55, 70, 84, 99, 113, 128)
 TOLERANCE = {torch.bfloat16: 0.03, torch.float16: 0.005, torch.float32: 1e-4}
 # torch.compile is in them
 COMPILING = ("compiled", "flex", "cut_cross_entropy, compiled")
-PASSES = ("forward", "backward", "both")
-# whose shapes an op is timed at, where they are not BERT's
-MODELS = {"disentangled_attention": "deberta-base", "biased_attention": "mpnet-base"}
 ROWS = [(op, name) for op in op_cases.OPS for name in variants(op) if name not in COMPILING]
 
 
 @pytest.mark.parametrize(("op", "variant"), ROWS, ids=[f"{op}-{variant}" for op, variant in ROWS])
 def test_op(benchmark, device, op, variant):
-    case = Case(op, MODELS.get(op, "bert-base"), LENGTHS, torch.float32)
+    case = Case(op, TABLE[op].models[0], LENGTHS, torch.float32)
     arguments = case.arguments(device)
     try:
         run = build(variants(op)[variant], arguments)
@@ -86,8 +84,7 @@ def line_of(failure):
 def cases(device, quick=False):
     """The cases of a run, the ones that matter most first."""
     if machine.rehearsing(device):
-        tiny = {"disentangled_attention": "tiny-deberta"}
-        found = [Case(op, tiny.get(op, "tiny"), (3, 8, 5, 8, 2), torch.float32) for op in op_cases.OPS]
+        found = [Case(op, "tiny", (3, 8, 5, 8, 2), torch.float32) for op in op_cases.OPS]
         found.insert(1, replace(found[0], lengths=(8, 8, 8)))
     elif device.type == "cpu":
         found = _on_a_cpu()
@@ -113,18 +110,17 @@ def cases(device, quick=False):
 def _on_a_gpu(device):
     # a quarter where memory is short
     tokens = 65536 if machine.memory(device) > 40 * 2**30 else 16384
+    ragged, full = op_cases.ragged_lengths, op_cases.full_lengths
     found = []
-    for op in op_cases.OPS:
-        model = MODELS.get(op, "bert-base")
+    for op, entry in TABLE.items():
         by_length = op.endswith("attention")
         for S in (128, 512) if by_length or op == "pooling" else (128,):
-            found.append(Case(op, model, tuple(op_cases.ragged_lengths(tokens, S))))
-            if by_length:
-                found.append(Case(op, model, tuple(op_cases.full_lengths(tokens, S))))
+            for lengths in (ragged, full) if by_length else (ragged,):
+                found.append(Case(op, entry.models[0], tuple(lengths(tokens, S))))
     # other widths, should time be left
     for model in ("bert-large", "minilm"):
         for op in ("attention", "layer_norm", "bias_gelu", "masked_cross_entropy"):
-            found.append(Case(op, model, tuple(op_cases.ragged_lengths(tokens, 128))))
+            found.append(Case(op, model, tuple(ragged(tokens, 128))))
     # the first of every op, then the second: time may end before the list does
     places = collections.Counter()
     ranks = []
@@ -135,24 +131,25 @@ def _on_a_gpu(device):
 
 
 def _on_a_cpu():
+    ragged, full = op_cases.ragged_lengths, op_cases.full_lengths
     found = []
-    for op in op_cases.OPS:
+    for op, entry in TABLE.items():
         # sentences are embedded with MiniLM
-        sentences = op in ("pooling", "contrastive_cross_entropy")
-        model = "minilm" if sentences else MODELS.get(op, "bert-base")
+        model = "minilm" if op in ("pooling", "contrastive_cross_entropy") else entry.models[0]
         # half as many where each is compared with the whole vocabulary
         tokens = 512 if op == "masked_cross_entropy" else 1024
-        found.append(Case(op, model, tuple(op_cases.ragged_lengths(tokens, 128)), torch.float32))
+        shapes = [(model, ragged(tokens, 128))]
         if op != "contrastive_cross_entropy":  # knows no lengths
-            found.append(Case(op, model, tuple(op_cases.full_lengths(tokens, 128)), torch.float32))
+            shapes.append((model, full(tokens, 128)))
         if op.endswith("attention"):
-            found.append(Case(op, model, tuple(op_cases.ragged_lengths(2048, 512)), torch.float32))
+            shapes.append((model, ragged(2048, 512)))
         if op == "attention":
-            found.append(Case(op, model, tuple(op_cases.full_lengths(2048, 512)), torch.float32))
+            shapes.append((model, full(2048, 512)))
         if op in ("attention", "layer_norm", "bias_gelu", "masked_cross_entropy"):
-            found.append(Case(op, "minilm", tuple(op_cases.ragged_lengths(tokens, 128)), torch.float32))
+            shapes.append(("minilm", ragged(tokens, 128)))
         if op in ("attention", "layer_norm", "bias_gelu"):
-            found.append(Case(op, "bert-large", tuple(op_cases.ragged_lengths(tokens, 128)), torch.float32))
+            shapes.append(("bert-large", ragged(tokens, 128)))
+        found += [Case(op, name, tuple(lengths), torch.float32) for name, lengths in shapes]
     return found
 
 
@@ -346,139 +343,6 @@ def _summary(times, ours, size, flops, least, gib):
         "gb_per_s": round(size / median / 1e9, 1), "tflop_per_s": round(flops / median / 1e12, 3),
         "percent_of_ceiling": round(100 * least / median, 1), "peak_gib": None if gib is None else round(gib, 6),
     }  # fmt: skip
-
-
-def title(result):
-    facts = result["machine"]
-    words = f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}, {result['date']}"
-    if "threads" in facts:
-        words = f"{facts['threads']} thread{'s' * (facts['threads'] > 1)} of {words}"
-    return f"REHEARSAL, times mean nothing: {words}" if "rehearsal" in facts else words
-
-
-def markdown(result):
-    """The result as tables, one for each case."""
-    ceilings = result["settings"]["ceilings"]
-    lines = [
-        "# Ops",
-        "",
-        f"{title(result)}. `{result['command']}`. Measured ceilings: copy {ceilings['copy'] / 1e9:.0f} GB/s, matrix "
-        f"product {ceilings['product'] / 1e12:.2f} TFLOP/s. Times are medians in µs, quartiles those of both passes; "
-        "% is of the ceiling that binds: the least bytes over the copy's rate or the FLOPs over the product's. Rates "
-        f"count real tokens.{_of_the_clock(result)}",
-        *_peers(result),
-        "",
-        *_losses(result["rows"]),
-    ]
-    for name, rows in itertools.groupby(result["rows"], key=lambda row: row["case"]):
-        rows = {row["pass"]: row for row in rows}
-        both = rows["both"]
-        lines += [
-            "",
-            f"## {name}" + (" (rehearsal)" if "rehearsal" in result["machine"] else ""),
-            "",
-            f"At least {both['bytes'] / 1e6:.1f} MB and {both['flops'] / 1e9:.2f} GFLOP: {both['floor_us']} µs. "
-            f"{both['tokens']} tokens, {both['padded_tokens']} with padding.",
-            "",
-            "| variant | forward | backward | both | quartiles | times fastbert's | GB/s | TFLOP/s | % forward "
-            "| % backward | MiB |",
-            "|---|---|---|---|---|---|---|---|---|---|---|",
-        ]
-        for variant, forward in rows["forward"]["summary"].items():
-            backward, whole = (rows[what]["summary"].get(variant) for what in PASSES[1:])
-            if whole is None:
-                cells = [forward["median_us"], "", "", "", f"{forward['times_fastbert']}x (forward)", "", ""]
-                cells += [forward["percent_of_ceiling"], "", _mib(forward)]
-            else:
-                cells = [forward["median_us"], backward["median_us"], whole["median_us"]]
-                cells += [" to ".join(map(str, whole["quartiles_us"])), f"{whole['times_fastbert']}x"]
-                cells += [whole["gb_per_s"], whole["tflop_per_s"]]
-                cells += [forward["percent_of_ceiling"], backward["percent_of_ceiling"], _mib(whole)]
-            lines.append(f"| {variant} | " + " | ".join("" if cell is None else str(cell) for cell in cells) + " |")
-        if both.get("waiting"):
-            lines += ["", f"Waiting for the device within, so with the host's time: {', '.join(both['waiting'])}."]
-        if both["not_measured"]:
-            lines += ["", "Not measured:", ""]
-            lines += [f"- {variant}: {reason}" for variant, reason in both["not_measured"].items()]
-    if result["settings"]["left_out"]:
-        lines += ["", "Left out, for want of time:", ""]
-        lines += [f"- {name}" for name in result["settings"]["left_out"]]
-    return "\n".join(lines) + "\n"
-
-
-def _of_the_clock(result):
-    empty = result["settings"].get("empty_call_us")
-    return "" if empty is None else f" An empty call takes {empty} µs: so much of every pass is the clock's."
-
-
-def _peers(result):
-    named = [f"{name} {version}" for name, version in result["settings"].get("peers", {}).items()]
-    return ["", f"Installed beside: {', '.join(named)}."] if named else []
-
-
-def _mib(part):
-    return None if part["peak_gib"] is None else round(1024 * part["peak_gib"], 1)
-
-
-def lost(row):
-    """{variant: its time over fastbert's} of those that are faster in a row, beyond the spread of the rounds."""
-    return {
-        name: part["times_fastbert"]
-        for name, part in row["summary"].items()
-        if name != "fastbert" and part["times_fastbert_quartiles"][1] < 1
-    }
-
-
-def _losses(rows):
-    found = [(row, lost(row)) for row in rows]
-    found = [(row, others) for row, others in found if others]
-    if not found:
-        return ["Nothing here is faster than fastbert beyond the spread of the rounds."]
-    return ["Faster than fastbert, beyond the spread of the rounds:", ""] + [
-        f"- {row['case']}, {row['pass']}: "
-        + ", ".join(f"{name} ({times:.2f}x of its time)" for name, times in sorted(others.items(), key=lambda x: x[1]))
-        for row, others in found
-    ]
-
-
-def write(result, folder):
-    measured = {name for row in result["rows"] for name in row["seconds"]}
-    result["not_measured"] = {
-        name: reason for row in result["rows"] for name, reason in row["not_measured"].items() if name not in measured
-    }
-    record.save(result, folder / "ops.json")
-    (folder / "ops.md").write_text(markdown(result), encoding="utf-8")
-    if result["rows"]:
-        names = [
-            name
-            for name in result["rows"][0]
-            if name not in ("seconds", "summary", "waiting", "disagreement", "not_measured")
-        ]
-        with open(folder / "ops.csv", "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            figures = list(result["rows"][0]["summary"]["fastbert"])
-            writer.writerow([*names, "variant", *figures])
-            for row in result["rows"]:
-                for variant, part in row["summary"].items():
-                    writer.writerow([*(row[name] for name in names), variant, *(part[name] for name in figures)])
-
-
-def told(rows):
-    """A case in a line: fastbert's times, and the best of the others."""
-    forward, backward, both = (row["summary"] for row in rows)
-    ours = both["fastbert"]
-    line = (
-        f"{rows[0]['case']}: {forward['fastbert']['median_us']} + {backward['fastbert']['median_us']} µs, "
-        f"{ours['percent_of_ceiling']} % of the ceiling"
-    )
-    others = {name: part for name, part in both.items() if name != "fastbert"}
-    if others:
-        best = min(others, key=lambda name: others[name]["times_fastbert"])
-        low, high = others[best]["times_fastbert_quartiles"]
-        verdict = "fastbert LOSES" if high < 1 else "fastbert wins" if low > 1 else "as fast, within the spread"
-        times = others[best]["times_fastbert"]
-        line += f"; best of {len(others)} others: {best}, {times:.2f}x fastbert's time: {verdict}"
-    return line
 
 
 def warm(todo, device):

@@ -314,9 +314,9 @@ def highlights(results):
     for row in rows_of("ops.json"):
         cases.setdefault(row["case"], []).append(row)
     if cases:
-        import bench_ops
+        import op_pages
 
-        lines += [bench_ops.told(rows) for rows in cases.values()]
+        lines += [op_pages.told(rows) for rows in cases.values()]
     for row in rows_of("training_step.json"):
         figures = row["summary"]
         packed = figures.get("fastbert, packed")

@@ -15,7 +15,7 @@ import functools
 import json
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 # before anything imports triton
@@ -29,6 +29,8 @@ from counter import BANDWIDTH, PRODUCTS, ROOT, Kernel, counting, distinct
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastbert import ops
+from fastbert.proof import op_cases
+from fastbert.proof.op_cases import TABLE, Tensors, run_of
 
 RESULT = ROOT / "benchmarks" / "results" / "traffic.json"
 NOTES = ROOT / "kernels" / "NOTES.md"
@@ -36,255 +38,157 @@ NOTES = ROOT / "kernels" / "NOTES.md"
 # of an H200
 MULTIPROCESSORS = 132
 
-# BERT-base; 16,384 tokens, of which 15 % are picked for the loss
-FULL = dict(T=16384, S=128, D=768, H=12, K=64, F=3072, V=30522, P=512, M=2458, Q=4096, N=8192, R=256)
-DTYPE = torch.bfloat16
 DROPOUT = 0.1
 
 
-def normal(*shape):
-    return torch.randn(*shape).to(DTYPE).requires_grad_()
+def sized(z, **changes):
+    """The sizes with these changed: sequences of one length, S."""
+    S = changes.pop("S", z.S)
+    z = replace(z, **changes)
+    return replace(z, lengths=(min(S, z.T),) * max(z.T // S, 1))
 
 
-def dropped(x, dropout_p):
-    # what F.dropout runs on a GPU: one kernel that also writes a mask of bytes
-    return torch.native_dropout(x, dropout_p, True)[0] if dropout_p else x
+# BERT-base; 16,384 tokens, of which 15 % are picked for the loss
+FULL = replace(op_cases.Case("attention", "bert-base", (128,) * 128).sizes, P=512)
 
 
-def options(z):
-    return dict(dropout_p=z["dropout_p"], seed=torch.zeros(1, dtype=torch.int64)) if z["dropout_p"] else {}
+def called(op, function, z):
+    """(function to call, the tensors that want gradients) of anything with the op's own arguments."""
+    arguments = TABLE[op].arguments(z, Tensors(z, "cpu"))
+    if op == "embedding":
+        # every token a word of its own: what real text repeats comes from cache
+        arguments["input_ids"] = torch.randperm(z.V)[: z.T]
+        arguments |= {f"{name}_ids": torch.arange(z.T) % n for name, n in (("position", z.P), ("token_type", 2))}
+    run = run_of(function, arguments)
+    return run.forward, run.leaves
 
 
-def fused_attention(z):
-    qkv, cu_seqlens = normal(z["T"], 3, z["H"], z["K"]), torch.arange(z["T"] // z["S"] + 1, dtype=torch.int32) * z["S"]
-    dropout = options(z)
-    return lambda: ops.attention(qkv, None, None, cu_seqlens, z["S"], impl="triton", **dropout), [qkv]
+def plain(op):
+    return lambda z: called(op, TABLE[op].plain, z)
 
 
-def heads(z):
-    """q, k, v [B, H, S, K] as views of the projections, which are [B, S, H, K]."""
-    leaves = [normal(z["T"] // z["S"], z["S"], z["H"], z["K"]) for _ in range(3)]
-    return leaves, lambda: [x.transpose(1, 2) for x in leaves]
+def rectangle(z, *tables):
+    """[B, S, H, K], the projections of a model without packing, thrice; and tables of these shapes."""
+    new = Tensors(z, "cpu")
+    shapes = *[(len(z.lengths), z.S, z.H, z.K)] * 3, *tables
+    return [new.normal(*shape).requires_grad_() for shape in shapes]
+
+
+def on_heads(attend, z, *tables):
+    """A call of attend(q, k, v, ...) with views [B, H, S, K] of projections; its result [T, H * K]."""
+    leaves = rectangle(z, *tables)
+
+    def call():
+        views = [x.transpose(1, 2) for x in leaves[:3]]
+        return attend(*views, *leaves[3:]).transpose(1, 2).reshape(z.T, -1)
+
+    return call, leaves
 
 
 def softmax_attention(z):
-    leaves, views = heads(z)
-
-    def attend():
-        q, k, v = views()
-        p = torch.softmax(q @ k.transpose(2, 3) * z["K"] ** -0.5, -1)
-        return (dropped(p, z["dropout_p"]) @ v).transpose(1, 2).reshape(z["T"], -1)
-
-    return attend, leaves
+    return on_heads(functools.partial(TABLE["attention"].plain, dropout_p=z.dropout_p), z)
 
 
 def sdpa(z):
-    leaves, views = heads(z)
-    return lambda: F.scaled_dot_product_attention(*views()).transpose(1, 2).reshape(z["T"], -1), leaves
+    return on_heads(F.scaled_dot_product_attention, z)
 
 
-def fused_disentangled_attention(z):
-    leaves = [normal(z["T"], 3, z["H"], z["K"]), *(normal(2 * z["R"], z["H"], z["K"]) for _ in range(2))]
-    cu_seqlens = torch.arange(z["T"] // z["S"] + 1, dtype=torch.int32) * z["S"]
-    positions = dict(position_buckets=z["R"], max_relative_positions=512)
-    return lambda: ops.disentangled_attention(
-        leaves[0], None, None, *leaves[1:], cu_seqlens, z["S"], impl="triton", **positions
-    ), leaves
-
-
-def plain_disentangled_attention(z):
-    # as in transformers: the products with all positions of the table, then a gather into the scores
-    leaves, views = heads(z)
-    pos_key, pos_query = (normal(z["H"], 2 * z["R"], z["K"]) for _ in range(2))
-    index = torch.zeros(z["S"], z["S"], dtype=torch.int64).expand(z["T"] // z["S"], z["H"], -1, -1)
-
-    def attend():
-        q, k, v = views()
-        scores = q @ k.transpose(2, 3)
-        scores = scores + (q @ pos_key.transpose(1, 2)).gather(-1, index)
-        scores = scores + (k @ pos_query.transpose(1, 2)).gather(-1, index).transpose(2, 3)
-        return (torch.softmax(scores * (3 * z["K"]) ** -0.5, -1) @ v).transpose(1, 2).reshape(z["T"], -1)
-
-    return attend, [*leaves, pos_key, pos_query]
-
-
-def fused_layer_norm(z):
-    leaves = x, residual, weight, bias = normal(z["T"], z["D"]), normal(z["T"], z["D"]), normal(z["D"]), normal(z["D"])
-    dropout = options(z)
-    return lambda: ops.layer_norm(x, weight, bias, residual=residual, impl="triton", **dropout), leaves
-
-
-def plain_layer_norm(z):
-    leaves = x, residual, weight, bias = normal(z["T"], z["D"]), normal(z["T"], z["D"]), normal(z["D"]), normal(z["D"])
-    return lambda: F.layer_norm(dropped(x, z["dropout_p"]) + residual, (z["D"],), weight, bias), leaves
-
-
-def fused_bias_gelu(z):
-    leaves = x, bias = normal(z["T"], z["F"]), normal(z["F"])
-    return lambda: ops.bias_gelu(x, bias, impl="triton"), leaves
-
-
-def plain_bias_gelu(z):
-    leaves = x, bias = normal(z["T"], z["F"]), normal(z["F"])
-    return lambda: F.gelu(x + bias), leaves
+def gathered_attention(z):
+    index = torch.zeros(1, 1, z.S, z.S, dtype=torch.int64)
+    attend = functools.partial(TABLE["disentangled_attention"].plain, c2p=index, p2c=index)
+    return on_heads(attend, z, *[(2 * z.R, z.H, z.K)] * 2)
 
 
 def gelu_alone(z):
-    x = normal(z["T"], z["F"])
+    x = Tensors(z, "cpu").normal(z.T, z.F).requires_grad_()
     # a linear layer adds its bias inside the product; its gradient is a pass over dx all the same
     x.register_hook(lambda dx: (dx.sum(0), dx)[1])
     return lambda: F.gelu(x), [x]
 
 
-def fused_gelu_layer_norm(z):
-    leaves = x, bias, weight, ln_bias = normal(z["M"], z["D"]), *(normal(z["D"]) for _ in range(3))
-    return lambda: ops.gelu_layer_norm(x, bias, weight, ln_bias, impl="triton"), leaves
+def dense_cross_entropy(z):
+    return plain("masked_cross_entropy")(replace(z, M=z.T))
 
 
-def plain_gelu_layer_norm(z):
-    leaves = x, bias, weight, ln_bias = normal(z["M"], z["D"]), *(normal(z["D"]) for _ in range(3))
-    return lambda: F.layer_norm(F.gelu(x + bias), (z["D"],), weight, ln_bias), leaves
-
-
-def ids_and_tables(z):
-    # every token a word of its own: what real text repeats comes from cache
-    ids = torch.randperm(z["V"])[: z["T"]], torch.arange(z["T"]) % z["P"], torch.arange(z["T"]) % 2
-    return ids, [normal(z["V"], z["D"]), normal(z["P"], z["D"]), normal(2, z["D"]), normal(z["D"]), normal(z["D"])]
-
-
-def fused_embedding(z):
-    (ids, leaves), dropout = ids_and_tables(z), options(z)
-    return lambda: ops.embedding(*ids, *leaves, impl="triton", **dropout), leaves
-
-
-def plain_embedding(z):
-    ids, leaves = ids_and_tables(z)
-
-    def embed():
-        x = F.embedding(ids[0], leaves[0]) + F.embedding(ids[2], leaves[2]) + F.embedding(ids[1], leaves[1])
-        return dropped(F.layer_norm(x, (z["D"],), *leaves[3:]), z["dropout_p"])
-
-    return embed, leaves
-
-
-def head(z, rows):
-    return torch.arange(rows) % z["V"], [normal(rows, z["D"]), normal(z["V"], z["D"]), normal(z["V"])]
-
-
-def fused_cross_entropy(z):
-    labels, leaves = head(z, z["M"])
-    return lambda: ops.masked_cross_entropy(*leaves, labels, impl="triton")[0], leaves
-
-
-def dense_cross_entropy(z, rows="T"):
-    labels, leaves = head(z, z[rows])
-    # in fp32, as under autocast
-    return lambda: F.cross_entropy(F.linear(*leaves).float(), labels), leaves
-
-
-def picked_cross_entropy(z):
-    return dense_cross_entropy(z, "M")
-
-
-def fused_pooling(z):
-    hidden, cu_seqlens = normal(z["T"], z["D"]), torch.arange(z["T"] // z["S"] + 1, dtype=torch.int32) * z["S"]
-    return lambda: ops.pooling(hidden, cu_seqlens, normalize=True, impl="triton"), [hidden]
-
-
-def plain_pooling(z):
-    # as in sentence-transformers, on a batch that happens to need no padding
-    hidden = normal(z["T"] // z["S"], z["S"], z["D"])
-    mask = torch.ones(hidden.shape[:2], dtype=torch.int64)
-
-    def pool():
-        wide = mask.unsqueeze(-1).expand(hidden.shape).to(hidden.dtype)
-        return F.normalize((hidden * wide).sum(1) / wide.sum(1).clamp(min=1e-9))
-
-    return pool, [hidden]
-
-
-def fused_contrastive(z):
-    leaves = query, document = normal(z["Q"], z["D"]), normal(z["N"], z["D"])
-    return lambda: ops.contrastive_cross_entropy(query, document, scale=20.0, impl="triton")[0], leaves
-
-
-def plain_contrastive(z):
-    leaves = query, document = normal(z["Q"], z["D"]), normal(z["N"], z["D"])
-    return lambda: F.cross_entropy((query @ document.T).float() * 20.0, torch.arange(z["Q"])), leaves
+def masked_mean(z):
+    # a batch that happens to need no padding
+    hidden = Tensors(z, "cpu").normal(len(z.lengths), z.S, z.D).requires_grad_()
+    weights = torch.ones(*hidden.shape[:2], 1, dtype=z.dtype)
+    return lambda: TABLE["pooling"].plain(hidden, weights), [hidden]
 
 
 @dataclass(eq=False)
 class Case:
     """One line of the table: an op at a size, and what plain PyTorch would run instead.
 
-    fused, plain: functions of the sizes that give (function to call, the tensors that want gradients). small: sizes
+    plain: {name: function of the sizes that gives (function to call, the tensors that want gradients)}. small: sizes
     at which the interpreter counts. full: what differs from FULL.
     """
 
     op: str
     shape: str
-    fused: object
     plain: dict
     small: dict
     full: dict = field(default_factory=dict)
     dropout_p: float = 0.0
 
     def sizes(self, which):
-        return {**FULL, "dropout_p": self.dropout_p, **(self.full if which == "full" else {**self.full, **self.small})}
+        return sized(FULL, dropout_p=self.dropout_p, **self.full, **(self.small if which == "small" else {}))
+
+    def fused(self, z):
+        return called(self.op, functools.partial(getattr(ops, self.op), impl="triton"), z)
 
 
 def attention_case(S, dropout_p):
     plain = {"softmax": softmax_attention, "sdpa": sdpa} if dropout_p == 0.0 else {"softmax": softmax_attention}
     name = f"S = {S}" + (", dropout" if dropout_p else "")
-    return Case("attention", name, fused_attention, plain, dict(T=S, H=1), dict(S=S), dropout_p)
+    return Case("attention", name, plain, dict(T=S, H=1, D=64), dict(S=S), dropout_p)
 
 
+add_norm = {"dropout, add, layer_norm": plain("layer_norm")}
 CASES = [
     *(attention_case(S, p) for S in (128, 512) for p in (0.0, DROPOUT)),
     *(
-        Case(
-            "disentangled_attention", f"S = {S}", fused_disentangled_attention,
-            {"gathers, softmax": plain_disentangled_attention}, dict(T=S, H=1), dict(S=S),
-        )
+        Case("disentangled_attention", f"S = {S}", {"gathers, softmax": gathered_attention},
+             dict(T=S, H=1, D=64), dict(S=S))
         for S in (128, 256)
     ),
-    Case("layer_norm", "residual", fused_layer_norm, {"dropout, add, layer_norm": plain_layer_norm}, dict(T=32)),
-    Case(
-        "layer_norm", "residual, dropout", fused_layer_norm, {"dropout, add, layer_norm": plain_layer_norm},
-        dict(T=32), dropout_p=DROPOUT,
-    ),
-    Case(
-        "bias_gelu", "F = 3072", fused_bias_gelu, {"add, gelu": plain_bias_gelu, "gelu alone": gelu_alone}, dict(T=16)
-    ),
-    Case(
-        "gelu_layer_norm", "M = 2458", fused_gelu_layer_norm,
-        {"add, gelu, layer_norm": plain_gelu_layer_norm}, dict(M=32),
-    ),
+    Case("layer_norm", "residual", add_norm, dict(T=32)),
+    Case("layer_norm", "residual, dropout", add_norm, dict(T=32), dropout_p=DROPOUT),
+    Case("bias_gelu", "F = 3072", {"add, gelu": plain("bias_gelu"), "gelu alone": gelu_alone}, dict(T=16)),
+    Case("gelu_layer_norm", "M = 2458", {"add, gelu, layer_norm": plain("gelu_layer_norm")}, dict(M=32)),
     # three chunks of sorted ids
-    Case("embedding", "dropout", fused_embedding, {"lookups, layer_norm, dropout": plain_embedding},
+    Case("embedding", "dropout", {"lookups, layer_norm, dropout": plain("embedding")},
          dict(T=136, D=256, V=150, P=100), dropout_p=DROPOUT),
     Case(
-        "masked_cross_entropy", "M = 2458", fused_cross_entropy,
-        {"logits of all tokens": dense_cross_entropy, "logits of picked rows": picked_cross_entropy},
+        "masked_cross_entropy", "M = 2458",
+        {"logits of all tokens": dense_cross_entropy, "logits of picked rows": plain("masked_cross_entropy")},
         dict(M=16, V=640, D=16),
     ),
-    Case("pooling", "mean, L2, S = 128", fused_pooling, {"mask, sum, normalize": plain_pooling}, dict(T=256, D=256)),
-    Case(
-        "contrastive_cross_entropy", "4096 x 8192", fused_contrastive,
-        {"scores, cross_entropy": plain_contrastive}, dict(Q=16, N=640, D=16),
-    ),
+    Case("pooling", "mean, L2, S = 128", {"mask, sum, normalize": masked_mean}, dict(T=256, D=256)),
+    Case("contrastive_cross_entropy", "4096 x 8192", {"scores, cross_entropy": plain("contrastive_cross_entropy")},
+         dict(Q=16, N=640, D=16)),
 ]  # fmt: skip
+
+
+def _dropout_on_a_gpu(x, dropout_p):
+    # one kernel that also writes a mask of bytes
+    return torch.native_dropout(x, dropout_p, True)[0] if dropout_p else x
 
 
 def count(make, sizes, fake=False):
     """(kernels of the forward, kernels of the backward) of one call."""
-    with FakeTensorMode() if fake else contextlib.nullcontext():
-        function, leaves = make(sizes)
-        with counting() as forward:
-            out = function()
-        dout = torch.empty_like(out).fill_(1)
-        with counting() as backward:
-            torch.autograd.grad(out, leaves, dout)
+    dropout, F.dropout = F.dropout, _dropout_on_a_gpu
+    try:
+        with FakeTensorMode() if fake else contextlib.nullcontext():
+            function, leaves = make(sizes)
+            with counting() as forward:
+                out = function()
+            dout = torch.empty_like(out).fill_(1)
+            with counting() as backward:
+                torch.autograd.grad(out, leaves, dout)
+    finally:
+        F.dropout = dropout
     return forward, backward
 
 
@@ -323,7 +227,7 @@ def fused(case, sizes):
     """(kernels of the forward, of the backward) of an op at `sizes`, from what was counted at the case's small ones."""
     small = case.sizes("small")
     # products of a tile belong to one sequence and head, of equal length in both
-    scale = sizes["T"] * sizes["H"] // (small["T"] * small["H"])
+    scale = sizes.T * sizes.H // (small.T * small.H)
     small_passes = counted(case)
     with as_on_device():
         passes = count(case.fused, sizes, fake=True)
@@ -360,8 +264,8 @@ def measure():
     return {
         "what": "counted, not timed: bytes and FLOPs of every kernel over the ceilings of an H200",
         "ceilings": {"bytes_per_second": BANDWIDTH, "flops_per_second": PRODUCTS, "multiprocessors": MULTIPROCESSORS},
-        "dtype": str(DTYPE).removeprefix("torch."),
-        "sizes": FULL,
+        "dtype": str(FULL.dtype).removeprefix("torch."),
+        "sizes": {letter: getattr(FULL, letter) for letter in "TSDHKFVPMQNR"},
         "rows": rows,
     }
 

@@ -3,10 +3,9 @@
     python benchmarks/tune.py                     writes kernels/profiles/<device>.json: commit it
     python benchmarks/tune.py --seconds 120       the classes that matter most first; the rest keep what they had
 
-Every op runs forward and backward at the shapes of BERT-base and -large, MiniLM and DeBERTa-base, in bf16 and fp32,
-with and without dropout, under the search of kernels/_launch.py. A class of shapes whose default is the fastest, or
-within the noise of it, gets no entry, so that a better default takes effect. Without a GPU it rehearses on tiny shapes
-in Triton's interpreter.
+Every op runs forward and backward at the shapes of the models that have it, in bf16 and fp32, with and without dropout,
+under the search of kernels/_launch.py. A class of shapes whose default is the fastest, or within the noise of it, gets
+no entry, so that a better default takes effect. Without a GPU it rehearses on tiny shapes in Triton's interpreter.
 """
 
 import argparse
@@ -35,21 +34,20 @@ from fastbert.proof import op_cases
 from fastbert.proof.op_cases import Case
 
 PROFILES = _launch.PROFILES
-MODELS = ("bert-base", "deberta-base", "bert-large", "minilm")
+MODELS = ("bert-base", "deberta-base", "mpnet-base", "bert-large", "minilm")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def cases(device, models=MODELS, dtypes=tuple(DTYPES)):
     """Every class of shapes once, the ones that matter most first. Without a GPU: of tiny models."""
     if device.type != "cuda":
-        models = {"disentangled_attention": "tiny-deberta"}
-        return [Case(op, models.get(op, "tiny"), (3, 8, 5), torch.float32) for op in op_cases.OPS]
+        return [Case(op, "tiny", (3, 8, 5), torch.float32) for op in op_cases.OPS]
     found = []
     for dtype in (DTYPES[name] for name in dtypes):
         for model in models:
-            for op in op_cases.OPS:
+            for op, entry in op_cases.TABLE.items():
                 # without its attention, DeBERTa is BERT
-                if (op == "disentangled_attention") != (model == "deberta-base"):
+                if model not in entry.models or (model == "deberta-base" and entry.models != (model,)):
                     continue
                 by_length = op in ("attention", "disentangled_attention")
                 for S in (128, 512, 256, 64) if by_length else (128,):

@@ -216,8 +216,9 @@ def convert(source, destination, allow_pickle):
 )
 @click.option("--dtype", "dtypes", multiple=True, help="Any of bf16 fp16 fp32.  [default: bf16 fp32]")
 @click.option(
-    "--model", "models", multiple=True, help="Any of bert-base bert-large minilm deberta-base.  [default: all]"
-)
+    "--model", "models", multiple=True,
+    help="Any of bert-base bert-large minilm deberta-base mpnet-base.  [default: all]",
+)  # fmt: skip
 @click.option("--op", "ops", multiple=True, help="Ops to compile: functions of fastbert.ops.  [default: all]")
 @click.option("--candidates", is_flag=True, help="Also compile the launch settings that autotuning would try.")
 @click.option("--json", "json_file", metavar="FILE", help="Also write the report as JSON.")

@@ -1,34 +1,43 @@
-"""One small call of every op: the table that tests of all ops at once go through. A new op is a new entry of CALLS."""
+"""One small call of every op, from the table of ops: what tests of all ops at once go through. A new op: an entry."""
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from helpers import cu_seqlens_of
 
 from fastbert import ops
+from fastbert.proof.op_cases import TABLE, Sizes, Tensors
+
+# two rows more than the sequences have
+SIZES = Sizes(
+    (3, 6), T=11, D=24, H=2, F=37, V=37, P=6, R=2, M=7, Q=5, N=7, dtype=torch.float32, dropout_p=0.3
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Call:
     """A call `ops.<op>(**arguments())`.
 
-    make: gives the arguments by name; floating tensors are drawn in fp32. tokens: names of those with a row for each
-    token. exact: the same values give the same bits however they lie in memory, which a product by the device's own
-    matrix library does not promise.
+    tokens: names of the arguments with a row for each token. sizes: what differs from SIZES. options: gives what
+    takes the place of the table's arguments, or stands beside them; floating tensors are drawn in fp32. exact: the same
+    values give the same bits however they lie in memory, which a product by the device's own matrix library does not
+    promise.
     """
 
     op: str
-    make: Callable
     tokens: tuple
+    sizes: dict = field(default_factory=dict)
+    options: Callable = dict
     exact: bool = True
 
     def arguments(self, device, dtype=torch.float32, **changes):
         """The same values each time, on `device`, floating ones as `dtype`. Arguments in `changes` are replaced."""
+        sizes = replace(SIZES, **self.sizes)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            made = self.make() | changes
+            made = TABLE[self.op].arguments(sizes, Tensors(sizes, "cpu")) | self.options() | changes
         return {name: _moved(value, device, dtype) for name, value in made.items()}
 
     def takes(self, name):
@@ -60,106 +69,63 @@ def _moved(value, device, dtype):
     return value.to(device, dtype if value.is_floating_point() else value.dtype)
 
 
-def _dropout():
-    return dict(dropout_p=0.3, seed=torch.tensor([2**40 + 5]), offset=3)
-
-
-def _sequences(*lengths, max_seqlen=0):
-    return dict(cu_seqlens=cu_seqlens_of(lengths, "cpu"), max_seqlen=max(max_seqlen, *lengths))
-
-
-def _attention(**options):
-    # two rows more than the sequences have
-    return dict(q=torch.randn(11, 3, 2, 12), k=None, v=None, **_sequences(3, 6), **_dropout()) | options
-
-
-def _attention_of_some_rows():
+def _some_rows():
     return dict(
-        q=torch.randn(5, 2, 12), k=torch.randn(11, 2, 2, 12), v=None, **_sequences(3, 6),
-        cu_seqlens_q=cu_seqlens_of([2, 2], "cpu"), max_seqlen_q=2, **_dropout(),
-    )  # fmt: skip
-
-
-def _attention_apart():
-    q, k, v = (torch.randn(11, 2, 12) for _ in range(3))
-    return dict(q=q, k=k, v=v, **_sequences(3, 6))
-
-
-def _biased_attention():
-    return _attention(**_sequences(9)) | dict(bias=torch.randn(18, 2))
-
-
-def _disentangled_attention():
-    tables = dict(pos_key=torch.randn(4, 2, 12), pos_query=torch.randn(4, 2, 12), position_buckets=2)
-    return _attention(**_sequences(9)) | tables | dict(max_relative_positions=8)
-
-
-def _layer_norm(**options):
-    x, residual = torch.randn(5, 37), torch.randn(5, 37)
-    return dict(x=x, weight=torch.randn(37), bias=torch.randn(37), residual=residual, **_dropout()) | options
-
-
-def _bias_gelu(approximate):
-    return dict(x=torch.randn(5, 37), bias=torch.randn(37), approximate=approximate)
-
-
-def _gelu_layer_norm():
-    return dict(x=torch.randn(5, 37), bias=torch.randn(37), weight=torch.randn(37), ln_bias=torch.randn(37))
-
-
-def _embedding(types):
-    ids = dict(
-        input_ids=torch.randint(1, 11, (9,)), position_ids=torch.arange(9) % 5, token_type_ids=torch.arange(9) % types
+        q=torch.randn(5, 2, 12), k=torch.randn(11, 2, 2, 12), cu_seqlens_q=cu_seqlens_of([2, 2], "cpu"), max_seqlen_q=2
     )
-    tables = dict(word=torch.randn(11, 37), position=torch.randn(6, 37), token_type=torch.randn(types, 37))
-    return dict(**ids, **tables, weight=torch.randn(37), bias=torch.randn(37), padding_idx=2, **_dropout())
 
 
-def _pooling(**options):
-    # two rows more than the sequences have
-    return dict(hidden=torch.randn(11, 37), cu_seqlens=cu_seqlens_of([3, 0, 6], "cpu")) | options
+def _apart():
+    return {name: torch.randn(11, 2, 12) for name in "qkv"}
 
 
-def _masked_cross_entropy(**options):
-    labels = torch.tensor([3, -100, 36, 0, 7, -100, 3])
-    return dict(hidden=torch.randn(7, 24), weight=torch.randn(37, 24), bias=torch.randn(37), labels=labels) | options
+def _picked(**options):
+    return dict(labels=torch.tensor([3, -100, 36, 0, 7, -100, 3])) | options
 
 
-def _contrastive_cross_entropy(**options):
+def _documents(**options):
     # two hard negatives, and a query without a document
-    labels = torch.tensor([2, 0, -100, 5, 1])
-    return dict(query=torch.randn(5, 24), document=torch.randn(7, 24), labels=labels, scale=torch.tensor(2.0)) | options
+    return dict(labels=torch.tensor([2, 0, -100, 5, 1]), scale=torch.tensor(2.0)) | options
 
 
+def _ids(types=2):
+    # words twice; none is the padding, whose gradient is left out of what the function's own would be
+    words = torch.tensor([3, 1, 7, 1, 10, 5, 9, 4, 3])
+    ids = dict(input_ids=words, position_ids=torch.arange(9) % 5, token_type_ids=torch.arange(9) % types)
+    return dict(**ids, token_type=torch.randn(types, 37), padding_idx=2)
+
+
+_ONE, _ROWS = dict(lengths=(9,)), dict(T=5, M=5, D=37)
+_WORDS, _TOKENS = dict(T=9, D=37, V=11), ("input_ids", "position_ids", "token_type_ids")
+_POOLED = dict(lengths=(3, 0, 6), D=37)
 CALLS = {
-    "attention": Call("attention", _attention, ("q",)),
-    "attention-tiled": Call("attention", lambda: _attention(**_sequences(9, max_seqlen=65)), ("q",)),
-    "attention-some_rows": Call("attention", _attention_of_some_rows, ("q", "k")),
-    "attention-apart": Call("attention", _attention_apart, ("q", "k", "v")),
-    "attention-window": Call("attention", lambda: _attention(**_sequences(9, max_seqlen=65), window=3), ("q",)),
-    "biased_attention": Call("biased_attention", _biased_attention, ("q",)),
-    "disentangled_attention": Call("disentangled_attention", _disentangled_attention, ("q",)),
-    "layer_norm": Call("layer_norm", _layer_norm, ("x", "residual")),
+    "attention": Call("attention", ("q",)),
+    "attention-tiled": Call("attention", ("q",), _ONE, lambda: dict(max_seqlen=65)),
+    "attention-some_rows": Call("attention", ("q", "k"), options=_some_rows),
+    "attention-apart": Call("attention", ("q", "k", "v"), dict(dropout_p=0.0), _apart),
+    "attention-window": Call("attention", ("q",), _ONE, lambda: dict(max_seqlen=65, window=3)),
+    "biased_attention": Call("biased_attention", ("q",), _ONE),
+    "disentangled_attention": Call("disentangled_attention", ("q",), _ONE, lambda: dict(max_relative_positions=8)),
+    "layer_norm": Call("layer_norm", ("x", "residual"), _ROWS),
     "layer_norm-bare": Call(
-        "layer_norm", lambda: _layer_norm(residual=None, weight=None, bias=None, dropout_p=0.0, seed=None), ("x",)
+        "layer_norm", ("x",), _ROWS | dict(dropout_p=0.0), lambda: dict(residual=None, weight=None, bias=None)
     ),
-    "bias_gelu": Call("bias_gelu", lambda: _bias_gelu("none"), ("x",)),
-    "bias_gelu-tanh": Call("bias_gelu", lambda: _bias_gelu("tanh"), ("x",)),
-    "gelu_layer_norm": Call("gelu_layer_norm", _gelu_layer_norm, ("x",)),
-    "embedding": Call("embedding", lambda: _embedding(2), ("input_ids", "position_ids", "token_type_ids")),
-    "embedding-three_types": Call("embedding", lambda: _embedding(3), ("input_ids", "position_ids", "token_type_ids")),
-    "pooling": Call("pooling", lambda: _pooling(mode="mean", normalize=True), ("hidden",)),
-    "pooling-max": Call("pooling", lambda: _pooling(mode="max"), ("hidden",)),
-    "masked_cross_entropy": Call("masked_cross_entropy", _masked_cross_entropy, ("hidden", "labels"), exact=False),
+    "bias_gelu": Call("bias_gelu", ("x",), _ROWS),
+    "bias_gelu-tanh": Call("bias_gelu", ("x",), _ROWS, lambda: dict(approximate="tanh")),
+    "gelu_layer_norm": Call("gelu_layer_norm", ("x",), _ROWS),
+    "embedding": Call("embedding", _TOKENS, _WORDS, _ids),
+    "embedding-three_types": Call("embedding", _TOKENS, _WORDS, lambda: _ids(3)),
+    "pooling": Call("pooling", ("hidden",), _POOLED),
+    "pooling-max": Call("pooling", ("hidden",), _POOLED, lambda: dict(mode="max", normalize=False)),
+    "masked_cross_entropy": Call("masked_cross_entropy", ("hidden", "labels"), options=_picked, exact=False),
     "masked_cross_entropy-smoothed": Call(
-        "masked_cross_entropy", lambda: _masked_cross_entropy(bias=None, label_smoothing=0.1), ("hidden", "labels"),
+        "masked_cross_entropy", ("hidden", "labels"), options=lambda: _picked(bias=None, label_smoothing=0.1),
         exact=False,
     ),
     "contrastive_cross_entropy": Call(
-        "contrastive_cross_entropy", _contrastive_cross_entropy, ("query", "labels"), exact=False
+        "contrastive_cross_entropy", ("query", "labels"), options=_documents, exact=False
     ),
     "contrastive_cross_entropy-symmetric": Call(
-        "contrastive_cross_entropy", lambda: _contrastive_cross_entropy(symmetric=True), ("query", "labels"),
-        exact=False,
+        "contrastive_cross_entropy", ("query", "labels"), options=lambda: _documents(symmetric=True), exact=False
     ),
 }  # fmt: skip

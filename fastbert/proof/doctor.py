@@ -13,7 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .. import ops, reference
 from ..training.card import versions
-from . import kernel_cases, offline
+from . import offline
+from .op_cases import OPS
 
 
 def doctor():
@@ -64,7 +65,7 @@ def doctor_compile(archs, dtypes, models, op_names, *, candidates=False, json_fi
     chosen = (("arch", archs), ("dtype", dtypes), ("model", models), ("op", op_names))
     command = ["fastbert", "doctor", "--compile", *(f"--{name}={x}" for name, found in chosen for x in found)]
     archs, dtypes = archs or ("sm_80",), dtypes or ("bf16", "fp32")
-    models, op_names = models or tuple(kernel_cases.MODELS), op_names or tuple(kernel_cases.CASES)
+    models, op_names = models or tuple(offline.MODELS), op_names or tuple(OPS)
     offline.check(archs, dtypes, models, op_names)
     # opened first: not after minutes of compiling shall a path turn out to be wrong
     target = open(json_file, "w", encoding="utf-8") if json_file else None  # noqa: SIM115 (closed below)
@@ -108,7 +109,7 @@ w: warps. reg: registers of a thread; ! where they spill. KiB: shared memory of 
 multiprocessor holds, and what allows no more. 16 B: share of the bytes that go 16 at a time. The rest counts
 instructions of the busiest loop, or of the whole kernel (*). bound: what takes longest, if nothing waits. for: ? is a
 setting that only a search would try; """.replace("\n", " ")
-_LETTERS = {"bert-base": "B", "bert-large": "L", "minilm": "M", "deberta-base": "D"}
+_LETTERS = {"bert-base": "B", "bert-large": "L", "minilm": "M", "deberta-base": "D", "mpnet-base": "P"}
 # width and name; the first two are flush left
 _COLUMNS = (
     (12, "kernel"), (19, "for"), (2, "w"), (5, "reg"), (4, "KiB"), (8, "per SM"), (5, "16 B"), (6, "slots"), (4, "ten"),
@@ -160,7 +161,7 @@ def _cells(row):
 def _short_name(row):
     # the op stands above, or before; one op may launch kernels of another
     name = row["kernel"].strip("_").removesuffix("_kernel")
-    return min((name.removeprefix(op + "_") for op in kernel_cases.CASES), key=len)
+    return min((name.removeprefix(op + "_") for op in OPS), key=len)
 
 
 def _name(row):

@@ -22,9 +22,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import ops
-from . import machine_code
-from .kernel_cases import CASES, DTYPES, MODELS, cases_of
+from . import machine_code, op_cases
 from .machine_code import ARCHITECTURES
+from .op_cases import TABLE
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MODELS = [model for model in op_cases.MODELS if any(model in op.models for op in TABLE.values())]
 
 
 class _Kernels(TorchDispatchMode):
@@ -185,12 +188,18 @@ def _compile_case(arch, dtype, op, case, models, candidates):
     _launch.device_name = lambda: "none"
     if candidates:
         _launch.AUTOTUNE, _launch._microseconds = True, functools.partial(_compile_candidate, offline_driver(arch))
-    run, options = CASES[op][0], CASES[op][1][case]
+
+    def call(model):
+        arguments = op_cases.without_data(op, model, DTYPES[dtype], **TABLE[op].compiled[case])
+        run = op_cases.run_of(functools.partial(getattr(ops, op), impl="triton"), arguments)
+        output = run.forward()
+        torch.autograd.grad(output, run.leaves, torch.empty_like(output))
+
     rows = []
     for model in models:
         _launch._profile.cache_clear()
         try:
-            found = compile_launches(arch, lambda: run(MODELS[model], DTYPES[dtype], **options))  # noqa: B023
+            found = compile_launches(arch, lambda: call(model))  # noqa: B023
         except Exception as error:  # one kernel that does not compile must not hide the others
             found = [_failure(f"{type(error).__name__}: {error}")]
         rows += [row | dict(arch=arch, dtype=dtype, op=op, uses=[dict(model=model, case=case)]) for row in found]
@@ -214,7 +223,7 @@ def _compile_candidate(driver, call):
 def check(archs, dtypes, models, op_names):
     """Raise ValueError, one line of it, where `report` could not work."""
     known = (("architecture", archs, ARCHITECTURES), ("dtype", dtypes, DTYPES), ("model", models, MODELS))
-    for kind, given, table in (*known, ("op", op_names, CASES)):
+    for kind, given, table in (*known, ("op", op_names, TABLE)):
         for name in given:
             if name not in table:
                 raise ValueError(f"no {kind} is called {name!r}: expected one of {', '.join(table)}")
@@ -227,8 +236,8 @@ def check(archs, dtypes, models, op_names):
 def report(archs, dtypes, models, op_names, *, candidates=False, on_progress=lambda done, total: None):
     """What the compiler made of every kernel: a list of dicts, see `compile_launches`, one for each compiled kernel.
 
-    archs, dtypes, models, op_names: keys of ARCHITECTURES, DTYPES, MODELS and CASES. candidates: also the settings that
-    a search would try. Beside the rest each row has "arch", "dtype", "op", "uses" ([{"model", "case"}]), "problems" and
+    archs, dtypes, models, op_names: of ARCHITECTURES, DTYPES, MODELS and TABLE. candidates: also the settings that a
+    search would try. Beside the rest each row has "arch", "dtype", "op", "uses" ([{"model", "case"}]), "problems" and
     "remarks" (sentences). A case that could not be compiled has "error" instead of figures.
 
     Kernels are compiled in as many processes as there are cores; Triton keeps them on disk. Raises ValueError for
@@ -237,10 +246,9 @@ def report(archs, dtypes, models, op_names, *, candidates=False, on_progress=lam
     check(archs, dtypes, models, op_names)
     tasks = []
     for arch, dtype, op in itertools.product(archs, dtypes, op_names):
-        for case in CASES[op][1]:
-            users = tuple(model for model in models if case in cases_of(op, model))
-            if users:
-                tasks.append((arch, dtype, op, case, users, candidates))
+        users = tuple(model for model in models if model in TABLE[op].models)
+        if users:
+            tasks += [(arch, dtype, op, case, users, candidates) for case in TABLE[op].compiled]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     results = {}
     for task, rows in _in_processes(tasks, min(cores, len(tasks))):

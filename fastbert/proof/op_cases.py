@@ -1,10 +1,10 @@
-"""The ops at the shapes of real models, what they cost at least, and how one way to compute them is held to another.
+"""The table of ops: how each is called at the shapes of real models, what it costs at least, its plain PyTorch.
 
-One table for the benchmarks of ops, the tuning of launches and the tests on a GPU. What a user could call instead of
-fastbert stands in op_peers.py. Neither is a script.
+One table for the report of the compiler, the benchmarks of ops, counted traffic, the tuning of launches, and the tests
+that go through all ops. What other libraries offer instead of an op stands in the benchmarks.
 
-Letters: B sequences, S longest, T packed tokens, M picked tokens, D hidden, F feed-forward, H heads, K head size,
-V vocabulary.
+Letters: S longest sequence, T packed rows, M picked rows, D hidden, F feed-forward, H heads, K head size, V vocabulary,
+P positions, R buckets of relative positions, Q queries, N documents.
 """
 
 from collections.abc import Callable
@@ -13,42 +13,336 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from .. import ops, reference
+from .. import reference
 
 
 @dataclass(frozen=True)
-class Model:
-    hidden_size: int
-    heads: int
-    feed_forward: int
-    vocabulary: int
-    position_buckets: int = 0  # DeBERTa's; 0: a model with absolute positions
+class Sizes:
+    """How large a call is."""
+
+    lengths: tuple
+    T: int
+    D: int = 768
+    H: int = 12
+    F: int = 3072
+    V: int = 30522
+    P: int = 512
+    R: int = 256
+    M: int = 1
+    Q: int = 1
+    N: int = 1
+    dtype: torch.dtype = torch.bfloat16
+    dropout_p: float = 0.0
 
     @property
-    def head_size(self):
-        return self.hidden_size // self.heads
+    def S(self):
+        return max(self.lengths)
+
+    @property
+    def K(self):
+        return self.D // self.H
+
+    @property
+    def row(self):
+        """Bytes of one row of hidden states."""
+        return self.D * self.dtype.itemsize
+
+    @property
+    def pairs(self):
+        """Multiply-adds of one product of queries and keys."""
+        return self.D * sum(n * n for n in self.lengths)
 
 
-MODELS = {
-    "bert-base": Model(768, 12, 3072, 30522),
-    "bert-large": Model(1024, 16, 4096, 30522),
-    "minilm": Model(384, 12, 1536, 30522),
-    "mpnet-base": Model(768, 12, 3072, 30527),
-    "deberta-base": Model(768, 12, 3072, 128100, position_buckets=256),
-    # for rehearsals in Triton's interpreter
-    "tiny": Model(32, 2, 40, 61),
-    "tiny-deberta": Model(32, 2, 40, 61, position_buckets=4),
-}
+class Tensors:
+    """Makes the tensors of a call: random numbers, on the "meta" device none. wide: dtype of parameters, if another."""
+
+    def __init__(self, sizes, device, wide=None):
+        self.sizes, self.device, self.wide = sizes, torch.device(device), wide or sizes.dtype
+
+    def normal(self, *shape, scale=1.0):
+        return torch.randn(*shape, device=self.device, dtype=self.sizes.dtype) * scale
+
+    def parameter(self, *shape):
+        """A parameter, or what a residual is added to: fp32 under autocast."""
+        return torch.randn(*shape, device=self.device, dtype=self.wide)
+
+    def ids(self, below, count):
+        return torch.randint(below, (count,), device=self.device)
+
+    def sequences(self):
+        cu_seqlens = torch.tensor([0, *self.sizes.lengths], device=self.device).cumsum(0).to(torch.int32)
+        return dict(cu_seqlens=cu_seqlens, max_seqlen=self.sizes.S)
+
+    def dropout(self):
+        if not self.sizes.dropout_p:
+            return {}
+        # a seed that 32 bits do not hold
+        seed = torch.tensor([2**40 + 5], device=self.device)
+        return dict(dropout_p=self.sizes.dropout_p, seed=seed, offset=3)
+
+
+class Op:
+    """An entry of the table.
+
+    arguments(z, new): what one call takes, by name, from Sizes and Tensors; weights are scaled so that the loss is that
+    of an untrained model. floor(z): {pass: (bytes, FLOPs)} that no implementation goes below: each tensor once,
+    dropout's mask and padding never. plain: what a user writes without fastbert, in batches; dropout is torch's, whose
+    masks are others. Attention's takes the rectangle [B, H, S, K], a mask [B, 1, 1, S] of the keys or None, and
+    returns the rectangle.
+    """
+
+    # whose layers call it; benchmarks take the shapes of the first
+    models = ("bert-base", "bert-large", "minilm", "deberta-base")
+    has_dropout = False
+    # {case: how it is called} for the report of the compiler; see `without_data`
+    compiled: dict
+
+
+class Attention(Op):
+    models = ("bert-base", "bert-large", "minilm")
+    has_dropout = True
+    compiled = {
+        "S=32 p=.1": dict(longest=32, dropout_p=0.1),
+        "S=64 p=.1": dict(longest=64, dropout_p=0.1),
+        "S=128 p=.1": dict(longest=128, dropout_p=0.1),
+        "S=128": dict(longest=128),
+        "S=512 p=.1": dict(longest=512, dropout_p=0.1),
+        "S=512": dict(longest=512),
+        "window p=.1": dict(longest=512, dropout_p=0.1, window=64),
+        "window": dict(longest=512, window=64),
+    }
+
+    @staticmethod
+    def arguments(z, new):
+        return dict(q=new.normal(z.T, 3, z.H, z.K), k=None, v=None, **new.sequences(), **new.dropout())
+
+    @staticmethod
+    def floor(z):
+        # backward has the five products of the form that makes the scores again, as everybody counts them
+        return {"forward": (4 * z.T * z.row, 4 * z.pairs), "backward": (8 * z.T * z.row, 10 * z.pairs)}
+
+    @staticmethod
+    def plain(q, k, v, mask=None, dropout_p=0.0, bias=None):
+        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        if bias is not None:
+            scores = scores + bias
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        return F.dropout(torch.softmax(scores, -1), dropout_p) @ v
+
+
+class BiasedAttention(Attention):
+    models = ("mpnet-base",)
+    compiled = {"S=128 p=.1": dict(longest=128, dropout_p=0.1), "S=512 p=.1": dict(longest=512, dropout_p=0.1)}
+
+    @staticmethod
+    def arguments(z, new):
+        bias = new.normal(2 * z.S, z.H)
+        return Attention.arguments(z, new) | dict(bias=bias)
+
+
+class DisentangledAttention(Op):
+    models = ("deberta-base",)
+    has_dropout = True
+    compiled = {name: Attention.compiled[name] for name in ("S=64 p=.1", "S=128 p=.1", "S=128", "S=512 p=.1", "S=512")}
+
+    @staticmethod
+    def arguments(z, new):
+        q, pos_key, pos_query = (new.normal(*shape, z.H, z.K) for shape in ((z.T, 3), (2 * z.R,), (2 * z.R,)))
+        return dict(
+            q=q, k=None, v=None, pos_key=pos_key, pos_query=pos_query, **new.sequences(), position_buckets=z.R,
+            max_relative_positions=512, **new.dropout(),
+        )  # fmt: skip
+
+    @staticmethod
+    def floor(z):
+        # three products for the scores, one with the values; backward makes the scores again. Long sequences could
+        # share some of them, as far positions have one bucket: at 512 tokens a third of those with positions
+        return {"forward": (4 * z.T * z.row, 8 * z.pairs), "backward": (8 * z.T * z.row, 22 * z.pairs)}
+
+    @staticmethod
+    def plain(q, k, v, pos_key, pos_query, c2p, p2c, mask=None, dropout_p=0.0):
+        """As in transformers: products with the whole tables [2R, H, K], gathered at c2p and p2c [.., .., S, S]."""
+        scores = q @ k.transpose(-1, -2)
+        shape = scores.shape
+        scores = scores + (q @ pos_key.permute(1, 2, 0)).gather(-1, c2p.expand(shape))
+        scores = scores + (k @ pos_query.permute(1, 2, 0)).gather(-1, p2c.expand(shape)).transpose(-1, -2)
+        scores = scores * (3 * q.shape[-1]) ** -0.5
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        return F.dropout(torch.softmax(scores, -1), dropout_p) @ v
+
+
+class LayerNorm(Op):
+    has_dropout = True
+    compiled = {
+        "residual p=.1": dict(dropout_p=0.1),
+        "bare": dict(residual=None),
+        "mixed p=.1": dict(dropout_p=0.1, is_mixed=True, dtype=torch.float32),
+    }
+
+    @staticmethod
+    def arguments(z, new):
+        x, (weight, bias) = new.normal(z.T, z.D), (new.parameter(z.D) for _ in range(2))
+        return dict(x=x, weight=weight, bias=bias, residual=new.parameter(z.T, z.D), **new.dropout())
+
+    @staticmethod
+    def floor(z):
+        # backward reads x and the residual again; from the rounded result, as Apex can, it would be a row less, and
+        # less exact
+        return {"forward": (3 * z.T * z.row, 0), "backward": ((5 if z.dropout_p else 4) * z.T * z.row, 0)}
+
+    @staticmethod
+    def plain(x, weight, bias, residual, dropout_p=0.0, seed=None, offset=0):
+        return F.layer_norm(F.dropout(x, dropout_p) + residual, x.shape[-1:], weight, bias, 1e-12)
+
+
+class BiasGelu(Op):
+    compiled = {"erf": {}, "tanh": dict(approximate="tanh"), "mixed": dict(is_mixed=True)}
+
+    @staticmethod
+    def arguments(z, new):
+        return dict(x=new.normal(z.T, z.F), bias=new.parameter(z.F))
+
+    @staticmethod
+    def floor(z):
+        wide = z.T * z.F * z.dtype.itemsize
+        return {"forward": (2 * wide, 0), "backward": (3 * wide, 0)}
+
+    @staticmethod
+    def plain(x, bias):
+        return F.gelu(x + bias)
+
+
+class GeluLayerNorm(Op):
+    compiled = {"erf": {}, "tanh": dict(approximate="tanh"), "mixed": dict(is_mixed=True, dtype=torch.float32)}
+
+    @staticmethod
+    def arguments(z, new):
+        x, (bias, weight, ln_bias) = new.normal(z.M, z.D), (new.parameter(z.D) for _ in range(3))
+        return dict(x=x, bias=bias, weight=weight, ln_bias=ln_bias)
+
+    @staticmethod
+    def floor(z):
+        return {"forward": (2 * z.M * z.row, 0), "backward": (3 * z.M * z.row, 0)}
+
+    @staticmethod
+    def plain(x, bias, weight, ln_bias):
+        return F.layer_norm(F.gelu(x + bias), x.shape[-1:], weight, ln_bias, 1e-12)
+
+
+class Embedding(Op):
+    has_dropout = True
+    compiled = {"p=.1": dict(dropout_p=0.1, padding_idx=0)}
+
+    @staticmethod
+    def arguments(z, new):
+        tables = [new.normal(rows, z.D) for rows in (z.V, z.P, 2)]
+        ids = [new.ids(rows, z.T) for rows in (z.V, z.P, 2)]
+        names = "input_ids", "position_ids", "token_type_ids", "word", "position", "token_type"
+        return dict(zip(names, ids + tables), weight=new.normal(z.D), bias=new.normal(z.D), **new.dropout())
+
+    @staticmethod
+    def floor(z):
+        # no word is read twice
+        words = (min(z.T, z.V) + z.T) * z.row
+        return {"forward": (words, 0), "backward": (2 * z.T * z.row + z.V * z.row, 0)}
+
+    @staticmethod
+    def plain(
+        input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias,
+        dropout_p=0.0, seed=None, offset=0,
+    ):  # fmt: skip
+        z = F.embedding(input_ids, word) + F.embedding(position_ids, position) + F.embedding(token_type_ids, token_type)
+        return F.dropout(F.layer_norm(z, z.shape[-1:], weight, bias, 1e-12), dropout_p)
+
+
+class MaskedCrossEntropy(Op):
+    compiled = {"plain": {}, "smoothed": dict(label_smoothing=0.1)}
+
+    @staticmethod
+    def arguments(z, new):
+        weights = dict(hidden=new.normal(z.M, z.D), weight=new.normal(z.V, z.D, scale=0.02), bias=new.normal(z.V))
+        return weights | dict(labels=new.ids(z.V, z.M))
+
+    @staticmethod
+    def floor(z):
+        weights, product = (z.M + z.V) * z.row, 2 * z.M * z.V * z.D
+        return {"forward": (weights, product), "backward": (2 * weights, 2 * product)}
+
+    @staticmethod
+    def plain(hidden, weight, bias, labels):
+        return F.cross_entropy(F.linear(hidden, weight, bias).float(), labels, reduction="sum")
+
+
+class Pooling(Op):
+    compiled = {
+        "cls": dict(mode="cls", normalize=False),
+        "cls L2": dict(mode="cls"),
+        "mean L2": dict(mode="mean"),
+        "max": dict(mode="max", normalize=False),
+    }
+
+    @staticmethod
+    def arguments(z, new):
+        return dict(hidden=new.normal(z.T, z.D), cu_seqlens=new.sequences()["cu_seqlens"], mode="mean", normalize=True)
+
+    @staticmethod
+    def floor(z):
+        B = len(z.lengths)
+        return {"forward": ((z.T + B) * z.row, 0), "backward": ((z.T + 2 * B) * z.row, 0)}
+
+    @staticmethod
+    def plain(hidden, weights):
+        """A masked mean of the rectangle [B, S, D]. weights: [B, S, 1], 1 and 0."""
+        # sentence-transformers writes the weights out to [B, S, D] first, which moves more
+        return F.normalize((hidden * weights).sum(1) / weights.sum(1), dim=-1)
+
+
+class ContrastiveCrossEntropy(Op):
+    compiled = {"plain": {}, "symmetric": dict(symmetric=True)}
+
+    @staticmethod
+    def arguments(z, new):
+        query, document = (F.normalize(new.normal(n, z.D), dim=-1) for n in (z.Q, z.N))
+        return dict(query=query, document=document, scale=20.0)
+
+    @staticmethod
+    def floor(z):
+        rows, product = (z.Q + z.N) * z.row, 2 * z.Q * z.N * z.D
+        return {"forward": (rows, product), "backward": (2 * rows, 2 * product)}
+
+    @staticmethod
+    def plain(query, document, scale):
+        scores = scale * (query @ document.T).float()
+        return F.cross_entropy(scores, torch.arange(len(query), device=query.device), reduction="sum")
+
+
 # what a model spends its time in, so that the first ones matter most
-OPS = [
-    name
-    for name in (
-        "attention", "layer_norm", "bias_gelu", "masked_cross_entropy", "embedding", "gelu_layer_norm",
-        "disentangled_attention", "pooling", "contrastive_cross_entropy", "biased_attention",
-    )
-    if hasattr(ops, name)
-]  # fmt: skip
-WITH_DROPOUT = ("attention", "layer_norm", "embedding", "disentangled_attention", "biased_attention")
+TABLE = {
+    "attention": Attention,
+    "layer_norm": LayerNorm,
+    "bias_gelu": BiasGelu,
+    "masked_cross_entropy": MaskedCrossEntropy,
+    "embedding": Embedding,
+    "gelu_layer_norm": GeluLayerNorm,
+    "disentangled_attention": DisentangledAttention,
+    "pooling": Pooling,
+    "contrastive_cross_entropy": ContrastiveCrossEntropy,
+    "biased_attention": BiasedAttention,
+}
+OPS = list(TABLE)
+WITH_DROPOUT = [name for name, op in TABLE.items() if op.has_dropout]
+# Devlin et al. 2019 (BERT), Wang et al. 2020 (MiniLM), He et al. 2021 (DeBERTa v3), Song et al. 2020 (MPNet)
+MODELS = {
+    "bert-base": {},
+    "bert-large": dict(D=1024, H=16, F=4096),
+    "minilm": dict(D=384, F=1536),
+    "deberta-base": dict(V=128100),
+    "mpnet-base": dict(V=30527),
+    # for rehearsals in Triton's interpreter
+    "tiny": dict(D=32, H=2, F=40, V=61, R=4),
+}
 PICKED = 0.15
 
 
@@ -96,89 +390,33 @@ class Case:
         parts = [self.op, self.model, f"S{max(self.lengths)}", f"T{sum(self.lengths)}", filled, dtype]
         return " ".join(parts + [f"dropout {self.dropout_p}"] * (self.dropout_p > 0))
 
+    @property
+    def sizes(self):
+        T = sum(self.lengths)
+        Q = min(T // 4, 8192)
+        rows = dict(T=T, P=max(*self.lengths, 2), M=max(round(PICKED * T), 1), Q=Q, N=2 * Q)
+        return Sizes(self.lengths, dtype=self.dtype, dropout_p=self.dropout_p, **rows, **MODELS[self.model])
+
     def arguments(self, device):
-        """What one call takes: Arguments. Weights [V, D] are scaled so that the loss is that of an untrained model."""
-        return Arguments(self._arguments(device), self.lengths)
-
-    def _arguments(self, device):
-        model, T, S = MODELS[self.model], sum(self.lengths), max(self.lengths)
-        D, H, K, V = model.hidden_size, model.heads, model.head_size, model.vocabulary
-        M = max(round(PICKED * T), 1)
-        cu_seqlens = torch.tensor([0, *self.lengths], device=device).cumsum(0).to(torch.int32)
-
-        def normal(*shape, scale=1.0):
-            return torch.randn(*shape, device=device, dtype=self.dtype) * scale
-
-        def ids(below, count=T):
-            return torch.randint(below, (count,), device=device)
-
-        dropout = {}
-        if self.dropout_p:
-            dropout = dict(dropout_p=self.dropout_p, seed=torch.tensor([5], device=device), offset=3)
-        if self.op == "attention":
-            return dict(q=normal(T, 3, H, K), k=None, v=None, cu_seqlens=cu_seqlens, max_seqlen=S, **dropout)
-        if self.op == "biased_attention":
-            bias = normal(2 * S, H)
-            return dict(q=normal(T, 3, H, K), k=None, v=None, bias=bias, cu_seqlens=cu_seqlens, max_seqlen=S, **dropout)
-        if self.op == "disentangled_attention":
-            span = model.position_buckets
-            return dict(
-                q=normal(T, 3, H, K), k=None, v=None, pos_key=normal(2 * span, H, K), pos_query=normal(2 * span, H, K),
-                cu_seqlens=cu_seqlens, max_seqlen=S, position_buckets=span, max_relative_positions=512, **dropout,
-            )  # fmt: skip
-        if self.op == "layer_norm":
-            return dict(x=normal(T, D), weight=normal(D), bias=normal(D), residual=normal(T, D), **dropout)
-        if self.op == "bias_gelu":
-            return dict(x=normal(T, model.feed_forward), bias=normal(model.feed_forward))
-        if self.op == "gelu_layer_norm":
-            return dict(x=normal(M, D), bias=normal(D), weight=normal(D), ln_bias=normal(D))
-        if self.op == "embedding":
-            tables = dict(word=normal(V, D), position=normal(max(S, 2), D), token_type=normal(2, D))
-            places = dict(input_ids=ids(V), position_ids=ids(max(S, 2)), token_type_ids=ids(2))
-            return dict(**places, **tables, weight=normal(D), bias=normal(D), **dropout)
-        if self.op == "masked_cross_entropy":
-            return dict(hidden=normal(M, D), weight=normal(V, D, scale=0.02), bias=normal(V), labels=ids(V, M))
-        if self.op == "pooling":
-            return dict(hidden=normal(T, D), cu_seqlens=cu_seqlens, mode="mean", normalize=True)
-        assert self.op == "contrastive_cross_entropy"
-        B = min(T // 4, 8192)
-        query, document = (F.normalize(normal(n, D), dim=-1) for n in (B, 2 * B))
-        return dict(query=query, document=document, scale=20.0)
+        """What one call takes: Arguments."""
+        return Arguments(TABLE[self.op].arguments(self.sizes, Tensors(self.sizes, device)), self.lengths)
 
     def floor(self):
-        """{pass: (bytes, FLOPs)} that no implementation goes below: each tensor once, dropout's mask and padding never.
+        return TABLE[self.op].floor(self.sizes)
 
-        Attention's backward counts the five products of its recomputing form, as everybody does. LayerNorm's reads x
-        and the residual again; from the rounded result, as Apex can, it would be a row less, and less exact.
-        """
-        model, T, itemsize = MODELS[self.model], sum(self.lengths), self.dtype.itemsize
-        D, V, M = model.hidden_size, model.vocabulary, max(round(PICKED * T), 1)
-        pairs = D * sum(n * n for n in self.lengths)
-        row = D * itemsize
-        if self.op in ("attention", "biased_attention"):
-            return {"forward": (4 * T * row, 4 * pairs), "backward": (8 * T * row, 10 * pairs)}
-        if self.op == "disentangled_attention":
-            # three products for the scores, one with the values; backward makes the scores again. Long sequences could
-            # share some of them, as far positions have one bucket: at 512 tokens a third of those with positions
-            return {"forward": (4 * T * row, 8 * pairs), "backward": (8 * T * row, 22 * pairs)}
-        if self.op == "layer_norm":
-            return {"forward": (3 * T * row, 0), "backward": ((5 if self.dropout_p else 4) * T * row, 0)}
-        if self.op == "bias_gelu":
-            wide = T * model.feed_forward * itemsize
-            return {"forward": (2 * wide, 0), "backward": (3 * wide, 0)}
-        if self.op == "gelu_layer_norm":
-            return {"forward": (2 * M * row, 0), "backward": (3 * M * row, 0)}
-        if self.op == "embedding":
-            # no word is read twice
-            return {"forward": ((min(T, V) + T) * row, 0), "backward": (2 * T * row + V * row, 0)}
-        if self.op == "masked_cross_entropy":
-            weights = (M + V) * row
-            return {"forward": (weights, 2 * M * V * D), "backward": (2 * weights, 4 * M * V * D)}
-        if self.op == "pooling":
-            B = len(self.lengths)
-            return {"forward": ((T + B) * row, 0), "backward": ((T + 2 * B) * row, 0)}
-        B = min(T // 4, 8192)
-        return {"forward": (3 * B * row, 4 * B * B * D), "backward": (6 * B * row, 8 * B * B * D)}
+
+def without_data(op, model, dtype, /, *, longest=512, dropout_p=0.0, is_mixed=False, **options):
+    """What a call takes, on the "meta" device: shapes, strides and alignment without memory.
+
+    There are so many rows that the number of a row times its stride passes 2^31. is_mixed: parameters, and what
+    residuals are added to, in fp32, as under autocast. options take the place of the table's arguments.
+    """
+    rows = 4 << 20
+    # a cross-entropy launches its kernels for each chunk of the picked rows
+    picked = rows if op == "gelu_layer_norm" else 9000
+    counts = dict(T=rows, M=picked, Q=picked, N=2 * picked)
+    sizes = Sizes((longest,) * (1 << 15), dtype=dtype, dropout_p=dropout_p, **counts, **MODELS[model])
+    return TABLE[op].arguments(sizes, Tensors(sizes, "meta", torch.float32 if is_mixed else None)) | options
 
 
 @dataclass

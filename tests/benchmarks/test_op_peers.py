@@ -11,7 +11,10 @@ import types
 from pathlib import Path
 
 import bench_ops
+import op_pages
 import op_peers
+import peers
+import peers_cross_entropy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,7 +29,7 @@ RAGGED, FULL = (3, 8, 1, 5), (8, 8)
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(op_peers, "_gpu_only", lambda *_: None)
+    monkeypatch.setattr(peers, "gpu_only", lambda *_: None)
     # what a library does that never expects another device
     monkeypatch.setattr(torch.cuda, "device", lambda *_: contextlib.nullcontext())
 
@@ -41,8 +44,8 @@ def stand_in(monkeypatch, path, **functions):
     vars(sys.modules[path]).update(functions)
 
 
-def held_to_the_reference(op, name, lengths=RAGGED, model="tiny", dropout_p=0.0):
-    case = Case(op, model, lengths, torch.float32, dropout_p)
+def held_to_the_reference(op, name, lengths=RAGGED, dropout_p=0.0):
+    case = Case(op, "tiny", lengths, torch.float32, dropout_p)
     arguments = case.arguments(CPU)
     run = op_peers.build(op_peers.variants(op)[name], arguments)
     if not dropout_p:
@@ -74,7 +77,7 @@ def test_flash_attention_3_and_4(monkeypatch, as_on_a_gpu, lengths):
     stand_in(monkeypatch, "flash_attn.cute", flash_attn_varlen_func=fourth)
     for name in ("flash_attn 3", "flash_attn 4"):
         held_to_the_reference("attention", name, lengths)
-        with pytest.raises(op_peers.Unavailable, match="no dropout"):
+        with pytest.raises(peers.Unavailable, match="no dropout"):
             held_to_the_reference("attention", name, lengths, dropout_p=0.1)
 
 
@@ -118,17 +121,17 @@ def test_a_vocabulary_in_whole_64s_is_the_same_loss(as_on_a_gpu):
 
     def make(arguments):
         seen.append(arguments["weight"].shape)
-        return op_cases.run_of(op_peers.PLAIN["masked_cross_entropy"], arguments)
+        return op_cases.run_of(op_cases.TABLE["masked_cross_entropy"].plain, arguments)
 
     case = Case("masked_cross_entropy", "tiny", (30, 40), torch.float32)
     arguments = case.arguments(CPU)
-    run = op_peers.build(op_peers._whole_64s(make), arguments)
+    run = op_peers.build(peers_cross_entropy._whole_64s(make), arguments)
     assert seen == [(64, 32)]
     assert op_cases.disagreement(op_cases.results(run), op_cases.truth(case, arguments, torch.float64)) < 1e-5
     # a vocabulary that is whole already is the plain variant over again
     arguments["weight"], arguments["bias"] = torch.randn(128, 32), torch.randn(128)
-    with pytest.raises(op_peers.NotApplicable):
-        op_peers.build(op_peers._whole_64s(make), arguments)
+    with pytest.raises(peers.NotApplicable):
+        op_peers.build(peers_cross_entropy._whole_64s(make), arguments)
 
 
 def test_flex_computes_no_block_that_is_padding_only(monkeypatch):
@@ -159,7 +162,7 @@ def test_those_installed(as_on_a_gpu, op, name, package):
     if op_peers.installed().get(package) != PINNED[package]:
         pytest.skip(f"{package} {PINNED[package]} is not installed: make test does that")
     for lengths in (RAGGED, FULL):
-        held_to_the_reference(op, name, lengths, "tiny-deberta" if op == "disentangled_attention" else "tiny")
+        held_to_the_reference(op, name, lengths)
 
 
 def test_every_compiling_variant_is_known():
@@ -177,8 +180,8 @@ def test_a_result_names_the_versions_of_its_peers(monkeypatch):
 
     monkeypatch.setattr(op_peers.metadata, "version", version)
     assert op_peers.installed() == versions
-    assert bench_ops._peers({"settings": {"peers": op_peers.installed()}}) == ["", "Installed beside: xformers 0.0.35."]
-    assert bench_ops._peers({"settings": {}}) == []
+    assert op_pages._peers({"settings": {"peers": op_peers.installed()}}) == ["", "Installed beside: xformers 0.0.35."]
+    assert op_pages._peers({"settings": {}}) == []
 
 
 def test_logits_that_are_not_widened_are_for_half_precision_alone():
@@ -187,7 +190,7 @@ def test_logits_that_are_not_widened_are_for_half_precision_alone():
     arguments = case.arguments(CPU)
     error = op_cases.disagreement(op_cases.results(variant(arguments)), op_cases.truth(case, arguments))
     assert 1e-4 < error < bench_ops.TOLERANCE[case.dtype]
-    with pytest.raises(op_peers.NotApplicable):
+    with pytest.raises(peers.NotApplicable):
         variant(Case("masked_cross_entropy", "tiny", (30, 40), torch.float32).arguments(CPU))
 
 

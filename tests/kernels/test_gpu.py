@@ -16,6 +16,7 @@ from fastbert.kernels import _bands, _launch
 from fastbert.model.config import EncoderConfig
 from fastbert.model.heads import MaskedLM
 from fastbert.packing import Batch
+from fastbert.proof import op_cases
 from fastbert.proof.op_cases import OPS, WITH_DROPOUT, Case, cotangent, floating, ragged_lengths, results, run_of, truth
 
 ON_GPU = torch.cuda.is_available()
@@ -30,9 +31,7 @@ every_op = pytest.mark.parametrize("op", OPS)
 
 
 def case_of(op, dtype=torch.float32, longest=LENGTHS[0], dropout_p=0.0, tokens=TOKENS):
-    model = "bert-base" if ON_GPU else "tiny"
-    if op == "disentangled_attention":
-        model = "deberta-base" if ON_GPU else "tiny-deberta"
+    model = op_cases.TABLE[op].models[0] if ON_GPU else "tiny"
     return Case(op, model, tuple(ragged_lengths(tokens, longest)), dtype, dropout_p)
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from fastbert import ops, reference
-from fastbert.proof import kernel_cases, machine_code
+from fastbert.proof import machine_code
+from fastbert.proof.op_cases import OPS
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -21,7 +22,7 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRI
 # what stands here is compiled for every change; `fastbert doctor --compile` alone knows more
 MAIN = ["attention", "disentangled_attention", "layer_norm", "gelu_layer_norm", "embedding", "masked_cross_entropy"]
 RUNS = {
-    "sm_90-bf16": ["--model", "bert-base", "deberta-base"],
+    "sm_90-bf16": ["--model", "bert-base", "deberta-base", "mpnet-base"],
     "sm_80-bf16": ["--model", "bert-base", "deberta-base", "--op", *MAIN],
     "sm_90-fp32": ["--model", "bert-base", "deberta-base", "--op", *MAIN],
     "sm_80-fp32": ["--model", "bert-base", "--op", "attention"],
@@ -65,7 +66,7 @@ def test_kernels(run, tmp_path):
         compiled = {row["kernel"] for row in rows}
         for path in (ROOT / "kernels").glob("*.py"):
             for name in re.findall(r"^def (_\w+_kernel)\(", path.read_text(encoding="utf-8"), re.MULTILINE):
-                assert name in compiled, f"{path.name}: no case in fastbert/proof/kernel_cases.py launches {name}"
+                assert name in compiled, f"{path.name}: no case in fastbert/proof/op_cases.py launches {name}"
 
 
 def test_no_candidate_is_serialised(tmp_path):
@@ -81,7 +82,7 @@ def test_no_candidate_is_serialised(tmp_path):
 def test_every_op_is_compiled():
     public = {name for name in vars(ops) if not name.startswith("_") and hasattr(reference, name)}
     # products of matrices are the device's own, and the mask of `dropout` is made of plain operations
-    assert public - {"linear", "linears", "linear_gelu", "dropout", "torch"} == set(kernel_cases.CASES)
+    assert public - {"linear", "linears", "linear_gelu", "dropout", "torch"} == set(OPS)
 
 
 @pytest.fixture(scope="module")
