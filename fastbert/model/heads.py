@@ -90,11 +90,11 @@ class Model(nn.Module):
         that the checkpoint lacks starts fresh, with a warning that names it. Raises ValueError when the encoder is
         incomplete, when a shape disagrees with config.json, or when a file cannot be read.
         """
-        return hf_files.load(cls, directory, head=cls.__name__, allow_pickle=allow_pickle, dtype=dtype, **changes)
+        return hf_files.load_model(cls, directory, head=cls.__name__, allow_pickle=allow_pickle, dtype=dtype, **changes)
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Write config.json and model.safetensors under HuggingFace's names; transformers loads the directory."""
-        hf_files.save(self, directory)
+        hf_files.save_model(self, directory)
 
     def stored(self, directory: str | os.PathLike) -> dict[str, torch.Tensor]:
         """The state dict for a model like this one that `save_pretrained` has written to a directory."""
@@ -105,7 +105,7 @@ class Model(nn.Module):
         return {}
 
 
-def _number_of(labels):
+def number_of_labels(labels):
     return 0 if labels is None else int((labels != -100).sum())
 
 
@@ -142,7 +142,7 @@ class MaskedLM(Model):
 
     def label_counts(self, batch: Batch) -> dict[str, int]:
         """What the losses of a packing.Batch are divided by: see `Output.divided`. Waits for its device."""
-        return {"mlm": _number_of(batch.labels)}
+        return {"mlm": number_of_labels(batch.labels)}
 
     def logits(self, batch: Batch, rows: torch.Tensor | None = None) -> torch.Tensor:
         """Vocabulary scores of the rows `rows` (int64 [M], ascending; None: all T) of a packing.Batch: [M, V]."""
@@ -199,7 +199,7 @@ class Pretraining(MaskedLM):
 
     def label_counts(self, batch: Batch) -> dict[str, int]:
         """See `MaskedLM.label_counts`."""
-        return {"mlm": _number_of(batch.labels), "pair": _number_of(batch.pair_labels)}
+        return {"mlm": number_of_labels(batch.labels), "pair": number_of_labels(batch.pair_labels)}
 
     def _pair_logits(self, first, batch, dropout):
         pooled = dropped(torch.tanh(self.pooler(first)), self.config.pair_dropout, dropout)
@@ -318,7 +318,7 @@ class TokenClassifier(_TokenScores):
 
     def label_counts(self, batch: Batch) -> dict[str, int]:
         """See `MaskedLM.label_counts`."""
-        return {"label": _number_of(batch.labels)}
+        return {"label": number_of_labels(batch.labels)}
 
 
 class ReplacedTokenDetector(Model):

@@ -157,7 +157,7 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def load(make, directory, *, head, other=None, allow_pickle=False, dtype=torch.float32, **changes):
+def load_model(make, directory, *, head, other=None, allow_pickle=False, dtype=torch.float32, **changes):
     """A model from a directory, in evaluation mode: see `Model.from_pretrained`.
 
     make: gives the model of a config. head: its class's name. other: parameters by our names that lie elsewhere.
@@ -214,7 +214,7 @@ def load(make, directory, *, head, other=None, allow_pickle=False, dtype=torch.f
     return model.eval()
 
 
-def save(model, directory, *, elsewhere=()):
+def save_model(model, directory, *, elsewhere=()):
     """Write config.json and model.safetensors under HuggingFace's names; parameters `elsewhere.` are left out."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -318,7 +318,7 @@ def _start_fresh(model, names):
             setattr(module, leaf, nn.Parameter(torch.zeros(getattr(module, leaf).shape)))
 
 
-def _read_json(path):
+def read_json(path):
     if not path.exists():
         return {}
     try:
@@ -327,7 +327,7 @@ def _read_json(path):
         raise ValueError(f"{path} is not a readable JSON file: {error}") from None
 
 
-def _write_json(path, values):
+def write_json(path, values):
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

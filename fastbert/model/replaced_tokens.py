@@ -15,7 +15,7 @@ from .. import ops
 from ..packing import Batch, pack_inputs
 from . import families, hf_files
 from .config import EncoderConfig
-from .heads import Loss, MaskedLM, Output, ReplacedTokenDetector, _number_of
+from .heads import Loss, MaskedLM, Output, ReplacedTokenDetector, number_of_labels
 
 if TYPE_CHECKING:
     # in the standard library from Python 3.11 on
@@ -115,7 +115,7 @@ class ReplacedTokenPretraining(nn.Module):
 
     def label_counts(self, batch: Batch) -> dict[str, int]:
         """See `MaskedLM.label_counts`; the discriminator answers for every token of the text."""
-        return {"mlm": _number_of(batch.labels), "rtd": int(batch.cu_seqlens[-1])}
+        return {"mlm": number_of_labels(batch.labels), "rtd": int(batch.cu_seqlens[-1])}
 
     @torch.no_grad()
     def sample(self, hidden: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:

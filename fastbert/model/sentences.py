@@ -22,7 +22,7 @@ from . import families, hf_files
 from .config import EncoderConfig
 from .encoder import initialize
 from .heads import Model
-from .hf_files import _read_json, _write_json
+from .hf_files import read_json, write_json
 
 if TYPE_CHECKING:
     # in the standard library from Python 3.11 on
@@ -172,11 +172,11 @@ class SentenceEmbedder(Model):
         if any((folder / name).exists() for name in ("tokenizer.json", "vocab.txt")):
             found["tokenizer"] = load_tokenizer(folder)
         found |= _read_limits(folder)
-        prompts = _read_json(directory / "config_sentence_transformers.json")
+        prompts = read_json(directory / "config_sentence_transformers.json")
         found["prompts"] = prompts.get("prompts") or {}
         found["default_prompt_name"] = prompts.get("default_prompt_name")
         weights = found.pop("weights", [])
-        model = hf_files.load(
+        model = hf_files.load_model(
             lambda config: cls(config, **{**found, **options}), folder, allow_pickle=allow_pickle, dtype=dtype,
             head=cls.__name__, other={f"dense.{i}.{name}": x for i, w in enumerate(weights) for name, x in w.items()},
         )  # fmt: skip
@@ -185,36 +185,36 @@ class SentenceEmbedder(Model):
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Write what sentence-transformers loads: the encoder, its tokenizer, and a folder for each further module."""
         directory = Path(directory)
-        hf_files.save(self, directory, elsewhere=("dense.",))
+        hf_files.save_model(self, directory, elsewhere=("dense.",))
         kinds = ["Transformer", "Pooling", *["Dense"] * len(self.dense), *["Normalize"] * self.normalize]
         places = ["" if i == 0 else f"{i}_{kind}" for i, kind in enumerate(kinds)]
         modules = [
             dict(idx=i, name=str(i), path=place, type=f"sentence_transformers.models.{kind}")
             for i, (kind, place) in enumerate(zip(kinds, places))
         ]
-        _write_json(directory / "modules.json", modules)
+        write_json(directory / "modules.json", modules)
         for kind, place in zip(kinds[1:], places[1:]):
             (directory / place).mkdir(exist_ok=True)
             if kind == "Pooling":
                 pooling = {f"pooling_mode_{name}": mode == self.pooling for mode, name in _MODE_KEYS.items()}
                 size = dict(word_embedding_dimension=self.config.hidden_size, include_prompt=self.include_prompt)
-                _write_json(directory / place / "config.json", size | pooling)
+                write_json(directory / place / "config.json", size | pooling)
         for linear, activation, place in zip(self.dense, self.activations, places[2:]):
             sizes = dict(in_features=linear.in_features, out_features=linear.out_features, bias=linear.bias is not None)
             name = dict(activation_function=f"torch.nn.modules.activation.{activation}")
             if activation == "Identity":
                 name = dict(activation_function="torch.nn.modules.linear.Identity")
-            _write_json(directory / place / "config.json", sizes | name)
+            write_json(directory / place / "config.json", sizes | name)
             hf_files.save_tensors({f"linear.{name}": x for name, x in linear.state_dict().items()}, directory / place)
         limits = dict(max_seq_length=self.max_length, do_lower_case=False)
-        _write_json(directory / "sentence_bert_config.json", limits)
+        write_json(directory / "sentence_bert_config.json", limits)
         prompts = dict(prompts=self.prompts, default_prompt_name=self.default_prompt_name, similarity_fn_name="cosine")
-        _write_json(directory / "config_sentence_transformers.json", prompts)
+        write_json(directory / "config_sentence_transformers.json", prompts)
         if self.tokenizer is not None:
             self.tokenizer.save(str(directory / "tokenizer.json"))
             special = hf_files.special_tokens(self.tokenizer, self.config)
             limits = dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=self.max_length)
-            _write_json(directory / "tokenizer_config.json", special | limits)
+            write_json(directory / "tokenizer_config.json", special | limits)
 
 
 # our mode -> its key in a pooling module's config.json, before sentence-transformers 6 one for each mode
@@ -229,12 +229,12 @@ def _read_modules(directory, allow_pickle):
     found, folder = dict(pooling="mean", normalize=False, dense=[], weights=[]), ""
     if not (directory / "modules.json").exists():
         return found, folder
-    for module in _read_json(directory / "modules.json"):
+    for module in read_json(directory / "modules.json"):
         kind, place = module["type"].rsplit(".", 1)[-1], inside(directory, module["path"])
         if kind == "Transformer":
             folder = module["path"]
         elif kind == "Pooling":
-            values = _read_json(place / "config.json")
+            values = read_json(place / "config.json")
             modes = [mode for mode, key in _MODE_KEYS.items() if values.get(f"pooling_mode_{key}")]
             named = values.get("pooling_mode")
             modes = modes if named is None else [named] if isinstance(named, str) else list(named)
@@ -243,7 +243,7 @@ def _read_modules(directory, allow_pickle):
             found["pooling"] = modes[0]
             found["include_prompt"] = values.get("include_prompt", True)
         elif kind == "Dense":
-            values = _read_json(place / "config.json")
+            values = read_json(place / "config.json")
             activation = values.get("activation_function", "Tanh").rsplit(".", 1)[-1]
             if activation not in _ACTIVATIONS:
                 raise ValueError(
@@ -262,7 +262,7 @@ def _read_modules(directory, allow_pickle):
 def _read_limits(folder):
     """max_length, by the first file that gives one."""
     for file, key in (("sentence_bert_config.json", "max_seq_length"), ("tokenizer_config.json", "model_max_length")):
-        length = _read_json(folder / file).get(key)
+        length = read_json(folder / file).get(key)
         if isinstance(length, int) and length < 1 << 20:  # transformers writes 1e30 for no limit
             return dict(max_length=length)
     return {}
