@@ -1,4 +1,4 @@
-"""Padded <-> packed. Inside the library there is no padding: the tokens of all sequences stand one after another.
+"""Padded <-> packed. Inside the library there is no padding: the tokens of all sequences follow one another.
 
 B sequences, S padded length, T packed tokens, M picked tokens.
 """
@@ -100,13 +100,12 @@ def layout_of(is_token, *, padding_last=False):
 class Batch:
     """A packed batch.
 
-    input_ids, position_ids (from 0 in each sequence, whatever row of its table a model begins with), token_type_ids:
-    int64 [T]. cu_seqlens: int32 [B + 1], where each sequence starts, and the
-    end. max_seqlen: an int, no sequence is longer. labels: int64 [T], -100 where nothing is to be predicted. picks:
-    int64 [M], ascending, the rows of T that have a label. pair_labels: int64 [B], 1 where a pair is false (NSP: random
-    second segment, SOP: swapped). columns: int64 [T], where each token stood in its padded row, if
-    some row had padding between its tokens. seed: int64 [1], the dropout seed of this step. draws: float64 [M] in
-    [0, 1), what decides the token that a generator puts at each pick.
+    input_ids, position_ids (from 0 in each sequence, whichever row of its table a model begins with), token_type_ids:
+    int64 [T]. cu_seqlens: int32 [B + 1], where each sequence starts, and the end. max_seqlen: an int, no sequence is
+    longer. labels: int64 [T], -100 where nothing is to be predicted. picks: int64 [M], ascending, the rows that have a
+    label. pair_labels: int64 [B], 1 where a pair is false (NSP: random second segment, SOP: swapped). columns: int64
+    [T], the column of each token in its padded row, if there was padding between the tokens of a row. seed: int64 [1],
+    the dropout seed of this step. draws: float64 [M] in [0, 1), from which a generator draws its token at each pick.
 
     A batch may be filled up to a fixed capacity: tokens past cu_seqlens[-1] belong to no sequence, sequences at the end
     may be empty (pair label -100), and unused picks point at the last row, which has no label.
@@ -125,8 +124,7 @@ class Batch:
     draws: torch.Tensor | None = None
 
     def _map(self, f):
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return Batch(**{name: f(value) if torch.is_tensor(value) else value for name, value in fields.items()})
+        return dataclasses.replace(self, **{name: f(x) for name, x in vars(self).items() if torch.is_tensor(x)})
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Batch":
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
@@ -143,7 +141,7 @@ def pack(
 
     attention_mask: [B, S], 1 for real tokens; padding may be right, left or in the middle. Position ids default to the
     column, as in HuggingFace's BERT, so left-padded tokens keep the position that the column gives them. `indices`
-    (int64 [T]) are the places of the packed tokens in the flattened [B * S], what `unpack` wants. Waits for the device.
+    (int64 [T]) are the places of the packed tokens in the flattened [B * S], for `unpack`. Waits for the device.
     """
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: expected [batch, length]")
@@ -187,9 +185,9 @@ def unpack(packed: torch.Tensor, indices: torch.Tensor, B: int, S: int) -> torch
 def best_fit(lengths, capacity, *, max_sequences=None, look_ahead=1 << 14):
     """Group sequences into batches of at most `capacity` tokens and `max_sequences` sequences, with little room left.
 
-    lengths: ints [N], in the order in which the sequences should come, which is kept but for what follows. A batch
-    begins with the oldest sequences waiting, so that it is as mixed as they are; its last room (less than two of the
-    longest) goes to the largest of the next `look_ahead` sequences that fits, again and again. Nothing waits for ever.
+    lengths: ints [N], in the order in which the sequences should come. A batch takes the oldest waiting sequences until
+    the room left is less than two of the longest. Then it takes the largest of the next `look_ahead` sequences that
+    fits, until none does. No sequence waits for ever.
 
     Returns `(order, offsets)`, int64 arrays: batch b has the sequences `order[offsets[b] : offsets[b + 1]]`. A pure
     function of its arguments. Raises ValueError when a sequence is longer than the capacity.
@@ -198,7 +196,7 @@ def best_fit(lengths, capacity, *, max_sequences=None, look_ahead=1 << 14):
     N, longest = len(lengths), max(lengths, default=0)
     if longest > capacity:
         raise ValueError(f"a sequence of {longest} tokens does not fit a batch of {capacity}")
-    # sequences waiting, by length, oldest first; bit n of `present` says that some of length n wait
+    # waiting sequences by length, oldest first; bit n of `present`: some of length n are waiting
     waiting = [deque() for _ in range(longest + 1)]
     present = 0
     up_to = [(2 << n) - 1 for n in range(longest + 1)]
@@ -233,13 +231,13 @@ def best_fit(lengths, capacity, *, max_sequences=None, look_ahead=1 << 14):
 
 
 def first_rows(batch):
-    """The row of each sequence's first token, int64 [B]. An empty sequence names a neighbour's; none at all, [0]."""
+    """The row of each sequence's first token, int64 [B]; of an empty sequence, a neighbour's. Without tokens, [0]."""
     rows = batch.cu_seqlens[:-1].long()
     return rows.clamp(max=len(batch.input_ids) - 1) if len(batch.input_ids) else rows[:0]
 
 
 def pack_inputs(config, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, labels=None):
-    """(Batch, function that gives packed rows the caller's layout) of HuggingFace's arguments, each [B, S]."""
+    """(Batch, function from packed rows to the caller's layout) of a Batch or of HuggingFace's arguments [B, S]."""
     if isinstance(input_ids, Batch):
         return input_ids, lambda rows: rows
     if input_ids.dim() != 2:

@@ -35,12 +35,12 @@ _ACTIVATIONS = {"Identity": lambda x: x, "Tanh": torch.tanh, "ReLU": torch.relu,
 
 
 class SentenceEmbedder(Model):
-    """An encoder, pooling, perhaps linear layers, perhaps a division by the length: a vector for each text.
+    """A vector for each text: an encoder, pooling, optional linear layers, optional normalization.
 
     config: EncoderConfig. tokenizer: tokenizers.Tokenizer, for `encode`. pooling: one of MODES. normalize: divide by
-    the L2 norm. prompts: {name: text put before a text}, as E5 and BGE want them; default_prompt_name: which of them
-    is used when none is asked for. include_prompt: whether the prompt's tokens are pooled too. max_length: tokens that
-    are read of a text, specials included. dense: sizes and activations of the linear layers after pooling.
+    the L2 norm. prompts: {name: text put before a text}, as E5 and BGE use them; default_prompt_name: the one to use
+    when none is requested. include_prompt: whether the prompt's tokens are pooled too. max_length: the number of tokens
+    that are read of a text, specials included. dense: sizes and activations of the linear layers after pooling.
     """
 
     OPTIONAL = ("pooler",)
@@ -65,7 +65,7 @@ class SentenceEmbedder(Model):
         self.activations = [activation for *_, activation in dense]
         self.pooler = None
         if families.has_pooler(config):
-            # not used: kept because HuggingFace's bare encoder has it
+            # not used, but HuggingFace's bare encoder has it
             self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
         self.apply(lambda module: initialize(module, config))
 
@@ -75,7 +75,7 @@ class SentenceEmbedder(Model):
     ) -> torch.Tensor:  # fmt: skip
         """Vectors [B, E] of a packing.Batch, or of HuggingFace's padded arguments, each [B, S].
 
-        prompt_length: so many tokens of each text, its first special one included, are left out of the pooling.
+        prompt_length: the number of tokens at the start of each text that are not pooled, its first special included.
         """
         batch, _ = pack_inputs(self.config, input_ids, attention_mask, token_type_ids, position_ids)
         hidden, cu_seqlens = self._without_prompt(self.encoder(batch), batch, prompt_length)
@@ -103,9 +103,9 @@ class SentenceEmbedder(Model):
     ) -> np.ndarray | torch.Tensor:  # fmt: skip
         """Vectors of one text (a str) or many: float32 NumPy [E] or [B, E], or a tensor on the model's device.
 
-        prompt: text put before each; or prompt_name, one of `prompts`. Texts are read up to max_length tokens; those of
-        like length run together, batch_size at a time, and come back in their order. Leaves the model in evaluation
-        mode. Raises ValueError for a prompt that does not exist, TypeError for what is no text.
+        prompt: text put before each; or prompt_name, one of `prompts`. Texts are cut to max_length tokens. Texts of
+        similar length run together, batch_size at a time; the vectors are in the order of the texts. Leaves the model
+        in evaluation mode. Raises ValueError for an unknown prompt, TypeError for what is not a str.
         """
         if self.tokenizer is None:
             raise ValueError(
@@ -120,7 +120,7 @@ class SentenceEmbedder(Model):
                 raise TypeError(f"text {i} is a {type(text).__name__}: expected str")
         prompt, skipped = self._prompt(prompt_name, prompt)
         encodings = self._tokenize([prompt + text for text in texts])
-        # eval() takes longer than to see that it has been called
+        # eval() takes longer than this check
         if any(module.training for module in self.modules()):
             self.eval()
         device = next(self.parameters()).device
@@ -140,7 +140,7 @@ class SentenceEmbedder(Model):
         return result if convert_to_tensor else result.cpu().numpy()
 
     def _prompt(self, name, prompt):
-        """(text, how many tokens of it the pooling leaves out)."""
+        """(text, number of its tokens that are not pooled)."""
         if prompt is None:
             name = self.default_prompt_name if name is None else name
             if name is not None and name not in self.prompts:
@@ -148,7 +148,7 @@ class SentenceEmbedder(Model):
             prompt = "" if name is None else self.prompts[name]
         if not prompt or self.include_prompt:
             return prompt, 0
-        # the special token at the end is not the prompt's
+        # without the special token at the end
         return prompt, len(self._tokenize([prompt])[0].ids) - 1
 
     def _tokenize(self, texts):
@@ -163,8 +163,8 @@ class SentenceEmbedder(Model):
     ) -> "Self":  # fmt: skip
         """From a directory of sentence-transformers, or of a bare HuggingFace encoder (then mean pooling).
 
-        options: arguments of the class that override what the directory says. Raises ValueError as other models do,
-        and for a module that is not known here.
+        options: arguments of the class that override those of the directory. Raises ValueError as other models do, and
+        for an unknown module.
         """
         directory = Path(directory)
         found, folder = _read_modules(directory, allow_pickle)
@@ -176,11 +176,10 @@ class SentenceEmbedder(Model):
         found["prompts"] = prompts.get("prompts") or {}
         found["default_prompt_name"] = prompts.get("default_prompt_name")
         weights = found.pop("weights", [])
-        model = hf_files.load_model(
+        return hf_files.load_model(
             lambda config: cls(config, **{**found, **options}), folder, allow_pickle=allow_pickle, dtype=dtype,
             head=cls.__name__, other={f"dense.{i}.{name}": x for i, w in enumerate(weights) for name, x in w.items()},
         )  # fmt: skip
-        return model
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Write what sentence-transformers loads: the encoder, its tokenizer, and a folder for each further module."""
@@ -263,7 +262,8 @@ def _read_limits(folder):
     """max_length, by the first file that gives one."""
     for file, key in (("sentence_bert_config.json", "max_seq_length"), ("tokenizer_config.json", "model_max_length")):
         length = read_json(folder / file).get(key)
-        if isinstance(length, int) and length < 1 << 20:  # transformers writes 1e30 for no limit
+        # transformers writes 1e30 for no limit
+        if isinstance(length, int) and length < 1 << 20:
             return dict(max_length=length)
     return {}
 
