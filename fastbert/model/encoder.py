@@ -94,7 +94,7 @@ class Encoder(nn.Module):
         if config.pos_att_type or config.distance_buckets:
             self.relative = (RelativePositions if config.pos_att_type else DistanceBias)(config)
         self.convolution = Convolution(config) if config.conv_kernel_size else None
-        self.apply(lambda module: initialize(module, config))
+        initialize(self, config)
 
     def forward(
         self, batch: Batch, rows: torch.Tensor | None = None, dropout: DropoutStream | None = None,
@@ -138,12 +138,13 @@ class Encoder(nn.Module):
         return DropoutStream(torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=batch.input_ids.device))
 
 
-def initialize(module, config):
-    """BERT's initial weights for one module."""
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=config.initializer_range)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)
-    if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-        with torch.no_grad():
-            module.weight[module.padding_idx].zero_()
+def initialize(model, config):
+    """BERT's initial weights for the linear layers and tables of a module."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=config.initializer_range)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            with torch.no_grad():
+                module.weight[module.padding_idx].zero_()

@@ -118,9 +118,9 @@ class MaskedLM(Model):
         self.transform = VocabularyTransform(config)
         self.vocabulary_bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.mask_decoder = MaskDecoder(config) if config.enhanced_mask_decoder else None
-        for part in (self.transform, self.mask_decoder):
-            if part is not None:
-                part.apply(lambda module: initialize(module, config))
+        initialize(self.transform, config)
+        if self.mask_decoder is not None:
+            initialize(self.mask_decoder, config)
 
     def forward(
         self, input_ids: torch.Tensor | Batch, attention_mask: torch.Tensor | None = None,
@@ -223,7 +223,7 @@ class SequenceClassifier(Model):
         self.pooler = VocabularyTransform(config) if config.pooler_act == "transform" else nn.Linear(D, D)
         self.classifier = nn.Linear(D, self.OUTPUTS or config.num_labels)
         for module in (self.pooler, self.classifier):
-            module.apply(lambda module: initialize(module, config))
+            initialize(module, config)
 
     def forward(
         self, input_ids: torch.Tensor | Batch, attention_mask: torch.Tensor | None = None,
@@ -285,9 +285,9 @@ class _TokenScores(Model):
         super().__init__(config)
         self.transform = VocabularyTransform(config) if config.pooler_act == "transform" else None
         self.classifier = nn.Linear(config.hidden_size, outputs)
-        self.classifier.apply(lambda module: initialize(module, config))
+        initialize(self.classifier, config)
         if self.transform is not None:
-            self.transform.apply(lambda module: initialize(module, config))
+            initialize(self.transform, config)
 
     def _scores(self, batch, dropout_p):
         dropout = self.encoder.dropout(batch)

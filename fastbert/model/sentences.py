@@ -67,7 +67,7 @@ class SentenceEmbedder(Model):
         if families.has_pooler(config):
             # not used, but HuggingFace's bare encoder has it
             self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
-        self.apply(lambda module: initialize(module, config))
+        initialize(self, config)
 
     def forward(
         self, input_ids: torch.Tensor | Batch, attention_mask: torch.Tensor | None = None,
