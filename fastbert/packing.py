@@ -1,30 +1,114 @@
-"""Padded <-> packed. Inside the library there is no padding: the tokens of all sequences stand one after another.
+"""Padded <-> packed. Inside the library there is no padding: the tokens of all sequences follow one another.
 
 B sequences, S padded length, T packed tokens, M picked tokens.
 """
 
 import dataclasses
+import math
 from collections import deque
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+
+
+class Layout(NamedTuple):
+    """Which packed rows belong to which sequence, and where they stand in the padded batch that they come from.
+
+    Stands in for an attention mask. A tuple, so that whatever moves a layer's arguments (accelerate, FSDP,
+    torch.compile) can walk it.
+
+    cu_seqlens: int32 [B + 1], where each sequence starts, and the end. max_seqlen: an int, no sequence is longer.
+    position_ids: int64 [T], from 0 in each sequence. columns: see `Batch`.
+
+    query_rows: int64 [M], ascending, the only rows with a query (None: all have one); cu_seqlens_q, max_seqlen_q:
+    cu_seqlens and max_seqlen of these rows. relative: what the model's table of relative positions gave for this batch.
+    rotations: the rotary base of a layer -> (cos, sin), filled by the first layer that needs it.
+
+    indices: int64 [T], the place of each row in the flattened padded batch; None: every place, in order. shape: the
+    leading dimensions of padded tensors, usually (B, S).
+    """
+
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    position_ids: torch.Tensor | None = None
+    columns: torch.Tensor | None = None
+    query_rows: torch.Tensor | None = None
+    cu_seqlens_q: torch.Tensor | None = None
+    max_seqlen_q: int | None = None
+    relative: torch.Tensor | tuple | None = None
+    rotations: dict[float, tuple] | None = None
+    indices: torch.Tensor | None = None
+    shape: tuple | None = None
+
+    def pack(self, x):
+        """Padded [*shape, ...] -> packed rows [T, ...]."""
+        rows = x.flatten(0, len(self.shape) - 1)
+        return rows if self.indices is None else rows.index_select(0, self.indices)
+
+    def unpack(self, x):
+        """Packed rows [T, ...] -> padded [*shape, ...], 0 where there is no row."""
+        if self.indices is not None:
+            x = x.new_zeros(math.prod(self.shape), *x.shape[1:]).index_copy(0, self.indices, x)
+        return x.view(*self.shape, *x.shape[1:])
+
+    def is_token(self):
+        """bool [*shape]: False at padding. Only where there are indices."""
+        return self.unpack(torch.arange(len(self.indices), device=self.indices.device) < self.cu_seqlens[-1])
+
+    def without_padding(self, *shape):
+        """For layers whose hidden states [*shape, D] are the packed rows themselves."""
+        return self._replace(indices=None, shape=shape)
+
+    def with_queries(self, rows):
+        """The same sequences with queries from `rows` alone (int64 [M], ascending)."""
+        cu_seqlens_q = torch.searchsorted(rows, self.cu_seqlens.to(rows.dtype)).to(torch.int32)
+        return self._replace(query_rows=rows, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=min(self.max_seqlen, len(rows)))
+
+
+def full_layout(B, S, device):
+    """The Layout of B sequences of S tokens each."""
+    return Layout(torch.arange(B + 1, dtype=torch.int32, device=device) * S, S, shape=(B, S))
+
+
+def tokens_before(is_token):
+    """int64 [B * S + 1]: how many tokens stand before each place of bool [B, S], and in all."""
+    return F.pad(is_token.flatten().cumsum(0), (1, 0))
+
+
+def layout_of(is_token, *, padding_last=False):
+    """The Layout of a padded batch: bool [B, S], False at padding. Waits for the device.
+
+    padding_last: the rows are all B * S places, those of the tokens first. No shape then depends on the number of
+    tokens, and nothing waits.
+    """
+    B, S = is_token.shape
+    flat, before = is_token.flatten(), tokens_before(is_token)
+    if padding_last:
+        places = torch.arange(B * S, device=flat.device)
+        row = torch.where(flat, before[:-1], before[-1] + places - before[:-1])
+        indices = torch.empty_like(places).scatter_(0, row, places)
+    else:
+        indices = flat.nonzero()[:, 0]
+    cu_seqlens = before[torch.arange(B + 1, device=flat.device) * S].to(torch.int32)
+    return Layout(cu_seqlens, S, indices=indices, shape=(B, S))
 
 
 @dataclass
 class Batch:
     """A packed batch.
 
-    input_ids, position_ids (from 0 in each sequence, whatever row of its table a model begins with), token_type_ids:
-    int64 [T]. cu_seqlens: int32 [B + 1], where each sequence starts, and the
-    end. max_seqlen: an int, no sequence is longer. labels: int64 [T], -100 where nothing is to be predicted. picks:
-    int64 [M], ascending, the rows of T that have a label. pair_labels: int64 [B], 1 where a pair is false (NSP: random
-    second segment, SOP: swapped). columns: int64 [T], where each token stood in its padded row, if
-    some row had padding between its tokens. seed: int64 [1], the dropout seed of this step. draws: float64 [M] in
-    [0, 1), what decides the token that a generator puts at each pick.
+    input_ids, position_ids (from 0 in each sequence, whichever row of its table a model begins with), token_type_ids:
+    int64 [T]. cu_seqlens: int32 [B + 1], where each sequence starts, and the end. max_seqlen: an int, no sequence is
+    longer. labels: int64 [T], -100 where nothing is to be predicted. picks: int64 [M], ascending, the rows that have a
+    label. pair_labels: int64 [B], 1 where a pair is false (NSP: random second segment, SOP: swapped). columns: int64
+    [T], the column of each token in its padded row, if there was padding between the tokens of a row. seed: int64 [1],
+    the dropout seed of this step. draws: float64 [M] in [0, 1), from which a generator draws its token at each pick.
 
     A batch may be filled up to a fixed capacity: tokens past cu_seqlens[-1] belong to no sequence, sequences at the end
-    may be empty (pair label -100), and picks at the end may be the last row again and again, which has no label then.
+    may be empty (pair label -100), and unused picks point at the last row, which has no label.
     """
 
     input_ids: torch.Tensor
@@ -40,8 +124,7 @@ class Batch:
     draws: torch.Tensor | None = None
 
     def _map(self, f):
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return Batch(**{name: f(value) if torch.is_tensor(value) else value for name, value in fields.items()})
+        return dataclasses.replace(self, **{name: f(x) for name, x in vars(self).items() if torch.is_tensor(x)})
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Batch":
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
@@ -58,7 +141,7 @@ def pack(
 
     attention_mask: [B, S], 1 for real tokens; padding may be right, left or in the middle. Position ids default to the
     column, as in HuggingFace's BERT, so left-padded tokens keep the position that the column gives them. `indices`
-    (int64 [T]) are the places of the packed tokens in the flattened [B * S], what `unpack` wants. Waits for the device.
+    (int64 [T]) are the places of the packed tokens in the flattened [B * S], for `unpack`. Waits for the device.
     """
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: expected [batch, length]")
@@ -69,44 +152,42 @@ def pack(
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}: expected {(B, S)}, that of input_ids"
         )
-    kept = attention_mask.bool()
-    indices = kept.flatten().nonzero()[:, 0]
-    lengths = kept.sum(1)
-    cu_seqlens = torch.zeros(B + 1, dtype=torch.int32, device=input_ids.device)
-    cu_seqlens[1:] = lengths.cumsum(0)
+    is_token = attention_mask.bool()
+    layout = layout_of(is_token)
+    lengths = layout.cu_seqlens.diff()
+    column = torch.arange(S, device=input_ids.device)
     if position_ids is None:
-        position_ids = torch.arange(S, device=input_ids.device)
+        position_ids = column
     if token_type_ids is None:
         token_type_ids = torch.zeros_like(input_ids)
 
     def packed(ids):
-        return ids.expand(B, S).flatten()[indices]
+        return layout.pack(ids.expand(B, S))
 
     batch = Batch(
-        packed(input_ids), packed(position_ids), packed(token_type_ids), cu_seqlens, int(lengths.max()) if B else 0
-    )
-    columns = indices % S
-    widths = (kept * torch.arange(S, device=kept.device)).amax(1) - kept.int().argmax(1) + 1 if S else lengths
+        packed(input_ids), packed(position_ids), packed(token_type_ids), layout.cu_seqlens,
+        int(lengths.max()) if B else 0,
+    )  # fmt: skip
+    widths = (is_token * column).amax(1) - is_token.int().argmax(1) + 1 if S else lengths
     if bool(((widths != lengths) & (lengths > 0)).any()):
-        batch.columns = columns
+        batch.columns = layout.indices % S
     if labels is not None:
         batch.labels = packed(labels)
         batch.picks = (batch.labels != -100).nonzero()[:, 0]
-    return batch, indices
+    return batch, layout.indices
 
 
 def unpack(packed: torch.Tensor, indices: torch.Tensor, B: int, S: int) -> torch.Tensor:
     """Packed rows [T, ...] back in a padded [B, S, ...]; places without a token are 0."""
-    padded = packed.new_zeros(B * S, *packed.shape[1:])
-    return padded.index_copy(0, indices, packed).view(B, S, *packed.shape[1:])
+    return Layout(None, S, indices=indices, shape=(B, S)).unpack(packed)
 
 
 def best_fit(lengths, capacity, *, max_sequences=None, look_ahead=1 << 14):
     """Group sequences into batches of at most `capacity` tokens and `max_sequences` sequences, with little room left.
 
-    lengths: ints [N], in the order in which the sequences should come, which is kept but for what follows. A batch
-    begins with the oldest sequences waiting, so that it is as mixed as they are; its last room (less than two of the
-    longest) goes to the largest of the next `look_ahead` sequences that fits, again and again. Nothing waits for ever.
+    lengths: ints [N], in the order in which the sequences should come. A batch takes the oldest waiting sequences until
+    the room left is less than two of the longest. Then it takes the largest of the next `look_ahead` sequences that
+    fits, until none does. No sequence waits for ever.
 
     Returns `(order, offsets)`, int64 arrays: batch b has the sequences `order[offsets[b] : offsets[b + 1]]`. A pure
     function of its arguments. Raises ValueError when a sequence is longer than the capacity.
@@ -115,7 +196,7 @@ def best_fit(lengths, capacity, *, max_sequences=None, look_ahead=1 << 14):
     N, longest = len(lengths), max(lengths, default=0)
     if longest > capacity:
         raise ValueError(f"a sequence of {longest} tokens does not fit a batch of {capacity}")
-    # sequences waiting, by length, oldest first; bit n of `present` says that some of length n wait
+    # waiting sequences by length, oldest first; bit n of `present`: some of length n are waiting
     waiting = [deque() for _ in range(longest + 1)]
     present = 0
     up_to = [(2 << n) - 1 for n in range(longest + 1)]
@@ -149,37 +230,14 @@ def best_fit(lengths, capacity, *, max_sequences=None, look_ahead=1 << 14):
     return np.array(order, dtype=np.int64), np.array(offsets, dtype=np.int64)
 
 
-@dataclass
-class Layout:
-    """Which rows belong together, for attention. `rows`: the rows of x that ask (None: all of them).
-
-    position_ids: int64 [T], from 0 in each sequence. columns: see packing.Batch. shared: what attention makes once a
-    pass, for all its layers.
-    """
-
-    cu_seqlens: torch.Tensor
-    max_seqlen: int
-    position_ids: torch.Tensor
-    columns: torch.Tensor | None = None
-    shared: dict = field(default_factory=dict)
-    rows: torch.Tensor | None = None
-    cu_seqlens_q: torch.Tensor | None = None
-    max_seqlen_q: int | None = None
-
-    def asking(self, rows):
-        """The same sequences, where only `rows` (ascending, int64 [M]) ask."""
-        cu_seqlens_q = torch.searchsorted(rows, self.cu_seqlens.to(rows.dtype)).to(torch.int32)
-        return replace(self, rows=rows, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=min(self.max_seqlen, len(rows)))
-
-
 def first_rows(batch):
-    """The row of each sequence's first token, int64 [B]. An empty sequence names a neighbour's; none at all, [0]."""
+    """The row of each sequence's first token, int64 [B]; of an empty sequence, a neighbour's. Without tokens, [0]."""
     rows = batch.cu_seqlens[:-1].long()
     return rows.clamp(max=len(batch.input_ids) - 1) if len(batch.input_ids) else rows[:0]
 
 
 def pack_inputs(config, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, labels=None):
-    """(Batch, function that gives packed rows the caller's layout) of HuggingFace's arguments, each [B, S]."""
+    """(Batch, function from packed rows to the caller's layout) of a Batch or of HuggingFace's arguments [B, S]."""
     if isinstance(input_ids, Batch):
         return input_ids, lambda rows: rows
     if input_ids.dim() != 2:
@@ -216,41 +274,3 @@ def pack_inputs(config, input_ids, attention_mask=None, token_type_ids=None, pos
             position_ids = position_ids - config.position_offset
     batch, indices = pack(input_ids, attention_mask, token_type_ids, position_ids, labels)
     return batch, lambda rows: unpack(rows, indices, B, S)
-
-
-@dataclass
-class Packed:
-    """Which rows are tokens of which sequence; stands where a mask does otherwise.
-
-    cu_seqlens: int32 [B + 1]; max_seqlen: an int. indices: int64 [T], the tokens' places in [B * S], None where every
-    place has one. shape: (B, S). inside: whether hidden states come without padding, [1, T, D], rather than [B, S, D].
-    """
-
-    cu_seqlens: torch.Tensor
-    max_seqlen: int
-    indices: torch.Tensor | None
-    shape: tuple
-    inside: bool
-
-    def pack(self, x):
-        """[B, S, ...] or [B * S, ...] -> the tokens' rows [T, ...]."""
-        x = x.reshape(self.shape[0] * self.shape[1], *x.shape[2:]) if x.shape[:2] == self.shape else x
-        return x if self.indices is None else x[self.indices]
-
-    def unpack(self, x):
-        """[T, ...] -> [B, S, ...], 0 where no token is."""
-        if self.indices is not None:
-            rows = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:])
-            x = rows.index_copy(0, self.indices, x)
-        return x.view(*self.shape, *x.shape[1:])
-
-    def blank(self, x):
-        """[B, S, ...] with 0 where no token is."""
-        return x if self.indices is None else self.unpack(self.pack(x))
-
-    def to(self, device, non_blocking=False):
-        """On another device: accelerate moves arguments from layer to layer so."""
-        indices = self.indices if self.indices is None else self.indices.to(device, non_blocking=non_blocking)
-        return dataclasses.replace(
-            self, cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking), indices=indices
-        )

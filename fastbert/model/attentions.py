@@ -1,6 +1,6 @@
 """The kinds of attention, one class each: they project, call their op, and project back.
 
-Letters: T packed tokens, D hidden size, H heads, K head size, M rows of T.
+Letters: T packed tokens, D hidden size, H heads, K head size, M query rows.
 """
 
 import math
@@ -12,8 +12,20 @@ from .. import ops, reference
 from .layers import Norm, dropped, longest_of
 
 
+def project(x, *linears):
+    """x through linear layers side by side."""
+    # stored apart, as in every checkpoint; joining them costs D * D, the multiplication T times as much
+    return ops.linears(x, [linear.weight for linear in linears], [linear.bias for linear in linears])
+
+
+def project_back(output, out, query_rows=None):
+    """Attention's [T, H, K] through the linear layer `output`; of the query rows only, if given."""
+    out = out.flatten(1)
+    return ops.linear(out if query_rows is None else out[query_rows], output.weight, output.bias)
+
+
 class SelfAttention(nn.Module):
-    """Queries, keys and values in one product, attention over each sequence, and the output projection."""
+    """Queries, keys and values in one matrix multiplication, attention, and the output projection."""
 
     def __init__(self, config, i):
         super().__init__()
@@ -22,25 +34,18 @@ class SelfAttention(nn.Module):
         self.query, self.key, self.value, self.output = (nn.Linear(D, D) for _ in range(4))
 
     def forward(self, x, layout, dropout):
-        """x [T, D] -> [T, D], or [M, D] when the layout asks for some rows only."""
+        """x [T, D] -> [T, D], or [M, D] of the query rows."""
         H, K = self.config.num_attention_heads, self.config.head_size
-        if layout.rows is None:
-            q, k = self._project(x, self.query, self.key, self.value).view(-1, 3, H, K), None
+        if layout.query_rows is None:
+            q, k = project(x, self.query, self.key, self.value).view(-1, 3, H, K), None
         else:
-            q = self._project(x[layout.rows], self.query).view(-1, H, K)
-            k = self._project(x, self.key, self.value).view(-1, 2, H, K)
+            q = ops.linear(x[layout.query_rows], self.query.weight, self.query.bias).view(-1, H, K)
+            k = project(x, self.key, self.value).view(-1, 2, H, K)
         out = ops.attention(
             q, k, None, layout.cu_seqlens, layout.max_seqlen, cu_seqlens_q=layout.cu_seqlens_q,
-            max_seqlen_q=layout.max_seqlen_q, **dropout(self.config.attention_probs_dropout_prob),
+            max_seqlen_q=layout.max_seqlen_q, **dropout.next(self.config.attention_probs_dropout_prob),
         )  # fmt: skip
-        return ops.linear(out.flatten(1), self.output.weight, self.output.bias)
-
-    @staticmethod
-    def _project(x, *linears):
-        # the parameters stay apart, as every checkpoint has them; joining them costs D * D, the product T times that
-        if len(linears) == 1:
-            return ops.linear(x, linears[0].weight, linears[0].bias)
-        return ops.linears(x, [linear.weight for linear in linears], [linear.bias for linear in linears])
+        return project_back(self.output, out)
 
 
 class RotaryAttention(nn.Module):
@@ -55,63 +60,60 @@ class RotaryAttention(nn.Module):
         self.output = nn.Linear(D, D, bias=config.attention_bias)
 
     def forward(self, x, layout, dropout):
-        """x [T, D] -> [T, D], or [M, D] when the layout asks for some rows only."""
+        """x [T, D] -> [T, D], or [M, D] of the query rows."""
         H, K = self.config.num_attention_heads, self.config.head_size
         qkv = ops.linear(x, self.qkv.weight, self.qkv.bias).view(-1, 3, H, K)
         q, k = self._rotated(qkv[:, :2], layout).unbind(1)
         if self.window is not None and layout.columns is not None:
             out = reference.attention_by_columns(
                 q, k, qkv[:, 2], layout.cu_seqlens, layout.columns, window=self.window,
-                **dropout(self.config.attention_probs_dropout_prob),
+                **dropout.next(self.config.attention_probs_dropout_prob),
             )  # fmt: skip
-            return self._output(out, layout.rows)
-        # which rows ask matters to a window, so there all do
-        rows = layout.rows if self.window is None else None
-        asking = dict(cu_seqlens_q=layout.cu_seqlens_q, max_seqlen_q=layout.max_seqlen_q) if rows is not None else {}
+            return project_back(self.output, out, layout.query_rows)
+        # the op's window counts rows of a sequence from its first, so all rows need a query
+        rows = layout.query_rows if self.window is None else None
+        queries = dict(cu_seqlens_q=layout.cu_seqlens_q, max_seqlen_q=layout.max_seqlen_q) if rows is not None else {}
         out = ops.attention(
             q if rows is None else q[rows], k, qkv[:, 2], layout.cu_seqlens, layout.max_seqlen, window=self.window,
-            **asking, **dropout(self.config.attention_probs_dropout_prob),
+            **queries, **dropout.next(self.config.attention_probs_dropout_prob),
         )  # fmt: skip
-        return self._output(out, layout.rows if rows is None else None)
-
-    def _output(self, out, rows):
-        out = out.flatten(1) if rows is None else out[rows].flatten(1)
-        return ops.linear(out, self.output.weight, self.output.bias)
+        return project_back(self.output, out, layout.query_rows if rows is None else None)
 
     def _rotated(self, x, layout):
-        """x [T, 2, H, K], whose two halves of a head are the coordinates that turn."""
-        key = ("rotation", self.theta)
-        if key not in layout.shared:
+        """x [T, 2, H, K]; the two halves of a head are the coordinates that are rotated."""
+        if self.theta not in layout.rotations:
             K = x.shape[-1]
             frequencies = 1.0 / (self.theta ** (torch.arange(0, K, 2, dtype=torch.float32, device=x.device) / K))
             angle = layout.position_ids[:, None].float() * frequencies
-            layout.shared[key] = tuple(f(angle).to(x.dtype)[:, None, None, :] for f in (torch.cos, torch.sin))
-        cos, sin = layout.shared[key]
+            layout.rotations[self.theta] = tuple(f(angle).to(x.dtype)[:, None, None, :] for f in (torch.cos, torch.sin))
+        cos, sin = layout.rotations[self.theta]
         a, b = x.float().chunk(2, -1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 
 
 class DistanceBias(nn.Module):
-    """A number for each head and bucket of distances, one table for all layers (Raffel et al. 2020): MPNet's."""
+    """MPNet's bias for each head and bucket of distances, one table for all layers (Raffel et al. 2020)."""
 
-    FURTHEST = 128  # beyond, all distances share a bucket
+    # beyond, all distances share a bucket
+    FURTHEST = 128
 
     def __init__(self, config):
         super().__init__()
         self.table = nn.Embedding(config.distance_buckets, config.num_attention_heads)
 
     def forward(self, layout):
-        """[2 * span, H], span = layout.max_seqlen: row span + i - j is that of a query at i and a key at j."""
+        """[2 * span, H], span = layout.max_seqlen: row span + i - j is for a query at i and a key at j."""
         span = longest_of(layout)
         distance = torch.arange(-span, span, device=self.table.weight.device)
-        # a product and no lookup: its gradient is a sum in a fixed order on every device
+        # not a lookup: the gradient of a product is summed in a fixed order on every device
         return (
             nn.functional.one_hot(self.bucket(distance), self.table.num_embeddings).to(self.table.weight)
             @ self.table.weight
         )
 
     def bucket(self, distance):
-        """The row of the table for int64 distances: half of them before and half after, single at first, then wider."""
+        """The row of the table for int64 distances: half for keys before, half for keys after; one row each for the
+        nearest, then ever wider buckets."""
         half = self.table.num_embeddings // 2
         exact = half // 2
         far = distance.abs().clamp(min=1).float() / exact
@@ -120,16 +122,14 @@ class DistanceBias(nn.Module):
 
 
 class BiasedAttention(SelfAttention):
-    """Attention with a bias for each distance, the same in all layers: MPNet's."""
+    """MPNet's attention, with the same bias for each distance in all layers."""
 
     def forward(self, x, layout, dropout):
-        """x [T, D] -> [T, D], or [M, D] when the layout asks for some rows only."""
+        """x [T, D] -> [T, D], or [M, D] of the query rows."""
         config = self.config
-        qkv = self._project(x, self.query, self.key, self.value).view(
-            -1, 3, config.num_attention_heads, config.head_size
-        )
-        options = dropout(config.attention_probs_dropout_prob)
-        relative = layout.shared["relative"]
+        qkv = project(x, self.query, self.key, self.value).view(-1, 3, config.num_attention_heads, config.head_size)
+        options = dropout.next(config.attention_probs_dropout_prob)
+        relative = layout.relative
         if layout.columns is None:
             out = ops.biased_attention(qkv, None, None, relative, layout.cu_seqlens, layout.max_seqlen, **options)
         else:
@@ -138,7 +138,9 @@ class BiasedAttention(SelfAttention):
                 position_scores=lambda q, k, distance: relative[distance + len(relative) // 2].permute(2, 0, 1).to(q),
             )  # fmt: skip
         out = out.flatten(1)
-        return ops.linear(out if layout.rows is None else out[layout.rows], self.output.weight, self.output.bias)
+        return ops.linear(
+            out if layout.query_rows is None else out[layout.query_rows], self.output.weight, self.output.bias
+        )
 
 
 class RelativePositions(nn.Module):
@@ -154,12 +156,12 @@ class RelativePositions(nn.Module):
     def forward(self, layout):
         """(rows [2 * span, D], position_buckets, max_relative_positions): see `reference.disentangled_attention`.
 
-        Only the middle of the table where the distances in a batch end there, and each has a row of its own: as if
-        there were no buckets, and no more rows.
+        Where the distances of a batch all have a row of their own, only those rows in the middle of the table, and no
+        buckets.
         """
         table, buckets, furthest = self.table.weight, self.buckets, self.furthest
         span, longest = len(table) // 2, longest_of(layout)
-        # rows in steps of 64: each number of them is a compilation under torch.compile
+        # in steps of 64: torch.compile compiles anew for each number of rows
         rows = -(-longest // 64) * 64
         if longest <= (buckets // 2 + 1 if buckets else span) and rows < span:
             table, buckets, furthest = table[span - rows : span + rows], 0, rows
@@ -167,7 +169,7 @@ class RelativePositions(nn.Module):
 
 
 class DisentangledAttention(nn.Module):
-    """Attention to content and to relative positions (He et al. 2021): DeBERTa v2's and v3's."""
+    """DeBERTa v2's and v3's attention to content and to relative positions (He et al. 2021)."""
 
     def __init__(self, config, i):
         super().__init__()
@@ -178,32 +180,32 @@ class DisentangledAttention(nn.Module):
         self.pos_key = nn.Linear(D, D) if "c2p" in own else None
         self.pos_query = nn.Linear(D, D) if "p2c" in own else None
 
-    def forward(self, x, layout, dropout, asking=None):
-        """x [T, D] -> [T, D], or [M, D] when the layout asks for some rows only.
+    def forward(self, x, layout, dropout, query_states=None):
+        """x [T, D] -> [T, D], or [M, D] of the query rows.
 
-        asking: as many rows of D, whose queries stand in place of those of x: MaskDecoder's.
+        query_states: [T, D] or [M, D], what the queries are made of in place of x, for MaskDecoder.
         """
         H, K = self.config.num_attention_heads, self.config.head_size
-        if asking is None:
-            q, k, v = SelfAttention._project(x, self.query, self.key, self.value).view(-1, 3, H, K), None, None
+        if query_states is None:
+            q, k, v = project(x, self.query, self.key, self.value).view(-1, 3, H, K), None, None
         else:
-            q = self._placed(SelfAttention._project(asking, self.query).view(-1, H, K), layout, len(x))
-            k, v = SelfAttention._project(x, self.key, self.value).view(-1, 2, H, K).unbind(1)
+            q = ops.linear(query_states, self.query.weight, self.query.bias).view(-1, H, K)
+            q = self._at_all_rows(q, layout, len(x))
+            k, v = project(x, self.key, self.value).view(-1, 2, H, K).unbind(1)
         pos_key, pos_query = (self.key, self.query) if self.config.share_att_key else (self.pos_key, self.pos_query)
         return self._attend(q, k, v, pos_key, pos_query, layout, dropout)
 
     @staticmethod
-    def _placed(q, layout, T):
-        """q [M, H, K] of the rows that ask as [T, H, K]; in the others is some neighbour's, of which nobody reads."""
-        if layout.rows is None:
+    def _at_all_rows(q, layout, T):
+        """q [M, H, K] of the query rows as [T, H, K]; what the other rows hold is not used."""
+        if layout.query_rows is None:
             return q
-        return nn.functional.pad(q, (0, 0, 0, 0, 0, 1))[
-            torch.searchsorted(layout.rows, torch.arange(T, device=q.device))
-        ]
+        rows = torch.searchsorted(layout.query_rows, torch.arange(T, device=q.device))
+        return nn.functional.pad(q, (0, 0, 0, 0, 0, 1))[rows]
 
     def _attend(self, q, k, v, pos_key, pos_query, layout, dropout):
         config = self.config
-        relative, buckets, furthest = layout.shared["relative"]
+        relative, buckets, furthest = layout.relative
         relative = dropped(relative, config.hidden_dropout_prob, dropout)
         positions = [
             ops.linear(relative, linear.weight, linear.bias).view(-1, config.num_attention_heads, config.head_size)
@@ -211,7 +213,7 @@ class DisentangledAttention(nn.Module):
             else None
             for term, linear in (("c2p", pos_key), ("p2c", pos_query))
         ]
-        options = dropout(config.attention_probs_dropout_prob)
+        options = dropout.next(config.attention_probs_dropout_prob)
         if layout.columns is None:
             out = ops.disentangled_attention(
                 q, k, v, *positions, layout.cu_seqlens, layout.max_seqlen,
@@ -227,11 +229,13 @@ class DisentangledAttention(nn.Module):
                 q, k, v, layout.cu_seqlens, layout.columns, position_scores=scores, scale=scale, **options
             )
         out = out.flatten(1)
-        return ops.linear(out if layout.rows is None else out[layout.rows], self.output.weight, self.output.bias)
+        return ops.linear(
+            out if layout.query_rows is None else out[layout.query_rows], self.output.weight, self.output.bias
+        )
 
 
 class PackedDisentangledAttention(DisentangledAttention):
-    """DeBERTa v1's: one projection, in which each head's query, key and value are neighbours, and no bias for keys."""
+    """DeBERTa v1's: one projection, in which each head's query, key and value stand side by side; keys have no bias."""
 
     def __init__(self, config, i):
         nn.Module.__init__(self)
@@ -243,17 +247,17 @@ class PackedDisentangledAttention(DisentangledAttention):
         self.pos_query = nn.Linear(D, D) if "p2c" in config.pos_att_type else None
         self.output = nn.Linear(D, D)
 
-    def forward(self, x, layout, dropout, asking=None):
-        """See DisentangledAttention."""
+    def forward(self, x, layout, dropout, query_states=None):
+        """As DisentangledAttention.forward."""
         H, K = self.config.num_attention_heads, self.config.head_size
         q_bias, v_bias = self.q_bias.view(H, K), self.v_bias.view(H, K)
         bias = torch.stack((q_bias, torch.zeros_like(q_bias), v_bias), 1)
-        if asking is None:
+        if query_states is None:
             q, k, v = ops.linear(x, self.in_proj.weight, bias.flatten()).view(-1, H, 3, K).unbind(2)
         else:
             weight = self.in_proj.weight.view(H, 3, K, -1)
-            q = ops.linear(asking, weight[:, 0].flatten(0, 1), self.q_bias).view(-1, H, K)
-            q = self._placed(q, layout, len(x))
+            q = ops.linear(query_states, weight[:, 0].flatten(0, 1), self.q_bias).view(-1, H, K)
+            q = self._at_all_rows(q, layout, len(x))
             k, v = ops.linear(x, weight[:, 1:].flatten(0, 2), bias[:, 1:].flatten()).view(-1, H, 2, K).unbind(2)
         return self._attend(q, k, v, self.pos_key, self.pos_query, layout, dropout)
 

@@ -1,4 +1,4 @@
-"""EncoderConfig: the numbers that distinguish one encoder from another, under HuggingFace's names."""
+"""EncoderConfig: what distinguishes one encoder from another, under HuggingFace's names."""
 
 import dataclasses
 import numbers
@@ -11,7 +11,7 @@ _CHOICES = {
     "head_pooling": ("cls", "mean"),
     "problem_type": (None, "regression", "single_label_classification", "multi_label_classification"),
 }
-# a field's annotation -> what it may be: NumPy's numbers too, and 1 for 1.0
+# a field's annotation -> the types that it takes: NumPy's numbers too, and 1 for 1.0
 _KINDS = {
     int: numbers.Integral,
     int | None: numbers.Integral | None,
@@ -22,85 +22,99 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Shape and constants of an encoder. Field names and defaults are those of HuggingFace's BertConfig.
-
-    embedding_size: width of the embedding tables where a projection to hidden_size follows, None where none does.
-    position_biased_input: there is a table of positions; position_offset: its row for a sequence's first token.
-    num_hidden_groups: layers share the weights of their group (None: each has its own), and a group has
-    inner_group_num layers that run in turn. attention: the class in the attention slot, see `attentions.ATTENTIONS`.
-    dropped_branches: what has hidden_dropout_prob before it is added to the residual, where norms stand behind.
-
-    DeBERTa: position_buckets (0: none), max_relative_positions, pos_att_type (of "c2p" and "p2c"), share_att_key,
-    norm_rel_ebd (the table of relative positions has a LayerNorm), conv_kernel_size (0: none), conv_act,
-    enhanced_mask_decoder (the masked-LM head adds a table of positions, see `layers.MaskDecoder`).
-    MPNet: distance_buckets (0: none).
-
-    pre_norm: norms stand before attention and feed-forward, which is gated then. windows: how far each layer sees to
-    both sides (None: all the way, also for all layers). rope_thetas: the rotary base of each layer. attention_bias,
-    mlp_bias, norm_bias: these have biases. output_dropout: after attention's output projection; mlp_dropout: after the
-    gate. head_act: the masked-LM head's activation, None where it is hidden_act; head_bias: of its linear layer.
-
-    For the heads of tasks: pooler_act, the activation after the pooler's linear layer, or "transform" where the
-    masked-LM head's transform stands before every classifier; head_pooling, what a sequence is known by, its first
-    token ("cls") or "mean"; the dropouts before the pooler's layer (pooler_dropout, None: classifier_dropout), before
-    the pair classifier, and before the classifier of sequences (classifier_dropout, None: hidden_dropout_prob), of
-    tokens (token_dropout, None: classifier_dropout), of choices (choice_dropout, the same) and of answers; num_labels,
-    labels (their names) and problem_type ("regression", "single_label_classification", "multi_label_classification",
-    None: by the labels).
+    """Sizes and constants of an encoder and its heads. Names and defaults are those of HuggingFace's BertConfig.
 
     Raises ValueError with the offending value when fields contradict each other.
     """
 
+    # one of `families.FAMILIES`
     model_type: str = "bert"
     vocab_size: int = 30522
     hidden_size: int = 768
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     intermediate_size: int = 3072
+    # one of ACTIVATIONS
     hidden_act: str = "gelu"
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
     max_position_embeddings: int = 512
+    # 0: no segments
     type_vocab_size: int = 2
+    # standard deviation of the initial weights
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     pad_token_id: int = 0
+
+    # where families differ
+    # width of the embedding tables if a projection to hidden_size follows, else None
     embedding_size: int | None = None
+    # whether there is a table of positions, and its row for the first token of a sequence
     position_biased_input: bool = True
     position_offset: int = 0
+    # groups of layers that share weights (None: each layer has its own), and the layers in a group
     num_hidden_groups: int | None = None
     inner_group_num: int = 1
+    # the class in the attention slot, one of `attentions.ATTENTIONS`
     attention: str = "softmax"
+    # post-norm: the branches with hidden_dropout_prob before the residual is added
     dropped_branches: tuple = ("attention", "feed_forward")
+
+    # ModernBERT; more of it below
+    # norms before attention and feed-forward, and a gated feed-forward
     pre_norm: bool = False
+    # how far each layer sees to both sides; None, for a layer or for all: without limit
     windows: tuple | None = None
+    # the rotary base of each layer
     rope_thetas: tuple | None = None
+
+    # DeBERTa, and MPNet's distance_buckets
+    # 0: no buckets
     position_buckets: int = 0
     max_relative_positions: int = 0
+    # some of "c2p" and "p2c"
     pos_att_type: tuple = ()
+    # 0: no table of distances
     distance_buckets: int = 0
     share_att_key: bool = False
+    # whether the table of relative positions has a LayerNorm
     norm_rel_ebd: bool = False
+    # 0: no convolution
     conv_kernel_size: int = 0
     conv_act: str = "tanh"
+    # whether the masked-LM head adds a table of positions, see `layers.MaskDecoder`
     enhanced_mask_decoder: bool = False
+
+    # ModernBERT has none of these biases
     attention_bias: bool = True
     mlp_bias: bool = True
     norm_bias: bool = True
+    # dropout after the gate, and after attention's output projection
     mlp_dropout: float = 0.0
     output_dropout: float = 0.0
+
+    # the masked-LM head: its activation (None: hidden_act), and whether its linear layer has a bias
     head_act: str | None = None
     head_bias: bool = True
+
+    # the heads of tasks
+    # what stands for a sequence: its first token ("cls"), or "mean"
     head_pooling: str = "cls"
+    # the activation after the pooler, or "transform": the masked-LM head's transform in place of the pooler
     pooler_act: str = "tanh"
+    # before the pooler; None: classifier_dropout
     pooler_dropout: float | None = 0.0
+    # before the classifier of sentence pairs, of sequences (None: hidden_dropout_prob), of tokens and of choices
+    # (None: classifier_dropout), and of answers
     pair_dropout: float = 0.0
     classifier_dropout: float | None = None
     token_dropout: float | None = None
     choice_dropout: float | None = None
     qa_dropout: float = 0.0
     num_labels: int = 2
+    # the names of the labels
     labels: tuple | None = None
+    # "regression", "single_label_classification", "multi_label_classification"; None: by the type of the labels
     problem_type: str | None = None
 
     def __post_init__(self):
@@ -110,15 +124,9 @@ class EncoderConfig:
                 expected = getattr(field.type, "__name__", field.type)
                 raise ValueError(f"{field.name} is {value!r}: expected {expected}")
         for name in (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "intermediate_size",
-            "max_position_embeddings",
-            "inner_group_num",
-            "num_labels",
-        ):
+            "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+            "max_position_embeddings", "inner_group_num", "num_labels",
+        ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1")
         if self.hidden_size % self.num_attention_heads:
@@ -153,7 +161,7 @@ class EncoderConfig:
 
     @property
     def approximate(self) -> str:
-        """The GELU's form, as torch.nn.functional.gelu names it."""
+        """The form of the GELU, as torch.nn.functional.gelu names it."""
         return ACTIVATIONS[self.hidden_act]
 
     @property
@@ -172,14 +180,14 @@ class EncoderConfig:
 
     @property
     def max_length(self) -> int:
-        """Tokens of the longest sequence that the position table allows; without one, there is no longest."""
+        """The longest sequence that the position table allows, in tokens; without a table there is no limit."""
         if not self.has_positions:
             return 2**31 - 1
         return self.max_position_embeddings - self.position_offset
 
     @property
     def layer_order(self) -> list[int]:
-        """The numbers of the blocks in the order in which they run, some of them several times where layers share."""
+        """The numbers of the blocks in the order in which they run; a block that layers share comes several times."""
         if self.num_hidden_groups is None:
             return list(range(self.num_hidden_layers))
         groups = [int(i / (self.num_hidden_layers / self.num_hidden_groups)) for i in range(self.num_hidden_layers)]

@@ -1,4 +1,4 @@
-"""Any checkpoint of the family, rewritten as today's transformers and sentence-transformers store it."""
+"""Any checkpoint of a known family, rewritten as current transformers and sentence-transformers store it."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from . import families, heads, hf_files
 from .sentences import SentenceEmbedder
 
 
-def load(directory, *, allow_pickle=False):
+def load_by_architecture(directory, *, allow_pickle=False):
     """The model of a directory, of the class that its files name: see `convert`. Raises ValueError."""
     directory = Path(directory)
     if not directory.is_dir():
@@ -19,7 +19,7 @@ def load(directory, *, allow_pickle=False):
     known = {architecture: head for head, architecture in table.items()}
     named = [name for name in values.get("architectures") or [] if name in known]
     if not values.get("architectures"):
-        # as DeBERTa's authors publish it
+        # DeBERTa's published checkpoints have no architectures
         tensors = hf_files.from_hf_names(
             hf_files.stored_tensors(directory, allow_pickle), hf_files.read_config(directory / "config.json")
         )
@@ -27,7 +27,7 @@ def load(directory, *, allow_pickle=False):
         named = [table["MaskedLM" if bias in tensors else "SentenceEmbedder"]]
     if not named:
         raise ValueError(
-            f"{directory / 'config.json'} names no architecture that is known: has {values.get('architectures')}, "
+            f"{directory / 'config.json'} names no known architecture: has {values.get('architectures')}, "
             f"expected one of {', '.join(known)}"
         )
     head = known[named[0]]
@@ -36,15 +36,15 @@ def load(directory, *, allow_pickle=False):
 
 
 def convert(source, destination, *, allow_pickle=False):
-    """Read a model directory and write it anew: one model.safetensors under today's names, its tokenizer beside it.
+    """Rewrite a model directory: one model.safetensors under current names, with its tokenizer.
 
-    Reads one file or shards, old names, a bare encoder or any head, and pytorch_model.bin with `allow_pickle`. Returns
+    Reads one file or shards, old names, a bare encoder or any head; pytorch_model.bin with `allow_pickle`. Returns
     the model. Raises ValueError when the source cannot be read or the destination already has a model.
     """
     destination = Path(destination)
     if (destination / "config.json").exists():
         raise ValueError(f"{destination} already has a model: choose another directory")
-    model = load(source, allow_pickle=allow_pickle)
+    model = load_by_architecture(source, allow_pickle=allow_pickle)
     if (Path(source) / "tokenizer.json").exists():
         check_vocabulary(load_tokenizer(source), model.config)
     model.save_pretrained(destination)

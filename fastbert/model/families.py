@@ -15,14 +15,12 @@ class Family:
     architectures: our head -> their class. tied: in checkpoints, but copies of other tensors or buffers.
 
     defaults: EncoderConfig fields whose default is not BERT's. keys: EncoderConfig field -> their key in config.json,
-    where it has another name or is not BERT's too; None where they have none. tokenizer: the kind that is trained for
-    it. positions_after_padding: the first rows
-    of the position table, up to that of the padding token's id, belong to no token. projects_always: the embeddings
-    have a projection even where they are as wide as the hidden states. renamed: beginnings of names in published
-    checkpoints -> today's. read, write: EncoderConfig fields from a whole
-    config.json, and back, where it is more than a name. generator: the EncoderConfig of the generator that belongs to a
-    discriminator, where replaced tokens are detected; embedding_sharing: how the two share tables then, see
-    replaced_tokens.ReplacedTokenPretraining.
+    where BERT has no such key or another name; None where they have none. tokenizer: the kind that is trained for it.
+    positions_after_padding: the rows of the position table up to the padding token's id are unused. projects_always:
+    the embeddings have a projection even if they are as wide as the hidden states. renamed: beginnings of names in
+    published checkpoints -> current ones. read, write: EncoderConfig fields from a whole config.json, and back, where
+    more than names differ. generator: the EncoderConfig of the generator for a discriminator, in families that detect
+    replaced tokens; embedding_sharing: how these two share tables, see replaced_tokens.ReplacedTokenPretraining.
     """
 
     prefix: str
@@ -120,7 +118,7 @@ def _deberta_generator(config):
 
 
 def _read_modernbert(values):
-    """Windows and rotary bases of the layers, in today's words or those of the published checkpoints."""
+    """Windows and rotary bases of the layers, from current keys or those of the published checkpoints."""
     layers, every = values.get("num_hidden_layers", 22), values.get("global_attn_every_n_layers", 3)
     kinds = values.get("layer_types") or ["sliding_attention" if i % every else "full_attention" for i in range(layers)]
     ropes = values.get("rope_parameters") or {}
@@ -151,7 +149,7 @@ def _write_modernbert(config):
 
 
 def _read_deberta(values):
-    """What both of DeBERTa's model types have beside BERT's numbers."""
+    """The fields of both of DeBERTa's model types that BERT does not have."""
     if values.get("talking_head"):
         raise ValueError("talking_head is true: expected false")
     for name, expected in (("embedding_size", values.get("hidden_size")), ("conv_groups", 1)):
@@ -168,7 +166,7 @@ def _read_deberta(values):
         position_buckets=0 if is_packed else max(values.get("position_buckets", -1), 0),
         max_relative_positions=furthest if furthest > 0 else values.get("max_position_embeddings", 512),
         norm_rel_ebd="layer_norm" in str(values.get("norm_rel_ebd", "none")).lower(),
-        # ours: transformers has no such decoder, and the published config.json do not speak of theirs
+        # our own key: transformers has no such decoder, and the published config.json do not mention it
         enhanced_mask_decoder=bool(values.get("enhanced_mask_decoder", False)),
     )
 
@@ -360,7 +358,7 @@ FAMILIES = {
             "encoder.relative.norm": "deberta.encoder.LayerNorm",
             "encoder.convolution.conv": "deberta.encoder.conv.conv",
             "encoder.convolution.norm": "deberta.encoder.conv.LayerNorm",
-            # transformers has no such head; the published one is another computation
+            # transformers has no such head; the published one computes something else
             "dense": "discriminator_predictions.dense",
             "ReplacedTokenDetector.classifier": "discriminator_predictions.dense_prediction",
         }),
@@ -450,7 +448,7 @@ def family(model_type):
 
 
 def detecting():
-    """The model types whose pretraining detects replaced tokens, as text."""
+    """The model types that are pretrained by detecting replaced tokens, as text."""
     return ", ".join(name for name, row in FAMILIES.items() if row.generator is not None)
 
 
@@ -466,13 +464,9 @@ def config_of(model_type, **changes):
 
 
 def with_vocabulary(config, vocab_size, pad_token_id):
-    """`config` for a tokenizer of so many pieces."""
-    config = config.replace(vocab_size=vocab_size, pad_token_id=pad_token_id)
-    return (
-        config.replace(position_offset=pad_token_id + 1)
-        if family(config.model_type).positions_after_padding
-        else config
-    )
+    """`config` for another tokenizer."""
+    offset = pad_token_id + 1 if family(config.model_type).positions_after_padding else config.position_offset
+    return config.replace(vocab_size=vocab_size, pad_token_id=pad_token_id, position_offset=offset)
 
 
 def has_pooler(config):

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Loss:
-    """A sum, not a mean: micro-batches and processes add up, and are divided once by the global count.
+    """A sum, not a mean: those of micro-batches and processes are added, then divided once by the global count.
 
-    sum: fp32. count and correct: int64, how many predictions it is over, and how many of them were right (None in
-    regression). weight: what its mean counts in `Output.loss`. more: other counts of the task, by name.
+    sum: fp32. count, correct: int64, the number of predictions and of correct ones (None in regression). weight: of the
+    mean in `Output.loss`. more: other counts of the task, by name.
     """
 
     sum: torch.Tensor
@@ -44,7 +44,7 @@ class Output:
 
     logits: see the model; None where only the loss was computed. losses: a Loss by the name of what was predicted
     ("mlm" masked tokens, "pair" sentence pairs, "rtd" replaced tokens, "label" of a text, a choice or a token, "start"
-    and "end" of an answer); without labels there is none.
+    and "end" of an answer); empty without labels.
     """
 
     logits: torch.Tensor | None = None
@@ -71,7 +71,8 @@ class Output:
 class Model(nn.Module):
     """An encoder, and what all heads share: directories in and out."""
 
-    OPTIONAL = ()  # modules that a checkpoint may lack: then the model does without
+    # modules that are left out when a checkpoint lacks them
+    OPTIONAL = ()
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -85,41 +86,41 @@ class Model(nn.Module):
     ) -> "Self":  # fmt: skip
         """From a directory with config.json and model.safetensors (or its shards), HuggingFace's or ours.
 
-        allow_pickle: read a pytorch_model.bin where there is nothing else; only its tensors, no code in it is run.
+        allow_pickle: read a pytorch_model.bin where there is nothing else; only tensors are read, no code is run.
         dtype: of the weights in memory. changes: EncoderConfig fields to set, such as num_labels of a new head. A head
         that the checkpoint lacks starts fresh, with a warning that names it. Raises ValueError when the encoder is
         incomplete, when a shape disagrees with config.json, or when a file cannot be read.
         """
-        return hf_files.load(cls, directory, head=cls.__name__, allow_pickle=allow_pickle, dtype=dtype, **changes)
+        return hf_files.load_model(cls, directory, head=cls.__name__, allow_pickle=allow_pickle, dtype=dtype, **changes)
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Write config.json and model.safetensors under HuggingFace's names; transformers loads the directory."""
-        hf_files.save(self, directory)
+        hf_files.save_model(self, directory)
 
     def stored(self, directory: str | os.PathLike) -> dict[str, torch.Tensor]:
-        """The state dict for a model like this one that `save_pretrained` has written to a directory."""
+        """The state dict of this model as `save_pretrained` has written it to a directory."""
         return type(self).from_pretrained(directory).state_dict()
 
     def inexact(self) -> dict[str, torch.Tensor]:
-        """{name: parameter} of what `stored` gives back only up to rounding."""
+        """{name: parameter} of those that `stored` returns only up to rounding."""
         return {}
 
 
-def _number_of(labels):
+def number_of_labels(labels):
     return 0 if labels is None else int((labels != -100).sum())
 
 
 class MaskedLM(Model):
-    """With the masked-language-model head: transform, then the word table again as decoder, plus a bias."""
+    """With the masked-language-model head: transform, then the word table as decoder, plus a bias."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__(config)
         self.transform = VocabularyTransform(config)
         self.vocabulary_bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.mask_decoder = MaskDecoder(config) if config.enhanced_mask_decoder else None
-        for part in (self.transform, self.mask_decoder):
-            if part is not None:
-                part.apply(lambda module: initialize(module, config))
+        initialize(self.transform, config)
+        if self.mask_decoder is not None:
+            initialize(self.mask_decoder, config)
 
     def forward(
         self, input_ids: torch.Tensor | Batch, attention_mask: torch.Tensor | None = None,
@@ -137,12 +138,12 @@ class MaskedLM(Model):
         return Output(losses={"mlm": self._masked_lm(self.hidden(batch, batch.picks), batch)})
 
     def hidden(self, batch: Batch, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """What the head reads: hidden states of the rows `rows` (int64 [M], ascending; None: all T), [M, D]."""
+        """The input of the head: hidden states of the rows `rows` (int64 [M], ascending; None: all T), [M, D]."""
         return self.encoder(batch, rows, decoder=self.mask_decoder)
 
     def label_counts(self, batch: Batch) -> dict[str, int]:
-        """What the losses of a packing.Batch are divided by: see `Output.divided`. Waits for its device."""
-        return {"mlm": _number_of(batch.labels)}
+        """The counts that divide the losses of a packing.Batch, see `Output.divided`. Waits for its device."""
+        return {"mlm": number_of_labels(batch.labels)}
 
     def logits(self, batch: Batch, rows: torch.Tensor | None = None) -> torch.Tensor:
         """Vocabulary scores of the rows `rows` (int64 [M], ascending; None: all T) of a packing.Batch: [M, V]."""
@@ -184,7 +185,7 @@ class Pretraining(MaskedLM):
             pair_logits = self._pair_logits(hidden[first_rows(batch)], batch, dropout)
             return Output(restore(logits), pair_logits=pair_logits)
         picks = batch.picks if batch.labels is not None else batch.input_ids.new_empty(0)
-        # one ascending list of the rows that either head reads, and where each of them stands in it
+        # the rows that either head reads in one ascending list, and the place of each in it
         rows, order = torch.sort(torch.cat((picks, first_rows(batch))), stable=True)
         place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         dropout = self.encoder.dropout(batch)
@@ -199,19 +200,20 @@ class Pretraining(MaskedLM):
 
     def label_counts(self, batch: Batch) -> dict[str, int]:
         """See `MaskedLM.label_counts`."""
-        return {"mlm": _number_of(batch.labels), "pair": _number_of(batch.pair_labels)}
+        return {"mlm": number_of_labels(batch.labels), "pair": number_of_labels(batch.pair_labels)}
 
     def _pair_logits(self, first, batch, dropout):
         pooled = dropped(torch.tanh(self.pooler(first)), self.config.pair_dropout, dropout)
         scores = self.pair_classifier(pooled)
-        return F.pad(scores, (0, 0, 0, len(batch.cu_seqlens) - 1 - len(scores)))  # a batch without a token has no first
+        # a batch without tokens has no first ones
+        return F.pad(scores, (0, 0, 0, len(batch.cu_seqlens) - 1 - len(scores)))
 
 
 _ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "gelu": F.gelu}
 
 
 class SequenceClassifier(Model):
-    """A label, or several, or a number for each sequence or pair, from its first token: pooler, then a linear layer."""
+    """A label, several labels or a number for each sequence or pair: pooler of the first token, then a linear layer."""
 
     OUTPUTS = None
 
@@ -221,7 +223,7 @@ class SequenceClassifier(Model):
         self.pooler = VocabularyTransform(config) if config.pooler_act == "transform" else nn.Linear(D, D)
         self.classifier = nn.Linear(D, self.OUTPUTS or config.num_labels)
         for module in (self.pooler, self.classifier):
-            module.apply(lambda module: initialize(module, config))
+            initialize(module, config)
 
     def forward(
         self, input_ids: torch.Tensor | Batch, attention_mask: torch.Tensor | None = None,
@@ -256,7 +258,7 @@ class SequenceClassifier(Model):
 
 
 class MultipleChoice(SequenceClassifier):
-    """The right one of several choices: each is read with the question, and gets one score."""
+    """The right one of several choices: each is read with the question and gets one score."""
 
     OUTPUTS = 1
 
@@ -277,15 +279,15 @@ class MultipleChoice(SequenceClassifier):
 
 
 class _TokenScores(Model):
-    """Some numbers for each token: what labels and answers have in common."""
+    """Scores for each token: what TokenClassifier and QuestionAnswerer share."""
 
     def __init__(self, config: EncoderConfig, outputs: int) -> None:
         super().__init__(config)
         self.transform = VocabularyTransform(config) if config.pooler_act == "transform" else None
         self.classifier = nn.Linear(config.hidden_size, outputs)
-        self.classifier.apply(lambda module: initialize(module, config))
+        initialize(self.classifier, config)
         if self.transform is not None:
-            self.transform.apply(lambda module: initialize(module, config))
+            initialize(self.transform, config)
 
     def _scores(self, batch, dropout_p):
         dropout = self.encoder.dropout(batch)
@@ -318,11 +320,11 @@ class TokenClassifier(_TokenScores):
 
     def label_counts(self, batch: Batch) -> dict[str, int]:
         """See `MaskedLM.label_counts`."""
-        return {"label": _number_of(batch.labels)}
+        return {"label": number_of_labels(batch.labels)}
 
 
 class ReplacedTokenDetector(Model):
-    """ELECTRA's discriminator: which tokens are not those of the text, but a generator's (Clark et al. 2020)."""
+    """ELECTRA's discriminator: which tokens of a text a generator has replaced (Clark et al. 2020)."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__(config)
@@ -338,7 +340,7 @@ class ReplacedTokenDetector(Model):
     ) -> Output:  # fmt: skip
         """Logits [B, S], above 0 where a token looks replaced, 0 at padding; and loss "rtd" for labels int64 [B, S].
 
-        labels: 1 where a token was replaced, 0 where not, -100 where nobody asks. Either a packing.Batch (logits [T],
+        labels: 1 where a token was replaced, 0 where not, -100 to leave it out. Either a packing.Batch (logits [T],
         its own labels) or HuggingFace's padded arguments. Returns Output.
         """
         batch, restore = pack_inputs(self.config, input_ids, attention_mask, token_type_ids, position_ids, labels)
@@ -358,7 +360,7 @@ class ReplacedTokenDetector(Model):
 
 
 class QuestionAnswerer(_TokenScores):
-    """The span of the text that answers a question: a score for each token as its start, and as its end."""
+    """The span of a text that answers a question: a score for each token as its start and as its end."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__(config, 2)
@@ -392,7 +394,7 @@ class QuestionAnswerer(_TokenScores):
 
 
 def _check_labels(labels, number):
-    """ValueError for a label outside 0 .. number - 1 that is not -100: elsewhere than on a CPU the device finds it."""
+    """ValueError for a label outside 0 .. number - 1 that is not -100, on a CPU; elsewhere a kernel finds it."""
     if not labels.is_cpu or torch.compiler.is_compiling():
         return
     outside = labels[(labels != -100) & ((labels < 0) | (labels >= number))]
@@ -408,7 +410,7 @@ def _classification(logits, labels, weight=1.0):
 
 
 def _label_loss(logits, labels, config=None):
-    """{"label": Loss} as the labels' type and shape, or config.problem_type, ask for; {} without labels."""
+    """{"label": Loss}, of the kind that config.problem_type or the labels' type and shape mean; {} without labels."""
     if labels is None:
         return {}
     kind = config.problem_type if config is not None else "single_label_classification"
@@ -435,6 +437,7 @@ def first_hidden(encoder, batch, dropout):
     """Hidden states [B, D] of each sequence's first token; 0 for an empty sequence."""
     hidden = encoder(batch, first_rows(batch), dropout)
     B = len(batch.cu_seqlens) - 1
-    if len(hidden) < B:  # a batch without a token has no first
+    # a batch without tokens has no first ones
+    if len(hidden) < B:
         return hidden.new_zeros(B, hidden.shape[-1])
     return hidden.masked_fill((batch.cu_seqlens.diff() == 0)[:, None], 0.0)

@@ -21,7 +21,7 @@ from . import families
 from .encoder import initialize
 from .families import FAMILIES, config_of, family
 
-# what every family's config.json holds, under the same names, unless its row says otherwise
+# the keys that every family's config.json has, unless its row says otherwise
 _COMMON = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
     "hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings", "type_vocab_size",
@@ -38,9 +38,9 @@ def _keys(row):
 
 
 def config_from_hf(values):
-    """The EncoderConfig that the contents of a HuggingFace config.json mean; keys of other matters are ignored.
+    """The EncoderConfig of the contents of a HuggingFace config.json; other keys are ignored.
 
-    Raises ValueError for a model type or a feature that is not here.
+    Raises ValueError for an unknown model type or feature.
     """
     model_type = values.get("model_type", "bert")
     if values.get("position_embedding_type", "absolute") != "absolute":
@@ -72,7 +72,7 @@ def config_to_hf(config):
     keys = _keys(FAMILIES[config.model_type])
     values = {"model_type": config.model_type}
     for ours, theirs in keys.items():
-        # where two of our fields share a key, the first is written
+        # two of our fields may share a key: the first is written
         values.setdefault(theirs, getattr(config, ours))
     if config.labels is not None or config.num_labels != 2:
         labels = config.labels or _unnamed(config.num_labels)
@@ -106,7 +106,7 @@ def read_config(path):
 
 
 def special_tokens(tokenizer, config):
-    """What a tokenizer_config.json says of the special tokens of a tokenizers.Tokenizer."""
+    """The special tokens of a tokenizers.Tokenizer as a tokenizer_config.json has them."""
     names = {"cls_token": ("[CLS]", "<s>"), "sep_token": ("[SEP]", "</s>"), "unk_token": ("[UNK]", "<unk>"),
              "mask_token": ("[MASK]", "<mask>")}  # fmt: skip
     found = {
@@ -133,7 +133,7 @@ def hf_names(names, config, head=None):
 
 
 def from_hf_names(tensors, config):
-    """A checkpoint's tensors by HuggingFace's current full names: legacy names renewed, a missing prefix put back."""
+    """A checkpoint's tensors by HuggingFace's current full names: legacy names updated, a missing prefix added."""
     row = FAMILIES[config.model_type]
     heads = tuple({name.split(".")[0] + "." for name in (*row.names.values(), *row.tied)})
     renewed = {}
@@ -151,16 +151,16 @@ def from_hf_names(tensors, config):
 
 
 WEIGHTS, PICKLED_WEIGHTS = "model.safetensors", "pytorch_model.bin"
-# what safetensors calls the types that no weights are of
+# safetensors' names of the types that are not floating-point
 _DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
 }  # fmt: skip
 
 
-def load(make, directory, *, head, other=None, allow_pickle=False, dtype=torch.float32, **changes):
+def load_model(make, directory, *, head, other=None, allow_pickle=False, dtype=torch.float32, **changes):
     """A model from a directory, in evaluation mode: see `Model.from_pretrained`.
 
-    make: gives the model of a config. head: its class's name. other: parameters by our names that lie elsewhere.
+    make: builds the model of a config. head: the name of its class. other: parameters stored elsewhere, by our names.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -169,7 +169,7 @@ def load(make, directory, *, head, other=None, allow_pickle=False, dtype=torch.f
         changes.setdefault("labels", None)
     config = read_config(directory / "config.json").replace(**changes)
     stored = from_hf_names(stored_tensors(directory, allow_pickle), config)
-    # no memory yet: each tensor is read once, into the model
+    # without memory: each tensor is read once, into the model
     with torch.device("meta"):
         model = make(config)
     other = other or {}
@@ -200,7 +200,7 @@ def load(make, directory, *, head, other=None, allow_pickle=False, dtype=torch.f
             raise ValueError(f"{directory}: {theirs} is of {stored_dtype}: expected floating-point numbers")
     if missing:
         fresh = ", ".join(names[ours] for ours in missing)
-        warnings.warn(f"{directory} lacks {fresh}: these start fresh and want training", stacklevel=3)
+        warnings.warn(f"{directory} lacks {fresh}: these start fresh and need training", stacklevel=3)
         _start_fresh(model, missing)
     heads = tuple(theirs for ours, theirs in row.names.items() if not ours.startswith(("encoder.", f"{head}.")))
     known = {*names.values(), *row.tied}
@@ -214,36 +214,31 @@ def load(make, directory, *, head, other=None, allow_pickle=False, dtype=torch.f
     return model.eval()
 
 
-def save(model, directory, *, elsewhere=()):
+def save_model(model, directory, *, elsewhere=()):
     """Write config.json and model.safetensors under HuggingFace's names; parameters `elsewhere.` are left out."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     head = type(model).__name__
     own = {name: x for name, x in model.state_dict().items() if not name.startswith(elsewhere)}
     names = hf_names(own, model.config, head)
-    tensors = {names[ours]: tensor.detach().contiguous() for ours, tensor in own.items()}
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    save_tensors({names[ours]: x for ours, x in own.items()}, directory)
     architectures = families.family(model.config.model_type).architectures
     if head not in architectures:
         raise ValueError(
             f"a {model.config.model_type} has no {head} in transformers: expected {', '.join(architectures)}"
         )
-    config = {
-        "architectures": [architectures[head]],
-        **config_to_hf(model.config),
-        "tie_word_embeddings": True,
-    }
+    config = {"architectures": [architectures[head]], **config_to_hf(model.config), "tie_word_embeddings": True}
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _untie(stored, tied, names, directory):
-    """A tensor that is stored under the name of its copy alone gets its own; one that is no copy is refused.
+    """Give a tensor that is stored only under the name of its copy its own name; refuse a copy that differs.
 
-    tied: names of what are copies of the word table or of the vocabulary's bias, or buffers, in checkpoints.
+    tied: names of buffers and of copies of the word table or the vocabulary's bias in checkpoints.
     """
     originals = {
         "weight": names.get("encoder.embeddings.word.weight"),
-        # a model without the head does not care for its bias
+        # a model without the head does not need its bias
         "bias": names.get("vocabulary_bias"),
     }
     for copy in tied:
@@ -301,7 +296,7 @@ def _pickled(path):
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} cannot be read as a file of tensors: {reason}") from None
     if not isinstance(tensors, dict) or not all(torch.is_tensor(x) for x in tensors.values()):
-        raise ValueError(f"{path} holds something else than tensors by name: expected a model's state_dict")
+        raise ValueError(f"{path} does not hold tensors by name: expected a model's state_dict")
     return {name: (x.shape, x.dtype, lambda x=x: x) for name, x in tensors.items()}
 
 
@@ -318,7 +313,7 @@ def _start_fresh(model, names):
             setattr(module, leaf, nn.Parameter(torch.zeros(getattr(module, leaf).shape)))
 
 
-def _read_json(path):
+def read_json(path):
     if not path.exists():
         return {}
     try:
@@ -327,11 +322,11 @@ def _read_json(path):
         raise ValueError(f"{path} is not a readable JSON file: {error}") from None
 
 
-def _write_json(path, values):
+def write_json(path, values):
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-# files beside the weights that go along as they are
+# files beside the weights that are copied as they are
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
     "vocab.json", "merges.txt", "spm.model", "spiece.model", "sentencepiece.bpe.model",
@@ -345,7 +340,7 @@ def save_tensors(tensors: dict[str, torch.Tensor], directory: Path) -> None:
 
 
 def copy_tokenizer(source: str | Path, destination: str | Path) -> None:
-    """Copy the files of a tokenizer from one model's directory to another's, where it has no such file."""
+    """Copy a tokenizer's files from one model's directory to another, except those that it already has."""
     for name in TOKENIZER_FILES:
         if (Path(source) / name).exists() and not (Path(destination) / name).exists():
             shutil.copy(Path(source) / name, Path(destination) / name)

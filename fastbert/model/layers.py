@@ -1,6 +1,6 @@
-"""The modules around attention that own an encoder's parameters: linear layers around one fused op each.
+"""The modules of an encoder beside attention: linear layers around one fused op each.
 
-Letters: T packed tokens, D hidden size, F feed-forward size, H heads, K head size, M rows of T.
+Letters: T packed tokens, D hidden size, F feed-forward size, M query rows.
 """
 
 import torch
@@ -10,7 +10,7 @@ from .. import ops
 
 
 class Embeddings(nn.Module):
-    """Token, position and segment tables, summed, normalised, dropped out; narrower tables are projected to D."""
+    """Token, position and segment tables: sum, LayerNorm, dropout; narrower tables are projected to D."""
 
     def __init__(self, config):
         super().__init__()
@@ -33,21 +33,22 @@ class Embeddings(nn.Module):
         x = ops.embedding(
             batch.input_ids, position_ids, token_type_ids, self.word.weight, position, token_type,
             self.norm.weight, self.norm.bias,
-            padding_idx=self.config.pad_token_id, eps=self.norm.eps, **dropout(self.config.hidden_dropout_prob),
+            padding_idx=self.config.pad_token_id, eps=self.norm.eps, **dropout.next(self.config.hidden_dropout_prob),
         )  # fmt: skip
         return x if self.project is None else ops.linear(x, self.project.weight, self.project.bias)
 
 
 def longest_of(layout):
-    """What all distances in a batch are below."""
+    """An int above every distance between two tokens of a sequence."""
     return layout.max_seqlen if layout.columns is None else int(layout.columns.max()) + 1
 
 
 class MaskDecoder(nn.Module):
-    """DeBERTa's enhanced mask decoder (He et al. 2021, section 3.2): before the words, absolute positions.
+    """DeBERTa's enhanced mask decoder (He et al. 2021, section 3.2): absolute positions before the masked-LM head.
 
-    The last layer runs twice, and both times reads what the layer before it gave. What asks there is at first the same
-    with the positions added, then what came out the first time. As in microsoft/DeBERTa's masked_language_model.py.
+    The last layer runs twice, with keys and values from the layer before it. The query states are first the same
+    hidden states plus the positions, then the result of the first run. As in microsoft/DeBERTa's
+    masked_language_model.py.
     """
 
     def __init__(self, config):
@@ -55,18 +56,18 @@ class MaskDecoder(nn.Module):
         self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
     def forward(self, block, x, layout, dropout):
-        """block: the last; x [T, D] -> [T, D], or [M, D] when the layout asks for some rows only."""
+        """block: the last; x [T, D] -> [T, D], or [M, D] of the query rows."""
         dropout = dropout.copy()
-        rows = slice(None) if layout.rows is None else layout.rows
-        asking = x[rows] + self.position(layout.position_ids[rows]).to(x.dtype)
+        rows = slice(None) if layout.query_rows is None else layout.query_rows
+        query_states = x[rows] + self.position(layout.position_ids[rows]).to(x.dtype)
         for _ in range(2):
-            attended = block.attention(x, layout, dropout, asking)
-            asking = block.after_attention(attended, asking, dropout)
-        return asking
+            attended = block.attention(x, layout, dropout, query_states)
+            query_states = block.after_attention(attended, query_states, dropout)
+        return query_states
 
 
 class Convolution(nn.Module):
-    """What DeBERTa v2 xlarge adds to its first layer: LayerNorm(x + activation(convolution of the embeddings))."""
+    """After the first layer of DeBERTa v2 xlarge: LayerNorm(x + activation(convolution of the embeddings))."""
 
     def __init__(self, config):
         super().__init__()
@@ -77,19 +78,16 @@ class Convolution(nn.Module):
         self.dropout_p = config.hidden_dropout_prob
 
     def forward(self, embeddings, x, layout, dropout):
-        """embeddings [T, D]; x [T, D], or [M, D] when the layout asks for some rows only -> as x.
-
-        A sequence sees nothing of its neighbours.
-        """
+        """embeddings [T, D]; x [T, D], or [M, D] of the query rows -> as x. No sequence reads another."""
         T, width = len(embeddings), self.conv.kernel_size[0]
         rows = torch.arange(T, device=x.device)
         sequence = torch.searchsorted(layout.cu_seqlens[1:], rows.to(torch.int32), right=True)
         column = rows - layout.cu_seqlens[sequence] if layout.columns is None else layout.columns
-        # ascending, and between two sequences more than the width apart
+        # ascending; two sequences are more than the width apart
         place = sequence * (longest_of(layout) + width) + column
         columns = []
         for shift in range(-(width // 2), width // 2 + 1):
-            wanted = (place if layout.rows is None else place[layout.rows]) + shift
+            wanted = (place if layout.query_rows is None else place[layout.query_rows]) + shift
             there = torch.searchsorted(place, wanted).clamp(max=T - 1)
             columns.append(embeddings[there] * (place[there] == wanted)[:, None])
         weight = self.conv.weight.transpose(1, 2).flatten(1)
@@ -112,7 +110,7 @@ class FeedForward(nn.Module):
 
 
 class GatedFeedForward(nn.Module):
-    """Up to 2 F, of which one half through GELU gates the other, and down (Shazeer 2020)."""
+    """Up to 2 F; one half goes through GELU and is multiplied with the other; down to D (Shazeer 2020)."""
 
     def __init__(self, config):
         super().__init__()
@@ -138,27 +136,27 @@ class Norm(nn.LayerNorm):
 
 
 def dropped(x, dropout_p, dropout):
-    """x [M, D] with elements dropped."""
-    options = dropout(dropout_p)
+    """dropout(x), x [M, D]."""
+    options = dropout.next(dropout_p)
     return ops.dropout(x, **options) if options else x
 
 
 class AddNorm(nn.LayerNorm):
-    """LayerNorm(dropout(x) + residual), the dropout where config.dropped_branches has this `branch`."""
+    """LayerNorm(dropout(x) + residual), with dropout if config.dropped_branches has this `branch`."""
 
     def __init__(self, config, branch):
         super().__init__(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout_p = config.hidden_dropout_prob if branch in config.dropped_branches else 0.0
 
     def forward(self, x, residual, dropout):
-        # dtype: under autocast the op would give fp32, as torch's does, and whatever reads it would move twice as much
+        # dtype: under autocast the op, like torch's, would return fp32, and its readers would move twice the bytes
         return ops.layer_norm(
-            x, self.weight, self.bias, residual=residual, eps=self.eps, dtype=x.dtype, **dropout(self.dropout_p)
+            x, self.weight, self.bias, residual=residual, eps=self.eps, dtype=x.dtype, **dropout.next(self.dropout_p)
         )
 
 
 class VocabularyTransform(nn.Module):
-    """What the masked-LM head does before the tied projection: linear, GELU, LayerNorm."""
+    """The masked-LM head before the tied projection: linear, GELU, LayerNorm."""
 
     def __init__(self, config):
         super().__init__()

@@ -5,12 +5,6 @@ from .families import config_of
 from .hf_files import config_from_hf
 
 
-def _bert(layers, hidden):
-    return EncoderConfig(
-        num_hidden_layers=layers, hidden_size=hidden, num_attention_heads=hidden // 64, intermediate_size=4 * hidden
-    )
-
-
 def _sized(model_type, layers, hidden, heads=None, **changes):
     return config_of(
         model_type, num_hidden_layers=layers, hidden_size=hidden, num_attention_heads=heads or hidden // 64,
@@ -18,35 +12,23 @@ def _sized(model_type, layers, hidden, heads=None, **changes):
     )  # fmt: skip
 
 
-def _modernbert(layers, hidden, intermediate):
-    return config_from_hf(
-        dict(
-            model_type="modernbert", num_hidden_layers=layers, hidden_size=hidden, num_attention_heads=hidden // 64,
-            intermediate_size=intermediate,
-        )
-    )  # fmt: skip
+def _from_hf(model_type, layers, hidden, **values):
+    sizes = dict(num_hidden_layers=layers, hidden_size=hidden, num_attention_heads=hidden // 64)
+    return config_from_hf({"model_type": model_type, **sizes, "intermediate_size": 4 * hidden, **values})
 
 
-def _disentangled(model_type, layers, hidden, **values):
-    return config_from_hf(
-        dict(
-            model_type=model_type, num_hidden_layers=layers, hidden_size=hidden, num_attention_heads=hidden // 64,
-            intermediate_size=4 * hidden, relative_attention=True, position_biased_input=False, **values,
-        )
-    )  # fmt: skip
-
-
-_V2 = dict(position_buckets=256, share_att_key=True, norm_rel_ebd="layer_norm", pos_att_type=["p2c", "c2p"])
+_DEBERTA = dict(relative_attention=True, position_biased_input=False, pos_att_type=["c2p", "p2c"])
+_V2 = dict(_DEBERTA, pos_att_type=["p2c", "c2p"], position_buckets=256, share_att_key=True, norm_rel_ebd="layer_norm")
 _LIU = dict(max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5)
 
 PRESETS = {
     # Devlin et al. 2019 (base, large); Turc et al. 2019 (the small ones)
-    "bert-tiny": _bert(2, 128),
-    "bert-mini": _bert(4, 256),
-    "bert-small": _bert(4, 512),
-    "bert-medium": _bert(8, 512),
-    "bert-base": _bert(12, 768),
-    "bert-large": _bert(24, 1024),
+    "bert-tiny": _sized("bert", 2, 128),
+    "bert-mini": _sized("bert", 4, 256),
+    "bert-small": _sized("bert", 4, 512),
+    "bert-medium": _sized("bert", 8, 512),
+    "bert-base": _sized("bert", 12, 768),
+    "bert-large": _sized("bert", 24, 1024),
     # Liu et al. 2019; Conneau et al. 2020
     "roberta-base": _sized("roberta", 12, 768, vocab_size=50265, **_LIU),
     "roberta-large": _sized("roberta", 24, 1024, vocab_size=50265, **_LIU),
@@ -62,19 +44,19 @@ PRESETS = {
     "electra-base": _sized("electra", 12, 768, embedding_size=768),
     "electra-large": _sized("electra", 24, 1024, embedding_size=1024),
     # He et al. 2021 (v1, v2); He et al. 2023 (v3)
-    "deberta-base": _disentangled("deberta", 12, 768, pos_att_type=["c2p", "p2c"]),
-    "deberta-large": _disentangled("deberta", 24, 1024, pos_att_type=["c2p", "p2c"]),
-    "deberta-v2-xlarge": _disentangled("deberta-v2", 24, 1536, **_V2, conv_kernel_size=3, conv_act="gelu"),
-    "deberta-v2-xxlarge": _disentangled("deberta-v2", 48, 1536, **_V2, conv_kernel_size=3, conv_act="gelu"),
-    "deberta-v3-xsmall": _disentangled("deberta-v2", 12, 384, **_V2),
-    "deberta-v3-small": _disentangled("deberta-v2", 6, 768, **_V2),
-    "deberta-v3-base": _disentangled("deberta-v2", 12, 768, **_V2),
-    "deberta-v3-large": _disentangled("deberta-v2", 24, 1024, **_V2),
+    "deberta-base": _from_hf("deberta", 12, 768, **_DEBERTA),
+    "deberta-large": _from_hf("deberta", 24, 1024, **_DEBERTA),
+    "deberta-v2-xlarge": _from_hf("deberta-v2", 24, 1536, **_V2, conv_kernel_size=3, conv_act="gelu"),
+    "deberta-v2-xxlarge": _from_hf("deberta-v2", 48, 1536, **_V2, conv_kernel_size=3, conv_act="gelu"),
+    "deberta-v3-xsmall": _from_hf("deberta-v2", 12, 384, **_V2),
+    "deberta-v3-small": _from_hf("deberta-v2", 6, 768, **_V2),
+    "deberta-v3-base": _from_hf("deberta-v2", 12, 768, **_V2),
+    "deberta-v3-large": _from_hf("deberta-v2", 24, 1024, **_V2),
     # Song et al. 2020
     "mpnet-base": _sized("mpnet", 12, 768, max_position_embeddings=514, layer_norm_eps=1e-5),
     # Warner et al. 2024
-    "modernbert-base": _modernbert(22, 768, 1152),
-    "modernbert-large": _modernbert(28, 1024, 2624),
+    "modernbert-base": _from_hf("modernbert", 22, 768, intermediate_size=1152),
+    "modernbert-large": _from_hf("modernbert", 28, 1024, intermediate_size=2624),
     # Sanh et al. 2019
     "distilbert-base": _sized("distilbert", 6, 768),
 }

@@ -15,7 +15,7 @@ from .. import ops
 from ..packing import Batch, pack_inputs
 from . import families, hf_files
 from .config import EncoderConfig
-from .heads import Loss, MaskedLM, Output, ReplacedTokenDetector, _number_of
+from .heads import Loss, MaskedLM, Output, ReplacedTokenDetector, number_of_labels
 
 if TYPE_CHECKING:
     # in the standard library from Python 3.11 on
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
 
 EMBEDDING_SHARING = ("shared", "gdes", "none")
 GENERATOR = "generator"
-# what tells the discriminator's dropout from the generator's, bits of the seed that they have in common
+# flips bits of the seed, so that the discriminator's dropout differs from the generator's
 _OTHER_DROPOUT = 0x5851F42D4C957F2D
 
 
 class ReplacedTokenPretraining(nn.Module):
     """ELECTRA's pretraining (Clark et al. 2020): a generator fills in masked tokens, a discriminator says which.
 
-    config: EncoderConfig of the discriminator, a ReplacedTokenDetector, which is what one wants in the end.
-    generator_config: of the generator, a MaskedLM; by default as the family's paper has it. rtd_weight: what the
-    discriminator's loss counts beside the generator's. embedding_sharing, by default the family's:
+    config: EncoderConfig of the discriminator, a ReplacedTokenDetector, the model to use afterwards. generator_config:
+    of the generator, a MaskedLM; by default that of the family's paper. rtd_weight: of the discriminator's loss beside
+    the generator's. embedding_sharing, by default the family's:
 
-    "shared": both have the same word, position and segment tables, and the same norm after them, where sizes allow.
-    "gdes": the discriminator's tables are the generator's, through which no gradient goes back, plus parameters of its
-    own that start at 0 (He et al. 2023, gradient-disentangled embedding sharing). These parameters stand in the place
-    of the discriminator's tables: what reads text by itself is `detector()`.
+    "shared": both use the same word, position and segment tables and the norm after them, where sizes allow.
+    "gdes": the discriminator's tables are the generator's, detached, plus parameters of its own that start at 0 (He et
+    al. 2023, gradient-disentangled embedding sharing). These parameters take the place of the discriminator's tables;
+    `detector()` is the discriminator that reads text by itself.
     "none": each has its own.
 
     Raises ValueError when the family has no such head, or when the two word tables cannot be shared.
@@ -71,7 +71,7 @@ class ReplacedTokenPretraining(nn.Module):
                 "expected the same vocabulary, and to share them the same width"
             )
         parts = {"shared": ("word", "position", "token_type", "norm"), "gdes": ("word", "position", "token_type")}
-        # names of the discriminator's tables that are a sum
+        # names of the discriminator's tables that are a sum of two
         self._sums = []
         for part in parts.get(self.embedding_sharing, ()):
             own, other = getattr(ours, part), getattr(theirs, part)
@@ -94,8 +94,8 @@ class ReplacedTokenPretraining(nn.Module):
         "rtd" counts more: how many tokens were "replaced", and how many of these were "found".
 
         Either a packing.Batch or HuggingFace's padded arguments, as for MaskedLM; there must be labels: the tokens of
-        the text where input_ids are masked, else -100. The tokens that the generator gives follow from batch.draws;
-        without these they are drawn anew. Raises ValueError without labels.
+        the text where input_ids are masked, else -100. The generator's tokens depend on batch.draws; without them they
+        are drawn anew. Raises ValueError without labels.
         """
         batch, _ = pack_inputs(self.config, input_ids, attention_mask, token_type_ids, position_ids, labels)
         if batch.labels is None:
@@ -114,33 +114,33 @@ class ReplacedTokenPretraining(nn.Module):
         return Output(losses={"mlm": Loss(*predicted), **detected.losses})
 
     def label_counts(self, batch: Batch) -> dict[str, int]:
-        """See `MaskedLM.label_counts`; the discriminator answers for every token of the text."""
-        return {"mlm": _number_of(batch.labels), "rtd": int(batch.cu_seqlens[-1])}
+        """See `MaskedLM.label_counts`; the discriminator predicts for every token of the text."""
+        return {"mlm": number_of_labels(batch.labels), "rtd": int(batch.cu_seqlens[-1])}
 
     @torch.no_grad()
     def sample(self, hidden: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
         """Tokens of the generator's distributions at the hidden states [M, E] of its transform: int64 [M].
 
-        draws: float64 [M] in [0, 1), each decides a token by its place in the distribution's sums, so that one pick's
-        token depends on nothing but its own draw and hidden state. Never more than some rows of logits are in memory.
+        draws: float64 [M] in [0, 1). Each is looked up in the cumulative distribution, so a token depends only on its
+        own draw and hidden state. Only some rows of logits are in memory at a time.
         """
         weight, tokens = self.generator.encoder.embeddings.word.weight, []
         rows = max(1, 2**25 // len(weight))
         for some, draw in zip(hidden.split(rows), draws.split(rows)):
             shares = ops.linear(some, weight, self.generator.vocabulary_bias).float().softmax(-1)
-            # integers: whatever the order in which a device adds them, it finds the same sums
+            # integers: their sums do not depend on the order in which a device adds
             sums = shares.mul_(2**30).round_().to(torch.int32).cumsum(-1, dtype=torch.int32)
             target = (draw * sums[:, -1]).to(torch.int32)
             tokens.append(torch.searchsorted(sums, target[:, None], right=True)[:, 0])
         return torch.cat(tokens).clamp_(max=len(weight) - 1)
 
     def corrupt(self, batch: Batch, tokens: torch.Tensor) -> Batch:
-        """What the discriminator reads of a masked packing.Batch: its text with `tokens`, int64 [M], at the picks.
+        """The discriminator's input for a masked packing.Batch: its text with `tokens`, int64 [M], at the picks.
 
-        Its labels are 1 where that changes a token, 0 at all other tokens, special ones included, -100 past the last.
+        Labels are 1 where a token has changed, 0 at all other tokens, special ones included, -100 past the last.
         """
         text = batch.input_ids.where(batch.labels == -100, batch.labels)
-        # a batch of fixed capacity has picks without a label
+        # a batch of fixed capacity has unused picks
         tokens = tokens.where(batch.labels[batch.picks] != -100, text[batch.picks])
         input_ids = text.index_put((batch.picks,), tokens)
         is_token = torch.arange(len(text), device=text.device) < batch.cu_seqlens[-1]
@@ -155,7 +155,7 @@ class ReplacedTokenPretraining(nn.Module):
         return {name: theirs[name].detach() + ours[name] for name in self._sums}
 
     def detector(self) -> ReplacedTokenDetector:
-        """The discriminator with its tables whole: a ReplacedTokenDetector; the other weights are this model's own."""
+        """A ReplacedTokenDetector with complete tables; it shares all other weights with this model."""
         with torch.device("meta"):
             detector = ReplacedTokenDetector(self.config)
         with torch.no_grad():
@@ -167,7 +167,7 @@ class ReplacedTokenPretraining(nn.Module):
     def from_pretrained(
         cls, directory: str | os.PathLike, *, embedding_sharing: str | None = None, rtd_weight: float = 50.0,
     ) -> "Self":  # fmt: skip
-        """From what `save_pretrained` writes, or any detector's directory with its generator in `generator` there."""
+        """From what `save_pretrained` writes: a detector's directory with its generator in the folder `generator`."""
         directory = Path(directory)
         configs = [hf_files.read_config(place / "config.json") for place in (directory, directory / GENERATOR)]
         model = cls(*configs, embedding_sharing=embedding_sharing, rtd_weight=rtd_weight)
@@ -175,7 +175,7 @@ class ReplacedTokenPretraining(nn.Module):
         return model.eval()
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
-        """Write the detector, with its tables whole, into a directory, and the generator into `generator` there."""
+        """Write the detector, with complete tables, into a directory, and the generator into its folder `generator`."""
         self.detector().save_pretrained(directory)
         self.generator.save_pretrained(Path(directory) / GENERATOR)
 
@@ -189,6 +189,6 @@ class ReplacedTokenPretraining(nn.Module):
         return {f"{part}.{name}": tensor for part, state in parts for name, tensor in state.items()}
 
     def inexact(self) -> dict[str, torch.Tensor]:
-        """See `Model.inexact`: a difference of tables, whose sum was written."""
+        """See `Model.inexact`: of tables that are a sum, the sum was written."""
         own = dict(self.named_parameters())
         return {name: own[name] for name in (f"discriminator.{name}" for name in self._sums)}

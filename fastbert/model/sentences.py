@@ -22,7 +22,7 @@ from . import families, hf_files
 from .config import EncoderConfig
 from .encoder import initialize
 from .heads import Model
-from .hf_files import _read_json, _write_json
+from .hf_files import read_json, write_json
 
 if TYPE_CHECKING:
     # in the standard library from Python 3.11 on
@@ -35,12 +35,12 @@ _ACTIVATIONS = {"Identity": lambda x: x, "Tanh": torch.tanh, "ReLU": torch.relu,
 
 
 class SentenceEmbedder(Model):
-    """An encoder, pooling, perhaps linear layers, perhaps a division by the length: a vector for each text.
+    """A vector for each text: an encoder, pooling, optional linear layers, optional normalization.
 
     config: EncoderConfig. tokenizer: tokenizers.Tokenizer, for `encode`. pooling: one of MODES. normalize: divide by
-    the L2 norm. prompts: {name: text put before a text}, as E5 and BGE want them; default_prompt_name: which of them
-    is used when none is asked for. include_prompt: whether the prompt's tokens are pooled too. max_length: tokens that
-    are read of a text, specials included. dense: sizes and activations of the linear layers after pooling.
+    the L2 norm. prompts: {name: text put before a text}, as E5 and BGE use them; default_prompt_name: the one to use
+    when none is requested. include_prompt: whether the prompt's tokens are pooled too. max_length: the number of tokens
+    that are read of a text, specials included. dense: sizes and activations of the linear layers after pooling.
     """
 
     OPTIONAL = ("pooler",)
@@ -65,9 +65,9 @@ class SentenceEmbedder(Model):
         self.activations = [activation for *_, activation in dense]
         self.pooler = None
         if families.has_pooler(config):
-            # not used: kept because HuggingFace's bare encoder has it
+            # not used, but HuggingFace's bare encoder has it
             self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
-        self.apply(lambda module: initialize(module, config))
+        initialize(self, config)
 
     def forward(
         self, input_ids: torch.Tensor | Batch, attention_mask: torch.Tensor | None = None,
@@ -75,7 +75,7 @@ class SentenceEmbedder(Model):
     ) -> torch.Tensor:  # fmt: skip
         """Vectors [B, E] of a packing.Batch, or of HuggingFace's padded arguments, each [B, S].
 
-        prompt_length: so many tokens of each text, its first special one included, are left out of the pooling.
+        prompt_length: the number of tokens at the start of each text that are not pooled, its first special included.
         """
         batch, _ = pack_inputs(self.config, input_ids, attention_mask, token_type_ids, position_ids)
         hidden, cu_seqlens = self._without_prompt(self.encoder(batch), batch, prompt_length)
@@ -103,9 +103,9 @@ class SentenceEmbedder(Model):
     ) -> np.ndarray | torch.Tensor:  # fmt: skip
         """Vectors of one text (a str) or many: float32 NumPy [E] or [B, E], or a tensor on the model's device.
 
-        prompt: text put before each; or prompt_name, one of `prompts`. Texts are read up to max_length tokens; those of
-        like length run together, batch_size at a time, and come back in their order. Leaves the model in evaluation
-        mode. Raises ValueError for a prompt that does not exist, TypeError for what is no text.
+        prompt: text put before each; or prompt_name, one of `prompts`. Texts are cut to max_length tokens. Texts of
+        similar length run together, batch_size at a time; the vectors are in the order of the texts. Leaves the model
+        in evaluation mode. Raises ValueError for an unknown prompt, TypeError for what is not a str.
         """
         if self.tokenizer is None:
             raise ValueError(
@@ -120,7 +120,7 @@ class SentenceEmbedder(Model):
                 raise TypeError(f"text {i} is a {type(text).__name__}: expected str")
         prompt, skipped = self._prompt(prompt_name, prompt)
         encodings = self._tokenize([prompt + text for text in texts])
-        # eval() takes longer than to see that it has been called
+        # eval() takes longer than this check
         if any(module.training for module in self.modules()):
             self.eval()
         device = next(self.parameters()).device
@@ -140,7 +140,7 @@ class SentenceEmbedder(Model):
         return result if convert_to_tensor else result.cpu().numpy()
 
     def _prompt(self, name, prompt):
-        """(text, how many tokens of it the pooling leaves out)."""
+        """(text, number of its tokens that are not pooled)."""
         if prompt is None:
             name = self.default_prompt_name if name is None else name
             if name is not None and name not in self.prompts:
@@ -148,7 +148,7 @@ class SentenceEmbedder(Model):
             prompt = "" if name is None else self.prompts[name]
         if not prompt or self.include_prompt:
             return prompt, 0
-        # the special token at the end is not the prompt's
+        # without the special token at the end
         return prompt, len(self._tokenize([prompt])[0].ids) - 1
 
     def _tokenize(self, texts):
@@ -163,8 +163,8 @@ class SentenceEmbedder(Model):
     ) -> "Self":  # fmt: skip
         """From a directory of sentence-transformers, or of a bare HuggingFace encoder (then mean pooling).
 
-        options: arguments of the class that override what the directory says. Raises ValueError as other models do,
-        and for a module that is not known here.
+        options: arguments of the class that override those of the directory. Raises ValueError as other models do, and
+        for an unknown module.
         """
         directory = Path(directory)
         found, folder = _read_modules(directory, allow_pickle)
@@ -172,49 +172,48 @@ class SentenceEmbedder(Model):
         if any((folder / name).exists() for name in ("tokenizer.json", "vocab.txt")):
             found["tokenizer"] = load_tokenizer(folder)
         found |= _read_limits(folder)
-        prompts = _read_json(directory / "config_sentence_transformers.json")
+        prompts = read_json(directory / "config_sentence_transformers.json")
         found["prompts"] = prompts.get("prompts") or {}
         found["default_prompt_name"] = prompts.get("default_prompt_name")
         weights = found.pop("weights", [])
-        model = hf_files.load(
+        return hf_files.load_model(
             lambda config: cls(config, **{**found, **options}), folder, allow_pickle=allow_pickle, dtype=dtype,
             head=cls.__name__, other={f"dense.{i}.{name}": x for i, w in enumerate(weights) for name, x in w.items()},
         )  # fmt: skip
-        return model
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Write what sentence-transformers loads: the encoder, its tokenizer, and a folder for each further module."""
         directory = Path(directory)
-        hf_files.save(self, directory, elsewhere=("dense.",))
+        hf_files.save_model(self, directory, elsewhere=("dense.",))
         kinds = ["Transformer", "Pooling", *["Dense"] * len(self.dense), *["Normalize"] * self.normalize]
         places = ["" if i == 0 else f"{i}_{kind}" for i, kind in enumerate(kinds)]
         modules = [
             dict(idx=i, name=str(i), path=place, type=f"sentence_transformers.models.{kind}")
             for i, (kind, place) in enumerate(zip(kinds, places))
         ]
-        _write_json(directory / "modules.json", modules)
+        write_json(directory / "modules.json", modules)
         for kind, place in zip(kinds[1:], places[1:]):
             (directory / place).mkdir(exist_ok=True)
             if kind == "Pooling":
                 pooling = {f"pooling_mode_{name}": mode == self.pooling for mode, name in _MODE_KEYS.items()}
                 size = dict(word_embedding_dimension=self.config.hidden_size, include_prompt=self.include_prompt)
-                _write_json(directory / place / "config.json", size | pooling)
+                write_json(directory / place / "config.json", size | pooling)
         for linear, activation, place in zip(self.dense, self.activations, places[2:]):
             sizes = dict(in_features=linear.in_features, out_features=linear.out_features, bias=linear.bias is not None)
             name = dict(activation_function=f"torch.nn.modules.activation.{activation}")
             if activation == "Identity":
                 name = dict(activation_function="torch.nn.modules.linear.Identity")
-            _write_json(directory / place / "config.json", sizes | name)
+            write_json(directory / place / "config.json", sizes | name)
             hf_files.save_tensors({f"linear.{name}": x for name, x in linear.state_dict().items()}, directory / place)
         limits = dict(max_seq_length=self.max_length, do_lower_case=False)
-        _write_json(directory / "sentence_bert_config.json", limits)
+        write_json(directory / "sentence_bert_config.json", limits)
         prompts = dict(prompts=self.prompts, default_prompt_name=self.default_prompt_name, similarity_fn_name="cosine")
-        _write_json(directory / "config_sentence_transformers.json", prompts)
+        write_json(directory / "config_sentence_transformers.json", prompts)
         if self.tokenizer is not None:
             self.tokenizer.save(str(directory / "tokenizer.json"))
             special = hf_files.special_tokens(self.tokenizer, self.config)
             limits = dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=self.max_length)
-            _write_json(directory / "tokenizer_config.json", special | limits)
+            write_json(directory / "tokenizer_config.json", special | limits)
 
 
 # our mode -> its key in a pooling module's config.json, before sentence-transformers 6 one for each mode
@@ -229,12 +228,12 @@ def _read_modules(directory, allow_pickle):
     found, folder = dict(pooling="mean", normalize=False, dense=[], weights=[]), ""
     if not (directory / "modules.json").exists():
         return found, folder
-    for module in _read_json(directory / "modules.json"):
+    for module in read_json(directory / "modules.json"):
         kind, place = module["type"].rsplit(".", 1)[-1], inside(directory, module["path"])
         if kind == "Transformer":
             folder = module["path"]
         elif kind == "Pooling":
-            values = _read_json(place / "config.json")
+            values = read_json(place / "config.json")
             modes = [mode for mode, key in _MODE_KEYS.items() if values.get(f"pooling_mode_{key}")]
             named = values.get("pooling_mode")
             modes = modes if named is None else [named] if isinstance(named, str) else list(named)
@@ -243,7 +242,7 @@ def _read_modules(directory, allow_pickle):
             found["pooling"] = modes[0]
             found["include_prompt"] = values.get("include_prompt", True)
         elif kind == "Dense":
-            values = _read_json(place / "config.json")
+            values = read_json(place / "config.json")
             activation = values.get("activation_function", "Tanh").rsplit(".", 1)[-1]
             if activation not in _ACTIVATIONS:
                 raise ValueError(
@@ -262,8 +261,9 @@ def _read_modules(directory, allow_pickle):
 def _read_limits(folder):
     """max_length, by the first file that gives one."""
     for file, key in (("sentence_bert_config.json", "max_seq_length"), ("tokenizer_config.json", "model_max_length")):
-        length = _read_json(folder / file).get(key)
-        if isinstance(length, int) and length < 1 << 20:  # transformers writes 1e30 for no limit
+        length = read_json(folder / file).get(key)
+        # transformers writes 1e30 for no limit
+        if isinstance(length, int) and length < 1 << 20:
             return dict(max_length=length)
     return {}
 

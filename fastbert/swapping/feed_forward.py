@@ -7,7 +7,7 @@ from .. import ops
 from .steps import Replacement, gelu, gelu_form, gelu_norm, layer_norm, linear, linear_gelu, refuses_activation
 
 
-class AddNorm(Replacement):
+class BertSelfOutput(Replacement):
     """LayerNorm(dropout(dense(x)) + residual)."""
 
     PARTS = ("layer_norm",)
@@ -17,7 +17,7 @@ class AddNorm(Replacement):
         return layer_norm(self.LayerNorm, linear(self.dense, hidden_states), input_tensor, self.dropout)
 
 
-class MPNetAttentionNorm(Replacement):
+class MPNetAttention(Replacement):
     PARTS = ("layer_norm",)
     WHAT = "fused dropout, add and norm"
 
@@ -35,7 +35,7 @@ class DebertaLayerNorm(Replacement):
         return ops.layer_norm(rows, self.weight, self.bias, eps=self.variance_epsilon).view(hidden_states.shape)
 
 
-class Intermediate(Replacement):
+class BertIntermediate(Replacement):
     """gelu(dense(x))."""
 
     PARTS = ("gelu",)
@@ -46,7 +46,9 @@ class Intermediate(Replacement):
         return linear_gelu(self.dense, self.intermediate_act_fn, hidden_states)
 
 
-class DistilBertFeedForward(Replacement):
+class FFN(Replacement):
+    """DistilBERT's."""
+
     PARTS = ("gelu",)
     WHAT = "linear, fused bias and GELU"
     refuses = refuses_activation("activation")
@@ -58,7 +60,9 @@ class DistilBertFeedForward(Replacement):
         return super().forward(input)
 
 
-class DistilBertBlock(Replacement):
+class TransformerBlock(Replacement):
+    """DistilBERT's."""
+
     PARTS = ("layer_norm",)
     WHAT = "fused add and norm"
 
@@ -68,7 +72,7 @@ class DistilBertBlock(Replacement):
         return layer_norm(self.output_layer_norm, self.ffn(x), x)
 
 
-class AlbertBlock(Replacement):
+class AlbertLayer(Replacement):
     PARTS = ("layer_norm", "gelu")
     WHAT = "linear, fused bias and GELU, add and norm"
     refuses = refuses_activation("activation")
@@ -81,14 +85,12 @@ class AlbertBlock(Replacement):
             y = linear(self.ffn_output, linear_gelu(self.ffn, self.activation, x))
         else:
             y = self.ff_chunk(x)
-        return (
-            layer_norm(self.full_layer_layer_norm, y, x)
-            if self.fastbert_options.layer_norm
-            else self.full_layer_layer_norm(y + x)
-        )
+        if self.fastbert_options.layer_norm:
+            return layer_norm(self.full_layer_layer_norm, y, x)
+        return self.full_layer_layer_norm(y + x)
 
 
-class ModernBertFeedForward(Replacement):
+class ModernBertMLP(Replacement):
     PARTS = ("gelu",)
     WHAT = "linear, fused GELU"
     refuses = refuses_activation("act")
@@ -99,8 +101,8 @@ class ModernBertFeedForward(Replacement):
         return linear(self.Wo, self.drop(x))
 
 
-class Transform(Replacement):
-    """LayerNorm(gelu(dense(x))): what a masked-LM head does first."""
+class BertPredictionHeadTransform(Replacement):
+    """LayerNorm(gelu(dense(x))), the first step of a masked-LM head."""
 
     PARTS = ("gelu", "layer_norm")
     WHAT = "linear, fused bias, GELU and norm"

@@ -1,6 +1,6 @@
-"""What runs in place of HuggingFace's models with a loss: head and loss on picked tokens alone.
+"""What runs in place of HuggingFace's models with a loss.
 
-Letters as in `steps.py`; M picked tokens.
+Letters as in `steps.py`; M labelled tokens.
 """
 
 import torch
@@ -9,31 +9,31 @@ from torch import nn
 
 from .. import ops
 from .stacks import is_static
-from .steps import Replacement, _beside, _named, gelu_norm, is_plain, layer_norm, linear_gelu
+from .steps import Replacement, by_name, from_file_of, gelu_norm, is_plain, layer_norm, linear_gelu
 
 
 def _mean(loss_sum, count, num_items):
-    """The mean, over the whole of a step where its number of labels is known; 0 where there is no label."""
+    """The mean, over a whole step where its number of labels is known; 0 without a label."""
     number = torch.as_tensor(count if num_items is None else num_items, device=loss_sum.device)
     return loss_sum / number.clamp(min=1)
 
 
-class LossHead(Replacement):
-    """A head whose loss is a mean over labels. Under gradient accumulation and several processes HuggingFace's Trainer
-    hands the number of labels of the whole step to the model and expects it to divide by that; theirs do not."""
+class BertForSequenceClassification(Replacement):
+    """A head whose loss is a mean over labels. Under gradient accumulation, HuggingFace's Trainer passes the number of
+    labels of the whole step and expects the model to divide by it. Their own heads do not."""
 
     PARTS = ("loss",)
-    WHAT = "loss by the number of labels of the whole step"
+    WHAT = "loss averaged over the labels of the whole step"
 
     def forward(self, *args, **kwargs):
-        kwargs = _named(self, args, kwargs)
+        kwargs = by_name(self, args, kwargs)
         num_items, labels = kwargs.pop("num_items_in_batch", None), kwargs.get("labels")
         out = super().forward(**kwargs)
         if labels is None:
             return out
         loss = out[0] if isinstance(out, tuple) else out.loss
         count = (labels != -100).sum().to(loss.device)
-        # their mean over no label is NaN
+        # without labels their mean is NaN
         loss = torch.where(count == 0, 0, loss)
         if num_items is not None:
             loss = _mean(loss * count, count, num_items)
@@ -43,21 +43,21 @@ class LossHead(Replacement):
         return out
 
 
-class MaskedLM(Replacement):
-    """A masked-language model: the head and the loss on picked tokens alone; in training no scores are kept."""
+class BertForMaskedLM(Replacement):
+    """Head and loss on labelled tokens alone; in training no scores are kept."""
 
     PARTS = ("loss",)
-    WHAT = "head and loss on picked tokens alone"
+    WHAT = "head and loss on labelled tokens only"
     SCORES = "logits"
 
     @staticmethod
     def refuses(module):
         if getattr(module.config, "is_decoder", False):
-            return "a decoder"
-        return None if _vocabulary_head(module) is not None else "its head is not one that fastbert knows"
+            return "it is a decoder"
+        return None if _vocabulary_head(module) is not None else "fastbert does not know its head"
 
     def forward(self, *args, **kwargs):
-        kwargs = _named(self, args, kwargs)
+        kwargs = by_name(self, args, kwargs)
         labels, num_items = kwargs.pop("labels", None), kwargs.pop("num_items_in_batch", None)
         if labels is None:
             return super().forward(**kwargs)
@@ -65,9 +65,9 @@ class MaskedLM(Replacement):
         return_dict = self.config.return_dict if return_dict is None else return_dict
         if self.training and self.fastbert_options.logits == "evaluation":
             out = self.base_model(**kwargs, return_dict=True)
-            loss = self._picked_loss(out[0], labels, num_items)
+            loss = self._labelled_loss(out[0], labels, num_items)
             fields = dict(loss=loss, hidden_states=out.get("hidden_states"), attentions=out.get("attentions"))
-            cls = _beside(self, "MaskedLMOutput")
+            cls = from_file_of(self, "MaskedLMOutput")
         else:
             out = super().forward(**kwargs, return_dict=True)
             scores = out[self.SCORES].flatten(0, -2)
@@ -78,22 +78,32 @@ class MaskedLM(Replacement):
         out = cls(**fields)
         return out if return_dict else out.to_tuple()
 
-    def _picked_loss(self, hidden, labels, num_items):
-        labels = labels.to(hidden.device).flatten()
-        picks = slice(None) if is_static() else (labels != -100).nonzero()[:, 0]
-        return _mean(*picked_loss(self, hidden.flatten(0, -2)[picks], labels[picks]), num_items)
+    def _labelled_loss(self, hidden, labels, num_items):
+        """The mean loss of hidden states [B, S, D], head included."""
+        labels, hidden = labels.to(hidden.device).flatten(), hidden.flatten(0, -2)
+        if not is_static():
+            picks = (labels != -100).nonzero()[:, 0]
+            labels, hidden = labels[picks], hidden[picks]
+        transform, decoder = _vocabulary_head(self)
+        hidden = transform(hidden)
+        if is_plain(decoder, nn.Linear):
+            loss_sum = ops.masked_cross_entropy(hidden, decoder.weight, decoder.bias, labels)[0]
+        else:
+            loss_sum = _cross_entropy(decoder(hidden), labels)
+        return _mean(loss_sum, (labels != -100).sum(), num_items)
 
 
-class Pretraining(MaskedLM):
-    """Both pretraining heads: the masked language model, and sentence pairs from the pooler. Theirs give a loss only
-    where both kinds of label are given. Of a step in several parts, each part's pairs count as its picked tokens do."""
+class BertForPreTraining(BertForMaskedLM):
+    """Both pretraining heads: masked language model, and sentence pairs from the pooler. There is a loss only with both
+    kinds of label, as in the original. In a step of several micro-batches, the pair loss of each counts in proportion
+    to its masked tokens."""
 
     SCORES = "prediction_logits"
-    # their argument for the pairs' labels, the head of the pairs, and its field in what the model returns
+    # the argument with the pairs' labels, the pairs' head, and its field in the output
     PAIRS = "next_sentence_label", "cls.seq_relationship", "seq_relationship_logits"
 
     def forward(self, *args, **kwargs):
-        kwargs = _named(self, args, kwargs)
+        kwargs = by_name(self, args, kwargs)
         argument, head, field = self.PAIRS
         labels, pair_labels = kwargs.pop("labels", None), kwargs.pop(argument, None)
         num_items = kwargs.pop("num_items_in_batch", None)
@@ -103,10 +113,10 @@ class Pretraining(MaskedLM):
         return_dict = self.config.return_dict if return_dict is None else return_dict
         if self.training and self.fastbert_options.logits == "evaluation":
             out = self.base_model(**kwargs, return_dict=True)
-            loss = self._picked_loss(out[0], labels, num_items)
+            loss = self._labelled_loss(out[0], labels, num_items)
             fields = {field: self.get_submodule(head)(out[1])}
             fields |= dict(hidden_states=out.get("hidden_states"), attentions=out.get("attentions"))
-            cls = _beside(self, f"{self.config.model_type.capitalize()}ForPreTrainingOutput")
+            cls = from_file_of(self, f"{self.config.model_type.capitalize()}ForPreTrainingOutput")
         else:
             out = super().forward(**kwargs, labels=labels, num_items_in_batch=num_items, return_dict=True)
             loss, fields, cls = out.loss, dict(out), type(out)
@@ -118,18 +128,8 @@ class Pretraining(MaskedLM):
         return out if return_dict else out.to_tuple()
 
 
-class AlbertPretraining(Pretraining):
+class AlbertForPreTraining(BertForPreTraining):
     PAIRS = "sentence_order_label", "sop_classifier", "sop_logits"
-
-
-def picked_loss(model, rows, labels):
-    """(sum of the cross-entropies, how many) of hidden states [M, D] and labels [M], all of them picked."""
-    transform, decoder = _vocabulary_head(model)
-    rows = transform(rows)
-    count = (labels != -100).sum()
-    if is_plain(decoder, nn.Linear):
-        return ops.masked_cross_entropy(rows, decoder.weight, decoder.bias, labels)[0], count
-    return _cross_entropy(decoder(rows), labels), count
 
 
 def _cross_entropy(scores, labels):
@@ -138,7 +138,7 @@ def _cross_entropy(scores, labels):
 
 
 def _vocabulary_head(model):
-    """(what a masked-LM head does with hidden states before the vocabulary, its last linear layer), None: unknown."""
+    """(the transform of a masked-LM head, its last linear layer); None for a head that is not known."""
     find = next((_VOCABULARY_HEADS[c.__name__] for c in type(model).__mro__ if c.__name__ in _VOCABULARY_HEADS), None)
     try:
         return None if find is None else find(model)

@@ -1,10 +1,10 @@
-"""Swap: make a model that is already built fast, in place, and take it back.
+"""Swap: make the modules of an existing model run our ops, in place and reversibly.
 
-A module changes its class and nothing else: its new class derives from the old one and overrides `forward` (PyTorch's
-`fully_shard` and `parametrize` work the same way). So parameters, buffers, names, hooks, and every reference that
-someone holds stay what they were; no library is patched, no other model is touched.
+Only the class of a module changes: the new class derives from the old one and overrides `forward` (PyTorch's
+`fully_shard` and `parametrize` work the same way). Parameters, buffers, names, hooks and references to the module stay
+valid. No library is patched, and other models are not affected.
 
-This file is the mechanism. What runs instead stands in `table.py` and `torch_nn.py`.
+This file is the mechanism. `table.py` and `torch_nn.py` say what replaces what.
 """
 
 import contextlib
@@ -30,8 +30,8 @@ PARTS = ("attention", "layer_norm", "gelu", "loss")
 
 @dataclass
 class Row:
-    """One module: its name in the model ("" is the model itself), its class, what runs there now ("" if it stayed),
-    and why it stayed ("" if it did not)."""
+    """One module: its name in the model ("" is the model itself), its class, what runs there now ("" if it was not
+    swapped), and the reason why not ("" if it was)."""
 
     name: str
     module: str
@@ -41,26 +41,24 @@ class Row:
 
 @dataclass
 class SwapReport:
-    """What `swap` has done. `print(report)` shows it as a table, layers that fared alike in one line."""
+    """What `swap` has done. `print(report)` shows a table, with one line for layers that are alike."""
 
     rows: list[Row] = field(default_factory=list)
 
     @property
     def swapped(self) -> list[Row]:
-        """The rows of what runs fastbert now."""
+        """The rows of the modules that run fastbert now."""
         return [row for row in self.rows if row.became]
 
     @property
     def stayed(self) -> list[Row]:
-        """The rows of what was looked at and left as it was, each with its reason."""
+        """The rows of the modules of a known class that were not swapped, each with its reason."""
         return [row for row in self.rows if not row.became]
 
     def raise_if_incomplete(self) -> None:
-        """RuntimeError that names what stayed and why, or that nothing was found to swap."""
+        """RuntimeError that names the modules that were not swapped and why, or says that none was found."""
         if not self.rows:
-            raise RuntimeError(
-                "fastbert.swap found nothing to swap: no module of this model is of a class that it knows"
-            )
+            raise RuntimeError("fastbert.swap found nothing to swap: no module of this model is of a known class")
         if self.stayed:
             lines = [
                 f"{name or 'the model'} ({module}): {reason}" for name, module, _, reason in self._lines(self.stayed)
@@ -69,7 +67,7 @@ class SwapReport:
 
     @staticmethod
     def _lines(rows):
-        """(names, class, became, reason), once for all layers that differ in their numbers only."""
+        """(names, class, became, reason), once for all layers that differ only in their number."""
         groups = {}
         for row in rows:
             pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", row.name)
@@ -79,7 +77,7 @@ class SwapReport:
 
     def __str__(self) -> str:
         lines = [
-            (name or "(the model)", module, became or f"stays: {reason}")
+            (name or "(the model)", module, became or f"unchanged: {reason}")
             for name, module, became, reason in self._lines(self.rows)
         ]
         head = ("module", "class", "runs")
@@ -107,17 +105,18 @@ def swap(
     model: nn.Module, *, attention: bool = True, layer_norm: bool = True, gelu: bool = True, loss: bool = True,
     unpad: bool | str = "auto", logits: str = "evaluation",
 ) -> SwapReport:  # fmt: skip
-    """Make `model` (any nn.Module that holds modules of a known kind) run fastbert's kernels, in place.
+    """Make `model`, any nn.Module that contains modules of a known class, run fastbert's kernels, in place.
 
-    attention, layer_norm, gelu, loss: which parts. unpad: "auto" runs a stack of layers on the real tokens alone where
-    nobody looks at what is inside it, and leaves torch's encoders as they are beside a decoder of torch's, which may
-    read their padded places; with True these run so too; False never does. logits: whether a masked-language model that
-    was given labels returns its scores too: in "evaluation" only, or "always"; without labels it always does.
+    attention, layer_norm, gelu, loss: the parts to swap. unpad: "auto" runs a stack of layers without padding unless
+    hooks or output_hidden_states look inside it, and leaves torch's encoders alone in a model with a decoder of
+    torch's, which may read their padding rows; True runs these without padding too; False never does. logits: whether
+    a masked-language model that is given labels also returns scores: in "evaluation" only, or "always". Without labels
+    it always does.
 
     Known: HuggingFace's BERT, RoBERTa, XLM-R, ALBERT, DistilBERT, ELECTRA, DeBERTa (v1, v2, v3), MPNet and ModernBERT
-    with any head, also inside of other models (sentence-transformers); nn.TransformerEncoder and its layers,
-    nn.LayerNorm, nn.GELU, nn.CrossEntropyLoss. Returns a SwapReport. A second swap changes nothing but what it switches
-    otherwise. Raises ValueError for a switch that does not exist, TypeError for what is no nn.Module.
+    with any head, also inside other models (sentence-transformers); nn.TransformerEncoder and its layers, nn.LayerNorm,
+    nn.GELU, nn.CrossEntropyLoss. Returns a SwapReport. Swapping again applies the new switches. Raises ValueError for
+    an unknown value of a switch, TypeError if `model` is not an nn.Module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: expected a torch.nn.Module")
@@ -139,13 +138,13 @@ def swap(
             continue
         row, replacement = Row(name, type(module).__name__), TABLE[_full_name(known)]
         if _overrides(type(module), known) or parametrize.is_parametrized(module):
-            row.reason = f"a class of its own, derived from {known.__name__}"
+            row.reason = f"a subclass of {known.__name__} with code of its own"
         elif not any(wanted[part] for part in replacement.PARTS):
             row.reason = f"switched off: {' and '.join(replacement.PARTS)}"
         elif "forward" in vars(module):
-            row.reason = "its forward has been set on the instance"
+            row.reason = "its forward was replaced on the instance"
         elif id(module) in read and "attention" in replacement.PARTS:
-            row.reason = "a decoder in this model may read what it computes for padding; unpad=True if none does"
+            row.reason = "a decoder in this model may read its padding rows; pass unpad=True if it does not"
         else:
             row.reason = replacement.refuses(module) or ""
         if not row.reason:
@@ -157,8 +156,8 @@ def swap(
 
 
 def _encoders_of_decoders(model):
-    """The ids of torch's encoders, and of all inside them, in a model with a decoder of torch's: nn.Transformer hands
-    that one padded places too, unless it is given a memory_key_padding_mask."""
+    """The ids of torch's encoders and of the modules inside them, in a model with a decoder of torch's: nn.Transformer
+    lets the decoder read padding rows too, unless it is given a memory_key_padding_mask."""
     modules = list(model.modules())
     if not any(isinstance(module, nn.TransformerDecoder) for module in modules):
         return set()
@@ -166,7 +165,7 @@ def _encoders_of_decoders(model):
 
 
 def unswap(model: nn.Module) -> None:
-    """Give every module of `model` its own class back. Harmless where nothing was swapped."""
+    """Give every module of `model` its original class back. Does nothing where nothing was swapped."""
     for module in model.modules():
         original = vars(type(module)).get("replaces")
         if original is not None:
@@ -176,7 +175,7 @@ def unswap(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def swapped(model: nn.Module, **switches: bool | str) -> Iterator[SwapReport]:
-    """`with swapped(model) as report:` swaps as `swap` does, and gives the model back at the end, as it was before."""
+    """`with swapped(model) as report:` swaps as `swap` does, and restores the model at the end."""
     before = {id(module): (module, type(module), vars(module).get("fastbert_options")) for module in model.modules()}
     try:
         yield swap(model, **switches)
@@ -192,7 +191,7 @@ def _full_name(cls):
 
 
 def _overrides(cls, base):
-    """Whether a class derived from `base` may compute something of its own: it overrides what `base` itself defines."""
+    """Whether a class derived from `base` may compute something else: it overrides what `base` itself defines."""
     between = itertools.takewhile(lambda c: c is not base, cls.__mro__)
     names = {name for c in between for name in vars(c) if not name.startswith(("__", "get_", "set_"))}
     return "forward" in names or any(inspect.isfunction(vars(base).get(name)) for name in names)
@@ -200,12 +199,13 @@ def _overrides(cls, base):
 
 @functools.cache
 def _class_of(replacement, original):
-    """`original` with the forward of `replacement`. It goes by the same name: others look classes up by it."""
+    """`original` with the forward of `replacement`. It keeps its name, by which others look classes up."""
 
-    @functools.wraps(original.forward)  # keeps the signature, from which HuggingFace's Trainer reads what to pass
+    # keeps the signature: HuggingFace's Trainer reads from it what to pass
+    @functools.wraps(original.forward)
     def forward(self, *args, **kwargs):
-        if replacement.yields() or _is_dry(args, kwargs):
-            return replacement.as_ever(self, *args, **kwargs)
+        if replacement.yields(args, kwargs) or _is_dry(args, kwargs):
+            return replacement.call_original(self, *args, **kwargs)
         return replacement.forward(self, *args, **kwargs)
 
     return type(
@@ -225,21 +225,21 @@ def _class_of(replacement, original):
 
 
 def _is_dry(args, kwargs):
-    """Whether a forward only asks for shapes: tensors on the meta device, or fake ones, have no lengths to pack by."""
+    """Whether a forward is for shapes only: meta and fake tensors have no lengths to pack by."""
     x = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
     return x is not None and (x.is_meta or isinstance(x, FakeTensor))
 
 
 def _reduce(self, protocol):
-    # the class is made on the fly: a pickle names what it is made from
+    # the class is made at run time: a pickle names the two classes that it is made from
     cls = type(self)
     state = self.__getstate__() if hasattr(self, "__getstate__") else vars(self)
     return _new, (vars(cls)["replacement"], vars(cls)["replaces"]), state
 
 
 def _original(self):
-    """The module as it was, with all inside it, around the same parameters: torch.jit.script, which reads the source of
-    a forward, asks for it."""
+    """The module with its original class, and so all modules inside it, around the same parameters. torch.jit.script
+    calls this: it reads the source of a forward."""
     module = object.__new__(vars(type(self)).get("replaces", type(self)))
     inside = {name: inner if inner is None else _original(inner) for name, inner in self._modules.items()}
     vars(module).update(vars(self), _modules=inside)

@@ -1,4 +1,4 @@
-"""What all replacements share: the base class, and steps on other people's modules.
+"""What all replacements share: the base class, and operations on other people's modules.
 
 Letters: B sequences, S padded length, T real tokens, N rows (T where padding is gone, else B * S), D hidden size,
 H heads, K head size.
@@ -27,9 +27,9 @@ class Options:
 
 
 class Replacement:
-    """A forward that takes the place of another class's, of which `self` is an instance all the same.
+    """A forward that takes the place of another class's; `self` is still an instance of that class.
 
-    PARTS: the switches of `swap` that each ask for it. WHAT: what the report says runs now.
+    PARTS: the switches of `swap` that ask for it. WHAT: what the report says runs now.
     """
 
     PARTS = ()
@@ -37,27 +37,27 @@ class Replacement:
 
     @staticmethod
     def refuses(module):
-        """Why this one stays as it is, or None."""
+        """Why this module is left as it is, or None."""
         return None
 
     @staticmethod
-    def yields():
-        """Whether `as_ever` is to run rather than `forward`: a graph that leaves this process, and is for any lengths,
-        is the model's own."""
+    def yields(args, kwargs):
+        """Whether a call is left to the original forward. A graph that leaves this process must hold for all lengths,
+        so it is made of the original modules."""
         return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
-    def as_ever(self, *args, **kwargs):
+    def call_original(self, *args, **kwargs):
         return super().forward(*args, **kwargs)
 
 
 def original(module):
-    """The class of a module before the swap, whatever has derived from that since (fully_shard does)."""
+    """The class of a module before the swap, even if something has derived from it since, as fully_shard does."""
     return getattr(type(module), "replaces", type(module))
 
 
 def is_plain(module, cls):
-    """Whether `module` is of `cls` (or what took its place) and calling it does nothing but its forward: no adapter,
-    no hook, no parametrization. Only then its parameters may be used without calling it."""
+    """Whether `module` is of `cls` (or of what replaced it) and calling it runs its forward and nothing else: no
+    adapter, hook or parametrization. Only then may its parameters be used without calling it."""
     kind = type(module)
     return (kind is cls or vars(kind).get("replaces") is cls) and not (
         nn.modules.module._has_any_global_hook()
@@ -77,16 +77,14 @@ def linear(module, x):
     return rows.view(*x.shape[:-1], rows.shape[-1])
 
 
-def fresh_seed(device):
-    """A dropout seed from torch's generator, so that manual_seed and activation checkpointing replay it."""
-    return torch.randint(-(2**63), 2**63 - 1, (1,), device=device)
-
-
-def dropping(module, device):
-    """The dropout arguments of an op for an nn.Dropout."""
-    if not module.training or module.p == 0.0:
+def dropout_arguments(dropout, device):
+    """An op's arguments for an nn.Dropout, or for a probability. The seed comes from torch's generator:
+    torch.manual_seed and activation checkpointing reproduce it."""
+    if isinstance(dropout, nn.Module):
+        dropout = dropout.p if dropout.training else 0.0
+    if dropout == 0.0:
         return {}
-    return dict(dropout_p=module.p, seed=fresh_seed(device))
+    return dict(dropout_p=dropout, seed=torch.randint(-(2**63), 2**63 - 1, (1,), device=device))
 
 
 def layer_norm(module, x, residual=None, dropout=None):
@@ -98,7 +96,7 @@ def layer_norm(module, x, residual=None, dropout=None):
     options = {}
     if dropout is not None and dropout.training:
         if is_plain(dropout, nn.Dropout):
-            options = dropping(dropout, x.device)
+            options = dropout_arguments(dropout, x.device)
         else:
             x = dropout(x)
     rows = x.reshape(-1, x.shape[-1])
@@ -110,13 +108,13 @@ def _eps(norm):
     """The epsilon of a LayerNorm over the last dimension whose parameters may be used; None for other modules."""
     if is_plain(norm, nn.LayerNorm):
         return norm.eps if len(norm.normalized_shape) == 1 else None
-    # DeBERTa v1 has one of its own, which computes the same
+    # DeBERTa v1 has a class of its own that computes the same
     kind = original(norm)
     return norm.variance_epsilon if kind.__name__ == "DebertaLayerNorm" and is_plain(norm, kind) else None
 
 
 def gelu_form(activation):
-    """Which GELU a module of HuggingFace's or torch's is, as `torch.nn.functional.gelu` names it; None: another."""
+    """The form of a GELU module of HuggingFace's or torch's, as `torch.nn.functional.gelu` names it, else None."""
     kind = original(activation)
     if kind is nn.GELU:
         return activation.approximate
@@ -154,23 +152,17 @@ def refuses_activation(name):
     return staticmethod(refuses)
 
 
-def attend(packed, q, k, v, heads, op=ops.attention, **options):
-    """Attention of [N, H * K] rows each, [N, H * K]. `op`: that of `ops` which takes (q, k, v, cu_seqlens, longest)."""
-    D = q.shape[-1]
-    if not packed.inside:
-        q, k, v = (packed.pack(x) for x in (q, k, v))
-    q, k, v = (x.reshape(len(x), heads, -1) for x in (q, k, v))
-    out = op(q, k, v, packed.cu_seqlens, packed.max_seqlen, **options).reshape(-1, D)
-    return out if packed.inside else packed.unpack(out).view(-1, D)
+def attend(layout, q, k, v, heads, op=ops.attention, **options):
+    """Attention of q, k, v [B, S, H * K] or [B, S, H, K] -> [B, S, H * K].
 
-
-def _rows(x):
-    """[B, S, D] -> [B * S, D]."""
-    return x.flatten(0, 1)
+    op: takes (q, k, v, cu_seqlens, max_seqlen, **options).
+    """
+    q, k, v = (x.reshape(len(x), heads, -1) for x in map(layout.pack, (q, k, v)))
+    return layout.unpack(op(q, k, v, layout.cu_seqlens, layout.max_seqlen, **options).flatten(1))
 
 
 def gelu_norm(dense, approximate, norm, x):
-    """LayerNorm(gelu(dense(x))), in one pass after the product where the modules allow it."""
+    """LayerNorm(gelu(dense(x))), one pass after the matrix multiplication where the modules allow it."""
     if not is_plain(dense, nn.Linear) or not is_plain(norm, nn.LayerNorm):
         return layer_norm(norm, gelu(linear(dense, x), approximate))
     rows = x.reshape(-1, x.shape[-1])
@@ -180,13 +172,13 @@ def gelu_norm(dense, approximate, norm, x):
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def _beside(module, name):
-    """What stands under a name in the file of a module's class, or of the first that it derives from and has it."""
+def from_file_of(module, name):
+    """What `name` means in the file of a module's class, or in the first file of its base classes that has it."""
     files = (sys.modules.get(cls.__module__) for cls in type(module).__mro__)
-    return next(getattr(file, name) for file in files if hasattr(file, name))
+    return next((getattr(file, name) for file in files if hasattr(file, name)), None)
 
 
-def _named(self, args, kwargs):
-    """All arguments of a call of a model's forward by their names."""
+def by_name(self, args, kwargs):
+    """The arguments of a call of the original forward, all by name."""
     names = list(inspect.signature(original(self).forward).parameters)[1:]
     return {**dict(zip(names, args)), **kwargs}

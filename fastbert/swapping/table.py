@@ -1,69 +1,88 @@
-"""Which of HuggingFace's classes is replaced by what."""
+"""Which of HuggingFace's classes is replaced by what: by a class of the same name, or BERT's where it is a copy."""
 
 from .attention import (
     AlbertAttention,
-    DebertaAttention,
-    DebertaV2Attention,
-    DistilBertAttention,
+    BertSelfAttention,
+    DebertaDisentangledSelfAttention,
+    DebertaV2DisentangledSelfAttention,
+    DistilBertSelfAttention,
     ModernBertAttention,
-    MPNetAttention,
-    SelfAttention,
+    MPNetSelfAttention,
 )
 from .feed_forward import (
-    AddNorm,
-    AlbertBlock,
+    FFN,
+    AlbertLayer,
+    BertIntermediate,
+    BertPredictionHeadTransform,
+    BertSelfOutput,
     DebertaLayerNorm,
-    DistilBertBlock,
-    DistilBertFeedForward,
-    Intermediate,
-    ModernBertFeedForward,
-    MPNetAttentionNorm,
-    Transform,
+    ModernBertMLP,
+    MPNetAttention,
+    TransformerBlock,
 )
-from .losses import AlbertPretraining, LossHead, MaskedLM, Pretraining
-from .stacks import DebertaStack, ModernBertStack, MPNetStack, Stack
+from .losses import AlbertForPreTraining, BertForMaskedLM, BertForPreTraining, BertForSequenceClassification
+from .stacks import BertEncoder, DebertaEncoder, ModernBertModel, MPNetEncoder
 
-
-def _table():
-    table = {}
-    heads = ("SequenceClassification", "TokenClassification", "MultipleChoice", "NextSentencePrediction")
-    for folder, name, own in (
-        ("bert", "Bert", {"PredictionHeadTransform": Transform, "ForPreTraining": Pretraining}),
-        ("roberta", "Roberta", {}),
-        ("xlm_roberta", "XLMRoberta", {}),
-        ("electra", "Electra", {"ForPreTraining": LossHead}),
-        ("mpnet", "MPNet", {"SelfAttention": MPNetAttention, "Attention": MPNetAttentionNorm, "Encoder": MPNetStack}),
-        ("deberta", "Deberta", {"Encoder": DebertaStack, "LayerNorm": DebertaLayerNorm}),
-        ("deberta_v2", "DebertaV2", {"Encoder": DebertaStack}),
-        (
-            "albert", "Albert",
-            {
-                "Attention": AlbertAttention, "Layer": AlbertBlock, "Transformer": Stack,
-                "ForPreTraining": AlbertPretraining,
-            },
-        ),
-        ("distilbert", "DistilBert", {"SelfAttention": DistilBertAttention}),
-        (
-            "modernbert", "ModernBert",
-            {"Attention": ModernBertAttention, "MLP": ModernBertFeedForward, "Model": ModernBertStack},
-        ),
-    ):  # fmt: skip
-        kinds = {
-            "Encoder": Stack, "SelfAttention": SelfAttention, "SelfOutput": AddNorm, "Output": AddNorm,
-            "Intermediate": Intermediate, "ForMaskedLM": MaskedLM,
-            **{f"For{head}": LossHead for head in heads}, **own,
-        }  # fmt: skip
-        prefix = f"transformers.models.{folder}.modeling_{folder}."
-        table |= {f"{prefix}{name}{kind}": replacement for kind, replacement in kinds.items()}
-    table["transformers.models.deberta.modeling_deberta.LegacyDebertaPredictionHeadTransform"] = Transform
-    table["transformers.models.deberta_v2.modeling_deberta_v2.LegacyDebertaV2PredictionHeadTransform"] = Transform
-    table["transformers.models.deberta.modeling_deberta.DisentangledSelfAttention"] = DebertaAttention
-    table["transformers.models.deberta_v2.modeling_deberta_v2.DisentangledSelfAttention"] = DebertaV2Attention
-    table["transformers.models.distilbert.modeling_distilbert.Transformer"] = Stack
-    table["transformers.models.distilbert.modeling_distilbert.TransformerBlock"] = DistilBertBlock
-    table["transformers.models.distilbert.modeling_distilbert.FFN"] = DistilBertFeedForward
-    return table
-
+# what most families copy from BERT, by the name without the family's
+_COPIED = {
+    "Encoder": BertEncoder,
+    "SelfAttention": BertSelfAttention,
+    "SelfOutput": BertSelfOutput,
+    "Output": BertSelfOutput,
+    "Intermediate": BertIntermediate,
+    "ForMaskedLM": BertForMaskedLM,
+    "ForSequenceClassification": BertForSequenceClassification,
+    "ForTokenClassification": BertForSequenceClassification,
+    "ForMultipleChoice": BertForSequenceClassification,
+    "ForNextSentencePrediction": BertForSequenceClassification,
+}
+# file, family's name -> their class: ours, where it is not one of those above
+_OWN = {
+    ("bert", "Bert"): {
+        "BertForPreTraining": BertForPreTraining,
+        "BertPredictionHeadTransform": BertPredictionHeadTransform,
+    },
+    ("roberta", "Roberta"): {},
+    ("xlm_roberta", "XLMRoberta"): {},
+    ("electra", "Electra"): {"ElectraForPreTraining": BertForSequenceClassification},
+    ("albert", "Albert"): {
+        "AlbertAttention": AlbertAttention,
+        "AlbertForPreTraining": AlbertForPreTraining,
+        "AlbertLayer": AlbertLayer,
+        "AlbertTransformer": BertEncoder,
+    },
+    ("distilbert", "DistilBert"): {
+        "DistilBertSelfAttention": DistilBertSelfAttention,
+        "FFN": FFN,
+        "Transformer": BertEncoder,
+        "TransformerBlock": TransformerBlock,
+    },
+    ("deberta", "Deberta"): {
+        "DebertaEncoder": DebertaEncoder,
+        "DebertaLayerNorm": DebertaLayerNorm,
+        "DisentangledSelfAttention": DebertaDisentangledSelfAttention,
+        "LegacyDebertaPredictionHeadTransform": BertPredictionHeadTransform,
+    },
+    ("deberta_v2", "DebertaV2"): {
+        "DebertaV2Encoder": DebertaEncoder,
+        "DisentangledSelfAttention": DebertaV2DisentangledSelfAttention,
+        "LegacyDebertaV2PredictionHeadTransform": BertPredictionHeadTransform,
+    },
+    ("mpnet", "MPNet"): {
+        "MPNetAttention": MPNetAttention,
+        "MPNetEncoder": MPNetEncoder,
+        "MPNetSelfAttention": MPNetSelfAttention,
+    },
+    ("modernbert", "ModernBert"): {
+        "ModernBertAttention": ModernBertAttention,
+        "ModernBertMLP": ModernBertMLP,
+        "ModernBertModel": ModernBertModel,
+    },
+}
 
 # full name of HuggingFace's class -> what takes its place
-TABLE = _table()
+TABLE = {
+    f"transformers.models.{file}.modeling_{file}.{theirs}": ours
+    for (file, family), own in _OWN.items()
+    for theirs, ours in {**{f"{family}{name}": cls for name, cls in _COPIED.items()}, **own}.items()
+}

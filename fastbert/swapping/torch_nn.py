@@ -1,12 +1,11 @@
-"""What runs in place of torch.nn's modules, see `mechanism.py`: their own parameters under their own names, our ops.
+"""What runs in place of torch.nn's modules, see `mechanism.py`.
 
-Letters: B sequences, S padded length, T real tokens, D hidden size, H heads, K head size, N rows, C classes.
+Letters: B sequences, S padded length, T tokens, D hidden size.
 
-A layer and a stack of layers compute real tokens alone, and give 0 where padding stands. (torch does the same in its
-fast path for inference, and elsewhere gives what the padding happened to attend to.)
+A layer and a stack of layers compute tokens alone, and return 0 at padding. (torch does the same in its fast path for
+inference; elsewhere it returns what the padding attended to.)
 """
 
-import dataclasses
 import functools
 import math
 
@@ -15,25 +14,21 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import ops
-from ..packing import Packed
-from .stacks import is_static, is_watched, packing
-from .steps import Replacement, dropping, fresh_seed, gelu_form, is_plain, linear
+from ..packing import Layout
+from .stacks import is_static, is_watched, layout_under
+from .steps import Replacement, dropout_arguments, gelu_form, is_plain, linear
 
-# what a program of the kernels holds: columns of a norm, columns of a head
+# limits of the kernels: columns of a norm, head size
 MOST_COLUMNS, MOST_HEAD_SIZE = 8192, 128
 
 
-def _is_ordinary(x):
-    """Whether x is a tensor with numbers in memory: nested ones, subclasses and what torch.func traces are torch's."""
+def _takes(x):
+    """Whether our ops take x, of any shape. Nested tensors, subclasses and what torch.func traces are left to torch."""
     if type(x) not in (torch.Tensor, nn.Parameter) or x.is_nested or x.device.type == "meta" or x.numel() == 0:
         return False
-    return x.is_floating_point() and not torch._C._are_functorch_transforms_active()
-
-
-def _takes(x):
-    """Whether our ops compute what torch does on x, a tensor of any shape."""
     # the kernels compute in fp32
-    return _is_ordinary(x) and (x.dtype != torch.float64 or not ops.uses_triton(x.device))
+    is_supported = x.is_floating_point() and (x.dtype != torch.float64 or not ops.uses_triton(x.device))
+    return is_supported and not torch._C._are_functorch_transforms_active()
 
 
 class LayerNorm(Replacement):
@@ -44,7 +39,7 @@ class LayerNorm(Replacement):
     def refuses(module):
         columns = math.prod(module.normalized_shape)
         if columns > MOST_COLUMNS:
-            return f"it normalises over {columns} numbers, and the kernels hold {MOST_COLUMNS}"
+            return f"it normalizes over {columns} values, more than the kernels' {MOST_COLUMNS}"
         return None
 
     def forward(self, input):
@@ -61,7 +56,7 @@ class GELU(Replacement):
     WHAT = "fused GELU"
 
     def forward(self, input):
-        # torch's keeps the memory format of its input
+        # torch keeps the memory format of the input
         if not _takes(input) or not input.is_contiguous():
             return super().forward(input)
         rows = input.view(-1, input.shape[-1] if input.dim() else 1)
@@ -71,11 +66,12 @@ class GELU(Replacement):
 # ------------------------------------------------------------------------------------------------------- transformer
 
 
-def _packing(x, padding, batch_first, *, inside):
-    """The Packed of x [B, S, D] (or [S, B, D], or [S, D]) under torch's key_padding_mask: bool, True where padding is,
-    or floating, added to the scores. None where that mask does more than hide padding."""
+def _layout(x, padding, batch_first):
+    """The Layout of x [B, S, D] (or [S, B, D], or [S, D]) under torch's key_padding_mask: bool, True at padding, or
+    floating, added to the scores. None where that mask hides more than padding."""
     if x.dim() not in (2, 3) or is_static():
         return None
+    shape = x.shape[:-1]
     if x.dim() == 2:
         x, padding, batch_first = x[None], padding if padding is None else padding[None], True
     x = x if batch_first else x.transpose(0, 1)
@@ -92,16 +88,15 @@ def _packing(x, padding, batch_first, *, inside):
                 return None
         else:
             return None
-    packed = packing(x, kept, {}, inside=inside, by_distance=False)
-    if packed is None or batch_first:
-        return packed
-    # the places where the tokens of each sequence stand in [S, B, D]
-    places = torch.arange(B * S, device=x.device) if packed.indices is None else packed.indices
-    return dataclasses.replace(packed, indices=places % S * B + places // S, shape=(S, B))
-
-
-def _pack(packed, x):
-    return packed.pack(x.view(*packed.shape, x.shape[-1]))
+    layout = layout_under(kept, x, {}, by_distance=False)
+    if layout is None:
+        return None
+    indices = layout.indices
+    if not batch_first:
+        # the places of the tokens in [S, B, D]
+        places = torch.arange(B * S, device=x.device) if indices is None else indices
+        indices = places % S * B + places // S
+    return layout._replace(indices=indices, shape=tuple(shape))
 
 
 def _is_swapped(module, replacement):
@@ -111,7 +106,7 @@ def _is_swapped(module, replacement):
 
 class MultiheadAttention(Replacement):
     PARTS = ("attention",)
-    WHAT = "fused self-attention (with an attn_mask or need_weights: torch's)"
+    WHAT = "fused self-attention; falls back to torch's with an attn_mask or need_weights"
 
     @staticmethod
     def refuses(module):
@@ -120,53 +115,50 @@ class MultiheadAttention(Replacement):
         if module.bias_k is not None or module.add_zero_attn:
             return "it adds a key to each sequence (add_bias_kv, add_zero_attn)"
         if module.head_dim > MOST_HEAD_SIZE:
-            return f"its heads have {module.head_dim} columns, and the kernels hold {MOST_HEAD_SIZE}"
+            return f"its head size is {module.head_dim}, more than the kernels' {MOST_HEAD_SIZE}"
         return None
 
     def forward(
         self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True,
         is_causal=False,
     ):  # fmt: skip
-        packed = key_padding_mask if isinstance(key_padding_mask, Packed) else None
-        asks_more = need_weights or attn_mask is not None or is_causal
-        if packed is None and query is key and key is value and not asks_more and _takes(query):
-            packed = _packing(query, key_padding_mask, self.batch_first, inside=False)
-        if packed is None:
+        layout = key_padding_mask if isinstance(key_padding_mask, Layout) else None
+        is_other = need_weights or attn_mask is not None or is_causal
+        if layout is None and query is key and key is value and not is_other and _takes(query):
+            layout = _layout(query, key_padding_mask, self.batch_first)
+        if layout is None:
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
-        rows = query if packed.inside else _pack(packed, query)
+        rows = layout.pack(query)
         qkv = ops.linear(rows, self.in_proj_weight, self.in_proj_bias).view(len(rows), 3, self.num_heads, -1)
-        options = {}
-        if self.training and self.dropout > 0.0:
-            options = dict(dropout_p=self.dropout, seed=fresh_seed(rows.device))
-        out = ops.attention(qkv, None, None, packed.cu_seqlens, packed.max_seqlen, **options).flatten(1)
-        # never called by torch either
-        out = ops.linear(out, self.out_proj.weight, self.out_proj.bias)
-        return (out if packed.inside else packed.unpack(out).view(query.shape)), None
+        options = dropout_arguments(self.dropout if self.training else 0.0, rows.device)
+        out = ops.attention(qkv, None, None, layout.cu_seqlens, layout.max_seqlen, **options).flatten(1)
+        # torch does not call this module either
+        return layout.unpack(ops.linear(out, self.out_proj.weight, self.out_proj.bias)), None
 
 
-# the methods that torch's layer calls, which somebody may have set on an instance
+# the methods that torch's layer calls, which a user may have set on an instance
 _BLOCKS = {"_sa_block", "_ff_block"}
 
 
 class TransformerEncoderLayer(Replacement):
-    """In evaluation too: torch's own fast path computes the exact GELU there, also where the tanh form is asked for."""
+    """In evaluation too, where torch's fast path computes the exact GELU even if the tanh form was requested."""
 
     PARTS = ("attention", "layer_norm", "gelu")
-    WHAT = "fused steps between the products"
+    WHAT = "fused norms and GELU; runs unpadded unless a src_mask is given"
 
     def forward(self, src, src_mask=None, src_key_padding_mask=None, is_causal=False):
-        if isinstance(src_key_padding_mask, Packed):
+        if isinstance(src_key_padding_mask, Layout):
             return self._block(src, key_padding_mask=src_key_padding_mask)
         if vars(self).keys() & _BLOCKS or not _takes(src) or (is_causal and src_mask is None):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         if src_mask is None and self.fastbert_options.unpad and _packs(self) and not is_watched(self):
-            packed = _packing(src, src_key_padding_mask, self.self_attn.batch_first, inside=True)
-            if packed is not None:
-                rows = self._block(_pack(packed, src), key_padding_mask=packed)
-                return packed.unpack(rows).view(src.shape)
-        # the forms in which torch hands masks on
+            layout = _layout(src, src_key_padding_mask, self.self_attn.batch_first)
+            if layout is not None:
+                rows = layout.pack(src)
+                return layout.unpack(self._block(rows, key_padding_mask=layout.without_padding(len(rows))))
+        # the form in which torch passes masks on
         padding = F._canonical_mask(
             src_key_padding_mask, "src_key_padding_mask", F._none_or_dtype(src_mask), "src_mask", src.dtype
         )
@@ -190,7 +182,7 @@ class TransformerEncoderLayer(Replacement):
             return norm(residual + dropout(x))
         options = {}
         if is_plain(dropout, nn.Dropout):
-            options = dropping(dropout, x.device)
+            options = dropout_arguments(dropout, x.device)
         else:
             x = dropout(x)
         rows, residual = (y.reshape(-1, y.shape[-1]) for y in (x, residual))
@@ -207,7 +199,7 @@ class TransformerEncoderLayer(Replacement):
 
 
 def _gelu_of(activation):
-    """Which GELU an activation is, as `torch.nn.functional.gelu` names it; None: another, or watched."""
+    """The form of a GELU, as `torch.nn.functional.gelu` names it; None for another activation, or one with hooks."""
     if activation is F.gelu:
         return "none"
     if isinstance(activation, functools.partial) and activation.func is F.gelu and not activation.args:
@@ -216,23 +208,23 @@ def _gelu_of(activation):
 
 
 def _packs(layer):
-    """Whether a layer can be called with a Packed in place of its padding mask."""
-    # for every layer of every call: Module.__getattr__ would take most of the time
+    """Whether a layer can be called with a Layout in place of its padding mask."""
+    # runs for every layer in every call: Module.__getattr__ would take most of the time
     parts = layer._modules
     is_ours = _is_swapped(layer, TransformerEncoderLayer) and _is_swapped(parts["self_attn"], MultiheadAttention)
     return is_ours and not _BLOCKS & vars(layer).keys() and _is_rowwise(parts, (parts["self_attn"].embed_dim,))
 
 
 def _is_rowwise(parts, shape):
-    """Whether all that stands beside the attention treats each row alone, as far as its kind tells: what a user has put
-    there may look at whole sequences (stochastic depth, a convolution, a norm over S and D)."""
+    """Whether everything but attention works on each row alone, as far as its class tells. A user may have put in what
+    reads whole sequences (stochastic depth, a convolution, a norm over S and D)."""
     activation = parts.get("activation")
     if activation is not None and gelu_form(activation) is None:
         is_torchs = type(activation).__module__ == nn.ReLU.__module__
         if not is_torchs or hasattr(activation, "dim") or activation._parameters:
             return False
     for name in ("linear1", "linear2"):
-        # as linear layers of all makes have it
+        # all kinds of linear layers have it
         if not hasattr(parts[name], "in_features"):
             return False
     for name in ("norm1", "norm2"):
@@ -243,58 +235,59 @@ def _is_rowwise(parts, shape):
 
 class TransformerEncoder(Replacement):
     PARTS = ("attention",)
-    WHAT = "the layers without padding"
+    WHAT = "runs unpadded"
 
     @staticmethod
     def refuses(module):
-        # a layer that also stands elsewhere may have been swapped before
+        # a layer that is also part of another stack may have been swapped already
         kinds = [vars(type(layer)).get("replaces", type(layer)) for layer in module.layers]
         others = {kind.__name__ for kind in kinds if kind.forward is not nn.TransformerEncoderLayer.forward}
         return f"it has layers of another class, {', '.join(sorted(others))}" if others else None
 
     def forward(self, src, mask=None, src_key_padding_mask=None, is_causal=None):
-        packed = None
+        layout, unpads = None, self.fastbert_options.unpad
         if mask is None and not is_causal and _takes(src) and not is_watched(self) and all(map(_packs, self.layers)):
             orders = {layer.self_attn.batch_first for layer in self.layers}
             if len(orders) == 1:
-                packed = _packing(src, src_key_padding_mask, *orders, inside=self.fastbert_options.unpad)
-        if packed is None:
+                layout = _layout(src, src_key_padding_mask, *orders)
+        if layout is None:
             return super().forward(src, mask, src_key_padding_mask, is_causal)
-        x = _pack(packed, src) if packed.inside else src
+        x = layout.pack(src) if unpads else src
+        inner = layout.without_padding(len(x)) if unpads else layout
         for layer in self.layers:
-            x = layer(x, src_key_padding_mask=packed)
+            x = layer(x, src_key_padding_mask=inner)
         norm = self.norm
         if norm is not None and is_plain(norm, nn.LayerNorm) and norm.normalized_shape == x.shape[-1:]:
             x, norm = norm(x), None
-        x = packed.unpack(x).view(src.shape) if packed.inside else x
+        x = layout.unpack(x) if unpads else x
         return x if norm is None else norm(x)
 
 
-class Decoder(Replacement):
-    """nn.TransformerDecoder and its layers."""
+class TransformerDecoder(Replacement):
+    """And nn.TransformerDecoderLayer."""
 
     PARTS = ("attention",)
 
     @staticmethod
     def refuses(module):
-        return "a decoder attends causally, and to another model"
+        return "a decoder's attention is causal, or reads another model"
 
 
 # -------------------------------------------------------------------------------------------------------------- loss
 
 
 class CrossEntropyLoss(Replacement):
-    """torch's, but where no row has a label the mean is 0, and so are all gradients; torch's mean is NaN."""
+    """Without any label the mean and all gradients are 0; torch's are NaN."""
 
     PARTS = ("loss",)
-    WHAT = "0 in place of NaN where no row has a label"
+    WHAT = "0 instead of NaN when no row has a label"
 
     def forward(self, input, target):
         loss = super().forward(input, target)
-        # a target of numbers holds probabilities
+        # a floating-point target holds probabilities
         if self.reduction != "mean" or target.is_floating_point() or type(loss) is not torch.Tensor:
             return loss
-        # no look at the labels, for which a GPU would have to wait
+        # does not wait for the device
         return loss.masked_fill((target == self.ignore_index).all(), 0.0)
 
 
@@ -307,8 +300,8 @@ TABLE = {
         nn.MultiheadAttention: MultiheadAttention,
         nn.TransformerEncoderLayer: TransformerEncoderLayer,
         nn.TransformerEncoder: TransformerEncoder,
-        nn.TransformerDecoderLayer: Decoder,
-        nn.TransformerDecoder: Decoder,
+        nn.TransformerDecoderLayer: TransformerDecoder,
+        nn.TransformerDecoder: TransformerDecoder,
         nn.CrossEntropyLoss: CrossEntropyLoss,
     }.items()
 }

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastbert import ops
 from fastbert.model.config import EncoderConfig
-from fastbert.model.encoder import Dropout, Encoder
+from fastbert.model.encoder import DropoutStream, Encoder
 from fastbert.packing import Batch, Layout
 
 CONFIG = EncoderConfig(
@@ -24,7 +24,7 @@ def gradients(block, layout, x, cotangent, use_reentrant=None):
 
     def forward(x):
         # a place of its own in the random stream for this layer, the same when it runs again
-        return block(x, layout, Dropout(torch.tensor([2**35 + 7], device=x.device)))
+        return block(x, layout, DropoutStream(torch.tensor([2**35 + 7], device=x.device)))
 
     block.zero_grad()
     x = x.detach().requires_grad_()
@@ -50,13 +50,13 @@ def test_activation_checkpointing_changes_no_bit(impl, use_reentrant, device, mo
     for one, other in zip(kept, again, strict=True):
         assert torch.equal(one, other)
     # and there was something to replay: without dropout the values are others
-    assert not torch.equal(kept[0], block(x, layout, Dropout(None)))
+    assert not torch.equal(kept[0], block(x, layout, DropoutStream(None)))
 
 
 @pytest.mark.parametrize("use_reentrant", RECOMPUTE.values(), ids=RECOMPUTE)
 @pytest.mark.parametrize("pre_norm", [False, True], ids=["post-norm", "pre-norm"])
 def test_every_block_of_an_encoder_may_be_recomputed(pre_norm, use_reentrant, device, monkeypatch):
-    """As a user does it: each block's forward through checkpoint, with the Dropout that the encoder hands out."""
+    """As a user does it: each block's forward through checkpoint, with the DropoutStream that the encoder hands out."""
     config = CONFIG.replace(pre_norm=pre_norm, output_dropout=0.2, mlp_dropout=0.1)
     encoder = Encoder(config).to(device).train()
     batch = Batch(

@@ -70,7 +70,7 @@ def test_bad_sources_are_one_clear_line(tmp_path):
     with_config(model_type="llama")
     refuses("model_type 'llama': expected one of bert, roberta")
     with_config(architectures=["BertLMHeadModel"])
-    refuses(r"names no architecture that is known: has \['BertLMHeadModel'\]")
+    refuses(r"names no known architecture: has \['BertLMHeadModel'\]")
     with_config(hidden_size=48)
     refuses("config.json wants")
     with_config(hidden_size=37)

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastbert import reference
 from fastbert.model import families
-from fastbert.model.attentions import RelativePositions
+from fastbert.model.attentions import RelativePositions, project
 from fastbert.model.config import EncoderConfig
 from fastbert.model.encoder import Encoder
 from fastbert.model.heads import MaskedLM, Pretraining
@@ -103,9 +103,9 @@ def test_queries_keys_and_values_in_one(T):
     linears = attention.query, attention.key, attention.value
     x = torch.randn(T, TINY.hidden_size, dtype=torch.float64)
     wanted = torch.cat([linear(x) for linear in linears], 1)
-    torch.testing.assert_close(attention._project(x, *linears), wanted)
+    torch.testing.assert_close(project(x, *linears), wanted)
     with torch.no_grad():
-        torch.testing.assert_close(attention._project(x, *linears), wanted)
+        torch.testing.assert_close(project(x, *linears), wanted)
 
 
 def test_sequences_do_not_see_each_other():

@@ -139,8 +139,8 @@ def test_what_stands_in_the_padding_does_not_matter(impl):
 
 
 def test_layout_is_made_once_for_all_layers(monkeypatch, calls):
-    made, make = [], attn_implementation._layout
-    monkeypatch.setattr(attn_implementation, "_layout", lambda *args: made.append(args) or make(*args))
+    made, make = [], attn_implementation._mask
+    monkeypatch.setattr(attn_implementation, "_mask", lambda *args: made.append(args) or make(*args))
     fast = build("Albert", attn_implementation="fastbert")
     fast(**batch()[0])
     assert len(made) == 1 and len(calls) == 2

@@ -10,6 +10,7 @@ import transformers
 from test_huggingface_attention import MASKS, B, S, assert_close, assert_same_gradients, batch, build, gradients, pair
 
 from fastbert import ops
+from fastbert.packing import Layout
 from fastbert.swapping import attn_implementation
 
 
@@ -49,7 +50,7 @@ def test_dropout_is_drawn_anew_in_each_layer_and_step(impl, calls):
     assert len({int(c[-1]["seed"]) for c in calls}) == 4 and {c[-1]["dropout_p"] for c in calls} == {0.25}
     model.eval()
     assert torch.equal(model(**inputs).last_hidden_state, model(**inputs).last_hidden_state)
-    assert {c[-1]["dropout_p"] for c in calls[4:]} == {0.0}
+    assert not any("dropout_p" in c[-1] for c in calls[4:])
 
 
 COMPILED = [("cpu", "Bert", "holes"), ("cpu", "ModernBert", "left"), ("triton", "Bert", "none")]
@@ -209,9 +210,10 @@ def test_nothing_asks_the_device(mask, monkeypatch):
     model(**inputs, cu_seq_lens_q=lengths, cu_seq_lens_k=lengths, max_length_q=7, max_length_k=7)
 
 
-def test_a_layout_is_walked_like_any_tuple():
-    # which is how accelerate and FSDP move what a layer is called with
-    layout = attn_implementation._layout(torch.tensor(MASKS["right"], dtype=torch.bool), 3, B, S, torch.device("cpu"))
-    moved = torch.utils._pytree.tree_map(lambda x: x.to("meta") if torch.is_tensor(x) else x, layout)
-    assert isinstance(moved, attn_implementation.Layout)
-    assert {x.device.type for x in moved if torch.is_tensor(x)} == {"meta"} and moved.window == 3
+def test_a_mask_is_walked_like_any_tuple():
+    # accelerate and FSDP move a layer's arguments so
+    mask = attn_implementation._mask(torch.tensor(MASKS["right"], dtype=torch.bool), 3, B, S, torch.device("cpu"))
+    moved = torch.utils._pytree.tree_map(lambda x: x.to("meta") if torch.is_tensor(x) else x, mask)
+    assert isinstance(moved, attn_implementation.Mask)
+    assert isinstance(moved.layout, Layout) and moved.window == 3
+    assert moved.layout.cu_seqlens.is_meta and moved.layout.indices.is_meta

@@ -187,8 +187,8 @@ def test_masks_of_more_dimensions(impl):
 
 def test_what_a_mask_says():
     def tokens(mask, by_distance=True):
-        packed = stacks.packing(torch.zeros(2, 3, 4), mask, {}, inside=True, by_distance=by_distance)
-        return None if packed is None else (packed.cu_seqlens.tolist(), packed.indices.tolist())
+        layout = stacks.layout_under(mask, torch.zeros(2, 3, 4), {}, by_distance=by_distance)
+        return None if layout is None else (layout.cu_seqlens.tolist(), layout.indices.tolist())
 
     real = torch.tensor([[1, 1, 0], [1, 1, 1]])
     floats = torch.zeros(2, 1, 1, 3).masked_fill(real[:, None, None] == 0, torch.finfo(torch.float32).min)

@@ -92,7 +92,7 @@ def test_accelerate(tmp_path):
             assert model.bert.encoder.layer[0].output.dense.weight.is_meta
             if when == "before":
                 reasons = {row.reason for row in fastbert.swap(model).stayed}
-                assert reasons == {"its forward has been set on the instance"}
+                assert reasons == {"its forward was replaced on the instance"}
             with torch.no_grad():
                 assert (real_logits(model) - expected).abs().max() < 1e-5
             assert model.bert.encoder.layer[0].output.dense.weight.is_meta

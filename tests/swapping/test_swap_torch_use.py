@@ -20,7 +20,7 @@ def test_report_of_a_transformer():
     rows = {row.name: row for row in report.rows}
     assert rows["encoder"].became and rows["encoder.layers.1"].became and rows["encoder.layers.0.self_attn"].became
     for name in ("decoder", "decoder.layers.0", "decoder.layers.1"):
-        assert "a decoder attends causally" in rows[name].reason
+        assert "a decoder's attention is causal" in rows[name].reason
     source, target = torch.randn(6, 2, 16), torch.randn(4, 2, 16)
     model.eval()
     got = model(source, target, tgt_mask=nn.Transformer.generate_square_subsequent_mask(4))

@@ -54,7 +54,7 @@ def test_classes_derived_from_a_known_one():
 
     own = tiny(OwnForward)
     report = fastbert.swap(own)
-    assert report.rows[0].reason == "a class of its own, derived from BertForMaskedLM"
+    assert report.rows[0].reason == "a subclass of BertForMaskedLM with code of its own"
     assert abs(own(**batch()).loss - 2 * plain(**batch()).loss) < 1e-4
 
 
@@ -66,7 +66,7 @@ def test_decoders_are_left_alone_and_generate():
     state = model(ids, use_cache=True)
     report = fastbert.swap(model)
     reasons = {row.name: row.reason for row in report.stayed}
-    assert reasons["bert.encoder"] == "a decoder attends causally, or to another model"
+    assert reasons["bert.encoder"] == "a decoder's attention is causal, or reads another model"
     assert reasons["bert.encoder.layer.0.attention.self"] == "a decoder's attention is causal"
     assert torch.equal(model.generate(ids, **settings), expected)
     # token by token with past_key_values, as in one go
