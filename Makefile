@@ -29,7 +29,7 @@ test: $(INSTALLED)
 	@$(MAKE) --no-print-directory $(PEERS) || echo "no peers of the benchmarks can be fetched: the tests on them are skipped"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
-# plant known faults, one at a time, and see the tests of their wing turn red; some of them: make mutants MUTANTS="pair-labels-turned-around"
+# plant known faults, one at a time: each must turn the tests of its wing red. Some: make mutants MUTANTS="gradient-not-clipped"
 mutants: $(INSTALLED)
 	$(BIN)/python tests/mutants.py $(MUTANTS)
 
