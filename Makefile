@@ -15,7 +15,7 @@ DEMO_TEXT := $(VENV)/.demo-text
 WEIGHTS := $(VENV)/.weights
 PEERS := $(VENV)/.peers
 
-.PHONY: demo test bench gpu lint
+.PHONY: demo test mutants bench gpu lint
 
 # watch a BERT learn English from raw text: about seven minutes on two cores
 demo: $(INSTALLED) $(DEMO_TEXT)
@@ -28,6 +28,10 @@ test: $(INSTALLED)
 	@$(MAKE) --no-print-directory $(WEIGHTS) || echo "no pretrained weights can be fetched: the tests on them are skipped"
 	@$(MAKE) --no-print-directory $(PEERS) || echo "no peers of the benchmarks can be fetched: the tests on them are skipped"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+# plant known faults, one at a time: each must turn the tests of its wing red. Some: make mutants MUTANTS="gradient-not-clipped"
+mutants: $(INSTALLED)
+	$(BIN)/python tests/mutants.py $(MUTANTS)
 
 # the whole suite side by side with what else is installed; a part of it: make bench BENCH="--ops attention --quick"
 bench: $(INSTALLED)

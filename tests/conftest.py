@@ -1,5 +1,6 @@
 """Without a GPU the kernels run in Triton's interpreter: its switch must be set before triton is imported."""
 
+import dataclasses
 import inspect
 import os
 
@@ -15,11 +16,11 @@ from lost_worker import pytest_runtest_makereport  # noqa: F401
 
 
 def _faster_interpreter():
-    """Triton's interpreter patches triton.language again whenever one jitted function calls another, which takes up to
-    half of its time on small tensors. Here it does so once a launch."""
+    """Leaves out what Triton's interpreter does in vain, most of its time on small tensors."""
     import triton.language as tl
     from triton.runtime import interpreter
 
+    # it patches triton.language again whenever one jitted function calls another: here once a launch
     patch = interpreter._patch_lang
 
     def patch_once(function):
@@ -30,6 +31,20 @@ def _faster_interpreter():
         return patch(function)
 
     interpreter._patch_lang = patch_once
+    # without debug mode nobody looks at whether a sum overflowed
+    interpreter.interpreter_builder.options = dataclasses.replace(
+        interpreter.interpreter_builder.options, sanitize_overflow=False
+    )
+    # it builds a table of all dtypes for each look into it
+    slow, known = interpreter._get_np_dtype, {}
+
+    def np_dtype(dtype):
+        name = dtype.scalar.name
+        if name not in known:
+            known[name] = slow(dtype)
+        return known[name]
+
+    interpreter._get_np_dtype = np_dtype
 
 
 if os.environ.get("TRITON_INTERPRET") == "1":

@@ -4,6 +4,8 @@ First every op, from the table in calls.py; then the masked language model, thro
 and packed; then what transformers gets wrong.
 """
 
+import functools
+
 import pytest
 import torch
 from calls import CALLS, is_floating
@@ -25,6 +27,22 @@ def same(got, wanted):
     """Two results of Call.run are equal to the bit."""
     assert_same_bits(got[0], wanted[0])
     assert_same_bits(got[1].values(), wanted[1].values())
+
+
+@functools.cache
+def once(name, device, with_cotangents=True):
+    """(arguments, cotangents, outputs, {argument: gradient}) of a call, for all tests that compare with it."""
+    call = CALLS[name]
+    arguments, cotangents = call.arguments(device), None
+    if with_cotangents:
+        cotangents = random_cotangents(call, arguments)
+    return arguments, cotangents, *call.run(arguments, cotangents)
+
+
+def random_cotangents(call, arguments):
+    # the reference tells the shapes in a fraction of the interpreter's time
+    shapes = [x.shape for x in call(arguments, impl="reference") if x.is_floating_point()]
+    return [torch.randn(shape, device=arguments[call.tokens[0]].device) for shape in shapes]
 
 
 GUARD = 512
@@ -64,39 +82,33 @@ class Guarded:
 def test_every_element_is_written_and_none_beside(name, device, monkeypatch):
     """The results do not depend on what memory held, and no store lands outside a tensor."""
     call = CALLS[name]
-    arguments = call.arguments(device)
     # guarded first: without guards, a store beside its tensor may end the process
-    with Guarded(monkeypatch):
-        got = call.run(arguments)
-    expected = call.run(arguments)
-    same(got, expected)
-    # torch's own switch reaches what is allocated otherwise
     torch.use_deterministic_algorithms(True)
     try:
+        # torch's own switch reaches what is allocated otherwise
         assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3, device=device).isnan().all()
-        got = call.run(arguments)
+        with Guarded(monkeypatch):
+            got = call.run(call.arguments(device))
     finally:
         torch.use_deterministic_algorithms(False)
-    same(got, expected)
+    same(got, once(name, device, False)[2:])
 
 
 @every_call
 def test_any_incoming_gradient_is_honoured(name, device):
     """Gradients are linear in it: a negative part, nothing at all, and an output that is used twice."""
-    call = CALLS[name]
-    arguments = call.arguments(device)
-    outputs = [x for x in call(arguments) if x.is_floating_point()]
-    cotangents = [torch.randn(x.shape, device=device) for x in outputs]
-    _, once = call.run(arguments, cotangents)
+    arguments, cotangents, _, expected = once(name, device)
+    leaves = {n: x.detach().requires_grad_() for n, x in arguments.items() if is_floating(x)}
+    outputs = [x for x in CALLS[name](arguments | leaves) if x.is_floating_point()]
     # powers of 2 change no digit
     for factor in (-0.25, 0.0):
-        _, scaled = call.run(arguments, [factor * c for c in cotangents])
-        for argument, gradient in once.items():
-            assert torch.equal(scaled[argument], factor * gradient), (factor, argument)
-    leaves = {n: x.detach().requires_grad_() for n, x in arguments.items() if is_floating(x)}
-    outputs = [x for x in call(arguments | leaves) if x.is_floating_point()]
+        scaled = torch.autograd.grad(
+            outputs, list(leaves.values()), [factor * c for c in cotangents], retain_graph=True
+        )
+        for argument, gradient in zip(leaves, scaled):
+            assert torch.equal(gradient, factor * expected[argument]), (factor, argument)
     sum((2 * x * c).sum() - (x * c).sum() for x, c in zip(outputs, cotangents)).backward()
-    for argument, gradient in once.items():
+    for argument, gradient in expected.items():
         assert torch.equal(leaves[argument].grad, gradient), argument
 
 
@@ -123,12 +135,11 @@ def test_backward_twice_and_saved_tensors_of_others(name, device):
 def test_two_calls_on_one_input(name, device):
     """Two heads on the same tensors: the second finds them as the first did."""
     call = CALLS[name]
-    arguments = call.arguments(device)
+    arguments, cotangents, _, expected = once(name, device)
     leaves = {n: x.detach().requires_grad_() for n, x in arguments.items() if is_floating(x)}
     outputs = [x for _ in range(2) for x in call(arguments | leaves) if x.is_floating_point()]
-    sum(x.sum() for x in outputs).backward()
-    _, once = call.run(arguments)
-    for argument, gradient in once.items():
+    torch.autograd.backward(outputs, 2 * cotangents)
+    for argument, gradient in expected.items():
         # a sum of more than two terms may be rounded otherwise in another order
         within = dict(rtol=0, atol=0 if call.exact else 1e-6 * max(1.0, gradient.abs().max().item()))
         torch.testing.assert_close(leaves[argument].grad, 2 * gradient, **within, msg=argument)
@@ -201,7 +212,7 @@ def test_slack_may_hold_anything(name, device):
     """Rows past the last sequence: read by nobody, 0 in the output, a gradient of 0, whatever they or dout hold."""
     call = CALLS[name]
     clean = sequences(name, [3, 0, 6], device)
-    cotangents = [torch.randn_like(x) for x in call(clean)]
+    cotangents = random_cotangents(call, clean)
     expected = call.run(clean, cotangents)
     dirty = dict(clean)
     for token in call.tokens:
@@ -226,7 +237,7 @@ def test_sequences_do_not_see_each_other(name, device):
         arguments |= dict(
             q=arguments["k"].select(1, 0).contiguous(), cu_seqlens_q=arguments["cu_seqlens"], max_seqlen_q=6
         )
-    per_token = len(call(arguments)[0]) == 13
+    per_token = len(call(arguments, impl="reference")[0]) == 13
     dirty = dict(arguments)
     alone = dict(arguments)
     for token in call.tokens:

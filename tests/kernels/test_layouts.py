@@ -68,6 +68,8 @@ LAYOUTS = [
     row_slice, column_slice, slice_of_a_wider_tensor, transpose, first_two_swapped, expanded_rows, expanded_columns,
     one_number, odd_offset,
 ]  # fmt: skip
+# one number stands for several, so that the values are others
+REPEATING = {expanded_rows, expanded_columns, one_number}
 
 
 def differ(name, shape):
@@ -130,22 +132,35 @@ def tensors_of(name):
     return {n: x for n, x in CALLS[name].arguments("cpu").items() if torch.is_tensor(x)}
 
 
-def cases():
-    for name in (name for name in CALLS if name not in ALIKE):
-        for argument, value in tensors_of(name).items():
-            for layout in differ(name, value.shape):
-                if not (argument.startswith("cu_seqlens") and layout is one_number):
-                    yield pytest.param(name, argument, layout, id=f"{name}-{argument}-{layout.__name__}")
+def rounds(name, repeats):
+    """{argument: layout} of several calls, in which every tensor meets each of its layouts that repeat numbers, or each
+    that does not."""
+    choices = []
+    for argument, value in tensors_of(name).items():
+        if not (argument.startswith("cu_seqlens") and repeats):
+            choices.append((argument, [x for x in differ(name, value.shape) if (x in REPEATING) == repeats]))
+    for k in range(max(len(own) for _, own in choices)):
+        yield {argument: own[(k + i) % len(own)] for i, (argument, own) in enumerate(choices) if own}
 
 
-@pytest.mark.parametrize("name, argument, layout", list(cases()))
-def test_inputs(name, argument, layout, device):
+@pytest.mark.parametrize(
+    "name, layouts",
+    [
+        pytest.param(name, layouts, id=f"{name}-{'repeats' if repeats else 'values'}-{k}")
+        for name in CALLS
+        if name not in ALIKE
+        for repeats in (False, True)
+        for k, layouts in enumerate(rounds(name, repeats))
+    ],
+)
+def test_inputs(name, layouts, device):
     arguments, cotangents, *expected = plain(name, device)
-    view, memory = laid_out(arguments[argument], layout)
-    repeats = not torch.equal(view, arguments[argument])
+    views, memories = zip(*(laid_out(arguments[argument], layout) for argument, layout in layouts.items()))
+    views = dict(zip(layouts, views))
+    repeats = not all(torch.equal(view, arguments[argument]) for argument, view in views.items())
     if repeats:
-        expected = CALLS[name].run(arguments | {argument: view.contiguous()}, cotangents)
-    check(name, arguments | {argument: view}, cotangents, [memory], expected, repeats)
+        expected = CALLS[name].run(arguments | {n: view.contiguous() for n, view in views.items()}, cotangents)
+    check(name, arguments | views, cotangents, memories, expected, repeats)
 
 
 def cases_of_gradients():

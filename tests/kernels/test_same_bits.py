@@ -80,14 +80,10 @@ def assert_same(got, wanted):
         assert not g.is_floating_point() or torch.isfinite(g).all(), f"result {i} is not finite"
 
 
-@pytest.mark.parametrize("name", WORK)
-def test_again(name, poison):
-    assert_same(WORK[name](), first(name))
-
-
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", WORK)
 def test_programs_in_another_order(name, order, monkeypatch, poison):
+    """Which is the same call again, too."""
     wanted = first(name)
     rearrange(monkeypatch, ORDERS[order])
     assert_same(WORK[name](), wanted)
