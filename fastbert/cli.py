@@ -189,7 +189,7 @@ def fill_mask(model, top_k, text):
     """Print the most likely words for each [MASK] in TEXT."""
     from .tasks import fill_mask as script
 
-    for number, words in enumerate(script.fill_mask(*script.load(model), text, top_k), 1):
+    for number, words in enumerate(script.fill_mask(*script.load_masked_lm(model), text, top_k), 1):
         click.echo(f"[MASK] {number}")
         for word, probability in words:
             click.echo(f"  {probability:6.1%}  {word}")

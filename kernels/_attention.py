@@ -58,7 +58,7 @@ def _zero_slack(
 
 
 @triton.jit
-def _exponent(s, scale_log2, highest, IS_FULL: tl.constexpr, AXIS: tl.constexpr = 1):
+def _exponent(s, scale_log2, highest, IS_FP32: tl.constexpr, AXIS: tl.constexpr = 1):
     """log2 of the numerators of softmax, from the products s and their `highest` [BLOCK_M].
 
     s is [BLOCK_M, BLOCK_N]; with AXIS, that of the keys, 0 it is [BLOCK_N, BLOCK_M].
@@ -67,27 +67,27 @@ def _exponent(s, scale_log2, highest, IS_FULL: tl.constexpr, AXIS: tl.constexpr 
     digits of their differences. In 16 bits `highest` is scaled and both are one FMA.
     """
     highest = tl.expand_dims(highest, AXIS)
-    return (s - highest) * scale_log2 if IS_FULL else s * scale_log2 - highest
+    return (s - highest) * scale_log2 if IS_FP32 else s * scale_log2 - highest
 
 
 @triton.jit
-def _load_lse(ptr, rows, H, M, IS_FULL: tl.constexpr, BLOCK_M: tl.constexpr):
+def _load_lse(ptr, rows, H, M, IS_FP32: tl.constexpr, BLOCK_M: tl.constexpr):
     """(highest, log2 of the sum) of rows as `_store_lse` left them, the latter 0 where the former is their sum.
 
     Infinity makes the probabilities of rows that do not exist 0.
     """
     offs_m = tl.arange(0, BLOCK_M)
     highest = tl.load(ptr + offs_m, mask=offs_m < rows, other=float("inf"))
-    if IS_FULL:
+    if IS_FP32:
         return highest, tl.load(_at(ptr, H, M, 0, 0) + offs_m, mask=offs_m < rows, other=0.0)
     else:
         return highest, tl.zeros([BLOCK_M], tl.float32)
 
 
 @triton.jit
-def _store_lse(ptr, rows, H, M, highest, total, IS_FULL: tl.constexpr, BLOCK_M: tl.constexpr):
+def _store_lse(ptr, rows, H, M, highest, total, IS_FP32: tl.constexpr, BLOCK_M: tl.constexpr):
     offs_m = tl.arange(0, BLOCK_M)
-    if IS_FULL:
+    if IS_FP32:
         tl.store(ptr + offs_m, highest, mask=offs_m < rows)
         tl.store(_at(ptr, H, M, 0, 0) + offs_m, tl.log2(total), mask=offs_m < rows)
     else:
@@ -95,9 +95,9 @@ def _store_lse(ptr, rows, H, M, highest, total, IS_FULL: tl.constexpr, BLOCK_M: 
 
 
 @triton.jit
-def _probabilities(s, scale_log2, highest, log_total, IS_FULL: tl.constexpr, AXIS: tl.constexpr = 1):
-    x = _exponent(s, scale_log2, highest, IS_FULL, AXIS)
-    return tl.exp2(x - tl.expand_dims(log_total, AXIS) if IS_FULL else x)
+def _probabilities(s, scale_log2, highest, log_total, IS_FP32: tl.constexpr, AXIS: tl.constexpr = 1):
+    x = _exponent(s, scale_log2, highest, IS_FP32, AXIS)
+    return tl.exp2(x - tl.expand_dims(log_total, AXIS) if IS_FP32 else x)
 
 
 @triton.jit

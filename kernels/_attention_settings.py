@@ -69,15 +69,15 @@ _CANDIDATES = {
 
 def _tiled(kernel, q, most_rows, constants):
     """(settings, candidates) of one of the three tiled kernels."""
-    is_full = q.dtype == torch.float32
+    is_fp32 = q.dtype == torch.float32
     # elements of a head size like 59 are loaded one by one, and the addresses take registers as wide rows do
     is_wide = q.shape[-1] > 64 or q.shape[-1] % 8 != 0
     has_dropout, has_window = constants["HAS_DROPOUT"], constants["HAS_WINDOW"]
-    tile = _TILES[kernel, is_full, is_wide]
+    tile = _TILES[kernel, is_fp32, is_wide]
     if capability() < 90:
-        tile = _TILES_BEFORE_HOPPER.get((kernel, is_full, is_wide), tile)
-    candidates = [] if is_full or is_wide else _CANDIDATES[kernel]
-    if not (is_full or is_wide):
+        tile = _TILES_BEFORE_HOPPER.get((kernel, is_fp32, is_wide), tile)
+    candidates = [] if is_fp32 or is_wide else _CANDIDATES[kernel]
+    if not (is_fp32 or is_wide):
         if kernel == "fwd" and (most_rows <= 64 or has_dropout or has_window):
             # few rows ask, as in a last layer that only serves the picked ones; or a mask takes registers; or rows that
             # are far apart see different keys
@@ -89,18 +89,18 @@ def _tiled(kernel, q, most_rows, constants):
             candidates = candidates + _CANDIDATES["dkdv transposed"]
             if capability() == 90:
                 tile = (64, 64, 4, 2, True)
-    elif kernel == "dkdv" and not is_full and q.shape[-1] % 8 != 0:
+    elif kernel == "dkdv" and not is_fp32 and q.shape[-1] % 8 != 0:
         tile = (32, 64, 8, 2)
 
     def settings(block_m, block_n, num_warps, num_stages, is_transposed=False):
         made = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages)
         if kernel == "dkdv":
             # Hopper multiplies 64 rows of a warpgroup at a time, and only pipelined loops leave products in flight
-            is_async = capability() == 90 and not is_full and block_n % 64 == 0 and num_stages > 1
+            is_async = capability() == 90 and not is_fp32 and block_n % 64 == 0 and num_stages > 1
             made |= dict(IS_TRANSPOSED=is_transposed, WAIT_DK=is_async and not is_transposed)
         else:
             # where operands are large, two copies of the loop's body would share them in registers, and spill
-            made["PEEL"] = not (is_full or is_wide)
+            made["PEEL"] = not (is_fp32 or is_wide)
         return made
 
     default = settings(*tile)

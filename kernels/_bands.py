@@ -105,10 +105,10 @@ def _scores(
 @triton.jit
 def _gradients(
     s, v, dout, highest, log_total, delta, row, rows_k, h, column, seed, scale_log2, offset, threshold, keep_scale,
-    HAS_DROPOUT: tl.constexpr, IS_FULL: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, IS_FP32: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """(kept, ds) [BLOCK, BLOCK] in the dtype of v: probabilities after dropout, unscaled, and the scores' gradient."""
-    p = _probabilities(s, scale_log2, highest, log_total, IS_FULL)
+    p = _probabilities(s, scale_log2, highest, log_total, IS_FP32)
     p = tl.where(tl.arange(0, BLOCK)[None, :] < rows_k, p, 0.0)
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     if HAS_DROPOUT:

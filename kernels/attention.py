@@ -74,7 +74,7 @@ def _attention_short_fwd_kernel(
     B, M, H,
     stride_qm, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_om, stride_oh,
     scale_log2, window, offset, threshold, keep_scale,
-    HAS_DROPOUT: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_FULL: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_FP32: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -85,7 +85,7 @@ def _attention_short_fwd_kernel(
     end = tl.load(cu_seqlens_q_ptr + B)
     _zero_slack(out_ptr, stride_om, h, stride_oh, end, M, b, B, K, BLOCK_M, BLOCK_K)
     _zero_slack(lse_ptr, 1, 0, 0, end, M, b, B, 1, BLOCK_M, 1)
-    if IS_FULL:
+    if IS_FP32:
         _zero_slack(_at(lse_ptr, H, M, 0, 0), 1, 0, 0, end, M, b, B, 1, BLOCK_M, 1)
 
     start_q = tl.load(cu_seqlens_q_ptr + b)
@@ -104,10 +104,10 @@ def _attention_short_fwd_kernel(
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     s = tl.where(_visible(0, 0, length, window, HAS_WINDOW, BLOCK_M, BLOCK_N), s, float("-inf"))
     # the two finite bounds only act in a sequence without keys, whose rows give 0
-    highest = tl.maximum(tl.max(s, 1), -1e30) * (1.0 if IS_FULL else scale_log2)
-    p = tl.exp2(_exponent(s, scale_log2, highest, IS_FULL))
+    highest = tl.maximum(tl.max(s, 1), -1e30) * (1.0 if IS_FP32 else scale_log2)
+    p = tl.exp2(_exponent(s, scale_log2, highest, IS_FP32))
     total = tl.maximum(tl.sum(p, 1), 1e-30)
-    _store_lse(lse_ptr + start_q, rows, H, M, highest, total, IS_FULL, BLOCK_M)
+    _store_lse(lse_ptr + start_q, rows, H, M, highest, total, IS_FP32, BLOCK_M)
     if HAS_DROPOUT:
         row = start_q + tl.arange(0, BLOCK_M)
         keep = attention_keep_mask(row, h, 0, tl.load(seed_ptr), offset, threshold, BLOCK_N)
@@ -173,7 +173,7 @@ def _edge(i, before, start, whole_end, BLOCK: tl.constexpr):
 def _attend(
     highest, total, acc, q, k_ptr, v_ptr, stride_kt, stride_vt, n, length,
     row, m, h, window, seed, scale_log2, offset, threshold, keep_scale,
-    HAS_DROPOUT: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_FULL: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_FP32: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, IS_WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -182,9 +182,9 @@ def _attend(
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if not IS_WHOLE:
         s = tl.where(_visible(m, n, length, window, HAS_WINDOW, BLOCK_M, BLOCK_N), s, float("-inf"))
-    higher = tl.maximum(highest, tl.max(s, 1) * (1.0 if IS_FULL else scale_log2))
-    alpha = tl.exp2((highest - higher) * scale_log2 if IS_FULL else highest - higher)
-    p = tl.exp2(_exponent(s, scale_log2, higher, IS_FULL))
+    higher = tl.maximum(highest, tl.max(s, 1) * (1.0 if IS_FP32 else scale_log2))
+    alpha = tl.exp2((highest - higher) * scale_log2 if IS_FP32 else highest - higher)
+    p = tl.exp2(_exponent(s, scale_log2, higher, IS_FP32))
     total = total * alpha + tl.sum(p, 1)
     if HAS_DROPOUT:
         p = tl.where(attention_keep_mask(row, h, n, seed, offset, threshold, BLOCK_N), p, _zero(keep_scale))
@@ -200,7 +200,7 @@ def _attention_tiled_fwd_kernel(
     B, M, H, tiles,
     stride_qm, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_om, stride_oh,
     scale_log2, window, offset, threshold, keep_scale,
-    HAS_DROPOUT: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_FULL: tl.constexpr, IS_BOUNDED: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_FP32: tl.constexpr, IS_BOUNDED: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PEEL: tl.constexpr,
 ):  # fmt: skip
@@ -210,7 +210,7 @@ def _attention_tiled_fwd_kernel(
     end = tl.load(cu_seqlens_q_ptr + B)
     _zero_slack(out_ptr, stride_om, h, stride_oh, end, M, program, programs, K, BLOCK_M, BLOCK_K)
     _zero_slack(lse_ptr, 1, 0, 0, end, M, program, programs, 1, BLOCK_M, 1)
-    if IS_FULL:
+    if IS_FP32:
         _zero_slack(_at(lse_ptr, H, M, 0, 0), 1, 0, 0, end, M, program, programs, 1, BLOCK_M, 1)
 
     m = tile * BLOCK_M
@@ -237,7 +237,7 @@ def _attention_tiled_fwd_kernel(
             highest, total, acc = _attend(
                 highest, total, acc, q, k_ptr, v_ptr, stride_kt, stride_vt, n, length,
                 row, m, h, window, seed, scale_log2, offset, threshold, keep_scale,
-                HAS_DROPOUT, HAS_WINDOW, IS_FULL, PRECISION, UPCAST, K, BLOCK_M, BLOCK_N, BLOCK_K, True,
+                HAS_DROPOUT, HAS_WINDOW, IS_FP32, PRECISION, UPCAST, K, BLOCK_M, BLOCK_N, BLOCK_K, True,
             )  # fmt: skip
         before, edges = _edges(first, whole, whole_end, last, BLOCK_N)
         for i in tl.range(0, edges, num_stages=1):
@@ -245,17 +245,17 @@ def _attention_tiled_fwd_kernel(
                 highest, total, acc, q, k_ptr, v_ptr, stride_kt, stride_vt,
                 _edge(i, before, first, whole_end, BLOCK_N), length,
                 row, m, h, window, seed, scale_log2, offset, threshold, keep_scale,
-                HAS_DROPOUT, HAS_WINDOW, IS_FULL, PRECISION, UPCAST, K, BLOCK_M, BLOCK_N, BLOCK_K, False,
+                HAS_DROPOUT, HAS_WINDOW, IS_FP32, PRECISION, UPCAST, K, BLOCK_M, BLOCK_N, BLOCK_K, False,
             )  # fmt: skip
     else:
         for n in range(first, last, BLOCK_N):
             highest, total, acc = _attend(
                 highest, total, acc, q, k_ptr, v_ptr, stride_kt, stride_vt, n, length,
                 row, m, h, window, seed, scale_log2, offset, threshold, keep_scale,
-                HAS_DROPOUT, HAS_WINDOW, IS_FULL, PRECISION, UPCAST, K, BLOCK_M, BLOCK_N, BLOCK_K, False,
+                HAS_DROPOUT, HAS_WINDOW, IS_FP32, PRECISION, UPCAST, K, BLOCK_M, BLOCK_N, BLOCK_K, False,
             )  # fmt: skip
     total = tl.maximum(total, 1e-30)
-    _store_lse(lse_ptr + start_q, rows, H, M, highest, total, IS_FULL, BLOCK_M)
+    _store_lse(lse_ptr + start_q, rows, H, M, highest, total, IS_FP32, BLOCK_M)
     out = acc * (keep_scale / total)[:, None]
     _store_tile(_at(out_ptr, start_q, stride_om, h, stride_oh), stride_om, rows, out, K, BLOCK_M, BLOCK_K)
 
@@ -268,7 +268,7 @@ def _attention_short_bwd_kernel(
     stride_dom, stride_doh, stride_qm, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     stride_dqm, stride_dqh, stride_dkt, stride_dkh, stride_dvt, stride_dvh,
     scale, scale_log2, window, offset, threshold, keep_scale,
-    HAS_DROPOUT: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_FULL: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_FP32: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -295,10 +295,10 @@ def _attention_short_bwd_kernel(
     k = _load_tile(k_ptr, stride_kt, length, K, BLOCK_N, BLOCK_K, False, UPCAST)
     v = _load_tile(v_ptr, stride_vt, length, K, BLOCK_N, BLOCK_K, False, UPCAST)
     dout = _load_tile(dout_ptr, stride_dom, rows, K, BLOCK_M, BLOCK_K, False, UPCAST)
-    highest, log_total = _load_lse(_at(lse_ptr, start_q, 1, h, M), rows, H, M, IS_FULL, BLOCK_M)
+    highest, log_total = _load_lse(_at(lse_ptr, start_q, 1, h, M), rows, H, M, IS_FP32, BLOCK_M)
 
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    p = _probabilities(s, scale_log2, highest, log_total, IS_FULL)
+    p = _probabilities(s, scale_log2, highest, log_total, IS_FP32)
     p = tl.where(_visible(0, 0, length, window, HAS_WINDOW, BLOCK_M, BLOCK_N), p, 0.0)
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     if HAS_DROPOUT:
@@ -324,7 +324,7 @@ def _attention_short_bwd_kernel(
 def _add_dq(
     dq, q, dout, highest, log_total, delta, k_ptr, v_ptr, stride_kt, stride_vt, n, length,
     row, m, h, window, seed, scale_log2, offset, threshold,
-    HAS_DROPOUT: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_FULL: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_FP32: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, IS_WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -332,7 +332,7 @@ def _add_dq(
     k = _load_tile(_at(k_ptr, n, stride_kt, 0, 0), stride_kt, length - n, K, BLOCK_N, BLOCK_K, IS_WHOLE, UPCAST)
     v = _load_tile(_at(v_ptr, n, stride_vt, 0, 0), stride_vt, length - n, K, BLOCK_N, BLOCK_K, IS_WHOLE, UPCAST)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    p = _probabilities(s, scale_log2, highest, log_total, IS_FULL)
+    p = _probabilities(s, scale_log2, highest, log_total, IS_FP32)
     if not IS_WHOLE:
         p = tl.where(_visible(m, n, length, window, HAS_WINDOW, BLOCK_M, BLOCK_N), p, 0.0)
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
@@ -350,7 +350,7 @@ def _attention_tiled_dq_kernel(
     stride_dom, stride_doh, stride_qm, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_om, stride_oh,
     stride_dqm, stride_dqh,
     scale, scale_log2, window, offset, threshold, keep_scale,
-    HAS_DROPOUT: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_FULL: tl.constexpr, IS_BOUNDED: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_FP32: tl.constexpr, IS_BOUNDED: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PEEL: tl.constexpr,
 ):  # fmt: skip
@@ -379,7 +379,7 @@ def _attention_tiled_dq_kernel(
     out = _load_tile(out_ptr, stride_om, rows, K, BLOCK_M, BLOCK_K, False, UPCAST)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1) / keep_scale
     tl.store(_at(delta_ptr, start_q, 1, h, M) + offs_m, delta, mask=offs_m < rows)
-    highest, log_total = _load_lse(_at(lse_ptr, start_q, 1, h, M), rows, H, M, IS_FULL, BLOCK_M)
+    highest, log_total = _load_lse(_at(lse_ptr, start_q, 1, h, M), rows, H, M, IS_FP32, BLOCK_M)
 
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     row = start_q + offs_m
@@ -390,7 +390,7 @@ def _attention_tiled_dq_kernel(
             dq = _add_dq(
                 dq, q, dout, highest, log_total, delta, k_ptr, v_ptr, stride_kt, stride_vt, n, length,
                 row, m, h, window, seed, scale_log2, offset, threshold,
-                HAS_DROPOUT, HAS_WINDOW, IS_FULL, PRECISION, UPCAST, K, BLOCK_M, BLOCK_N, BLOCK_K, True,
+                HAS_DROPOUT, HAS_WINDOW, IS_FP32, PRECISION, UPCAST, K, BLOCK_M, BLOCK_N, BLOCK_K, True,
             )  # fmt: skip
         before, edges = _edges(first, whole, whole_end, last, BLOCK_N)
         for i in tl.range(0, edges, num_stages=1):
@@ -398,14 +398,14 @@ def _attention_tiled_dq_kernel(
                 dq, q, dout, highest, log_total, delta, k_ptr, v_ptr, stride_kt, stride_vt,
                 _edge(i, before, first, whole_end, BLOCK_N), length,
                 row, m, h, window, seed, scale_log2, offset, threshold,
-                HAS_DROPOUT, HAS_WINDOW, IS_FULL, PRECISION, UPCAST, K, BLOCK_M, BLOCK_N, BLOCK_K, False,
+                HAS_DROPOUT, HAS_WINDOW, IS_FP32, PRECISION, UPCAST, K, BLOCK_M, BLOCK_N, BLOCK_K, False,
             )  # fmt: skip
     else:
         for n in range(first, last, BLOCK_N):
             dq = _add_dq(
                 dq, q, dout, highest, log_total, delta, k_ptr, v_ptr, stride_kt, stride_vt, n, length,
                 row, m, h, window, seed, scale_log2, offset, threshold,
-                HAS_DROPOUT, HAS_WINDOW, IS_FULL, PRECISION, UPCAST, K, BLOCK_M, BLOCK_N, BLOCK_K, False,
+                HAS_DROPOUT, HAS_WINDOW, IS_FP32, PRECISION, UPCAST, K, BLOCK_M, BLOCK_N, BLOCK_K, False,
             )  # fmt: skip
     dq *= scale * keep_scale
     _store_tile(_at(dq_ptr, start_q, stride_dqm, h, stride_dqh), stride_dqm, rows, dq, K, BLOCK_M, BLOCK_K)
@@ -419,7 +419,7 @@ def _attention_tiled_dkdv_kernel(
     stride_dom, stride_doh, stride_qm, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     stride_dkt, stride_dkh, stride_dvt, stride_dvh,
     scale, scale_log2, window, offset, threshold, keep_scale,
-    HAS_DROPOUT: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_FULL: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_FP32: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     IS_TRANSPOSED: tl.constexpr, WAIT_DK: tl.constexpr,
@@ -462,12 +462,12 @@ def _attention_tiled_dkdv_kernel(
             dk *= 1.0 + _zero(keep_scale)
         q = _load_tile(_at(q_ptr, m, stride_qm, 0, 0), stride_qm, rows - m, K, BLOCK_M, BLOCK_K, False, UPCAST)
         dout = _load_tile(_at(dout_ptr, m, stride_dom, 0, 0), stride_dom, rows - m, K, BLOCK_M, BLOCK_K, False, UPCAST)
-        highest, log_total = _load_lse(lse_ptr + m, rows - m, H, M, IS_FULL, BLOCK_M)
+        highest, log_total = _load_lse(lse_ptr + m, rows - m, H, M, IS_FP32, BLOCK_M)
         delta = tl.load(delta_ptr + m + offs_m, mask=m + offs_m < rows, other=0.0)
         if IS_TRANSPOSED:
             tl.static_assert(not HAS_DROPOUT)
             s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-            p = _probabilities(s, scale_log2, highest, log_total, IS_FULL, 0)
+            p = _probabilities(s, scale_log2, highest, log_total, IS_FP32, 0)
             if HAS_WINDOW:
                 # keys in the place of queries: who sees whom is symmetric, and rows that do not exist have p = 0
                 p = tl.where(_visible(n, m, rows, window, True, BLOCK_N, BLOCK_M), p, 0.0)
@@ -476,7 +476,7 @@ def _attention_tiled_dkdv_kernel(
             dk = tl.dot((p * (dp - delta[None, :])).to(q.dtype), q, dk, input_precision=PRECISION)
         else:
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            p = _probabilities(s, scale_log2, highest, log_total, IS_FULL)
+            p = _probabilities(s, scale_log2, highest, log_total, IS_FP32)
             if HAS_WINDOW:
                 p = tl.where(_visible(m, n, n + length, window, True, BLOCK_M, BLOCK_N), p, 0.0)
             # else no mask: what keys that do not exist make lands in rows of their own, which are not stored
@@ -505,7 +505,7 @@ def _arguments(q, max_seqlen, scale, dropout_p, window, offset):
     constants = dict(
         HAS_DROPOUT=threshold > 0,
         HAS_WINDOW=has_window,
-        IS_FULL=q.dtype == torch.float32,
+        IS_FP32=q.dtype == torch.float32,
         PRECISION=product_precision(q.dtype),
         # Triton's interpreter computes wrongly with bfloat16, so there it is widened as it is loaded
         UPCAST=INTERPRET and q.dtype == torch.bfloat16,

@@ -69,7 +69,7 @@ def _disentangled_attention_fwd_kernel(
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     stride_pkp, stride_pkh, stride_pqp, stride_pqh,
     scale_log2, offset, threshold, keep_scale,
-    HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_FULL: tl.constexpr,
+    HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_FP32: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -82,7 +82,7 @@ def _disentangled_attention_fwd_kernel(
 
     end = tl.load(cu_seqlens_ptr + B)
     _zero_slack(out_ptr, stride_ot, h, stride_oh, end, T, b * tiles + tile, B * tiles, K, BLOCK_M, BLOCK_K)
-    for part in tl.static_range(2 if IS_FULL else 1):
+    for part in tl.static_range(2 if IS_FP32 else 1):
         _zero_slack(
             _at(lse_ptr, part * H + h, T, 0, 0), 1, 0, 0, end, T, b * tiles + tile, B * tiles, 1, BLOCK_M, 1
         )  # fmt: skip
@@ -113,13 +113,13 @@ def _disentangled_attention_fwd_kernel(
         )  # fmt: skip
         s = _scores(q, k, key_band, query_band, HAS_KEY, HAS_QUERY, PRECISION, BLOCK_M, BLOCK_N, BLOCK_W)
         s = tl.where(offs_n[None, :] < length - n, s, float("-inf"))
-        if IS_FULL:
+        if IS_FP32:
             higher = tl.maximum(highest, tl.max(s, 1))
             alpha = tl.exp2((highest - higher) * scale_log2)
         else:
             higher = tl.maximum(highest, tl.max(s, 1) * scale_log2)
             alpha = tl.exp2(highest - higher)
-        p = tl.exp2(_exponent(s, scale_log2, higher, IS_FULL))
+        p = tl.exp2(_exponent(s, scale_log2, higher, IS_FP32))
         total = total * alpha + tl.sum(p, 1)
         highest = higher
         if HAS_DROPOUT:
@@ -129,7 +129,7 @@ def _disentangled_attention_fwd_kernel(
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
         k_ptr = _at(k_ptr, BLOCK_N, stride_kt, 0, 0)
         v_ptr = _at(v_ptr, BLOCK_N, stride_vt, 0, 0)
-    _store_lse(_at(lse_ptr, start_q, 1, h, T), rows, H, T, highest, total, IS_FULL, BLOCK_M)
+    _store_lse(_at(lse_ptr, start_q, 1, h, T), rows, H, T, highest, total, IS_FP32, BLOCK_M)
     out_ptr = _at(out_ptr, start_q, stride_ot, h, stride_oh)
     _store_tile(out_ptr, stride_ot, rows, acc * (keep_scale / total)[:, None], K, BLOCK_M, BLOCK_K)
 
@@ -143,7 +143,7 @@ def _disentangled_attention_dq_kernel(
     stride_dot, stride_doh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     stride_pkp, stride_pkh, stride_pqp, stride_pqh, stride_dqt, stride_dqh,
     scale, scale_log2, offset, threshold, keep_scale,
-    HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_FULL: tl.constexpr,
+    HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_FP32: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dq, and delta [H, T] = rowsum(dout * out) for the kernels below."""
@@ -175,7 +175,7 @@ def _disentangled_attention_dq_kernel(
     out = _load_tile(out_ptr, stride_ot, rows, K, BLOCK, BLOCK_K, False, UPCAST)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
     tl.store(_at(delta_ptr, start_q, 1, h, T) + offs, delta, mask=offs < rows)
-    highest, log_total = _load_lse(_at(lse_ptr, start_q, 1, h, T), rows, H, T, IS_FULL, BLOCK)
+    highest, log_total = _load_lse(_at(lse_ptr, start_q, 1, h, T), rows, H, T, IS_FP32, BLOCK)
 
     dq = tl.zeros([BLOCK, BLOCK_K], tl.float32)
     first = middle + tile * BLOCK - BLOCK + 1
@@ -189,7 +189,7 @@ def _disentangled_attention_dq_kernel(
         v = _load_tile(v_ptr, stride_vt, length - n, K, BLOCK, BLOCK_K, False, UPCAST)
         _, ds = _gradients(
             s, v, dout, highest, log_total, delta, start_q + offs, length - n, h, n,
-            seed, scale_log2, offset, threshold, keep_scale, HAS_DROPOUT, IS_FULL, PRECISION, BLOCK,
+            seed, scale_log2, offset, threshold, keep_scale, HAS_DROPOUT, IS_FP32, PRECISION, BLOCK,
         )  # fmt: skip
         dq = tl.dot(ds, k, dq, input_precision=PRECISION)
         if HAS_KEY:
@@ -205,7 +205,7 @@ def _add_dkdv(
     dk, dv, k, v, dout_ptr, q_ptr, pos_key_ptr, pos_query_ptr, index_ptr, lse_ptr, delta_ptr,
     T, H, stride_dot, stride_qt, stride_pkp, stride_pqp, start, length, m, rows_k, column, first,
     h, seed, scale_log2, offset, threshold, keep_scale,
-    HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_FULL: tl.constexpr,
+    HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_FP32: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dk / scale and dv / keep_scale with what the tile of queries from `m` on adds to them."""
@@ -217,11 +217,11 @@ def _add_dkdv(
     )  # fmt: skip
     s = _scores(q, k, key_band, query_band, HAS_KEY, HAS_QUERY, PRECISION, BLOCK, BLOCK, 2 * BLOCK)
     dout = _load_tile(_at(dout_ptr, m, stride_dot, 0, 0), stride_dot, length - m, K, BLOCK, BLOCK_K, False, UPCAST)
-    highest, log_total = _load_lse(_at(lse_ptr, start + m, 1, h, T), length - m, H, T, IS_FULL, BLOCK)
+    highest, log_total = _load_lse(_at(lse_ptr, start + m, 1, h, T), length - m, H, T, IS_FP32, BLOCK)
     delta = tl.load(delta_ptr + offs, mask=offs < length, other=0.0)
     kept, ds = _gradients(
         s, v, dout, highest, log_total, delta, start + offs, rows_k, h, column,
-        seed, scale_log2, offset, threshold, keep_scale, HAS_DROPOUT, IS_FULL, PRECISION, BLOCK,
+        seed, scale_log2, offset, threshold, keep_scale, HAS_DROPOUT, IS_FP32, PRECISION, BLOCK,
     )  # fmt: skip
     dv = tl.dot(tl.trans(kept), dout, dv, input_precision=PRECISION)
     dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
@@ -239,7 +239,7 @@ def _disentangled_attention_dkdv_kernel(
     stride_dot, stride_doh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     stride_pkp, stride_pkh, stride_pqp, stride_pqh, stride_dkt, stride_dkh, stride_dvt, stride_dvh,
     scale, scale_log2, offset, threshold, keep_scale,
-    HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_FULL: tl.constexpr,
+    HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_FP32: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0) % tiles
@@ -276,7 +276,7 @@ def _disentangled_attention_dkdv_kernel(
             dk, dv, k, v, dout_ptr, q_ptr, pos_key_ptr, pos_query_ptr, index_ptr, lse_ptr, delta_ptr,
             T, H, stride_dot, stride_qt, stride_pkp, stride_pqp, start, length, m, rows_k, tile * BLOCK, first + m,
             h, seed, scale_log2, offset, threshold, keep_scale,
-            HAS_KEY, HAS_QUERY, HAS_DROPOUT, IS_FULL, PRECISION, UPCAST, K, BLOCK, BLOCK_K,
+            HAS_KEY, HAS_QUERY, HAS_DROPOUT, IS_FP32, PRECISION, UPCAST, K, BLOCK, BLOCK_K,
         )  # fmt: skip
     _store_tile(_at(dk_ptr, start_k, stride_dkt, h, stride_dkh), stride_dkt, rows_k, dk * scale, K, BLOCK, BLOCK_K)
     _store_tile(_at(dv_ptr, start_k, stride_dvt, h, stride_dvh), stride_dvt, rows_k, dv * keep_scale, K, BLOCK, BLOCK_K)
@@ -287,7 +287,7 @@ def _add_dband(
     dband, key_band, query_band, dout_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr,
     T, H, stride_dot, stride_doh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     start, length, m, n, h, seed, scale_log2, offset, threshold, keep_scale,
-    HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_FULL: tl.constexpr,
+    HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_FP32: tl.constexpr,
     OF_KEY: tl.constexpr, IS_EARLY: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -306,11 +306,11 @@ def _add_dband(
     if not IS_EARLY:
         dout = _load_tile(dout_ptr, stride_dot, length - m, K, BLOCK, BLOCK_K, False, UPCAST)
         v = _load_tile(v_ptr, stride_vt, length - n, K, BLOCK, BLOCK_K, False, UPCAST)
-    highest, log_total = _load_lse(_at(lse_ptr, start + m, 1, h, T), length - m, H, T, IS_FULL, BLOCK)
+    highest, log_total = _load_lse(_at(lse_ptr, start + m, 1, h, T), length - m, H, T, IS_FP32, BLOCK)
     delta = tl.load(delta_ptr + start + offs, mask=offs < length, other=0.0)
     _, ds = _gradients(
         s, v, dout, highest, log_total, delta, start + offs, length - n, h, n,
-        seed, scale_log2, offset, threshold, keep_scale, HAS_DROPOUT, IS_FULL, PRECISION, BLOCK,
+        seed, scale_log2, offset, threshold, keep_scale, HAS_DROPOUT, IS_FP32, PRECISION, BLOCK,
     )  # fmt: skip
     if OF_KEY:
         return tl.dot(tl.trans(_shift_queries(ds, BLOCK)), q, dband, input_precision=PRECISION)
@@ -327,7 +327,7 @@ def _disentangled_attention_dband_kernel(
     stride_dot, stride_doh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     stride_pkp, stride_pkh, stride_pqp, stride_pqh,
     scale, scale_log2, offset, threshold, keep_scale,
-    HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_FULL: tl.constexpr,
+    HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_FP32: tl.constexpr,
     OF_KEY: tl.constexpr, IS_EARLY: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -362,7 +362,7 @@ def _disentangled_attention_dband_kernel(
                     T, H, stride_dot, stride_doh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
                     start, length, (tile + apart) * BLOCK, tile * BLOCK,
                     h, seed, scale_log2, offset, threshold, keep_scale,
-                    HAS_KEY, HAS_QUERY, HAS_DROPOUT, IS_FULL, OF_KEY, IS_EARLY, PRECISION, UPCAST,
+                    HAS_KEY, HAS_QUERY, HAS_DROPOUT, IS_FP32, OF_KEY, IS_EARLY, PRECISION, UPCAST,
                     K, BLOCK, BLOCK_K,
                 )  # fmt: skip
         place = tl.cast((diagonal * groups + group) * H + h, tl.int64) * (2 * BLOCK * K)
@@ -416,7 +416,7 @@ _TILES = {
 
 def _settings(kernel, q, max_seqlen, has_dropout):
     """(settings, candidates) of one of the four kernels with tiles."""
-    is_full, is_wide = q.dtype == torch.float32, q.shape[-1] > 64
+    is_fp32, is_wide = q.dtype == torch.float32, q.shape[-1] > 64
 
     def settings(*tile):
         *rows, num_warps, num_stages = tile
@@ -430,18 +430,18 @@ def _settings(kernel, q, max_seqlen, has_dropout):
 
     # one tile is a sequence of up to 64 tokens: then the bands' gradient, which has no loop to share its loads, spills
     shortest = 64 if kernel == "dband" and has_dropout else 32
-    is_large = not (is_full or is_wide) and max_seqlen > shortest and capability() >= 90
-    default = settings(*_TILES[kernel, is_full, is_large])
-    if kernel == "dband" and (is_full and has_dropout and capability() < 90 or not is_full and capability() == 0):
+    is_large = not (is_fp32 or is_wide) and max_seqlen > shortest and capability() >= 90
+    default = settings(*_TILES[kernel, is_fp32, is_large])
+    if kernel == "dband" and (is_fp32 and has_dropout and capability() < 90 or not is_fp32 and capability() == 0):
         # fp32 on Ampere, and AMD's wider warps
-        default = settings(16 if is_full else 32, 4, 1)
-    if is_full and is_wide and kernel in ("dq", "dkdv"):
+        default = settings(16 if is_fp32 else 32, 4, 1)
+    if is_fp32 and is_wide and kernel in ("dq", "dkdv"):
         # fp32 rows of over 64 elements: twice the warps, half the registers each
         default = settings(16, 16, 1)
-    if kernel == "fwd" and not (is_full or is_wide or is_large) and max_seqlen > 32:
+    if kernel == "fwd" and not (is_fp32 or is_wide or is_large) and max_seqlen > 32:
         default = settings(64, 32, 4, 2)
     small = _TILES[kernel, False, False]
-    candidates = [default] if is_full or not is_large else [default, settings(*small)]
+    candidates = [default] if is_fp32 or not is_large else [default, settings(*small)]
     if kernel == "fwd" and is_large:
         candidates += [settings(64, 32, 4, 2), settings(64, 64, 4, 2)]
     return default, candidates
@@ -454,7 +454,7 @@ def _constants(q, pos_key, pos_query, dropout_p):
         HAS_KEY=pos_key is not None,
         HAS_QUERY=pos_query is not None,
         HAS_DROPOUT=dropout_constants(dropout_p)[0] > 0,
-        IS_FULL=q.dtype == torch.float32,
+        IS_FP32=q.dtype == torch.float32,
         PRECISION=product_precision(q.dtype),
         # Triton's interpreter computes wrongly with bfloat16, so there it is widened as it is loaded
         UPCAST=INTERPRET and q.dtype == torch.bfloat16,

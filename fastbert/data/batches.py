@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..packing import Batch, best_fit
-from .draws import _CUT, _ORDER, _PAIR, _PARTNER, _WORD, _draw, _uniform, sequence_keys
+from .draws import CUT, ORDER, PAIR, PARTNER, WORD, draw, sequence_keys, uniform
 from .masking import BERT_FATES, ELECTRA_FATES, IGNORED, mask_tokens
 from .sequences import PAIRS, cut_sequences
 from .tokenizer import special_ids, word_starts
@@ -110,7 +110,7 @@ class MaskedBatches:
     def _planned(self, epoch):
         """(sequence ids by batch, where each batch starts in them, and the end) of an epoch."""
         if self._plan is None or self._plan[0] != epoch:
-            order = np.argsort(_draw(sequence_keys(self.seed, epoch, self.ids), _ORDER), kind="stable")
+            order = np.argsort(draw(sequence_keys(self.seed, epoch, self.ids), ORDER), kind="stable")
             placed, offsets = best_fit(self._lengths[order], self.tokens_per_batch, max_sequences=self.max_sequences)
             if len(offsets) - 1 < self.world_size:
                 raise ValueError(
@@ -175,7 +175,7 @@ class MaskedBatches:
         if self.objective == "rtd":
             # no pick becomes a random word here: the generator's takes its place, and its draw
             owner = np.searchsorted(cu_seqlens, picks, side="right") - 1
-            draws = _uniform(_draw(keys[owner], _WORD, position_ids[picks]))
+            draws = uniform(draw(keys[owner], WORD, position_ids[picks]))
         max_seqlen = int(np.diff(cu_seqlens).max())
         if self.max_sequences is not None:
             slack = self.tokens_per_batch - T
@@ -211,9 +211,9 @@ class MaskedBatches:
         start, length = self.index.start[ids], self.index.length[ids]
         if self.objective not in PAIRS:
             return start[:, None], length[:, None], None
-        cut = self._cuts(start, length, _uniform(_draw(keys, _CUT)))
+        cut = self._cuts(start, length, uniform(draw(keys, CUT)))
         starts, lengths = np.stack([start, start + cut], 1), np.stack([cut, length - cut], 1)
-        false = _uniform(_draw(keys, _PAIR)) < 0.5
+        false = uniform(draw(keys, PAIR)) < 0.5
         if self.objective == "mlm+sop":
             starts[false], lengths[false] = starts[false, ::-1], lengths[false, ::-1]
         else:
@@ -222,7 +222,7 @@ class MaskedBatches:
                 np.searchsorted(self._documents, self.index.document[ids], side) for side in ("left", "right")
             )
             others = len(self.ids) - (last - first)
-            partner = (_uniform(_draw(keys, _PARTNER)) * others).astype(np.int64)
+            partner = (uniform(draw(keys, PARTNER)) * others).astype(np.int64)
             partner = self.ids[np.where(partner < first, partner, partner + last - first)]
             there = self.index.start[partner]
             left = self.index.document_starts[self.index.document[partner] + 1] - there
@@ -233,7 +233,7 @@ class MaskedBatches:
     def _shard_of(self, starts):
         return np.searchsorted(self.shards.first_token, starts, side="right") - 1
 
-    def _cuts(self, start, length, draw):
+    def _cuts(self, start, length, share):
         """Where each sequence is parted in two: at a random one of the sentence borders inside, else in its middle."""
         cut = length // 2
         shard = self._shard_of(start)
@@ -243,7 +243,7 @@ class MaskedBatches:
             low = np.searchsorted(borders, first, side="right")
             count = np.searchsorted(borders, first + length[here], side="left") - low
             some = count > 0
-            border = (low + (draw[here] * count).astype(np.int64))[some]
+            border = (low + (share[here] * count).astype(np.int64))[some]
             cut[here[some]] = borders[border] - first[some]
         return cut
 

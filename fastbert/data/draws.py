@@ -6,7 +6,7 @@ So a draw depends on nothing else, and an epoch can be entered in its middle.
 import numpy as np
 
 # What a draw is for; a token's draws have the counters 8 * position + purpose.
-_ORDER, _COUNT, _PICK, _FATE, _WORD, _CUT, _PAIR, _PARTNER = range(8)
+ORDER, COUNT, PICK, FATE, WORD, CUT, PAIR, PARTNER = range(8)
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -25,12 +25,12 @@ def sequence_keys(seed, epoch, ids):
     return key
 
 
-def _draw(keys, purpose, position=0):
+def draw(keys, purpose, position=0):
     """uint64, of the shape of keys: draw number (position, purpose) of each key."""
     counter = 8 * np.atleast_1d(np.asarray(position)).astype(np.uint64) + np.uint64(purpose + 1)
     return _mix(keys + _GOLDEN * counter)
 
 
-def _uniform(draw):
+def uniform(draws):
     """float64 in [0, 1)."""
-    return (draw >> np.uint64(11)) * 2.0**-53
+    return (draws >> np.uint64(11)) * 2.0**-53

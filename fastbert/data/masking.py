@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .draws import _COUNT, _FATE, _PICK, _WORD, _draw, _uniform
+from .draws import COUNT, FATE, PICK, WORD, draw, uniform
 
 # A pick draws from [0, 1): below the first number it becomes [MASK], below the second a random token, else it stays.
 BERT_FATES, ELECTRA_FATES = (0.8, 0.9), (0.85, 0.85)
@@ -40,8 +40,8 @@ def mask_tokens(input_ids, cu_seqlens, keys, *, special, vocab_size, probability
 
     owner = sequence[first]
     counts = np.bincount(owner, minlength=len(lengths))
-    wanted = np.floor(counts * probability + _uniform(_draw(keys, _COUNT))).astype(np.int64)
-    draws = _draw(keys[owner], _PICK, position[first])
+    wanted = np.floor(counts * probability + uniform(draw(keys, COUNT))).astype(np.int64)
+    draws = draw(keys[owner], PICK, position[first])
     # the candidates of each sequence from the smallest draw on; the stable sort keeps equal draws in their order
     order = np.argsort((owner.astype(np.uint64) << np.uint64(40)) | (draws >> np.uint64(24)), kind="stable")
     rank = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -49,12 +49,12 @@ def mask_tokens(input_ids, cu_seqlens, keys, *, special, vocab_size, probability
     picked[order[rank < np.repeat(wanted, counts)]] = True
 
     fate = np.ones(len(first))
-    fate[picked] = _uniform(_draw(keys[owner[picked]], _FATE, position[first[picked]]))
+    fate[picked] = uniform(draw(keys[owner[picked]], FATE, position[first[picked]]))
     rows, fate = rows[picked[candidate]], fate[candidate[picked[candidate]]]
     labels[rows] = input_ids[rows]
     masked[rows[fate < fates[0]]] = special.mask
     changed = rows[(fate >= fates[0]) & (fate < fates[1])]
     words = np.flatnonzero(ordinary)
-    chosen = _uniform(_draw(keys[sequence[changed]], _WORD, position[changed])) * len(words)
+    chosen = uniform(draw(keys[sequence[changed]], WORD, position[changed])) * len(words)
     masked[changed] = words[chosen.astype(np.int64)]
     return masked, labels

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .draws import _ORDER, _draw, sequence_keys
+from .draws import ORDER, draw, sequence_keys
 
 PAIRS = ("mlm+nsp", "mlm+sop")
 OBJECTIVES = ("mlm", *PAIRS, "rtd")
@@ -60,7 +60,7 @@ def held_out_split(shards, share, seed=0, *, max_seq_length, objective="mlm"):
     documents = np.flatnonzero(tokens)
     if len(documents) < 2:
         raise ValueError(f"there is only {len(documents)} document: none can be held out")
-    order = documents[np.argsort(_draw(sequence_keys(seed, 0, documents), _ORDER), kind="stable")]
+    order = documents[np.argsort(draw(sequence_keys(seed, 0, documents), ORDER), kind="stable")]
     before = np.cumsum(tokens[order]) - tokens[order]
     count = np.searchsorted(before, share * tokens.sum(), side="left")
     held_out = np.zeros(len(tokens), dtype=bool)

@@ -7,7 +7,7 @@ from . import families, heads, hf_files
 from .sentences import SentenceEmbedder
 
 
-def load(directory, *, allow_pickle=False):
+def load_any_head(directory, *, allow_pickle=False):
     """The model of a directory, of the class that its files name: see `convert`. Raises ValueError."""
     directory = Path(directory)
     if not directory.is_dir():
@@ -44,7 +44,7 @@ def convert(source, destination, *, allow_pickle=False):
     destination = Path(destination)
     if (destination / "config.json").exists():
         raise ValueError(f"{destination} already has a model: choose another directory")
-    model = load(source, allow_pickle=allow_pickle)
+    model = load_any_head(source, allow_pickle=allow_pickle)
     if (Path(source) / "tokenizer.json").exists():
         check_vocabulary(load_tokenizer(source), model.config)
     model.save_pretrained(destination)

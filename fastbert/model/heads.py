@@ -90,7 +90,7 @@ class Model(nn.Module):
         that the checkpoint lacks starts fresh, with a warning that names it. Raises ValueError when the encoder is
         incomplete, when a shape disagrees with config.json, or when a file cannot be read.
         """
-        return hf_files.load(cls, directory, head=cls.__name__, allow_pickle=allow_pickle, dtype=dtype, **changes)
+        return hf_files.load_model(cls, directory, head=cls.__name__, allow_pickle=allow_pickle, dtype=dtype, **changes)
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Write config.json and model.safetensors under HuggingFace's names; transformers loads the directory."""

@@ -157,7 +157,7 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def load(make, directory, *, head, other=None, allow_pickle=False, dtype=torch.float32, **changes):
+def load_model(make, directory, *, head, other=None, allow_pickle=False, dtype=torch.float32, **changes):
     """A model from a directory, in evaluation mode: see `Model.from_pretrained`.
 
     make: gives the model of a config. head: its class's name. other: parameters by our names that lie elsewhere.

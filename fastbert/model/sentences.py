@@ -176,7 +176,7 @@ class SentenceEmbedder(Model):
         found["prompts"] = prompts.get("prompts") or {}
         found["default_prompt_name"] = prompts.get("default_prompt_name")
         weights = found.pop("weights", [])
-        model = hf_files.load(
+        model = hf_files.load_model(
             lambda config: cls(config, **{**found, **options}), folder, allow_pickle=allow_pickle, dtype=dtype,
             head=cls.__name__, other={f"dense.{i}.{name}": x for i, w in enumerate(weights) for name, x in w.items()},
         )  # fmt: skip

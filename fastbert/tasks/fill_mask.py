@@ -9,7 +9,7 @@ from ..model.heads import MaskedLM
 from ..packing import Batch
 
 
-def load(directory):
+def load_masked_lm(directory):
     """(MaskedLM, tokenizers.Tokenizer) of a model's directory, on the GPU where there is one."""
     if not (Path(directory) / "config.json").is_file():
         raise FileNotFoundError(f"no model in {directory}: expected a folder with config.json and model.safetensors")

@@ -33,7 +33,7 @@ _BUILDING, _REPLACED = ".building-", ".replaced-"
 _EXACT = "parameter"
 
 
-def save(directory, step, model, optimizer, tokenizer, state, *, keep=None):
+def save_checkpoint(directory, step, model, optimizer, tokenizer, state, *, keep=None):
     """Write `directory`/checkpoint-<step>, then delete all but the newest `keep` checkpoints (None: keep all).
 
     `model` is one of fastbert.model.heads; `optimizer` a torch optimizer over its parameters; `tokenizer` a
@@ -69,7 +69,7 @@ def save(directory, step, model, optimizer, tokenizer, state, *, keep=None):
     return final
 
 
-def load(path, model, optimizer):
+def load_checkpoint(path, model, optimizer):
     """Put the tensors of checkpoint `path`, verified first, into `model` and `optimizer`. Returns its state.
 
     Raises ValueError when a file is damaged, or when the checkpoint is of another model.
@@ -96,7 +96,7 @@ def load(path, model, optimizer):
 
 
 def read_state(path):
-    """The JSON object that `save` was given as `state`."""
+    """The JSON object that `save_checkpoint` was given as `state`."""
     return json.loads((Path(path) / STATE).read_text(encoding="utf-8"))
 
 

@@ -108,7 +108,7 @@ class Run:
                 (stop,) = processes.total(len(self.caught))
             if progress.step != saved and (self.finished or stop or progress.step % config.save_steps == 0):
                 if rank == 0:
-                    checkpoint.save(
+                    checkpoint.save_checkpoint(
                         config.output_dir, progress.step, self.model, self.optimizer, self.tokenizer,
                         self.facts | {"progress": asdict(progress)}, keep=config.save_total_limit,
                     )  # fmt: skip

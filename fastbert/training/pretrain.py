@@ -198,7 +198,7 @@ def pretrain(config: PretrainConfig) -> dict:
         )  # fmt: skip
         progress = Progress()
         if resumed:
-            checkpoint.load(resumed, model, optimizer)
+            checkpoint.load_checkpoint(resumed, model, optimizer)
             progress = Progress(**state["progress"])
         total, warmup = length(config, loader)
         facts = {

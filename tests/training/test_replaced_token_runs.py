@@ -30,7 +30,7 @@ from fastbert.model import hf_files
 from fastbert.model.heads import MaskedLM, ReplacedTokenDetector
 from fastbert.model.replaced_tokens import ReplacedTokenPretraining
 from fastbert.packing import Batch, pack_inputs
-from fastbert.tasks.fill_mask import fill_mask, load
+from fastbert.tasks.fill_mask import fill_mask, load_masked_lm
 from fastbert.training import checkpoint, log, pretrain
 from fastbert.training.card import learning_curve
 from fastbert.training.loop import accumulate
@@ -253,7 +253,7 @@ def test_what_a_run_leaves_loads_in_transformers(family, options, place, capsys)
     tables = [model.encoder.embeddings.word.weight for model in (ours, generator)]
     difference = (tables[0] - tables[1]).abs().max()
     assert difference == 0 if family == "electra" else tables[1].abs().max() > difference > 1e-4
-    [words] = fill_mask(*load(directory / "generator"), "every day the [MASK] chases mice")
+    [words] = fill_mask(*load_masked_lm(directory / "generator"), "every day the [MASK] chases mice")
     assert len(words) == 5
     # going on from it begins with what it knows
     whole = ReplacedTokenPretraining.from_pretrained(directory)
