@@ -11,7 +11,7 @@ _CHOICES = {
     "head_pooling": ("cls", "mean"),
     "problem_type": (None, "regression", "single_label_classification", "multi_label_classification"),
 }
-# a field's annotation -> what it may be: NumPy's numbers too, and 1 for 1.0
+# a field's annotation -> the types it accepts: NumPy's numbers too, and 1 for 1.0
 _KINDS = {
     int: numbers.Integral,
     int | None: numbers.Integral | None,
@@ -24,83 +24,125 @@ _KINDS = {
 class EncoderConfig:
     """Shape and constants of an encoder. Field names and defaults are those of HuggingFace's BertConfig.
 
-    embedding_size: width of the embedding tables where a projection to hidden_size follows, None where none does.
-    position_biased_input: there is a table of positions; position_offset: its row for a sequence's first token.
-    num_hidden_groups: layers share the weights of their group (None: each has its own), and a group has
-    inner_group_num layers that run in turn. attention: the class in the attention slot, see `attentions.ATTENTIONS`.
-    dropped_branches: what has hidden_dropout_prob before it is added to the residual, where norms stand behind.
-
-    DeBERTa: position_buckets (0: none), max_relative_positions, pos_att_type (of "c2p" and "p2c"), share_att_key,
-    norm_rel_ebd (the table of relative positions has a LayerNorm), conv_kernel_size (0: none), conv_act,
-    enhanced_mask_decoder (the masked-LM head adds a table of positions, see `layers.MaskDecoder`).
-    MPNet: distance_buckets (0: none).
-
-    pre_norm: norms stand before attention and feed-forward, which is gated then. windows: how far each layer sees to
-    both sides (None: all the way, also for all layers). rope_thetas: the rotary base of each layer. attention_bias,
-    mlp_bias, norm_bias: these have biases. output_dropout: after attention's output projection; mlp_dropout: after the
-    gate. head_act: the masked-LM head's activation, None where it is hidden_act; head_bias: of its linear layer.
-
-    For the heads of tasks: pooler_act, the activation after the pooler's linear layer, or "transform" where the
-    masked-LM head's transform stands before every classifier; head_pooling, what a sequence is known by, its first
-    token ("cls") or "mean"; the dropouts before the pooler's layer (pooler_dropout, None: classifier_dropout), before
-    the pair classifier, and before the classifier of sequences (classifier_dropout, None: hidden_dropout_prob), of
-    tokens (token_dropout, None: classifier_dropout), of choices (choice_dropout, the same) and of answers; num_labels,
-    labels (their names) and problem_type ("regression", "single_label_classification", "multi_label_classification",
-    None: by the labels).
-
     Raises ValueError with the offending value when fields contradict each other.
     """
 
+    # --- BERT, and all families after it
+    # HuggingFace's name of the family, a row of families.FAMILIES
     model_type: str = "bert"
+    # rows of the word table
     vocab_size: int = 30522
+    # width of the hidden states
     hidden_size: int = 768
+    # how many layers run
     num_hidden_layers: int = 12
+    # each has hidden_size / num_attention_heads columns
     num_attention_heads: int = 12
+    # width inside the feed-forward
     intermediate_size: int = 3072
+    # the feed-forward's activation, one of ACTIVATIONS
     hidden_act: str = "gelu"
+    # dropout of the hidden states
     hidden_dropout_prob: float = 0.1
+    # dropout of the attention probabilities
     attention_probs_dropout_prob: float = 0.1
+    # rows of the table of absolute positions
     max_position_embeddings: int = 512
+    # rows of the token type table; 0 for no table
     type_vocab_size: int = 2
+    # standard deviation of fresh weights
     initializer_range: float = 0.02
+    # LayerNorm's epsilon
     layer_norm_eps: float = 1e-12
+    # the id of [PAD]
     pad_token_id: int = 0
-    embedding_size: int | None = None
-    position_biased_input: bool = True
-    position_offset: int = 0
-    num_hidden_groups: int | None = None
-    inner_group_num: int = 1
-    attention: str = "softmax"
+    # the branches that hidden_dropout_prob applies to before the residual is added
     dropped_branches: tuple = ("attention", "feed_forward")
-    pre_norm: bool = False
-    windows: tuple | None = None
-    rope_thetas: tuple | None = None
+    # class of the attention slot, a key of attentions.ATTENTIONS
+    attention: str = "softmax"
+
+    # --- RoBERTa, MPNet
+    # row of the position table for the first token of a sequence
+    position_offset: int = 0
+
+    # --- ELECTRA, ALBERT, DeBERTa
+    # width of the embedding tables if a projection to hidden_size follows; None for no projection
+    embedding_size: int | None = None
+
+    # --- ALBERT
+    # groups of layers that share their weights; None: no sharing
+    num_hidden_groups: int | None = None
+    # layers of a group, which run in turn
+    inner_group_num: int = 1
+
+    # --- DeBERTa
+    # whether the embeddings add a table of absolute positions
+    position_biased_input: bool = True
+    # buckets of relative positions; 0 for no buckets
     position_buckets: int = 0
+    # farthest relative position
     max_relative_positions: int = 0
+    # the position terms of the scores, of "c2p" and "p2c"
     pos_att_type: tuple = ()
-    distance_buckets: int = 0
+    # whether relative positions use the projections of the queries and keys
     share_att_key: bool = False
+    # whether the table of relative positions has a LayerNorm
     norm_rel_ebd: bool = False
+    # width of the convolution beside the first layer; 0 for none
     conv_kernel_size: int = 0
+    # the convolution's activation
     conv_act: str = "tanh"
+    # whether the masked-LM head adds a table of positions, see layers.MaskDecoder
     enhanced_mask_decoder: bool = False
+
+    # --- MPNet
+    # buckets of the distances that have a bias; 0 for no bias
+    distance_buckets: int = 0
+
+    # --- ModernBERT
+    # whether norms come before attention and feed-forward; the feed-forward is then gated
+    pre_norm: bool = False
+    # how far each layer sees to both sides, None for a layer that sees everything; None: all layers do
+    windows: tuple | None = None
+    # the rotary base of each layer; None: no rotary positions
+    rope_thetas: tuple | None = None
+    # whether attention's linear layers have biases
     attention_bias: bool = True
+    # whether the feed-forward's linear layers have biases
     mlp_bias: bool = True
+    # whether the norms have biases
     norm_bias: bool = True
+    # dropout after the gate
     mlp_dropout: float = 0.0
+    # dropout after attention's output projection
     output_dropout: float = 0.0
+    # the masked-LM head's activation; None: hidden_act
     head_act: str | None = None
+    # whether the masked-LM head's linear layer has a bias
     head_bias: bool = True
+
+    # --- the heads of tasks
+    # what a sequence is classified by: its first token ("cls") or the "mean" of its tokens
     head_pooling: str = "cls"
+    # activation after the pooler's linear layer; "transform": the masked-LM head's transform precedes every classifier
     pooler_act: str = "tanh"
+    # dropout before the pooler's linear layer; None: classifier_dropout
     pooler_dropout: float | None = 0.0
+    # dropout before the classifier of sentence pairs
     pair_dropout: float = 0.0
+    # dropout before the classifier of sequences; None: hidden_dropout_prob
     classifier_dropout: float | None = None
+    # dropout before the classifier of tokens; None: classifier_dropout
     token_dropout: float | None = None
+    # dropout before the classifier of choices; None: classifier_dropout
     choice_dropout: float | None = None
+    # dropout before the classifier of answers
     qa_dropout: float = 0.0
+    # outputs of a classifier
     num_labels: int = 2
+    # their names; None: no names
     labels: tuple | None = None
+    # the loss of a classifier of sequences, one of _CHOICES; None: depends on the labels
     problem_type: str | None = None
 
     def __post_init__(self):
