@@ -1,4 +1,4 @@
-"""Checkpoints: exact, whole or absent after a crash at any point, passed over when damaged."""
+"""Checkpoints: exact, whole or absent after a crash at any point, skipped when damaged."""
 
 import errno
 import json
@@ -108,18 +108,18 @@ def test_a_damaged_checkpoint_is_passed_over(damage, name, tmp_path, tokenizer):
     if name == files.MANIFEST and damage in (truncate, flip):
         # a lost line end does no harm, and any letter may be hit: what counts is that nothing but the truth passes
         (tmp_path / "checkpoint-2" / name).write_text(json.dumps(manifest)[:-2])
-    with pytest.warns(UserWarning, match=f"passed over: .*{name}"):
+    with pytest.warns(UserWarning, match=f"skipped a checkpoint: .*{name}"):
         assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint-1"
     with pytest.raises(ValueError, match=name):
         checkpoint.load_checkpoint(tmp_path / "checkpoint-2", model, optimizer)
 
 
-@pytest.mark.filterwarnings("ignore:passed over")
+@pytest.mark.filterwarnings("ignore:skipped a checkpoint")
 def test_latest_of_none_and_of_only_damaged_ones(tmp_path, tokenizer):
     assert checkpoint.latest(tmp_path) is None
     (tmp_path / "checkpoint-7").mkdir()
     (tmp_path / "checkpoint-final").mkdir()
-    with pytest.raises(ValueError, match="none of the 1 checkpoints"):
+    with pytest.raises(ValueError, match="is damaged .1 checked"):
         checkpoint.latest(tmp_path)
 
 

@@ -287,7 +287,7 @@ def test_a_damaged_generator_damages_its_checkpoint(finished, tmp_path):
     directory = shutil.copytree(finished, tmp_path / "run")
     file = directory / "checkpoint-8" / "generator" / checkpoint.MODEL
     file.write_bytes(file.read_bytes()[:-4] + b"\0\0\0\1")
-    with pytest.warns(UserWarning, match="passed over: .*checkpoint-8/generator/model.safetensors is damaged"):
+    with pytest.warns(UserWarning, match="skipped a checkpoint: .*checkpoint-8/generator/model.safetensors is damaged"):
         assert checkpoint.latest(directory).name == "checkpoint-4"
 
 
@@ -316,9 +316,9 @@ def test_two_processes_learn_what_one_does_with_two_micro_batches(options, tmp_p
     [
         (
             {"model": "bert.json"},
-            "--objective rtd: a bert has no detector of replaced tokens, electra, deberta-v2",
+            "--objective rtd: bert models have no head for replaced tokens, electra, deberta-v2",
         ),
-        ({"model": "deberta.json"}, "--objective rtd: a deberta has no detector of replaced tokens"),
+        ({"model": "deberta.json"}, "--objective rtd: deberta models have no head for replaced tokens"),
         ({"rtd_weight": 0.0}, "--rtd-weight is 0.0: expected a number above 0"),
         ({"rtd_weight": -50.0}, "--rtd-weight is -50.0"),
         ({"rtd_weight": float("nan")}, "--rtd-weight is nan"),
