@@ -1,4 +1,4 @@
-"""Raw text files to documents. A document is a list of non-empty lines. No more than one is in memory at a time.
+"""Raw text files to documents. A document is a list of non-empty lines. Nothing larger is in memory.
 
     .txt      documents with blank lines between them, or one document per line
     .jsonl    one JSON object per line
@@ -44,9 +44,7 @@ def expand(paths):
     for path in map(os.path.expanduser, map(os.fspath, paths)):
         if os.path.isfile(path):
             if _kind(path) is None:
-                raise ValueError(
-                    f"{path} is of an unknown type: expected {', '.join(KINDS)} (or .gz of the first three)"
-                )
+                raise ValueError(f"{path} has an unknown type: expected {', '.join(KINDS)} (or .gz of the first three)")
             stats = Counter()
             if not _has_text(path, stats):
                 bad = stats["skipped_lines"]

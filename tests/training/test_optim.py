@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastbert import optim
+from fastbert.training import optim
 
 
 class Tied(nn.Module):
