@@ -142,11 +142,11 @@ def stand_ins(place, whole, tmp_path_factory):
     ("changes", "message"),
     [
         ({"learning_rate": 0.5}, r"--learning-rate is 0.5, but 0.003 in .*checkpoint-12"),
-        ({"tokens_per_batch": 256}, "--tokens-per-batch is 256, and 192 in"),
-        ({"seed": 8}, "--seed is 8, and 7 in"),
-        ({"dropout": 0.0}, "--dropout is 0.0, and None in"),
+        ({"tokens_per_batch": 256}, "--tokens-per-batch is 256, but 192 in"),
+        ({"seed": 8}, "--seed is 8, but 7 in"),
+        ({"dropout": 0.0}, "--dropout is 0.0, but None in"),
         ({"tokenizer": "other", "train_file": "text"}, "the tokenizer has sha256 .*, but .* in .*checkpoint-12"),
-        ({"train_file": "other text"}, "the text is not the text that"),
+        ({"train_file": "other text"}, "the text is not the one that"),
     ],
     ids=["learning-rate", "batch", "seed", "dropout", "tokenizer", "text"],
 )
