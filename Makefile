@@ -1,6 +1,6 @@
 # Each target makes .venv when it is missing, installs the pinned versions, and runs. A second call reuses .venv.
 #
-# A machine with its own PyTorch, such as one with a GPU, can lend it instead of downloading another:
+# To use a PyTorch that is already installed, as on a machine with a GPU:
 #     make test PYTHON=python3.12 VENV_FLAGS=--system-site-packages TORCH=
 
 PYTHON ?= python3
@@ -22,25 +22,25 @@ demo: $(INSTALLED) $(DEMO_TEXT)
 	$(BIN)/python benchmarks/demo.py
 	$(BIN)/fastbert fill-mask --model runs/demo/model "In the beginning God created the [MASK] and the earth."
 
-# one thread per worker: more only fight for the same cores
+# one thread per worker: more threads would compete for the same cores
 test: $(INSTALLED)
-	@$(MAKE) --no-print-directory $(DEMO_TEXT) || echo "the demo's text cannot be fetched: the test that reads it is skipped"
-	@$(MAKE) --no-print-directory $(WEIGHTS) || echo "no pretrained weights can be fetched: the tests on them are skipped"
-	@$(MAKE) --no-print-directory $(PEERS) || echo "no peers of the benchmarks can be fetched: the tests on them are skipped"
+	@$(MAKE) --no-print-directory $(DEMO_TEXT) || echo "the demo's text cannot be downloaded: its test is skipped"
+	@$(MAKE) --no-print-directory $(WEIGHTS) || echo "pretrained weights cannot be downloaded: their tests are skipped"
+	@$(MAKE) --no-print-directory $(PEERS) || echo "other libraries cannot be downloaded: their tests are skipped"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
-# plant known faults, one at a time: each must turn the tests of its wing red. Some: make mutants MUTANTS="gradient-not-clipped"
+# plant known faults one at a time: each must turn the tests of its wing red. Some of them: make mutants MUTANTS="NAME"
 mutants: $(INSTALLED)
 	$(BIN)/python tests/mutants.py $(MUTANTS)
 
-# the whole suite side by side with what else is installed; a part of it: make bench BENCH="--ops attention --quick"
+# fastbert and the other installed libraries, side by side; for a part: make bench BENCH="--ops attention --quick"
 bench: $(INSTALLED)
 	@$(MAKE) --no-print-directory --keep-going $(DEMO_TEXT) $(WEIGHTS) $(PEERS) || \
-		echo "not all can be fetched: some rows are left out"
+		echo "not everything can be downloaded: some rows are left out"
 	$(BIN)/fastbert bench $(BENCH)
 
-# everything that needs a GPU, in eight minutes, without network: tests, tuning, benchmarks, with the first Python that
-# sees a GPU and has torch, triton and pytest. Without any, a rehearsal in Triton's interpreter
+# tests, tuning and benchmarks on a GPU, in eight minutes, without network. It uses the first Python that sees a GPU and
+# has torch, triton and pytest. Without one it rehearses in Triton's interpreter
 gpu:
 	@for python in $(BIN)/python $(PYTHON); do \
 		if $$python benchmarks/gpu.py --can-run 2>/dev/null; then exec $$python benchmarks/gpu.py; fi; \
@@ -51,7 +51,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# torch goes first and alone, so that nothing later chooses another build of it
+# torch is installed first and alone, so that no later step chooses another build
 $(INSTALLED): requirements.txt pyproject.toml setup.py
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
 	$(if $(TORCH),$(PIP) install $(TORCH))

@@ -30,7 +30,7 @@ import record  # noqa: E402
 from fastbert import ops  # noqa: E402
 from fastbert.model import hf_files  # noqa: E402
 from fastbert.model.config import EncoderConfig  # noqa: E402
-from fastbert.tasks.fill_mask import fill_mask, load  # noqa: E402
+from fastbert.tasks.fill_mask import fill_mask, load_masked_lm  # noqa: E402
 from fastbert.training.pretrain import PretrainConfig, pretrain  # noqa: E402
 
 OUTPUT = ROOT / "runs" / "demo"
@@ -168,7 +168,7 @@ def main():
         raise SystemExit(130)
 
     console.print("\n[bold]Verses it has not read, one word hidden, its first five guesses:[/]\n")
-    show_guesses(*load(OUTPUT / "model"), held_out)
+    show_guesses(*load_masked_lm(OUTPUT / "model"), held_out)
     accuracy, baseline = result["eval_masked_accuracy"], result["eval_baseline_accuracy"]
     # as benchmarks/results/<device>/demo.json, where it is to be committed
     used = {"what": sentence, "model": model_config.to_dict(), "options": options}

@@ -11,15 +11,15 @@ from .swapping.transformers_hook import register_with_transformers
 
 __version__ = "0.1.0"
 
-# The wheel ships the kernels inside this package. In a checkout they sit beside it, in kernels/, which must not be
-# importable under that name: map that one folder to fastbert.kernels.
+# The wheel has the kernels inside this package. A checkout has them beside it in kernels/, which must not be importable
+# under that name: map that one folder to fastbert.kernels.
 _package = Path(__file__).resolve().parent
 if not (_package / "kernels").is_dir():
     _spec = ModuleSpec("fastbert.kernels", None, is_package=True)
     _spec.submodule_search_locations = [str(_package.parent / "kernels")]
     kernels = sys.modules[_spec.name] = importlib.util.module_from_spec(_spec)
 
-# the public names and their modules: loaded when first asked for, so that importing fastbert costs nothing
+# public names and their modules, which are loaded at first use, so that importing fastbert is fast
 _MODULES = {
     "Batch": "packing",
     "EncoderConfig": "model.config",
@@ -45,7 +45,7 @@ _MODULES = {
 __all__ = ["ops", *_MODULES]
 
 if TYPE_CHECKING:
-    # the same names for type checkers and editors, which cannot follow __getattr__
+    # the same names again for type checkers and editors, which cannot follow __getattr__
     from . import ops as ops
     from .model.config import EncoderConfig as EncoderConfig
     from .model.encoder import Encoder as Encoder

@@ -1,4 +1,4 @@
-"""`python -m fastbert` is the command `fastbert`."""
+"""`python -m fastbert` runs the command `fastbert`."""
 
 from .cli import main
 

@@ -12,7 +12,7 @@ from . import __version__
 
 
 class Failure(click.ClickException):
-    """One line on stderr and an exit code."""
+    """An error: one line on stderr and an exit code."""
 
     def __init__(self, exit_code, reason):
         super().__init__(f"fastbert: error: {' '.join(str(reason).split())}")
@@ -24,7 +24,7 @@ class Failure(click.ClickException):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Exit code 2 for what the user can put right, 1 for training that diverged, 130 for Ctrl-C; never a traceback."""
+    """Exit code 2 for errors of the user, 1 for training that diverged, 130 for Ctrl-C. Never a traceback."""
     try:
         yield
     except click.UsageError as error:
@@ -38,7 +38,7 @@ def one_line_errors():
 
 
 def spread(args, several):
-    """`--train-file a b` as click reads it, `--train-file a --train-file b`, for the options named in `several`."""
+    """Turn `--train-file a b` into click's `--train-file a --train-file b`, for the options named in `several`."""
     result, option, values = [], None, 0
     for arg in args:
         if arg.startswith("-"):
@@ -69,7 +69,7 @@ class Group(click.Group):
 
 
 class ScriptCommand(Command):
-    """A command whose options are the fields of a script's dataclass, read when they are needed."""
+    """A command whose options are the fields of a script's dataclass. They are read when needed."""
 
     def __init__(self, *args, options, **kwargs):
         super().__init__(*args, **kwargs)
@@ -88,7 +88,7 @@ def _option(field):
     spelling, settings = flag(field.name), {"type": click.Choice(choices) if choices else kind(field)}
     if kind(field) is bool:
         spelling, settings = f"{spelling}/--no-{spelling[2:]}", {}
-    # the default is shown and not set: what stands in a --config file must not be hidden by it
+    # the default is shown but not set: it must not override a --config file
     shown = "" if default in ((), "", None, False) else f"  [default: {default}]"
     return click.Option(
         [spelling], default=None, multiple=default == (), help=field.metadata["help"] + shown, **settings
@@ -120,7 +120,7 @@ def pretrain(config_file, **options):
     """Pretrain a model on raw text.
 
     Writes the tokenizer, the token shards, a model that transformers can load, its learning curve and a model card to
-    --output-dir. Ctrl-C saves a checkpoint; --resume continues from it.
+    --output-dir. Ctrl-C saves a checkpoint, and --resume continues from it.
     """
     from .training import pretrain as script
     from .training.options import read_file
@@ -189,7 +189,7 @@ def fill_mask(model, top_k, text):
     """Print the most likely words for each [MASK] in TEXT."""
     from .tasks import fill_mask as script
 
-    for number, words in enumerate(script.fill_mask(*script.load(model), text, top_k), 1):
+    for number, words in enumerate(script.fill_mask(*script.load_masked_lm(model), text, top_k), 1):
         click.echo(f"[MASK] {number}")
         for word, probability in words:
             click.echo(f"  {probability:6.1%}  {word}")
@@ -240,10 +240,10 @@ def doctor(compiles, archs, dtypes, models, ops, candidates, json_file):
 
 
 def _benchmark_suite():
-    """benchmarks/suite.py of the checkout that this package stands in."""
+    """The module benchmarks/suite.py of the checkout that holds this package."""
     folder = Path(__file__).resolve().parent.parent / "benchmarks"
     if not (folder / "suite.py").is_file():
-        raise ValueError("bench runs from a checkout of the repository: its folder benchmarks/ is not installed")
+        raise ValueError("bench needs a checkout of the repository: the folder benchmarks/ is not installed")
     sys.path.insert(0, str(folder))
     import suite
 

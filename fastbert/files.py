@@ -1,4 +1,4 @@
-"""Files that a crash leaves whole, and directories that one process works in at a time."""
+"""Locks on directories, atomic writes, hashes and manifests."""
 
 import contextlib
 import hashlib
@@ -13,13 +13,13 @@ MANIFEST = "MANIFEST.json"
 
 @contextlib.contextmanager
 def lock(directory):
-    """Holds `directory` for this process, creating it; the file .lock.pid in it names the process.
+    """Lock `directory` for this process, and create it if needed. Its file .lock.pid has the process id.
 
-    The operating system drops the lock when the process ends, however it ends. Raises ValueError naming the process
-    that holds it, OSError when the directory cannot be written.
+    The operating system drops the lock when the process ends for any reason. Raises ValueError with the id of the
+    process that holds the lock, OSError if the directory cannot be written.
     """
     directory = Path(directory)
-    # beside the lock, not in it: on Windows nobody else can read a locked file
+    # not in the lock file: on Windows other processes cannot read a locked file
     holder, held = directory / ".lock.pid", FileLock(directory / ".lock")
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -41,9 +41,9 @@ def lock(directory):
 
 
 def write(path, data):
-    """Replace the file `path` by text or bytes, so that a crash leaves either the old content or the new.
+    """Replace the content of `path` by text or bytes. A crash leaves either the old content or the new.
 
-    Raises OSError with one line when the disk does not take it.
+    Raises a one-line OSError if the file cannot be written.
     """
     path = Path(path)
     building = path.with_name(path.name + ".tmp")
@@ -59,7 +59,7 @@ def write(path, data):
 
 
 def sync(path):
-    """Force a file, or a directory's list of names, to the disk."""
+    """Force a file, or a directory's entries, to the disk."""
     is_directory = os.path.isdir(path)
     if is_directory and os.name == "nt":
         # Windows cannot open a directory
@@ -81,7 +81,7 @@ def sha256(path):
 
 
 def read_json(path):
-    """The JSON object in a file. Raises ValueError, naming the file, for anything else."""
+    """The JSON object in a file. Raises ValueError with the file's name for anything else."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -92,7 +92,7 @@ def read_json(path):
 
 
 def inside(directory, name):
-    """directory / name, for a name that was read from a file. Raises ValueError when it leads out of the directory."""
+    """directory / name, for a name that was read from a file. Raises ValueError for a path outside the directory."""
     for path in (PurePosixPath(name), PureWindowsPath(name)):
         if path.is_absolute() or path.drive or path.root or ".." in path.parts:
             raise ValueError(f"{directory} names the file {name!r}: expected one inside the directory")
@@ -100,12 +100,12 @@ def inside(directory, name):
 
 
 def all_files(directory):
-    """The files of a directory and of those in it, sorted."""
+    """The files of a directory and its subdirectories, sorted."""
     return sorted(path for path in Path(directory).rglob("*") if path.is_file())
 
 
 def write_manifest(directory):
-    """Write MANIFEST.json over all files of `directory`, with everything forced to the disk, the manifest last."""
+    """Write MANIFEST.json for all files of `directory`. Everything is forced to the disk, the manifest last."""
     directory = Path(directory)
     files = [path for path in all_files(directory) if path != directory / MANIFEST]
     for path in (*files, *{path.parent for path in files}):
@@ -119,7 +119,7 @@ def write_manifest(directory):
 
 
 def verify_manifest(directory, required=()):
-    """Raises ValueError, naming the file and the fault, unless every file of `directory` is as its manifest says.
+    """Raises ValueError with the file and the fault unless every file of `directory` matches its manifest.
 
     required: names that the manifest must list.
     """

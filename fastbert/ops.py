@@ -1,14 +1,14 @@
-"""One function per op. Each picks its implementation. Autocast lives here too.
+"""One function per op. It picks the op's implementation and handles autocast.
 
-`impl=` on a call, else the environment variable FASTBERT_IMPL, says which:
+`impl=` on a call, or else the environment variable FASTBERT_IMPL, selects the implementation:
 
-    auto        kernels for tensors on a GPU, `cpu` for those on a CPU, the reference for others (the default)
+    auto        kernels for tensors on a GPU, `cpu` for tensors on a CPU, else the reference (the default)
     triton      the kernels; on a CPU they need Triton's interpreter (TRITON_INTERPRET=1)
-    cpu         PyTorch and NumPy, as fast as they are on a CPU
-    reference   plain PyTorch everywhere
+    cpu         the fast functions for a CPU, in PyTorch and NumPy
+    reference   plain PyTorch on any device
 
-A wish never falls back on something else. Arguments, shapes and results are those of the function of the same name in
-`reference.py`. On a CPU, torch.func's transforms and derivatives of derivatives are those of the reference.
+If the requested implementation cannot run, the call raises. Arguments, shapes and results are those of the function of
+the same name in `reference.py`. On a CPU, torch.func's transforms and second derivatives use the reference.
 """
 
 import contextlib
@@ -30,17 +30,18 @@ if IMPL not in IMPLEMENTATIONS:
 
 try:
     _TRITON_FOUND = importlib.util.find_spec("triton") is not None
-except ImportError:  # an import hook may forbid it
+except ImportError:
+    # an import hook may forbid the import
     _TRITON_FOUND = False
 
 
 def has_triton() -> bool:
-    """Whether the Triton package can be imported here."""
+    """Whether the Triton package is installed."""
     return _TRITON_FOUND
 
 
 def _kernel(file, name):
-    # a statement for each file: torch.compile traces import statements, but neither importlib nor functools.cache
+    # one statement per file: torch.compile traces import statements, but neither importlib nor functools.cache
     match file:
         case "attention":
             from .kernels import attention as module
@@ -64,17 +65,16 @@ def _kernel(file, name):
 
 
 def implementation(device: torch.device, impl: str | None = None) -> str:
-    """ "triton", "cpu" or "reference": what an op on tensors of `device` (a torch.device) runs, under `impl` or
-    FASTBERT_IMPL."""
+    """ "triton", "cpu" or "reference": what an op runs on tensors of `device`, with `impl` or FASTBERT_IMPL."""
     impl = IMPL if impl is None else impl
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl={impl!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
     if impl == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError(
-            "the Triton kernels were asked for on a CPU tensor: set TRITON_INTERPRET=1 before importing triton"
+            "the Triton kernels were requested for a CPU tensor: set TRITON_INTERPRET=1 before importing triton"
         )
     if impl == "cpu" and device.type != "cpu":
-        raise RuntimeError(f"impl='cpu' was asked for on a {device.type} tensor: expected auto, triton or reference")
+        raise RuntimeError(f"impl='cpu' was requested for a {device.type} tensor: expected auto, triton or reference")
     if impl != "auto":
         return impl
     if device.type == "cuda" and has_triton():
@@ -97,25 +97,25 @@ def _choose(file, name, x, impl):
 
 
 def _on_cpu(name):
-    # torch.func differentiates plain PyTorch only
+    # torch.func can only differentiate plain PyTorch
     is_transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
     return getattr(reference if is_transformed else cpu, name)
 
 
 def _library(name, x):
-    """An op without a kernel, which on any GPU is the device's own library."""
+    """An op without a kernel: a GPU runs it with its own library."""
     if implementation(x.device) == "reference" or x.device.type != "cpu" or _autocasts(x):
         return getattr(reference, name)
     return _on_cpu(name)
 
 
 def _autocasts(x):
-    # torch knows no autocast of the meta device, and says so by an error
+    # torch raises for autocast of the meta device
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 def _autocast(x, *tensors):
-    """Under autocast, matrix products run in its dtype, as torch's own do."""
+    """The tensors in autocast's dtype, if autocast is on: torch's own matrix products run in that dtype."""
     if not _autocasts(x):
         return x, *tensors
     dtype = torch.get_autocast_dtype(x.device.type)
@@ -125,8 +125,8 @@ def _autocast(x, *tensors):
 def _wide_under_autocast(x, *others):
     """The dtype that torch's own layer_norm (and sum, and norm) return under autocast; None without autocast.
 
-    On a GPU they are on autocast's list of ops that run in fp32. On a CPU they are on none, and return what they are
-    given: x, with `others` (None: absent) added to it.
+    On a GPU autocast runs them in fp32. On a CPU it does not, and they return the dtype of their input: x with `others`
+    added to it (None: absent).
     """
     if not _autocasts(x):
         return None
@@ -137,14 +137,14 @@ def _wide_under_autocast(x, *others):
 
 
 def _no_autocast(x):
-    # entering an autocast that changes nothing costs more than some ops on a small batch
+    # on a small batch, entering an autocast that changes nothing takes longer than some ops
     if not _autocasts(x):
         return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 
 
 def _check_dropout(dropout_p, seed):
-    """Dropout that cannot be drawn raises: it is never left out silently."""
+    """Raises ValueError if dropout cannot be drawn: it is never left out silently."""
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p is {dropout_p}: expected a probability, 0 to 1")
     if dropout_p > 0.0 and seed is None:
@@ -152,7 +152,7 @@ def _check_dropout(dropout_p, seed):
 
 
 def dropout(x: torch.Tensor, dropout_p: float, seed: torch.Tensor | None, offset: int = 0) -> torch.Tensor:
-    """x [T, D] with elements dropped, where no kernel has a dropout inside: see `reference.dropout`."""
+    """Dropout of x [T, D] where no kernel includes it: see `reference.dropout`."""
     _check_dropout(dropout_p, seed)
     return _library("dropout", x)(x, dropout_p, seed, offset)
 
@@ -163,7 +163,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def linears(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Several linear layers of x [T, D], their results side by side: see `reference.linears`."""
+    """Several linear layers of x [T, D], with their results concatenated: see `reference.linears`."""
     return _library("linears", x)(x, weights, biases)
 
 
@@ -171,8 +171,8 @@ def linear_gelu(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, approximate: str = "none",
     impl: str | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """GELU(linear(x)) for x [T, D], weight [F, D]. The bias is added where that is free: inside the GELU's kernel, or
-    on a CPU inside the product."""
+    """GELU(linear(x)) for x [T, D], weight [F, D]. The bias is added for free: in the GELU's kernel, or on a CPU in the
+    product."""
     chosen = implementation(x.device, impl)
     if chosen == "cpu" and not _autocasts(x):
         return _on_cpu("linear_gelu")(x, weight, bias, approximate=approximate)
@@ -208,24 +208,24 @@ def _check_attention(q, k, v, cu_seqlens, cu_seqlens_q, scale, window):
         is_right = q.dim() == k.dim() == 3 and k.shape == v.shape and k.shape[1:] == q.shape[1:]
     if not is_right:
         raise ValueError(
-            f"q, k, v are of shape {', '.join(map(str, shapes))}: expected q [T, 3, H, K] alone, or q [M, H, K] with "
+            f"q, k, v have shapes {', '.join(map(str, shapes))}: expected q [T, 3, H, K] alone, or q [M, H, K] with "
             "k [T, 2, H, K], or with k and v [T, H, K]"
         )
     if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
-        raise ValueError(f"cu_seqlens is of shape {tuple(cu_seqlens.shape)}: expected [B + 1]")
+        raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}: expected [B + 1]")
     if cu_seqlens_q is None:
         if k is not None and len(k) != len(q):
-            raise ValueError(f"q has {len(q)} rows and k {len(k)}: expected as many, or cu_seqlens_q")
+            raise ValueError(f"q has {len(q)} rows and k {len(k)}: expected equal numbers, or cu_seqlens_q")
     elif k is None:
-        raise ValueError("cu_seqlens_q goes with a q of its own, [M, H, K], not with q [T, 3, H, K]")
+        raise ValueError("cu_seqlens_q is given with q [T, 3, H, K]: expected q [M, H, K] with k and v")
     elif cu_seqlens_q.shape != cu_seqlens.shape:
-        raise ValueError(f"cu_seqlens_q is of shape {tuple(cu_seqlens_q.shape)}: expected {tuple(cu_seqlens.shape)}")
+        raise ValueError(f"cu_seqlens_q has shape {tuple(cu_seqlens_q.shape)}: expected {tuple(cu_seqlens.shape)}")
     if scale is not None and not scale > 0:
         raise ValueError(f"scale is {scale}: expected a number above 0")
     if window is not None and not (isinstance(window, int) and window >= 0):
-        raise ValueError(f"window is {window}: expected None or an int from 0 on")
+        raise ValueError(f"window is {window}: expected None or an int of at least 0")
     if window is not None and cu_seqlens_q is not None:
-        raise ValueError("window needs the place of each row in its sequence, which cu_seqlens_q does not tell")
+        raise ValueError("window and cu_seqlens_q are given: a window needs the position of each query row")
 
 
 def biased_attention(
@@ -233,9 +233,9 @@ def biased_attention(
     max_seqlen: int, *, scale: float | None = None, dropout_p: float = 0.0, seed: torch.Tensor | None = None,
     offset: int = 0, impl: str | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Attention with a learned number for each distance and head: see `reference.biased_attention`.
+    """Attention with a learned bias per distance and head: see `reference.biased_attention`.
 
-    Raises ValueError when the bias does not reach as far as the sequences do.
+    Raises ValueError if the bias has too few rows for `max_seqlen`.
     """
     _check_dropout(dropout_p, seed)
     if bias.shape[0] < 2 * max_seqlen:
@@ -255,7 +255,7 @@ def disentangled_attention(
     max_relative_positions: int, scale: float | None = None, dropout_p: float = 0.0, seed: torch.Tensor | None = None,
     offset: int = 0, impl: str | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """DeBERTa's attention, with its scores of relative positions: see `reference.disentangled_attention`."""
+    """DeBERTa's attention, with scores of relative positions: see `reference.disentangled_attention`."""
     _check_dropout(dropout_p, seed)
     _check_attention(q, k, v, cu_seqlens, None, scale, None)
     _check_positions(q, pos_key, pos_query, position_buckets, max_relative_positions)
@@ -273,13 +273,13 @@ def _check_positions(q, pos_key, pos_query, position_buckets, max_relative_posit
     span = position_buckets if position_buckets > 0 else max_relative_positions
     if position_buckets == 1 or position_buckets > 0 and max_relative_positions < position_buckets // 2 + 2:
         raise ValueError(
-            f"position_buckets is {position_buckets}: expected 0 or -1 for none, or 2 and more, of which half are less "
-            f"than max_relative_positions, {max_relative_positions}, by 2 or more"
+            f"position_buckets is {position_buckets} and max_relative_positions {max_relative_positions}: expected 0 "
+            "or -1 for no buckets, or at least 2 with max_relative_positions of at least position_buckets // 2 + 2"
         )
     for name, table in (("pos_key", pos_key), ("pos_query", pos_query)):
         if table is not None and tuple(table.shape) != (2 * span, *q.shape[-2:]):
             raise ValueError(
-                f"{name} is of shape {tuple(table.shape)}: expected {(2 * span, *q.shape[-2:])}, two rows for each of "
+                f"{name} has shape {tuple(table.shape)}: expected {(2 * span, *q.shape[-2:])}, two rows for each of "
                 f"{span} distances"
             )
 
@@ -365,14 +365,14 @@ def contrastive_cross_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Each query's document against all others, without keeping the scores: see `reference.contrastive_cross_entropy`.
 
-    Raises ValueError when queries and documents have no common width, when labels are not one for each query, or when
-    there are none and a query has no document of its own.
+    Raises ValueError if queries and documents have different widths, if there is not one label per query, or if there
+    are no labels and fewer documents than queries.
     """
     shapes = f"query {list(query.shape)}, document {list(document.shape)}"
     if query.dim() != 2 or document.dim() != 2 or query.shape[1] != document.shape[1]:
         raise ValueError(f"{shapes}: expected [B, D] and [N, D]")
     if labels is None and len(document) < len(query):
-        raise ValueError(f"{shapes}: expected a document for each query, or labels that say which one is whose")
+        raise ValueError(f"{shapes}: expected a document for each query, or labels with the document of each query")
     if labels is not None and labels.shape != query.shape[:1]:
         raise ValueError(f"{shapes}, labels {list(labels.shape)}: expected labels [B], one for each query")
     query, document = _autocast(query, document)

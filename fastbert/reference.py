@@ -1,12 +1,12 @@
-"""What every op means, in plain PyTorch: the oracle of the tests, and the first thing to read.
+"""What every op means, in plain PyTorch. The tests compare everything with it. Read it first.
 
-`kernels/` and `cpu/` compute the same, fast, by functions of the same names, arguments and results; `ops.py` chooses.
-Here nothing is fast: attention takes one sequence after the other, and autograd makes all gradients.
+`kernels/` and `cpu/` have faster functions with the same names, arguments and results; `ops.py` chooses between them.
+Nothing here is fast: attention loops over the sequences, and autograd computes all gradients.
 
 Letters: B sequences, T packed tokens, D hidden size, F feed-forward size, H heads, K head size, V vocabulary, M rows.
 
-Dropout is a pure function of `(seed, offset)` and of the element's place, the same one everywhere: the same mask on
-every device, in forward and backward, under activation checkpointing and after a resume.
+Dropout is a pure function of `(seed, offset)` and the element's position. So the mask is the same on every device, in
+forward and backward, under activation checkpointing and after a resume.
 """
 
 import torch
@@ -17,7 +17,7 @@ PHILOX_ROUNDS = 7
 
 
 def wide(dtype):
-    """What is added up is added in this dtype: fp32, or fp64 for fp64."""
+    """The dtype of sums: fp32, or fp64 for fp64."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -30,8 +30,8 @@ def philox(c0, c1, c2, c3, k0, k1):
     All arguments are int64 tensors (or ints for the key) that hold unsigned 32-bit values; so do the four results.
     """
     for _ in range(PHILOX_ROUNDS):
-        # the factors less 2^32, and so c0 and c2 too little above: a product over 2^63 is undefined in the C++ that
-        # torch.compile writes
+        # torch.compile writes C++, where a product over 2^63 is undefined: multiply by the factors minus 2^32 and add
+        # c0 and c2 to the high words
         low, high = c0 * (0xD2511F53 - 2**32), c2 * (0xCD9E8D57 - 2**32)
         c0, c2 = (((high >> 32) + c2) & _UINT32) ^ c1 ^ k0, (((low >> 32) + c0) & _UINT32) ^ c3 ^ k1
         c1, c3 = high & _UINT32, low & _UINT32
@@ -40,19 +40,19 @@ def philox(c0, c1, c2, c3, k0, k1):
 
 
 def dropout_threshold(dropout_p):
-    """`dropout_p` in the 1/65536 steps that the masks are drawn in: an element is kept when its 16 bits reach this."""
+    """`dropout_p` in steps of 1/65536. An element is kept if its 16 random bits are at least this."""
     return round(dropout_p * 65536)
 
 
 def _random_pieces(groups, row, head, seed, offset):
-    """int64 [..., groups, 8]: for int64 `row` and `head` that broadcast to [...], 16 random bits in each piece.
+    """int64 [..., groups, 8]: 16 random bits per piece, for int64 `row` and `head` that broadcast to [...].
 
-    A group is one Philox call: its counter is (group, row, head, offset) and its key `seed` (an int64 tensor [1]). Its
-    pieces stand in order of word, low half first.
+    A group is one Philox call with the counter (group, row, head, offset) and the key `seed` (an int64 tensor [1]). Its
+    pieces are the halves of its words in order, low half first.
     """
-    # masked, lest torch.compile count it in 32 bits
+    # masked, so that torch.compile does not count in 32 bits
     group = torch.arange(groups, device=row.device) & _UINT32
-    # left to broadcast: what does not depend on all of them is computed once
+    # broadcast late: parts that do not depend on all of them are computed once
     counter = group, row.unsqueeze(-1) & _UINT32, head.unsqueeze(-1) & _UINT32, torch.full_like(group, offset & _UINT32)
     words = philox(*counter, seed & _UINT32, (seed >> 32) & _UINT32)
     return torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
@@ -61,16 +61,16 @@ def _random_pieces(groups, row, head, seed, offset):
 def keep_mask(row, head, columns, seed, offset, dropout_p):
     """The keep mask of one call: bool [..., columns] for int64 `row` and `head` that broadcast to [...].
 
-    Element (row, head, column) looks at piece `column % 8` of group `column // 8` of `_random_pieces`.
+    Element (row, head, column) uses piece `column % 8` of group `column // 8` of `_random_pieces`.
     """
     bits = _random_pieces(-(-columns // 8), row, head, seed, offset)
     return bits.flatten(-2)[..., :columns] >= dropout_threshold(dropout_p)
 
 
 def attention_keep_mask(row, head, columns, seed, offset, dropout_p):
-    """The same with another order of the columns, in which a thread of a GPU holds attention's scores.
+    """The same with the columns in the order in which a GPU thread holds attention's scores.
 
-    Bits 0, 3 and 4 of a column, in this order from the lowest, say which piece; the others say which group.
+    Bits 0, 3 and 4 of a column, from the lowest, are the number of the piece. The other bits are that of the group.
     """
     bits = _random_pieces(-(-columns // 32) * 4, row, head, seed, offset)
     # bits 5 and above, bits 2 and 1, then the piece as bits 4, 3, 0
@@ -80,17 +80,17 @@ def attention_keep_mask(row, head, columns, seed, offset, dropout_p):
 
 
 def keep_scale(dropout_p):
-    """What a kept element is multiplied by, so that the expectation stays."""
+    """The factor on kept elements that preserves the expectation."""
     return 65536 / max(65536 - dropout_threshold(dropout_p), 1)
 
 
 def drop(x, keep, dropout_p):
-    """x with what `keep`, bool of x's shape, says scaled so that the expectation stays, and 0 elsewhere."""
+    """x scaled by `keep_scale` where `keep` (bool, x's shape) is true, and 0 elsewhere."""
     return x * keep * keep_scale(dropout_p)
 
 
 def dropout(x, dropout_p, seed, offset=0):
-    """x [T, D] with elements dropped and the rest scaled so that the expectation stays."""
+    """x [T, D] with elements dropped and the others scaled by `keep_scale`."""
     if dropout_p == 0.0:
         return x
     rows = torch.arange(x.shape[0], device=x.device)
@@ -107,7 +107,7 @@ def linear(x, weight, bias=None):
 
 
 def linears(x, weights, biases):
-    """Several linear layers of x [T, D], their results [T, F] side by side."""
+    """Several linear layers of x [T, D], with their results [T, F] concatenated."""
     return F.linear(x, torch.cat(weights), torch.cat(biases))
 
 
@@ -125,15 +125,15 @@ def attention(
 ):  # fmt: skip
     """softmax(q kᵀ · scale) v within each sequence, in both directions.
 
-    q [T, H, K], k and v [T, H, K]; or q [T, 3, H, K] holding all three (k and v None); or k [T, 2, H, K] holding keys
-    and values (v None). The gradient of a packed argument comes packed. Sequence b owns rows cu_seqlens[b] to
-    cu_seqlens[b+1] (int32 [B+1]); none is longer than `max_seqlen`. Rows past the last sequence are not read, give 0.
+    q, k and v [T, H, K]; or q [T, 3, H, K] with all three (k and v None); or k [T, 2, H, K] with keys and values (v
+    None). The gradient of a packed argument is packed. Sequence b has rows cu_seqlens[b] to cu_seqlens[b+1] (int32
+    [B+1]) and at most `max_seqlen` of them. Rows past the last sequence are not read; their result is 0.
 
-    With fewer query rows than keys, q is [M, H, K] and `cu_seqlens_q` (int32 [B+1]) says which belong to which
-    sequence; query rows whose sequence is empty give 0. `scale`, above 0, defaults to K ** -0.5. With `window`, an int
-    from 0 on, row i of a sequence sees keys j with |i - j| <= window (Beltagy et al. 2020; ModernBERT). Dropout acts on
-    the probabilities, its mask indexed by (row of q, head, position of the key in its sequence): `attention_keep_mask`.
-    Returns [T or M, H, K].
+    With fewer query rows than keys, q is [M, H, K], and sequence b has its rows cu_seqlens_q[b] to cu_seqlens_q[b+1]
+    (int32 [B+1]). Query rows of a sequence without keys give 0. `scale`, above 0, defaults to K ** -0.5. With `window`,
+    an int of at least 0, row i of a sequence sees keys j with |i - j| <= window (Beltagy et al. 2020; ModernBERT).
+    Dropout acts on the probabilities. Its mask is indexed by (row of q, head, position of the key in its sequence), see
+    `attention_keep_mask`. Returns [T or M, H, K].
     """
     return attention_by_columns(
         *apart(q, k, v), cu_seqlens, None, cu_seqlens_q=cu_seqlens_q, window=window, scale=scale,
@@ -152,12 +152,12 @@ def attention_by_columns(
     q, k, v, cu_seqlens, columns, *, cu_seqlens_q=None, window=None, position_scores=None, scale=None,
     dropout_p=0.0, seed=None, offset=0,
 ):  # fmt: skip
-    """All attentions here: as `attention`, for q, k, v [T, H, K], whose token t stands in column `columns[t]`.
+    """All attentions in this file: as `attention`, for q, k, v [T, H, K], with token t in column `columns[t]`.
 
-    columns: int64 [T], ascending within a sequence; None: a token's place in its sequence. Columns count where padding
-    stands between a row's tokens (a mask such as 1 1 0 1): windows and relative positions mean the distance of columns.
-    position_scores: a function of q, k [L, H, K] and the distances [L, L], query's column less key's, that gives scores
-    [H, L, L] to be added.
+    columns: int64 [T], ascending within a sequence; None: a token's position in its sequence. They matter if padding
+    stands between the tokens of a row (a mask such as 1 1 0 1): windows and relative positions count columns.
+    position_scores: a function of q, k [L, H, K] and the distances [L, L], the query's column minus the key's, that
+    returns scores [H, L, L] to add.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     heads = torch.arange(q.shape[1], device=q.device)[:, None]
@@ -179,7 +179,7 @@ def attention_by_columns(
             keep = attention_keep_mask(rows, heads, end - start, seed, offset, dropout_p)
             probabilities = drop(probabilities, keep, dropout_p)
         outs.append(torch.einsum("hij,jhk->ihk", probabilities, values))
-    # rows of no sequence: 0, and a gradient of 0 for every argument, if there is no sequence at all
+    # rows of no sequence give 0; without any sequence every argument still gets a gradient of 0
     outs.append(torch.zeros_like(q[starts_q[-1] :]) + sum(x[:0].sum() for x in (q, k, v)))
     return torch.cat(outs)
 
@@ -190,11 +190,11 @@ def _scores(q, k):
 
 
 def biased_attention(q, k, v, bias, cu_seqlens, max_seqlen, *, scale=None, dropout_p=0.0, seed=None, offset=0):
-    """Attention with a learned number for each distance and head: softmax(q kᵀ · scale + bias[i - j]) v.
+    """Attention with a learned bias per distance and head: softmax(q kᵀ · scale + bias[i - j]) v.
 
     q, k, v, cu_seqlens, max_seqlen, dropout and result as in `attention`, with as many query rows as keys. bias
-    [2 * span, H]: row span + i - j is that of query i and key j of a sequence; span is at least `max_seqlen`. Source:
-    Raffel et al. 2020, section 2.1, whose buckets the caller spreads over the distances.
+    [2 * span, H]: row span + i - j is for query i and key j of a sequence; span is at least `max_seqlen`. Source:
+    Raffel et al. 2020, section 2.1; the caller expands its buckets to distances.
     """
 
     def scores(q, k, distance):
@@ -214,9 +214,9 @@ def disentangled_attention(
         s[i, j] = q_i · k_j + q_i · pos_key[d(i - j)] + k_j · pos_query[d(i - j)]
 
     q, k, v, cu_seqlens, max_seqlen, dropout and result as in `attention`, with as many query rows as keys. pos_key and
-    pos_query [2 * span, H, K] are the projected embeddings of relative positions, None for a term that is absent. d(r)
-    is the position r, or its bucket, counted from -span and kept within the table: see `relative_index`. `scale`
-    defaults to (K * (1 + the number of position terms)) ** -0.5. Source: He et al. 2021, section 3.
+    pos_query [2 * span, H, K] are the projected embeddings of relative positions; None: no such term. d(r) is the
+    position r, or its bucket, counted from -span and clamped to the table: see `relative_index`. `scale` defaults to
+    (K * (1 + the number of position terms)) ** -0.5. Source: He et al. 2021, section 3.
     """
     tables = [x for x in (pos_key, pos_query) if x is not None]
     scale = (q.shape[-1] * (1 + len(tables))) ** -0.5 if scale is None else scale
@@ -229,11 +229,11 @@ def disentangled_attention(
 
 
 def relative_index(length, position_buckets, max_relative_positions):
-    """int64 [2 * length - 1]: which row of a position table serves r = 1 - length, ..., length - 1.
+    """int64 [2 * length - 1]: the row of a position table for r = 1 - length, ..., length - 1.
 
-    With `position_buckets` of 0 or -1 (DeBERTa v1) that is r itself and span is `max_relative_positions`. Otherwise
-    (v2, v3) span is `position_buckets`, half of the buckets are single positions and the others widen with the
-    logarithm of |r|, in float32. Counted from -span, so that r = 0 is row `span`; clamped to the table.
+    With `position_buckets` of 0 or -1 (DeBERTa v1) the row is r, and span is `max_relative_positions`. Otherwise (v2,
+    v3) span is `position_buckets`; half of the buckets are single positions, and the others grow with the logarithm of
+    |r|, in float32. Rows are counted from -span, so that r = 0 is row `span`, and clamped to the table.
     """
     r = torch.arange(1 - length, length)
     span = max_relative_positions
@@ -246,8 +246,8 @@ def relative_index(length, position_buckets, max_relative_positions):
 
 
 def relative_scores(pos_key, pos_query, index, scale):
-    """The `position_scores` of disentangled attention. index: a function of the distances that gives rows of the tables
-    pos_key and pos_query [2 * span, H, K]."""
+    """The `position_scores` of disentangled attention. index: a function from distances to rows of the tables pos_key
+    and pos_query [2 * span, H, K]."""
 
     def scores(q, k, distance):
         rows = index(distance).expand(q.shape[1], -1, -1)
@@ -267,14 +267,14 @@ def relative_scores(pos_key, pos_query, index, scale):
 def layer_norm(x, weight, bias, *, residual=None, dropout_p=0.0, seed=None, offset=0, eps=1e-12, dtype=None):
     """LayerNorm(dropout(x) + residual). x and residual [T, D]; weight and bias [D], or None for ones and zeros.
 
-    Returns [T, D] in `dtype`, or x's. Under autocast the op of `ops.py` returns what torch's layer_norm does there,
-    unless `dtype` says otherwise. Source: Ba et al. 2016; post-norm residual of Vaswani et al. 2017, section 5.4.
+    Returns [T, D] in `dtype`, or x's. Under autocast the op of `ops.py` returns the dtype of torch's layer_norm, unless
+    `dtype` is given. Source: Ba et al. 2016; post-norm residual of Vaswani et al. 2017, section 5.4.
     """
     z = dropout(x, dropout_p, seed, offset)
     if residual is not None:
         z = z + residual
     dtype = dtype or x.dtype
-    # statistics are fp32 inside F.layer_norm, but its result has its argument's dtype
+    # F.layer_norm computes its statistics in fp32, but returns its argument's dtype
     z = z.to(torch.promote_types(z.dtype, dtype))
     weight, bias = (None if p is None else p.to(z.dtype) for p in (weight, bias))
     return F.layer_norm(z, z.shape[-1:], weight, bias, eps).to(dtype)
@@ -289,8 +289,8 @@ def bias_gelu(x, bias, *, approximate="none"):
 
 
 def gelu_layer_norm(x, bias, weight, ln_bias, *, approximate="none", eps=1e-12, dtype=None):
-    """LayerNorm(GELU(x + bias)), what the masked-LM head does after its linear layer. x [T, D]; weight [D]; bias and
-    ln_bias [D] or None. Returns [T, D] in `dtype`, or x's (under autocast: see layer_norm).
+    """LayerNorm(GELU(x + bias)): the masked-LM head after its linear layer. x [T, D]; weight [D]; bias and ln_bias [D]
+    or None. Returns [T, D] in `dtype`, or x's (under autocast: see layer_norm).
     """
     return layer_norm(bias_gelu(x, bias, approximate=approximate), weight, ln_bias, eps=eps, dtype=dtype)
 
@@ -301,8 +301,8 @@ def embedding(
 ):  # fmt: skip
     """dropout(LayerNorm(word[input_ids] + position[position_ids] + token_type[token_type_ids])).
 
-    Ids int64 [T]; tables [V, D], [P, D], [types, D]; weight [D]; bias [D] or None. A table of positions or types may be
-    None with its ids: such models have none. Row `padding_idx` of `word` gets no gradient (-1: every row does). Returns
+    Ids int64 [T]; tables [V, D], [P, D], [types, D]; weight [D]; bias [D] or None. The tables of positions and types
+    may be None, each with its ids. Row `padding_idx` of `word` gets no gradient (-1: every row gets one). Returns
     [T, D] in `dtype`, or the word table's (under autocast: see layer_norm). Source: Devlin et al. 2019, figure 2.
     """
     z = F.embedding(input_ids, word, padding_idx if padding_idx >= 0 else None)
@@ -322,11 +322,11 @@ def pooling(hidden, cu_seqlens, *, mode="mean", normalize=False, eps=1e-12, dtyp
     ("lasttoken"), the "max" of each column, the "mean", the sum over the root of the length ("mean_sqrt_len_tokens"),
     or the mean with the weights 1, 2, 3 ... ("weightedmean").
 
-    hidden [T, D]; sequence b owns rows cu_seqlens[b] to cu_seqlens[b+1] (int32 [B+1]); rows past the last one are not
-    read and get no gradient. An empty sequence gives 0, and so does its gradient. With `normalize` each vector is
-    divided by its L2 norm, or by `eps` where that is more, as F.normalize does. Of equal maxima the first gets the
-    gradient, as in torch.max(dim), which sentence-transformers calls; torch.amax would share it out. Returns [B, D] in
-    `dtype`, or hidden's; what is added up is added in fp32. Source: Reimers & Gurevych 2019, section 3.
+    hidden [T, D]; sequence b has rows cu_seqlens[b] to cu_seqlens[b+1] (int32 [B+1]). Rows past the last sequence are
+    not read and get a gradient of 0. An empty sequence gives 0. With `normalize` each vector is divided by its L2 norm,
+    or by `eps` if that is larger, as in F.normalize. Of equal maxima the first gets the gradient, as in torch.max(dim),
+    which sentence-transformers calls; torch.amax would divide it among them. Returns [B, D] in `dtype`, or hidden's.
+    Sums are fp32. Source: Reimers & Gurevych 2019, section 3.
     """
     check_pooling(mode)
     starts = cu_seqlens.tolist()
@@ -351,7 +351,7 @@ def pooling(hidden, cu_seqlens, *, mode="mean", normalize=False, eps=1e-12, dtyp
 
 
 def check_pooling(mode):
-    """ValueError for a mode that is none."""
+    """Raises ValueError for an unknown mode."""
     if mode not in ("cls", "lasttoken", "max", "mean", "mean_sqrt_len_tokens", "weightedmean"):
         raise ValueError(f"mode={mode!r}: expected cls, lasttoken, max, mean, mean_sqrt_len_tokens or weightedmean")
 
@@ -364,12 +364,12 @@ def masked_cross_entropy(hidden, weight, bias, labels, *, ignore_index=-100, lab
 
     hidden [M, D], weight [V, D], bias [V] or None, labels [M] int64 or int32, in 0 .. V - 1 or `ignore_index` (anything
     else makes the loss NaN). label_smoothing: as in F.cross_entropy. Returns `(loss_sum, count, correct)`,
-    0-dimensional: the sum of the losses (fp32, natural log), how many rows had a label, and how many of those were
-    predicted right (int64; of equal logits the first is the prediction). No row with a label gives 0, 0, 0 and zero
-    gradients.
+    0-dimensional: the sum of the losses (fp32, natural log), the number of rows with a label, and the number of correct
+    predictions among them (int64; of equal logits the first is the prediction). Without a label all three, and all
+    gradients, are 0.
     """
     is_labelled = labels != ignore_index
-    # what stands in rows without a label never matters, be it NaN
+    # rows without a label may hold anything, even NaN
     logits = F.linear(hidden.where(is_labelled[:, None], 0), weight, bias)
     return _cross_entropy(logits.to(wide(hidden.dtype)), labels, is_labelled, label_smoothing)
 
@@ -390,12 +390,11 @@ def _cross_entropy(logits, labels, is_labelled, label_smoothing=0.0):
 def contrastive_cross_entropy(query, document, labels=None, *, scale=1.0, symmetric=False, ignore_index=-100):
     """InfoNCE: the cross-entropy of `scale * query @ documentᵀ` over the documents.
 
-    query [B, D], document [N, D]; labels int64 [B]: the row of the document that belongs to each query, or
-    `ignore_index`; None: 0 .. B - 1. Every other document, of the batch or a hard negative, is a negative. scale: the
-    inverse temperature, a number or a 0-dimensional tensor, which gets a gradient. symmetric: the mean of this and of
-    the cross-entropy from each query's own document to all queries that have a label. Returns `(loss_sum, count,
-    correct)`: the sum of the losses (fp32), how many queries have a label, and how many of those score their own
-    document highest.
+    query [B, D], document [N, D]; labels int64 [B]: the row of each query's document, or `ignore_index`; None: 0 ..
+    B - 1. All other documents are negatives. scale: the inverse temperature, a number or a 0-dimensional tensor, which
+    gets a gradient. symmetric: the mean of this and of the cross-entropy from each query's document to all queries with
+    a label. Returns `(loss_sum, count, correct)`: the sum of the losses (fp32), the number of queries with a label, and
+    the number of those that score their own document highest.
     """
     numbers = torch.arange(len(query), device=query.device)
     is_labelled = torch.ones_like(numbers, dtype=torch.bool) if labels is None else labels != ignore_index
@@ -408,7 +407,7 @@ def contrastive_cross_entropy(query, document, labels=None, *, scale=1.0, symmet
     if not symmetric:
         return forward
     own = document[labels.masked_fill(~is_labelled, 0)]
-    # a query without a label is nobody's negative
+    # a query without a label is not a negative
     scores = (own * scale @ query.T).masked_fill(~is_labelled, float("-inf"))
     backward = _cross_entropy(scores, numbers, is_labelled)
     return (forward[0] + backward[0]) / 2, *forward[1:]

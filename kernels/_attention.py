@@ -1,4 +1,4 @@
-"""What the attention kernels share: tiles of q, k and v, and the log-sum-exp.
+"""Shared by the attention kernels: tiles of q, k and v, and the log-sum-exp.
 
 Letters: H heads, K head size, R rows of a tile.
 """
@@ -14,7 +14,7 @@ _DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 @triton.jit
 def _at(ptr, row, stride_row, head, stride_head):
-    """Where a row of a head begins. Products of row numbers and strides pass 2^31 in large batches: 64 bits."""
+    """A pointer to a row of a head. 64 bits: products of row numbers and strides pass 2^31 in large batches."""
     return ptr + tl.cast(row, tl.int64) * stride_row + tl.cast(head, tl.int64) * stride_head
 
 
@@ -23,7 +23,7 @@ def _load_tile(
     ptr, stride, rows,
     K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, IS_WHOLE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_R, BLOCK_K] from `ptr`, zeros past `rows` (unless IS_WHOLE says that BLOCK_R rows exist) and past K."""
+    """[BLOCK_R, BLOCK_K] from `ptr`, 0 past `rows` and past K. IS_WHOLE: all BLOCK_R rows exist."""
     offs_r = tl.arange(0, BLOCK_R)
     offs_k = tl.arange(0, BLOCK_K)
     pointers = ptr + offs_r[:, None] * stride + offs_k[None, :]
@@ -51,43 +51,43 @@ def _zero_slack(
     ptr, stride_row, head, stride_head, end, rows, program, programs,
     K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """This program's share of the zeros in rows `end` to `rows`."""
+    """Write zeros to this program's share of the rows `end` to `rows`."""
     zeros = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
     for r in range(end + program * BLOCK_R, rows, programs * BLOCK_R):
         _store_tile(_at(ptr, r, stride_row, head, stride_head), stride_row, rows - r, zeros, K, BLOCK_R, BLOCK_K)
 
 
 @triton.jit
-def _exponent(s, scale_log2, highest, IS_FULL: tl.constexpr, AXIS: tl.constexpr = 1):
-    """log2 of the numerators of softmax, from the products s and their `highest` [BLOCK_M].
+def _exponent(s, scale_log2, highest, IS_FP32: tl.constexpr, AXIS: tl.constexpr = 1):
+    """log2 of the numerators of softmax, from the products s and their maxima `highest` [BLOCK_M].
 
-    s is [BLOCK_M, BLOCK_N]; with AXIS, that of the keys, 0 it is [BLOCK_N, BLOCK_M].
+    s is [BLOCK_M, BLOCK_N], or [BLOCK_N, BLOCK_M] with AXIS 0, the axis of the keys.
 
-    In fp32 the maximum is taken out before the scale comes in, and `highest` is unscaled: scores of thousands keep the
-    digits of their differences. In 16 bits `highest` is scaled and both are one FMA.
+    In fp32 the unscaled maximum is subtracted before scaling, so that scores of thousands keep the digits of their
+    differences. In 16 bits `highest` is scaled, and both steps are one FMA.
     """
     highest = tl.expand_dims(highest, AXIS)
-    return (s - highest) * scale_log2 if IS_FULL else s * scale_log2 - highest
+    return (s - highest) * scale_log2 if IS_FP32 else s * scale_log2 - highest
 
 
 @triton.jit
-def _load_lse(ptr, rows, H, M, IS_FULL: tl.constexpr, BLOCK_M: tl.constexpr):
-    """(highest, log2 of the sum) of rows as `_store_lse` left them, the latter 0 where the former is their sum.
+def _load_lse(ptr, rows, H, M, IS_FP32: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(highest, log2 of the sum) of rows that `_store_lse` wrote. In 16 bits highest includes the log, which is 0 here.
 
-    Infinity makes the probabilities of rows that do not exist 0.
+    Rows that do not exist get infinity, so that their probabilities are 0.
     """
     offs_m = tl.arange(0, BLOCK_M)
     highest = tl.load(ptr + offs_m, mask=offs_m < rows, other=float("inf"))
-    if IS_FULL:
+    if IS_FP32:
         return highest, tl.load(_at(ptr, H, M, 0, 0) + offs_m, mask=offs_m < rows, other=0.0)
     else:
         return highest, tl.zeros([BLOCK_M], tl.float32)
 
 
 @triton.jit
-def _store_lse(ptr, rows, H, M, highest, total, IS_FULL: tl.constexpr, BLOCK_M: tl.constexpr):
+def _store_lse(ptr, rows, H, M, highest, total, IS_FP32: tl.constexpr, BLOCK_M: tl.constexpr):
     offs_m = tl.arange(0, BLOCK_M)
-    if IS_FULL:
+    if IS_FP32:
         tl.store(ptr + offs_m, highest, mask=offs_m < rows)
         tl.store(_at(ptr, H, M, 0, 0) + offs_m, tl.log2(total), mask=offs_m < rows)
     else:
@@ -95,19 +95,19 @@ def _store_lse(ptr, rows, H, M, highest, total, IS_FULL: tl.constexpr, BLOCK_M: 
 
 
 @triton.jit
-def _probabilities(s, scale_log2, highest, log_total, IS_FULL: tl.constexpr, AXIS: tl.constexpr = 1):
-    x = _exponent(s, scale_log2, highest, IS_FULL, AXIS)
-    return tl.exp2(x - tl.expand_dims(log_total, AXIS) if IS_FULL else x)
+def _probabilities(s, scale_log2, highest, log_total, IS_FP32: tl.constexpr, AXIS: tl.constexpr = 1):
+    x = _exponent(s, scale_log2, highest, IS_FP32, AXIS)
+    return tl.exp2(x - tl.expand_dims(log_total, AXIS) if IS_FP32 else x)
 
 
 @triton.jit
 def _zero(keep_scale):
-    """0, unknown to the compiler: a selection between p and a constant it would do after rounding p, half by half."""
+    """A 0 that the compiler does not know: with a constant it would select after rounding p, half by half."""
     return 0.0 * keep_scale
 
 
 def _unpacked(q, k, v):
-    """q, k and v [rows, H, K], views where they come packed, with the elements of a head side by side."""
+    """q, k and v [rows, H, K] from any packing, with the elements of a head contiguous."""
     if k is None:
         q, k, v = q.unbind(1)
     elif v is None:

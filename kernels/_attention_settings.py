@@ -1,4 +1,4 @@
-"""How the attention kernels are launched: tiles, warps and stages by head size and length."""
+"""Launch settings of the attention kernels: tiles, warps and stages by head size and length."""
 
 import torch
 import triton
@@ -7,7 +7,7 @@ from ._launch import capability
 
 
 def _short(q, most_rows, max_seqlen, is_forward):
-    """(settings, candidates) where one program takes a whole sequence and head, None where that would spill."""
+    """(settings, candidates) if one program can take a whole sequence and head, None if that would spill."""
     block_m, block_n = (max(triton.next_power_of_2(size), 16) for size in (most_rows, max_seqlen))
     longest = max(block_m, block_n)
     is_wide, is_odd = q.shape[-1] > 64, q.shape[-1] % 8 != 0
@@ -15,20 +15,20 @@ def _short(q, most_rows, max_seqlen, is_forward):
     if q.dtype == torch.float32:
         largest = 16 if is_wide else 32
     else:
-        # before Hopper a backward of 128 spills, and so does everything in wide or odd heads
+        # before Hopper a backward of 128 rows spills, and so do wide and odd heads
         largest = 128 if not is_odd and (is_hopper or (is_forward and not is_wide)) else 64
     if longest > largest:
         return None
     if q.dtype == torch.float32:
         num_warps = 4
     elif longest <= 32:
-        # what one warp does for all, addresses and statistics, several would each do
+        # addresses and statistics are computed by every warp, so one warp does less work in total
         num_warps = 1 if longest == 16 or is_forward else 2
     else:
         num_warps = 8 if (longest == 128 and is_hopper) or (longest == 64 and is_odd) else 4
     settings = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=1)
     if is_forward and num_warps == 8 and longest == 128 and not is_wide:
-        # the compiler may take 154, and a multiprocessor then holds one program instead of two
+        # the compiler may use 154, and then one program fits on a multiprocessor instead of two
         settings["maxnreg"] = 128
     # forward with dropout spills at 32 rows on two warps
     others = {16: (1, 2, 4), 32: (1, 4) if is_forward else (1, 2, 4), 64: (4, 8), 128: ()}[longest]
@@ -36,7 +36,7 @@ def _short(q, most_rows, max_seqlen, is_forward):
 
 
 # (kernel, operands are fp32, head size is over 64): (BLOCK_M, BLOCK_N, warps, stages).
-# Chosen from the compiler's reports (no spills on sm_80 and sm_90: NOTES.md), not yet from times on a device
+# chosen from the compiler's reports (no spills on sm_80 and sm_90: NOTES.md), not from times on a device
 _TILES = {
     ("fwd", False, False): (128, 64, 8, 3),
     ("fwd", False, True): (128, 64, 8, 2),
@@ -51,7 +51,7 @@ _TILES = {
     ("dkdv", True, False): (32, 64, 8, 1),
     ("dkdv", True, True): (16, 32, 8, 1),
 }
-# before Hopper operands come from registers, of which less is left for the tiles
+# before Hopper operands are in registers, which leaves fewer for the tiles
 _TILES_BEFORE_HOPPER = {
     ("fwd", False, True): (128, 32, 8, 2),
     ("dq", False, False): (64, 32, 4, 2),
@@ -59,7 +59,7 @@ _TILES_BEFORE_HOPPER = {
     ("dkdv", False, False): (64, 32, 4, 2),
     ("dkdv", True, False): (32, 32, 8, 1),
 }
-# what a search may try instead, in 16 bits with head sizes up to 64; True: IS_TRANSPOSED
+# candidates for tuning, in 16 bits with head sizes up to 64; True: IS_TRANSPOSED
 _CANDIDATES = {
     "fwd": [(128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (128, 128, 8, 2)],
     "dq": [(64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 2), (128, 64, 8, 2), (128, 32, 8, 2)],
@@ -70,18 +70,18 @@ _CANDIDATES = {
 
 def _tiled(kernel, q, most_rows, constants):
     """(settings, candidates) of one of the three tiled kernels."""
-    is_full = q.dtype == torch.float32
-    # elements of a head size like 59 are loaded one by one, and the addresses take registers as wide rows do
+    is_fp32 = q.dtype == torch.float32
+    # elements of a head size such as 59 are loaded one by one, and their addresses take as many registers as wide rows
     is_wide = q.shape[-1] > 64 or q.shape[-1] % 8 != 0
     has_dropout, has_window = constants["HAS_DROPOUT"], constants["HAS_WINDOW"]
-    tile = _TILES[kernel, is_full, is_wide]
+    tile = _TILES[kernel, is_fp32, is_wide]
     if capability() < 90:
-        tile = _TILES_BEFORE_HOPPER.get((kernel, is_full, is_wide), tile)
-    candidates = [] if is_full or is_wide else _CANDIDATES[kernel]
-    if not (is_full or is_wide):
+        tile = _TILES_BEFORE_HOPPER.get((kernel, is_fp32, is_wide), tile)
+    candidates = [] if is_fp32 or is_wide else _CANDIDATES[kernel]
+    if not (is_fp32 or is_wide):
         if kernel == "fwd" and (most_rows <= 64 or has_dropout or has_window):
-            # few rows ask, as in a last layer that only serves the picked ones; or a mask takes registers; or rows that
-            # are far apart see different keys
+            # few query rows, as in a last layer that only computes picked rows; or the dropout mask takes registers; or
+            # rows that are far apart see different keys
             tile = (64, 64, 4, 3)
         elif kernel == "dkdv" and has_dropout and has_window:
             tile = (64, 32, 4, 2)
@@ -90,29 +90,29 @@ def _tiled(kernel, q, most_rows, constants):
             candidates = candidates + _CANDIDATES["dkdv transposed"]
             if capability() == 90:
                 tile = (64, 64, 4, 2, True)
-    elif kernel == "dkdv" and not is_full and q.shape[-1] % 8 != 0:
+    elif kernel == "dkdv" and not is_fp32 and q.shape[-1] % 8 != 0:
         tile = (32, 64, 8, 2)
 
     def settings(block_m, block_n, num_warps, num_stages, is_transposed=False):
         made = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages)
         if kernel == "dkdv":
-            # Hopper multiplies 64 rows of a warpgroup at a time, and only pipelined loops leave products in flight
-            is_async = capability() == 90 and not is_full and block_n % 64 == 0 and num_stages > 1
+            # Hopper multiplies 64 rows of a warpgroup at a time; only pipelined loops leave products in flight
+            is_async = capability() == 90 and not is_fp32 and block_n % 64 == 0 and num_stages > 1
             made |= dict(IS_TRANSPOSED=is_transposed, WAIT_DK=is_async and not is_transposed)
         else:
-            # where operands are large, two copies of the loop's body would share them in registers, and spill
-            made["PEEL"] = not (is_full or is_wide)
+            # with large operands, two copies of the loop's body would share them in registers and spill
+            made["PEEL"] = not (is_fp32 or is_wide)
         return made
 
     default = settings(*tile)
     if kernel == "fwd" and tile[:3] == (64, 64, 4) and has_dropout and capability() >= 90:
-        # the compiler takes 174, and a multiprocessor then holds two programs instead of three
+        # the compiler uses 174, and then two programs fit on a multiprocessor instead of three
         default["maxnreg"] = 168
     return default, [default, *(settings(*x) for x in candidates)]
 
 
 def _tiles(M, B, max_seqlen_q, BLOCK_M):
-    """(tiles of queries, whether that is for each sequence rather than for all together): `_sequence_of_program`."""
+    """(tiles of query rows, whether that is per sequence or for all sequences): see `_sequence_of_program`."""
     if max_seqlen_q >= 0:
         return max(triton.cdiv(max_seqlen_q, BLOCK_M), 1), True
     return M // BLOCK_M + B, False

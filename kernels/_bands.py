@@ -1,4 +1,4 @@
-"""Bands of relative positions: the rows of a tile's distances, and how scores are shifted against them.
+"""Bands of relative positions: the table rows for a tile's distances, and the shift between them and the scores.
 
 disentangled_attention.py explains them. Letters: M queries and N keys of a tile, K head size.
 """
@@ -18,7 +18,7 @@ def _load_band(
     table_ptr, stride, index_ptr, first,
     K: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_W, BLOCK_K]: the rows of a position table for as many distances, from entry `first` of the index on."""
+    """[BLOCK_W, BLOCK_K]: the rows of a position table for BLOCK_W distances, from entry `first` of the index on."""
     offs_k = tl.arange(0, BLOCK_K)
     rows = tl.load(index_ptr + first + tl.arange(0, BLOCK_W))
     pointers = table_ptr + rows.to(tl.int64)[:, None] * stride + offs_k[None, :]
@@ -32,7 +32,7 @@ def _load_bands(
     HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, UPCAST: tl.constexpr,
     K: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The bands of both tables, the other one in place of one that is absent."""
+    """The bands of both tables. If one is absent, the other takes its place."""
     if HAS_KEY:
         key_band = _load_band(pos_key_ptr, stride_pkp, index_ptr, first, K, BLOCK_W, BLOCK_K, UPCAST)
         query_band = key_band
@@ -48,7 +48,7 @@ def _load_bands(
 
 @triton.jit
 def _flat(x, R: tl.constexpr, C: tl.constexpr):
-    """[R * C]: x [R, C], element (r, c) in place c // 8 * 8 R + 8 r + c % 8."""
+    """x [R, C] as [R * C]: element (r, c) at index c // 8 * 8 R + 8 r + c % 8."""
     return tl.reshape(tl.permute(tl.reshape(x, [R, C // 8, 8]), [1, 0, 2]), [R * C])
 
 
@@ -66,9 +66,9 @@ def _below(upper, lower, BLOCK: tl.constexpr):
 
 @triton.jit
 def _pick(x, row, low, high, R: tl.constexpr, C: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """[M, N]: elements (row, low + 8 high) of x [R, C]. row, low, high broadcast to [M, N // 8, 8], of columns 8 n + c.
+    """[M, N]: elements (row, low + 8 high) of x [R, C]. row, low, high broadcast to [M, N // 8, 8] of columns 8 n + c.
 
-    Where low depends on rows and c, high on n, and row on one of them, addresses need no arithmetic of their own.
+    If low depends on rows and c, high on n, and row on one of them, most addresses are a register plus a constant.
     """
     place = (low >> 3) * (8 * R) + (low & 7) + high * (8 * R) + row * 8
     place = tl.broadcast_to(place, [M, N // 8, 8])
@@ -83,7 +83,7 @@ def _scores(
 ):  # fmt: skip
     """Unscaled scores [BLOCK_M, BLOCK_N], fp32, of q [BLOCK_M, K], k [BLOCK_N, K] and bands [BLOCK_W, K].
 
-    Both position terms are rounded to the dtype of q, as PyTorch rounds them.
+    Both position terms are rounded to the dtype of q, as in PyTorch.
     """
     i = tl.arange(0, BLOCK_M)[:, None, None]
     n = tl.arange(0, BLOCK_N // 8)[None, :, None]
@@ -105,10 +105,10 @@ def _scores(
 @triton.jit
 def _gradients(
     s, v, dout, highest, log_total, delta, row, rows_k, h, column, seed, scale_log2, offset, threshold, keep_scale,
-    HAS_DROPOUT: tl.constexpr, IS_FULL: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, IS_FP32: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(kept, ds) [BLOCK, BLOCK] in the dtype of v: probabilities after dropout, unscaled, and the scores' gradient."""
-    p = _probabilities(s, scale_log2, highest, log_total, IS_FULL)
+    """(kept, ds) [BLOCK, BLOCK] in v's dtype: unscaled probabilities after dropout, and the gradient of the scores."""
+    p = _probabilities(s, scale_log2, highest, log_total, IS_FP32)
     p = tl.where(tl.arange(0, BLOCK)[None, :] < rows_k, p, 0.0)
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     if HAS_DROPOUT:
@@ -122,12 +122,12 @@ def _gradients(
 
 @triton.jit
 def _shift_queries(ds, BLOCK: tl.constexpr):
-    """[BLOCK, 2 BLOCK] of queries and distances, from the gradient of scores [BLOCK, BLOCK]; 0 where no key is."""
+    """[BLOCK, 2 BLOCK] of queries and distances from the gradient of scores [BLOCK, BLOCK]; 0 without a key."""
     i = tl.arange(0, BLOCK)[:, None, None]
     n = tl.arange(0, BLOCK // 8)[None, :, None]
     c = tl.arange(0, 8)[None, None, :]
     none = tl.zeros([BLOCK, BLOCK], ds.dtype)
-    # zeros stand beside ds, on the side where keys of a query end, for each half of the distances
+    # zeros beside ds, after or before the keys of a query, for each half of the distances
     first = _pick(_beside(ds, none, BLOCK), i, i - c + 7, BLOCK // 8 - 1 - n, BLOCK, 2 * BLOCK, BLOCK, BLOCK)
     second = _pick(_beside(none, ds, BLOCK), i, i - c + 7, BLOCK // 8 - 1 - n, BLOCK, 2 * BLOCK, BLOCK, BLOCK)
     return _beside(first, second, BLOCK)
@@ -135,7 +135,7 @@ def _shift_queries(ds, BLOCK: tl.constexpr):
 
 @triton.jit
 def _shift_keys(ds, BLOCK: tl.constexpr):
-    """[BLOCK, 2 BLOCK] of keys and distances, likewise; 0 where no query is."""
+    """[BLOCK, 2 BLOCK] of keys and distances from the gradient of scores [BLOCK, BLOCK]; 0 without a query."""
     j = tl.arange(0, BLOCK)[:, None, None]
     w = 8 * tl.arange(0, BLOCK // 8)[None, :, None] + tl.arange(0, 8)[None, None, :]
     none = tl.zeros([BLOCK, BLOCK], ds.dtype)
@@ -145,7 +145,7 @@ def _shift_keys(ds, BLOCK: tl.constexpr):
 
 
 def _distance_rows(furthest, position_buckets, max_relative_positions):
-    """int32 [2 * furthest + 1]: which row of a position table serves i - j = -furthest, ..., furthest."""
+    """int32 [2 * furthest + 1]: the row of a position table for i - j = -furthest, ..., furthest."""
     r = torch.arange(-furthest, furthest + 1)
     span = max_relative_positions
     if position_buckets > 0:
@@ -158,29 +158,29 @@ def _distance_rows(furthest, position_buckets, max_relative_positions):
 
 
 def _bounds(reach, BLOCK, rows, position_buckets, max_relative_positions):
-    """int32 [rows + 1]: where the distances of each row of a table begin, among those of the tiles of `reach` tokens.
+    """int32 [rows + 1]: the first distance of each table row, among the distances in tiles of `reach` tokens.
 
-    Counted from i - j = 1 - reach - BLOCK, the first of diagonal 0.
+    Distances are counted from i - j = 1 - reach - BLOCK, the first of diagonal 0.
     """
     index = _distance_rows(reach - 1, position_buckets, max_relative_positions)
     bounds = torch.searchsorted(index, torch.arange(rows + 1, dtype=torch.int32)) + BLOCK
     return bounds.to(torch.int32)
 
 
-# {(function, its arguments, device): table}. Nothing is ever taken out: a CUDA graph knows a table by its address alone
+# {(function, its arguments, device): table}. Nothing is ever removed: a CUDA graph refers to a table by its address
 _tables = {}
 
 
 def _table(device, make, *sizes):
-    """make(*sizes), sorted, on `device`: made once, or in each call that a CUDA graph records before any other."""
+    """make(*sizes), sorted, on `device`. Made once, or in each call that a CUDA graph records before the first."""
     key = make, sizes, device
     if key in _tables:
         return _tables[key]
     table = make(*sizes)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # A graph copies nothing from here, and its memory must not be kept: each run of equal numbers is filled in
+        # a graph cannot copy from the host, and its memory must not be cached: fill in each run of equal numbers
         runs = zip(*(x.tolist() for x in torch.unique_consecutive(table, return_counts=True)))
         return torch.cat([torch.full((n,), value, dtype=table.dtype, device=device) for value, n in runs])
-    # a thread of its own: what torch.compile runs before it records takes memory from its graph's pool, by thread
+    # in a new thread: the warm-up of torch.compile allocates from the graph's pool in its own thread
     with ThreadPoolExecutor(1) as thread:
         return _tables.setdefault(key, thread.submit(table.to, device).result())

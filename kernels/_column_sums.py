@@ -1,4 +1,4 @@
-"""The last step of every parameter gradient: the programs' partial sums, added up in one launch, each in its dtype."""
+"""The last step of parameter gradients: one launch adds up the programs' partial sums, each in its own dtype."""
 
 import triton
 import triton.language as tl
@@ -14,7 +14,7 @@ def _column_sums_kernel(
     programs, stride_p,
     D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    # which sum this program makes: the grid is (blocks of columns, sums)
+    # the sum that this program computes: the grid is (blocks of columns, sums)
     k = tl.program_id(1)
     offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     mask_d = offs_d < D
@@ -37,7 +37,7 @@ def _column_sums_kernel(
 
 def column_sums(partials, outs):
     """Write partials[:, k].sum(0) to outs[k]. partials [programs, K, D] fp32, contiguous; outs: K <= 4 tensors of D
-    elements of any dtypes, or None where nobody asks. No program at all gives zeros.
+    elements in any dtypes, or None for sums that are not needed. Without programs the sums are 0.
     """
     programs, K, D = partials.shape
     outs = (*outs, *(None,) * (4 - K))

@@ -1,4 +1,4 @@
-"""Host side, shared by the kernels: registration, measured settings, the dropout's constants. No @triton.jit here."""
+"""Host side of the kernels: registration, measured settings, dropout constants. No @triton.jit here."""
 
 import functools
 import json
@@ -12,17 +12,18 @@ import triton
 from triton.compiler.errors import CompilationError
 from triton.runtime import driver, errors
 
-INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"  # Triton's own switch: kernels run on the CPU, slowly
+# Triton's own switch: kernels run on the CPU, slowly
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 _LIBRARY = torch.library.Library("fastbert", "FRAGMENT")
 
 
 def register(schema, implementation, fake):
-    """Make `implementation` the operator torch.ops.fastbert.<name>; `fake` gives its results' shapes and dtypes."""
+    """Register `implementation` as torch.ops.fastbert.<name>. `fake` gives the shapes and dtypes of its results."""
     name = schema.split("(")[0]
 
     def on_device_of(*arguments):
-        # Triton launches on the current GPU, which need not be the tensors'
+        # Triton launches on the current GPU, which may not be that of the tensors
         device = next(x.device for x in arguments if isinstance(x, torch.Tensor))
         if device.type != "cuda" or device.index == torch.cuda.current_device():
             return implementation(*arguments)
@@ -36,7 +37,7 @@ def register(schema, implementation, fake):
 
 
 class _SecondDerivative(torch.autograd.Function):
-    """Passes a gradient on, and refuses to be differentiated."""
+    """Passes a gradient on and raises when it is differentiated."""
 
     @staticmethod
     def forward(ctx, gradient, name):
@@ -49,7 +50,7 @@ class _SecondDerivative(torch.autograd.Function):
 
 
 def differentiable_once(name):
-    """Decorates the `backward` of op `name`'s Function: differentiating its result raises an error that says so."""
+    """Decorator for the `backward` of an op's Function: differentiating its result raises a clear error."""
 
     def decorate(backward):
         @functools.wraps(backward)
@@ -58,7 +59,7 @@ def differentiable_once(name):
                 results = backward(ctx, *grads)
             if not torch.is_grad_enabled():
                 return results
-            # somebody asked for create_graph=True
+            # called with create_graph=True
             return tuple(x if x is None else _SecondDerivative.apply(x.requires_grad_(), name) for x in results)
 
         return once
@@ -70,11 +71,11 @@ def differentiable_once(name):
 PROFILES = Path(__file__).resolve().parent / "profiles"
 AUTOTUNE = os.environ.get("FASTBERT_AUTOTUNE", "0") == "1"
 
-# what this process has timed: {kernel: {key: [(settings, microseconds or None where they do not fit), ...]}}
+# what this process has timed: {kernel: {key: [(settings, microseconds, or None if they do not fit), ...]}}
 timings = {}
-# too much shared memory or too many registers for this device
+# raised for too much shared memory or too many registers
 _DO_NOT_FIT = (errors.OutOfResources, errors.PTXASError, CompilationError)
-# two settings closer than this are the same to within the noise of a timing: the default stays
+# settings that are closer than this differ by noise only: keep the default
 MARGIN = 0.97
 
 
@@ -85,13 +86,13 @@ def _profile(device):
 
 
 def device_name():
-    """The current device as its profile is named: "nvidia_h200"; "interpreter"; "none" where kernels only compile."""
+    """The name of the current device's profile: "nvidia_h200"; "interpreter"; "none" if kernels only compile."""
     if INTERPRET:
         return "interpreter"
     return _device_name(torch.cuda.current_device()) if _has_gpu() else "none"
 
 
-# asked before every launch, and it asks the driver
+# cached: every launch calls it, and it asks the driver
 _has_gpu = functools.cache(torch.cuda.is_available)
 
 
@@ -103,28 +104,28 @@ def _device_name(index):
 def launch(run, kernel, key, default, candidates=(), overwrites=()):
     """Call `run(settings)`, which launches a kernel, with the settings measured to be fastest on this device.
 
-    kernel: the op and its pass, "layer_norm_bwd". key: the class of shapes, a string with dtype and sizes, that shares
-    settings. Without a measurement `default`, a dict of block sizes, num_warps and num_stages, is used. Nothing is
-    searched, unless FASTBERT_AUTOTUNE=1: then `candidates`, dicts like it, are timed with `default` on the first call.
-    overwrites: tensors that the kernel changes and that its other runs need as they were.
+    kernel: op and pass, "layer_norm_bwd". key: a string with dtype and sizes; shapes with the same key share settings.
+    default: a dict of block sizes, num_warps and num_stages, used without a measurement. candidates: dicts like it.
+    With FASTBERT_AUTOTUNE=1 they are timed on the first call, else nothing is searched. overwrites: tensors that the
+    kernel changes and that the search must restore.
     """
     profile = _profile(device_name())
     settings = profile.get(kernel, {}).get(key)
     if settings is None and AUTOTUNE and candidates:
         settings = _fastest(run, kernel, key, [default, *(c for c in candidates if c != default)], overwrites)
         profile.setdefault(kernel, {})[key] = settings
-    # a profile older than the kernel may hold what the kernel no longer offers
+    # an old profile may hold settings that the kernel no longer offers
     if settings in candidates:
         try:
             return run(settings)
         except _DO_NOT_FIT:
-            # measured with another version of Triton
+            # the profile was measured with another version of Triton
             profile[kernel][key] = default
     run(default)
 
 
 def measured():
-    """{kernel: {key: settings}} of the current device: what its profile holds and what was found since."""
+    """{kernel: {key: settings}} of the current device: its profile, and what autotuning has found since."""
     return _profile(device_name())
 
 
@@ -152,7 +153,7 @@ def _microseconds(call):
 
 
 def multiprocessors():
-    """How many multiprocessors the current device has, by Triton's driver (which may be an offline one)."""
+    """The number of multiprocessors of the current device, from Triton's driver (which may be an offline one)."""
     if INTERPRET:
         return 4
     device = driver.active.get_current_device()
@@ -160,22 +161,22 @@ def multiprocessors():
 
 
 def capability():
-    """The compute capability that settings go by, as 80, 90, ...; 0 where it is not NVIDIA's. The interpreter: 90."""
+    """The compute capability for the choice of settings: 80, 90, ...; 0 if not NVIDIA's; 90 in the interpreter."""
     if INTERPRET:
         return 90
     arch = driver.active.get_current_target().arch
     if not isinstance(arch, int):
         return 0
-    # 120 and 121, RTX cards, have the instructions for products and the shared memory of Ada's, not of a B200
+    # 120 and 121, RTX cards, have Ada's matrix instructions and shared memory, not those of a B200
     return 89 if arch >= 120 else arch
 
 
 def product_precision(dtype):
-    """What `tl.dot` calls torch's switch for products of fp32 on a GPU: "tf32" or "ieee". It counts for fp32 alone."""
+    """`tl.dot`'s name for torch's precision of fp32 products on a GPU: "tf32" or "ieee"."""
     if dtype != torch.float32:
         return "ieee"
     matmul = torch.backends.cuda.matmul
-    # torch 2.9 on: whichever of the two was set; allow_tf32 then raises if it was this one
+    # exists since torch 2.9; if it was set, reading allow_tf32 raises
     precision = getattr(matmul, "fp32_precision", None)
     if precision is None:
         precision = "tf32" if matmul.allow_tf32 else "ieee"
@@ -183,36 +184,36 @@ def product_precision(dtype):
 
 
 def dropout_constants(dropout_p):
-    """(threshold, scale): an element is kept when its 16 bits reach the threshold, and is then multiplied by scale."""
+    """(threshold, scale): an element is kept if its 16 bits are at least the threshold, and is multiplied by scale."""
     threshold = round(dropout_p * 65536)
     return threshold, 65536 / max(65536 - threshold, 1)
 
 
 def unit_columns(x):
-    """x itself when the elements of a row lie side by side (rows may lie anywhere, even on each other), else a copy."""
+    """x itself if the elements of a row are contiguous (rows may have any stride), else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def empty_like(argument, x):
-    """Room for an argument's gradient, contiguous, in its dtype. Without that argument (None): nothing, beside x."""
+    """A contiguous tensor for an argument's gradient, in its dtype; an empty one on x's device if it is None."""
     if argument is None:
         return torch.empty(0, dtype=x.dtype, device=x.device)
     return torch.empty(argument.shape, dtype=argument.dtype, device=argument.device)
 
 
-# a row is held in registers whole; beyond this they overflow, in one kernel or another
+# a whole row is in registers; longer rows spill in one kernel or another
 MOST_COLUMNS = 8192
 
 
 def row_tiles(D, itemsize):
-    """Launch settings of a kernel that holds whole rows: BLOCK_T rows as TILES tiles [BLOCK_T, BLOCK_D].
+    """Launch settings of a kernel with whole rows in registers: BLOCK_T rows as TILES tiles [BLOCK_T, BLOCK_D].
 
-    A thread holds 16 bytes of a tile, neighbouring columns: up to 256 columns of half precision, a warp has a row to
-    itself and no reduction leaves the warp. 768 is 3 x 256 and 384 is 3 x 128: no lane idles. Raises ValueError for
-    rows of more than MOST_COLUMNS.
+    A thread has 16 bytes of a tile, in adjacent columns. Up to 256 columns in half precision, a warp has a whole row
+    and no reduction leaves the warp. 768 is 3 x 256 and 384 is 3 x 128, so no lane idles. Raises ValueError for rows of
+    more than MOST_COLUMNS.
     """
     if D > MOST_COLUMNS:
-        raise ValueError(f"rows of {D} columns: the kernels hold at most {MOST_COLUMNS}; impl='reference' takes any")
+        raise ValueError(f"rows have {D} columns: the kernels take at most {MOST_COLUMNS}, impl='reference' any number")
     whole = triton.next_power_of_2(max(D, 16))
     largest = max(min(whole, 256), whole // 4)
     BLOCK_D = min(largest, largest // 2, key=lambda block: (triton.cdiv(D, block) * block, -block))
@@ -224,8 +225,8 @@ def row_tiles(D, itemsize):
 
 @functools.cache
 def row_settings(D, itemsize, **more):
-    """(default, candidates) for `launch`: row_tiles and `more`; beside it, as many rows on more or on fewer warps, and
-    half or twice as many rows on half or twice as many warps."""
+    """(default, candidates) for `launch`. The default is row_tiles and `more`. Candidates have as many rows on more or
+    fewer warps, or half or twice as many rows on half or twice as many warps."""
     default = {**row_tiles(D, itemsize), **more}
     BLOCK_T, num_warps = default["BLOCK_T"], default["num_warps"]
     sizes = [(BLOCK_T, 2 * num_warps), (BLOCK_T, num_warps // 2), (2 * BLOCK_T, 2 * num_warps)]
@@ -236,9 +237,9 @@ def row_settings(D, itemsize, **more):
 
 @functools.cache
 def walk_settings(D, itemsize, PROGRAMS, STAGES=1):
-    """row_settings of a kernel whose programs walk over the rows, PROGRAMS of them for each multiprocessor; with fewer
-    rows in a program, more programs. Also tried: fewer or more programs of the same kind, and loads that run ahead of
-    the arithmetic by a stage or two."""
+    """row_settings of a kernel whose programs loop over the rows, with PROGRAMS programs per multiprocessor, or more
+    with fewer rows per program. Other candidates have fewer or more programs, or loads a stage or two ahead of the
+    arithmetic."""
     default, sizes = row_settings(D, itemsize, STAGES=STAGES)
     sizes = [{**s, "PROGRAMS": max(PROGRAMS * default["BLOCK_T"] // s["BLOCK_T"], 1)} for s in sizes]
     default = sizes[0]
@@ -247,12 +248,12 @@ def walk_settings(D, itemsize, PROGRAMS, STAGES=1):
 
 
 def shape_key(x, *sizes):
-    """The key of `launch` for a kernel whose settings depend on x's dtype and on `sizes`: "bfloat16 768"."""
+    """The key for `launch` if settings depend on x's dtype and on `sizes`: "bfloat16 768"."""
     return " ".join((str(x.dtype).removeprefix("torch."), *map(str, sizes)))
 
 
 def row_align(*tensors):
-    """The largest power of two, up to 16, that divides the row stride of every tensor (None: does not count)."""
+    """The largest power of two, up to 16, that divides the row stride of every tensor that is not None."""
     return math.gcd(16, *(x.stride(0) for x in tensors if x is not None))
 
 
@@ -261,11 +262,10 @@ def row_stride(x):
 
 
 def row_programs(T, BLOCK_T, most):
-    """How many programs share T rows, for a kernel that keeps partial sums of the columns: at most `most` for each
-    multiprocessor, so that all run at once.
+    """The number of programs for T rows in a kernel with partial sums of the columns.
 
-    Few rows get one a multiprocessor, and more only where each has four blocks to walk: partial sums are written and
-    read again, and would outweigh the rows.
+    At most `most` per multiprocessor, so that all run at once. Few rows get one program per multiprocessor, and more
+    only if each has four blocks: partial sums are written and read again, and would cost more than the rows.
     """
     blocks, places = triton.cdiv(T, BLOCK_T), multiprocessors()
     return min(blocks, most * places, max(places, triton.cdiv(blocks, 4)))

@@ -1,4 +1,4 @@
-"""Device side: what several kernels compute. GELU and its derivative, LayerNorm over a tiled row, the dropout mask."""
+"""Device side of several kernels: GELU and its derivative, LayerNorm over a tiled row, the dropout mask."""
 
 import triton
 import triton.language as tl
@@ -8,14 +8,14 @@ PHILOX_ROUNDS = tl.constexpr(7)
 
 @triton.jit
 def reciprocal(x):
-    """1 / x for x >= 1, to 3e-7. A division guards against ranges that cannot occur here: 9 instructions, not 2."""
+    """1 / x for x >= 1, to 3e-7, in 2 instructions. A division takes 9, to handle ranges that cannot occur here."""
     root = tl.rsqrt(x)
     return root * root
 
 
 @triton.jit
 def sigmoid(x):
-    """(1 / (1 + exp(-x)), its derivative), by exp of a non-positive number: no overflow, no digits lost near 0 or 1."""
+    """(1 / (1 + exp(-x)), its derivative). exp takes a non-positive number: no overflow, no digits lost near 0 or 1."""
     e = tl.exp2(-1.4426950408889634 * tl.abs(x))
     r = reciprocal(1.0 + e)
     return tl.where(x < 0, e * r, r), e * r * r
@@ -23,11 +23,11 @@ def sigmoid(x):
 
 @triton.jit
 def normal_tail(x):
-    """(Φ(-|x|), exp(-x² / 2)): the normal distribution's lower tail and its bare density.
+    """(Φ(-|x|), exp(-x² / 2)): the normal distribution's lower tail and its unnormalised density.
 
-    tl.erf takes about twice the instructions: arithmetic would bind the kernels that use it, where memory should. Here
-    Φ(-|x|) = exp(-x² / 2) t P(t) with t = 1 / (1 + 0.3 |x|), and P has the least relative error of its degree: 1.5e-7
-    everywhere. So x Φ(x) is off by 2.5e-8 at most, and its negative tail keeps the digits that 1 + erf(x) cancels.
+    tl.erf takes about twice the instructions, and would make kernels compute-bound. Here Φ(-|x|) = exp(-x² / 2) t P(t)
+    with t = 1 / (1 + 0.3 |x|). P has the least relative error of its degree, 1.5e-7 everywhere. So x Φ(x) is off by at
+    most 2.5e-8, and its negative tail keeps the digits that cancel in 1 + erf(x).
     """
     t = reciprocal(1.0 + 0.3 * tl.abs(x))
     p = 0.03567539 * t - 0.15720586
@@ -63,10 +63,10 @@ def gelu_derivative(x, TANH: tl.constexpr):
 
 @triton.jit
 def row_start(row, stride, ALIGN: tl.constexpr):
-    """row * stride, where the caller knows that the stride is a multiple of ALIGN.
+    """row * stride, for a stride that is a multiple of ALIGN.
 
-    Triton itself only looks for multiples of 16, and would read 312 columns of bf16 two bytes at a time. What it sees
-    is a product with ALIGN: tl.multiple_of, on the offsets of a single row, crashes the compiler (3.7.1).
+    Triton itself only looks for multiples of 16, and would read 312 columns of bf16 two bytes at a time. Here it sees a
+    product with ALIGN. tl.multiple_of on the offsets of a single row crashes the compiler (3.7.1).
     """
     return row * (stride // ALIGN * ALIGN)
 
@@ -75,14 +75,14 @@ def row_start(row, stride, ALIGN: tl.constexpr):
 def parameter(ptr, offs_d, mask):
     """Columns `offs_d` of a parameter as a whole tile [R, BLOCK_D], fp32.
 
-    A [1, BLOCK_D] load would get a layout of its own, and the rows would cross shared memory to meet it.
+    A [1, BLOCK_D] load would get another layout, and converting to it would move the rows through shared memory.
     """
     return tl.load(tl.broadcast_to(ptr + offs_d, mask.shape), mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def row_sum(tiles):
-    """[R]: the sums of R rows that are held as a tuple of [R, BLOCK_D] tiles."""
+    """[R]: the sums of R rows, given as a tuple of [R, BLOCK_D] tiles."""
     total = tiles[0]
     for i in tl.static_range(1, len(tiles)):
         total += tiles[i]
@@ -100,7 +100,7 @@ def row_moments(z, eps, D: tl.constexpr, BLOCK_D: tl.constexpr):
         c = tl.where(inside, z[i] - mean[:, None], 0.0)
         centered = centered + (c,)
         squares = squares + (c * c,)
-    # what rounding left in the mean: taking it out keeps rows of one repeated large number at exactly zero variance
+    # remove the mean's rounding error, so that a row of equal large numbers has a variance of exactly 0
     shift = row_sum(centered) / D
     variance = tl.maximum(row_sum(squares) / D - shift * shift, 0.0)
     return mean + shift, 1.0 / tl.sqrt(variance + eps)
@@ -108,7 +108,7 @@ def row_moments(z, eps, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def layer_norm_dz(g, z_hat, rstd, D: tl.constexpr):
-    """Tiles of the gradient of LayerNorm's input; g is dy * weight, z_hat the normalised row, both 0 past the end."""
+    """Tiles of the gradient of LayerNorm's input. g is dy * weight, z_hat the normalised row, both 0 past the end."""
     products = ()
     for i in tl.static_range(len(g)):
         products = products + (g[i] * z_hat[i],)
@@ -132,7 +132,7 @@ def keep_mask(row, head, column, seed, offset, threshold, BLOCK_C: tl.constexpr)
     c0 = zero + group[None, :].to(tl.uint32)
     c1 = zero + row[:, None].to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(seed, c0, c1, zero + head, zero + offset, PHILOX_ROUNDS)
-    # join pairs along a new last axis: the order below makes piece l (word l // 2, low half first) stand in column l
+    # join pairs along a new last axis, in the order that puts piece l (word l // 2, low half first) in column l
     even = tl.join(tl.join(w0 & 0xFFFF, w2 & 0xFFFF), tl.join(w1 & 0xFFFF, w3 & 0xFFFF))
     odd = tl.join(tl.join(w0 >> 16, w2 >> 16), tl.join(w1 >> 16, w3 >> 16))
     return tl.reshape(tl.join(even, odd), [row.shape[0], BLOCK_C]).to(tl.int32) >= threshold
@@ -142,7 +142,7 @@ def keep_mask(row, head, column, seed, offset, threshold, BLOCK_C: tl.constexpr)
 def philox(c0, c1, c2, c3, seed):
     """Philox4x32-7: four random uint32 from a counter of four (which may broadcast) and an int64 seed.
 
-    As tl.philox, but for how it multiplies: one wide product, where that one makes the two halves by two products.
+    Like tl.philox, but with one wide product instead of two products for its two halves.
     """
     k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
     k1 = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
@@ -162,12 +162,12 @@ def philox(c0, c1, c2, c3, seed):
 def attention_keep_mask(row, head, column, seed, offset, threshold, BLOCK_C: tl.constexpr):
     """The [R, BLOCK_C] tile of the keep mask of attention that `fastbert/reference.py` defines.
 
-    Arguments as for `keep_mask`, but `threshold` is 1 or more (0 drops nothing, and wants no mask), BLOCK_C is 16 or
-    more, and `column`, where the tile begins, a multiple of BLOCK_C or of 32.
+    Arguments as for `keep_mask`, but `threshold` is at least 1 (0 drops nothing and needs no mask), BLOCK_C is at least
+    16, and `column`, the tile's first column, is a multiple of BLOCK_C or of 32.
 
     One Philox call serves the eight columns that differ in bits 0, 3 and 4. In the accumulator of a tensor core a
-    thread has columns of all values in bits 0, 3, 4 and above, while bits 1 and 2 say which thread it is: each thread
-    draws the bits of its own columns, and none has to move. In other layouts it is as correct, and slower.
+    thread has columns with all values of bits 0, 3, 4 and above, and bits 1 and 2 are the number of the thread. So each
+    thread draws the bits of its own columns, and none has to move. In other layouts this is correct too, but slower.
     """
     # dimensions: row; bits 4 and above of the column; bit 3; bits 2 and 1; bit 0
     high = column // 16 + tl.arange(0, BLOCK_C // 16)[None, :, None, None, None]
@@ -179,7 +179,7 @@ def attention_keep_mask(row, head, column, seed, offset, threshold, BLOCK_C: tl.
     zero = tl.zeros([1, 1, 1, 1, 1], tl.uint32)
     w0, w1, w2, w3 = philox(c0, c1, zero + tl.cast(head, tl.uint32), zero + tl.cast(offset, tl.uint32), seed)
     word = tl.where(high % 2 == 0, tl.where(bit_3 == 0, w0, w1), tl.where(bit_3 == 0, w2, w3))
-    # the high half reaches the threshold where the whole word passes what is just below it
+    # the high half is at least the threshold if the whole word is above the largest one with a smaller high half
     least = tl.cast(threshold, tl.uint32)
     keep = tl.where(bit_0 == 0, (word & 0xFFFF) >= least, word > ((least - 1) << 16 | 0xFFFF))
     return tl.reshape(keep, [row.shape[0], BLOCK_C])

@@ -1,24 +1,25 @@
 """Bidirectional softmax attention over packed sequences, dropout inside.
 
-    p   = softmax(q kᵀ · scale)              within each sequence, per head; within `window` places of the query
+    p   = softmax(q kᵀ · scale)              within each sequence, per head; within `window` positions of the query
     out = (keep * p / (1 - dropout_p)) v
 
-PyTorch writes and reads the S x S scores and probabilities, at least 4*H*S*S elements a sequence, and reads, writes or
-masks padding beside them. Fused: read q, k, v, write out, 4*M*H*K elements, and one fp32 log-sum-exp a row and head
-(two where the elements are fp32). The short backward reads q, k, v, dout and the log-sum-exp and writes dq, dk, dv:
-7*M*H*K. The tiled one has two kernels, which read those four twice and out once, and hand on another fp32 a row and
-head: 12*M*H*K. Tiled kernels read the operands that they loop over once per tile, from cache but for the first time.
+PyTorch writes and reads the S x S scores and probabilities, at least 4*H*S*S elements per sequence, and also computes
+or masks padding. Fused: read q, k, v, write out, 4*M*H*K elements, and one fp32 log-sum-exp per row and head (two in
+fp32). The short backward reads q, k, v, dout and the log-sum-exp and writes dq, dk, dv: 7*M*H*K. The tiled backward has
+two kernels. They read these four twice and out once, and pass another fp32 per row and head: 12*M*H*K. Tiled kernels
+read the operands of their loop once per tile, from cache after the first time.
 
 The backward recomputes the probabilities from the log-sum-exp and draws the dropout mask again from (seed, offset).
 
-Two paths. Short: one program has a whole sequence and head on chip, softmax needs no second look, and one backward
-kernel makes dq, dk and dv together. Tiled, for longer sequences: an online softmax (Milakov & Gimelshein 2018, Dao et
-al. 2022) over tiles of keys; the backward makes dq in one kernel, over tiles of keys, and dk, dv in another, over tiles
-of queries, so that nothing is added atomically and the same inputs give the same bits.
+There are two paths. Short: one program has a whole sequence and head on chip, softmax takes one pass, and one backward
+kernel computes dq, dk and dv. Tiled, for longer sequences: an online softmax (Milakov & Gimelshein 2018, Dao et al.
+2022) over tiles of keys. Its backward computes dq in one kernel, over tiles of keys, and dk and dv in another, over
+tiles of query rows. So there are no atomics, and the same inputs give the same bits.
 
-All programs together also write zeros over the rows past the last sequence: the host does not know how many there are.
+The programs also write zeros to the rows past the last sequence: the host does not know how many there are.
 
-Letters: B sequences, M rows of q, T rows of k and v, H heads, K head size. Tiles have BLOCK_M queries and BLOCK_N keys.
+Letters: B sequences, M query rows, T rows of k and v, H heads, K head size. Tiles have BLOCK_M query rows and BLOCK_N
+keys.
 """
 
 import math
@@ -56,10 +57,10 @@ from ._math import attention_keep_mask
 
 @triton.jit
 def _visible(m, n, length, window, HAS_WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Which of the keys from `n` on exist and which the queries from `m` on see: [BLOCK_M or 1, BLOCK_N]."""
+    """Whether the keys from `n` on exist and the query rows from `m` on see them: [BLOCK_M or 1, BLOCK_N]."""
     offs_n = n + tl.arange(0, BLOCK_N)
     if HAS_WINDOW:
-        # from the first key that a row sees to the last, as one comparison of each key's place among them
+        # one comparison of each key's position, counted from the first key that the row sees
         first = m + tl.arange(0, BLOCK_M) - window
         count = tl.maximum(tl.minimum(2 * window + 1, length - first), 0)
         return (offs_n[None, :] - first[:, None]).to(tl.uint32, bitcast=True) < count[:, None].to(tl.uint32)
@@ -74,7 +75,7 @@ def _attention_short_fwd_kernel(
     B, M, H,
     stride_qm, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_om, stride_oh,
     scale_log2, window, offset, threshold, keep_scale,
-    HAS_DROPOUT: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_FULL: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_FP32: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -85,7 +86,7 @@ def _attention_short_fwd_kernel(
     end = tl.load(cu_seqlens_q_ptr + B)
     _zero_slack(out_ptr, stride_om, h, stride_oh, end, M, b, B, K, BLOCK_M, BLOCK_K)
     _zero_slack(lse_ptr, 1, 0, 0, end, M, b, B, 1, BLOCK_M, 1)
-    if IS_FULL:
+    if IS_FP32:
         _zero_slack(_at(lse_ptr, H, M, 0, 0), 1, 0, 0, end, M, b, B, 1, BLOCK_M, 1)
 
     start_q = tl.load(cu_seqlens_q_ptr + b)
@@ -103,11 +104,11 @@ def _attention_short_fwd_kernel(
     v = _load_tile(v_ptr, stride_vt, length, K, BLOCK_N, BLOCK_K, False, UPCAST)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     s = tl.where(_visible(0, 0, length, window, HAS_WINDOW, BLOCK_M, BLOCK_N), s, float("-inf"))
-    # the two finite bounds only act in a sequence without keys, whose rows give 0
-    highest = tl.maximum(tl.max(s, 1), -1e30) * (1.0 if IS_FULL else scale_log2)
-    p = tl.exp2(_exponent(s, scale_log2, highest, IS_FULL))
+    # the two finite bounds only matter for a sequence without keys, whose rows give 0
+    highest = tl.maximum(tl.max(s, 1), -1e30) * (1.0 if IS_FP32 else scale_log2)
+    p = tl.exp2(_exponent(s, scale_log2, highest, IS_FP32))
     total = tl.maximum(tl.sum(p, 1), 1e-30)
-    _store_lse(lse_ptr + start_q, rows, H, M, highest, total, IS_FULL, BLOCK_M)
+    _store_lse(lse_ptr + start_q, rows, H, M, highest, total, IS_FP32, BLOCK_M)
     if HAS_DROPOUT:
         row = start_q + tl.arange(0, BLOCK_M)
         keep = attention_keep_mask(row, h, 0, tl.load(seed_ptr), offset, threshold, BLOCK_N)
@@ -118,11 +119,11 @@ def _attention_short_fwd_kernel(
 
 @triton.jit
 def _sequence_of_program(cu_seqlens_ptr, B, H, tiles, BLOCK: tl.constexpr, IS_BOUNDED: tl.constexpr):
-    """(sequence, head, tile, which of the head's programs this is, how many they are).
+    """(sequence, head, tile, number of this program among its head's, number of the head's programs).
 
-    Tiles of one sequence and head are neighbours: they read the same rows. IS_BOUNDED: no sequence has more tiles than
-    `tiles`, and each gets so many programs. Else a head has `tiles` programs, and sequence b those from
-    cu_seqlens[b] // BLOCK + b on, at least as many as it has tiles: found by bisection.
+    Tiles of one sequence and head have adjacent programs, since they read the same rows. IS_BOUNDED: no sequence has
+    more than `tiles` tiles, and each gets `tiles` programs. Else a head has `tiles` programs, and those of sequence b
+    start at cu_seqlens[b] // BLOCK + b, which gives it enough of them; bisection finds the sequence.
     """
     pid = tl.program_id(0)
     tile = pid % tiles
@@ -142,9 +143,10 @@ def _sequence_of_program(cu_seqlens_ptr, B, H, tiles, BLOCK: tl.constexpr, IS_BO
 
 @triton.jit
 def _range(first, count, length, window, HAS_WINDOW: tl.constexpr, BLOCK: tl.constexpr):
-    """What rows `first` to `first + count` see of a sequence, in tiles of BLOCK: (start, whole, whole_end, end).
+    """The tiles of BLOCK keys that rows `first` to `first + count` see: (start, whole, whole_end, end).
 
-    Tiles from `start` to `end` hold all that any row sees, those from `whole` to `whole_end` every row sees wholly.
+    Some row sees some key of the tiles from `start` to `end`. Every row sees every key of those from `whole` to
+    `whole_end`.
     """
     if HAS_WINDOW:
         start = tl.maximum(first - window, 0) // BLOCK * BLOCK
@@ -158,14 +160,14 @@ def _range(first, count, length, window, HAS_WINDOW: tl.constexpr, BLOCK: tl.con
 
 @triton.jit
 def _edges(start, whole, whole_end, end, BLOCK: tl.constexpr):
-    """Of the tiles that `_range` counts as not whole: how many lie before the whole ones, and how many there are."""
+    """(number of partial tiles before the whole ones, number of partial tiles), from `_range`."""
     before = (tl.minimum(whole, end) - start + BLOCK - 1) // BLOCK
     return before, before + tl.maximum((end - whole_end + BLOCK - 1) // BLOCK, 0)
 
 
 @triton.jit
 def _edge(i, before, start, whole_end, BLOCK: tl.constexpr):
-    """Where the i-th of these tiles begins."""
+    """The first key of partial tile i."""
     return tl.where(i < before, start + i * BLOCK, whole_end + (i - before) * BLOCK)
 
 
@@ -173,18 +175,18 @@ def _edge(i, before, start, whole_end, BLOCK: tl.constexpr):
 def _attend(
     highest, total, acc, q, k_ptr, v_ptr, stride_kt, stride_vt, n, length,
     row, m, h, window, seed, scale_log2, offset, threshold, keep_scale,
-    HAS_DROPOUT: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_FULL: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_FP32: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, IS_WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """The tile of keys from `n` on into the running maximum, sum and weighted values of the queries from `m` on."""
+    """Update the running maximum, sum and weighted values of the query rows from `m` with the keys from `n` on."""
     k = _load_tile(_at(k_ptr, n, stride_kt, 0, 0), stride_kt, length - n, K, BLOCK_N, BLOCK_K, IS_WHOLE, UPCAST)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if not IS_WHOLE:
         s = tl.where(_visible(m, n, length, window, HAS_WINDOW, BLOCK_M, BLOCK_N), s, float("-inf"))
-    higher = tl.maximum(highest, tl.max(s, 1) * (1.0 if IS_FULL else scale_log2))
-    alpha = tl.exp2((highest - higher) * scale_log2 if IS_FULL else highest - higher)
-    p = tl.exp2(_exponent(s, scale_log2, higher, IS_FULL))
+    higher = tl.maximum(highest, tl.max(s, 1) * (1.0 if IS_FP32 else scale_log2))
+    alpha = tl.exp2((highest - higher) * scale_log2 if IS_FP32 else highest - higher)
+    p = tl.exp2(_exponent(s, scale_log2, higher, IS_FP32))
     total = total * alpha + tl.sum(p, 1)
     if HAS_DROPOUT:
         p = tl.where(attention_keep_mask(row, h, n, seed, offset, threshold, BLOCK_N), p, _zero(keep_scale))
@@ -200,7 +202,7 @@ def _attention_tiled_fwd_kernel(
     B, M, H, tiles,
     stride_qm, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_om, stride_oh,
     scale_log2, window, offset, threshold, keep_scale,
-    HAS_DROPOUT: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_FULL: tl.constexpr, IS_BOUNDED: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_FP32: tl.constexpr, IS_BOUNDED: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PEEL: tl.constexpr,
 ):  # fmt: skip
@@ -210,7 +212,7 @@ def _attention_tiled_fwd_kernel(
     end = tl.load(cu_seqlens_q_ptr + B)
     _zero_slack(out_ptr, stride_om, h, stride_oh, end, M, program, programs, K, BLOCK_M, BLOCK_K)
     _zero_slack(lse_ptr, 1, 0, 0, end, M, program, programs, 1, BLOCK_M, 1)
-    if IS_FULL:
+    if IS_FP32:
         _zero_slack(_at(lse_ptr, H, M, 0, 0), 1, 0, 0, end, M, program, programs, 1, BLOCK_M, 1)
 
     m = tile * BLOCK_M
@@ -227,7 +229,7 @@ def _attention_tiled_fwd_kernel(
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     row = start_q + tl.arange(0, BLOCK_M)
     q = _load_tile(q_ptr, stride_qm, rows, K, BLOCK_M, BLOCK_K, False, UPCAST)
-    # finite, so that a sequence without keys gives rows of 0
+    # finite, so that query rows of a sequence without keys give 0
     highest = tl.full([BLOCK_M], -1e30, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
@@ -237,7 +239,7 @@ def _attention_tiled_fwd_kernel(
             highest, total, acc = _attend(
                 highest, total, acc, q, k_ptr, v_ptr, stride_kt, stride_vt, n, length,
                 row, m, h, window, seed, scale_log2, offset, threshold, keep_scale,
-                HAS_DROPOUT, HAS_WINDOW, IS_FULL, PRECISION, UPCAST, K, BLOCK_M, BLOCK_N, BLOCK_K, True,
+                HAS_DROPOUT, HAS_WINDOW, IS_FP32, PRECISION, UPCAST, K, BLOCK_M, BLOCK_N, BLOCK_K, True,
             )  # fmt: skip
         before, edges = _edges(first, whole, whole_end, last, BLOCK_N)
         for i in tl.range(0, edges, num_stages=1):
@@ -245,17 +247,17 @@ def _attention_tiled_fwd_kernel(
                 highest, total, acc, q, k_ptr, v_ptr, stride_kt, stride_vt,
                 _edge(i, before, first, whole_end, BLOCK_N), length,
                 row, m, h, window, seed, scale_log2, offset, threshold, keep_scale,
-                HAS_DROPOUT, HAS_WINDOW, IS_FULL, PRECISION, UPCAST, K, BLOCK_M, BLOCK_N, BLOCK_K, False,
+                HAS_DROPOUT, HAS_WINDOW, IS_FP32, PRECISION, UPCAST, K, BLOCK_M, BLOCK_N, BLOCK_K, False,
             )  # fmt: skip
     else:
         for n in range(first, last, BLOCK_N):
             highest, total, acc = _attend(
                 highest, total, acc, q, k_ptr, v_ptr, stride_kt, stride_vt, n, length,
                 row, m, h, window, seed, scale_log2, offset, threshold, keep_scale,
-                HAS_DROPOUT, HAS_WINDOW, IS_FULL, PRECISION, UPCAST, K, BLOCK_M, BLOCK_N, BLOCK_K, False,
+                HAS_DROPOUT, HAS_WINDOW, IS_FP32, PRECISION, UPCAST, K, BLOCK_M, BLOCK_N, BLOCK_K, False,
             )  # fmt: skip
     total = tl.maximum(total, 1e-30)
-    _store_lse(lse_ptr + start_q, rows, H, M, highest, total, IS_FULL, BLOCK_M)
+    _store_lse(lse_ptr + start_q, rows, H, M, highest, total, IS_FP32, BLOCK_M)
     out = acc * (keep_scale / total)[:, None]
     _store_tile(_at(out_ptr, start_q, stride_om, h, stride_oh), stride_om, rows, out, K, BLOCK_M, BLOCK_K)
 
@@ -268,7 +270,7 @@ def _attention_short_bwd_kernel(
     stride_dom, stride_doh, stride_qm, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     stride_dqm, stride_dqh, stride_dkt, stride_dkh, stride_dvt, stride_dvh,
     scale, scale_log2, window, offset, threshold, keep_scale,
-    HAS_DROPOUT: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_FULL: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_FP32: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -295,10 +297,10 @@ def _attention_short_bwd_kernel(
     k = _load_tile(k_ptr, stride_kt, length, K, BLOCK_N, BLOCK_K, False, UPCAST)
     v = _load_tile(v_ptr, stride_vt, length, K, BLOCK_N, BLOCK_K, False, UPCAST)
     dout = _load_tile(dout_ptr, stride_dom, rows, K, BLOCK_M, BLOCK_K, False, UPCAST)
-    highest, log_total = _load_lse(_at(lse_ptr, start_q, 1, h, M), rows, H, M, IS_FULL, BLOCK_M)
+    highest, log_total = _load_lse(_at(lse_ptr, start_q, 1, h, M), rows, H, M, IS_FP32, BLOCK_M)
 
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    p = _probabilities(s, scale_log2, highest, log_total, IS_FULL)
+    p = _probabilities(s, scale_log2, highest, log_total, IS_FP32)
     p = tl.where(_visible(0, 0, length, window, HAS_WINDOW, BLOCK_M, BLOCK_N), p, 0.0)
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     if HAS_DROPOUT:
@@ -311,7 +313,7 @@ def _attention_short_bwd_kernel(
     # rowsum(dout * out) / keep_scale, without reading out
     delta = tl.sum(p * dp, 1)
     ds = (p * (dp - delta[:, None])).to(q.dtype)
-    # dq first: from here on p and ds are needed in 16 bits only, which spares 60 registers at S = 128
+    # dq first: after it p and ds are needed in 16 bits only, which saves 60 registers at S = 128
     dq = tl.dot(ds, k, input_precision=PRECISION) * (scale * keep_scale)
     _store_tile(_at(dq_ptr, start_q, stride_dqm, h, stride_dqh), stride_dqm, rows, dq, K, BLOCK_M, BLOCK_K)
     dv = tl.dot(tl.trans(kept), dout, input_precision=PRECISION) * keep_scale
@@ -324,15 +326,15 @@ def _attention_short_bwd_kernel(
 def _add_dq(
     dq, q, dout, highest, log_total, delta, k_ptr, v_ptr, stride_kt, stride_vt, n, length,
     row, m, h, window, seed, scale_log2, offset, threshold,
-    HAS_DROPOUT: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_FULL: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_FP32: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, IS_WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """dq / (scale * keep_scale) with what the tile of keys from `n` on adds to it."""
+    """dq / (scale * keep_scale) plus the contribution of the keys from `n` on."""
     k = _load_tile(_at(k_ptr, n, stride_kt, 0, 0), stride_kt, length - n, K, BLOCK_N, BLOCK_K, IS_WHOLE, UPCAST)
     v = _load_tile(_at(v_ptr, n, stride_vt, 0, 0), stride_vt, length - n, K, BLOCK_N, BLOCK_K, IS_WHOLE, UPCAST)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    p = _probabilities(s, scale_log2, highest, log_total, IS_FULL)
+    p = _probabilities(s, scale_log2, highest, log_total, IS_FP32)
     if not IS_WHOLE:
         p = tl.where(_visible(m, n, length, window, HAS_WINDOW, BLOCK_M, BLOCK_N), p, 0.0)
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
@@ -350,7 +352,7 @@ def _attention_tiled_dq_kernel(
     stride_dom, stride_doh, stride_qm, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_om, stride_oh,
     stride_dqm, stride_dqh,
     scale, scale_log2, window, offset, threshold, keep_scale,
-    HAS_DROPOUT: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_FULL: tl.constexpr, IS_BOUNDED: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_FP32: tl.constexpr, IS_BOUNDED: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PEEL: tl.constexpr,
 ):  # fmt: skip
@@ -379,7 +381,7 @@ def _attention_tiled_dq_kernel(
     out = _load_tile(out_ptr, stride_om, rows, K, BLOCK_M, BLOCK_K, False, UPCAST)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1) / keep_scale
     tl.store(_at(delta_ptr, start_q, 1, h, M) + offs_m, delta, mask=offs_m < rows)
-    highest, log_total = _load_lse(_at(lse_ptr, start_q, 1, h, M), rows, H, M, IS_FULL, BLOCK_M)
+    highest, log_total = _load_lse(_at(lse_ptr, start_q, 1, h, M), rows, H, M, IS_FP32, BLOCK_M)
 
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     row = start_q + offs_m
@@ -390,7 +392,7 @@ def _attention_tiled_dq_kernel(
             dq = _add_dq(
                 dq, q, dout, highest, log_total, delta, k_ptr, v_ptr, stride_kt, stride_vt, n, length,
                 row, m, h, window, seed, scale_log2, offset, threshold,
-                HAS_DROPOUT, HAS_WINDOW, IS_FULL, PRECISION, UPCAST, K, BLOCK_M, BLOCK_N, BLOCK_K, True,
+                HAS_DROPOUT, HAS_WINDOW, IS_FP32, PRECISION, UPCAST, K, BLOCK_M, BLOCK_N, BLOCK_K, True,
             )  # fmt: skip
         before, edges = _edges(first, whole, whole_end, last, BLOCK_N)
         for i in tl.range(0, edges, num_stages=1):
@@ -398,14 +400,14 @@ def _attention_tiled_dq_kernel(
                 dq, q, dout, highest, log_total, delta, k_ptr, v_ptr, stride_kt, stride_vt,
                 _edge(i, before, first, whole_end, BLOCK_N), length,
                 row, m, h, window, seed, scale_log2, offset, threshold,
-                HAS_DROPOUT, HAS_WINDOW, IS_FULL, PRECISION, UPCAST, K, BLOCK_M, BLOCK_N, BLOCK_K, False,
+                HAS_DROPOUT, HAS_WINDOW, IS_FP32, PRECISION, UPCAST, K, BLOCK_M, BLOCK_N, BLOCK_K, False,
             )  # fmt: skip
     else:
         for n in range(first, last, BLOCK_N):
             dq = _add_dq(
                 dq, q, dout, highest, log_total, delta, k_ptr, v_ptr, stride_kt, stride_vt, n, length,
                 row, m, h, window, seed, scale_log2, offset, threshold,
-                HAS_DROPOUT, HAS_WINDOW, IS_FULL, PRECISION, UPCAST, K, BLOCK_M, BLOCK_N, BLOCK_K, False,
+                HAS_DROPOUT, HAS_WINDOW, IS_FP32, PRECISION, UPCAST, K, BLOCK_M, BLOCK_N, BLOCK_K, False,
             )  # fmt: skip
     dq *= scale * keep_scale
     _store_tile(_at(dq_ptr, start_q, stride_dqm, h, stride_dqh), stride_dqm, rows, dq, K, BLOCK_M, BLOCK_K)
@@ -419,13 +421,13 @@ def _attention_tiled_dkdv_kernel(
     stride_dom, stride_doh, stride_qm, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     stride_dkt, stride_dkh, stride_dvt, stride_dvh,
     scale, scale_log2, window, offset, threshold, keep_scale,
-    HAS_DROPOUT: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_FULL: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_FP32: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     IS_TRANSPOSED: tl.constexpr, WAIT_DK: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv. IS_TRANSPOSED: scores are [BLOCK_N, BLOCK_M], which then are operands without a way through shared
-    memory. Not under dropout, whose mask suits [BLOCK_M, BLOCK_N]. WAIT_DK: see the loop."""
+    """dk and dv. IS_TRANSPOSED: scores are [BLOCK_N, BLOCK_M], and are operands without passing shared memory. Not with
+    dropout, whose mask has the layout of [BLOCK_M, BLOCK_N]. WAIT_DK: see the loop."""
     tile = tl.program_id(0) % tiles
     h = tl.program_id(0) // tiles % H
     b = tl.program_id(0) // tiles // H
@@ -457,29 +459,29 @@ def _attention_tiled_dkdv_kernel(
     first, _, _, last = _range(n, BLOCK_N, rows, window, HAS_WINDOW, BLOCK_M)
     for m in range(first, last, BLOCK_M):
         if WAIT_DK:
-            # times 1, unknown to the compiler. With the products of dv and dk both in flight at the start of a pass, as
-            # Triton would have them, ptxas on Hopper has each instruction of all products wait for the one before it
+            # multiply by a 1 that the compiler does not know, so that Triton waits for dk. With the products of dv and
+            # dk both in flight at the start of an iteration, ptxas on Hopper serialises all products
             dk *= 1.0 + _zero(keep_scale)
         q = _load_tile(_at(q_ptr, m, stride_qm, 0, 0), stride_qm, rows - m, K, BLOCK_M, BLOCK_K, False, UPCAST)
         dout = _load_tile(_at(dout_ptr, m, stride_dom, 0, 0), stride_dom, rows - m, K, BLOCK_M, BLOCK_K, False, UPCAST)
-        highest, log_total = _load_lse(lse_ptr + m, rows - m, H, M, IS_FULL, BLOCK_M)
+        highest, log_total = _load_lse(lse_ptr + m, rows - m, H, M, IS_FP32, BLOCK_M)
         delta = tl.load(delta_ptr + m + offs_m, mask=m + offs_m < rows, other=0.0)
         if IS_TRANSPOSED:
             tl.static_assert(not HAS_DROPOUT)
             s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-            p = _probabilities(s, scale_log2, highest, log_total, IS_FULL, 0)
+            p = _probabilities(s, scale_log2, highest, log_total, IS_FP32, 0)
             if HAS_WINDOW:
-                # keys in the place of queries: who sees whom is symmetric, and rows that do not exist have p = 0
+                # keys and query rows swapped: the window is symmetric, and rows that do not exist have p = 0
                 p = tl.where(_visible(n, m, rows, window, True, BLOCK_N, BLOCK_M), p, 0.0)
             dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
             dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
             dk = tl.dot((p * (dp - delta[None, :])).to(q.dtype), q, dk, input_precision=PRECISION)
         else:
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            p = _probabilities(s, scale_log2, highest, log_total, IS_FULL)
+            p = _probabilities(s, scale_log2, highest, log_total, IS_FP32)
             if HAS_WINDOW:
                 p = tl.where(_visible(m, n, n + length, window, True, BLOCK_M, BLOCK_N), p, 0.0)
-            # else no mask: what keys that do not exist make lands in rows of their own, which are not stored
+            # else no mask: keys that do not exist only affect their own rows of dk and dv, which are not stored
             dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
             if HAS_DROPOUT:
                 keep = attention_keep_mask(start_q + m + offs_m, h, n, seed, offset, threshold, BLOCK_N)
@@ -497,7 +499,7 @@ def _attention_tiled_dkdv_kernel(
 
 
 def _arguments(q, max_seqlen, scale, dropout_p, window, offset):
-    """(what the kernels take after the strides, the compile-time constants that every kernel has beside its blocks)."""
+    """(scalar arguments after the strides, compile-time constants of every kernel except its block sizes)."""
     K = q.shape[-1]
     has_window = 0 <= window < max_seqlen - 1
     threshold, keep_scale = dropout_constants(dropout_p)
@@ -505,9 +507,9 @@ def _arguments(q, max_seqlen, scale, dropout_p, window, offset):
     constants = dict(
         HAS_DROPOUT=threshold > 0,
         HAS_WINDOW=has_window,
-        IS_FULL=q.dtype == torch.float32,
+        IS_FP32=q.dtype == torch.float32,
         PRECISION=product_precision(q.dtype),
-        # Triton's interpreter computes wrongly with bfloat16, so there it is widened as it is loaded
+        # Triton's interpreter computes wrong results in bfloat16: convert to fp32 after loading
         UPCAST=INTERPRET and q.dtype == torch.bfloat16,
         K=K,
         BLOCK_K=max(triton.next_power_of_2(K), 16),
@@ -516,7 +518,7 @@ def _arguments(q, max_seqlen, scale, dropout_p, window, offset):
 
 
 def _key(q, constants, longest, *more):
-    """The class of shapes that shares launch settings: "bf16 K64 S512 dropout window"."""
+    """The key for `launch`, shared by similar shapes: "bf16 K64 S512 dropout window"."""
     names = [_DTYPES[q.dtype], f"K{constants['BLOCK_K']}", f"S{min(triton.next_power_of_2(longest), 1024)}", *more]
     names += [name for name in ("dropout", "window") if constants[f"HAS_{name.upper()}"]]
     return " ".join(names)
@@ -525,7 +527,8 @@ def _key(q, constants, longest, *more):
 def attention_fwd(
     q, k, v, cu_seqlens_q, cu_seqlens, max_seqlen_q, max_seqlen, scale, dropout_p, seed, offset, window=-1
 ):
-    """(out [M, H, K], lse fp32 [1 or 2, H, M]: its sum over the first is log2 of the sum of exp(scaled scores))."""
+    """(out [M, H, K], lse fp32 [1 or 2, H, M]): in 16 bits lse[0] is log2 of the sum of exp(scaled scores); in fp32 lse
+    is (unscaled maximum, log2 of the sum relative to it)."""
     q, k, v = _unpacked(q, k, v)
     cu_seqlens = unit_columns(cu_seqlens)
     cu_seqlens_q = cu_seqlens if cu_seqlens_q is None else unit_columns(cu_seqlens_q)
@@ -564,7 +567,7 @@ def attention_bwd(
     dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens, max_seqlen_q, max_seqlen, scale, dropout_p, seed, offset,
     window=-1,
 ):  # fmt: skip
-    """The gradients of q, k, v as they were given: a list of one when q holds all three, of two when k holds two."""
+    """The gradients of q, k, v, packed as the arguments: a list of one if q has all three, of two if k has two."""
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v) if x is not None]
     dq, dk, dv = _unpacked(*grads, *[None] * (3 - len(grads)))
     q, k, v = _unpacked(q, k, v)
@@ -667,8 +670,8 @@ def attention(
 ):  # fmt: skip
     """softmax(q kᵀ · scale) v within each packed sequence, with dropout: arguments and result of `reference.attention`.
 
-    float16, bfloat16 or float32; head sizes up to 128. Without `max_seqlen_q`, a sequence of `cu_seqlens_q` may have as
-    many rows as q. Raises TypeError and ValueError; `ops.attention` looks at the rest of the arguments.
+    float16, bfloat16 or float32; head sizes up to 128. Without `max_seqlen_q`, a sequence may have all rows of q.
+    Raises TypeError and ValueError; `ops.attention` checks the other arguments.
     """
     if q.dtype not in _DTYPES or any(x is not None and x.dtype != q.dtype for x in (k, v)):
         dtypes = ", ".join(str(x.dtype) for x in (q, k, v) if x is not None)

@@ -6,9 +6,9 @@ Plain PyTorch, forward: read x, write x + bias, read it, write y, 4 T F elements
 Backward, plain: read dy and x + bias, write dx, read dx again for dbias, 4 T F. Fused: read dy and x, write dx, 3 T F,
 and 4 F bytes of partial sums per row program, written and read once.
 
-The backward makes x + bias and GELU's derivative again from x. Each program keeps one tile of columns, walks over its
-share of the rows and adds up dbias in registers; one sum over the programs follows. No atomics: the same bits each
-time.
+The backward computes x + bias and GELU's derivative again from x. Each program has one tile of columns, loops over its
+share of the rows and adds up dbias in registers. One sum over the programs follows. There are no atomics, and the same
+inputs give the same bits.
 
 T tokens, F feed-forward size.
 """
@@ -30,7 +30,7 @@ from ._launch import (
 )
 from ._math import gelu, gelu_derivative, parameter, row_start
 
-# eight elements of a tile for each thread
+# eight elements of a tile per thread
 FORWARD = dict(BLOCK_T=4, BLOCK_F=256, num_warps=4)
 FORWARD_CANDIDATES = (
     FORWARD,
@@ -39,7 +39,7 @@ FORWARD_CANDIDATES = (
     dict(BLOCK_T=2, BLOCK_F=512, num_warps=4),
     dict(BLOCK_T=2, BLOCK_F=256, num_warps=2),
 )
-# eight programs for each multiprocessor, shared between the column tiles: all of them run at once
+# eight programs per multiprocessor, divided among the column tiles: all run at once
 BACKWARD = dict(BLOCK_T=4, BLOCK_F=256, num_warps=4, PROGRAMS=8, STAGES=1)
 BACKWARD_CANDIDATES = (
     BACKWARD,
@@ -58,8 +58,8 @@ def _bias_gelu_fwd_kernel(
     F: tl.constexpr, ALIGN: tl.constexpr, TANH: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    # column tiles run fastest, so that neighbouring programs read neighbouring memory
-    # rows are int64: T * F passes 2^31 on long runs
+    # adjacent programs have adjacent column tiles, and read adjacent memory
+    # rows are int64: T * F can pass 2^31
     pid = tl.program_id(0).to(tl.int64)
     row = (pid // TILES * BLOCK_T + tl.arange(0, BLOCK_T))[:, None]
     offs_f = (pid % TILES).to(tl.int32) * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
@@ -79,7 +79,7 @@ def _bias_gelu_bwd_kernel(
     F: tl.constexpr, ALIGN: tl.constexpr, TANH: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    # partials: dbias [F], fp32, for each row program
+    # partials: dbias [F], fp32, per row program
     offs_f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
     mask_f = offs_f < F
     dbias = tl.zeros([BLOCK_T, BLOCK_F], tl.float32)
@@ -178,8 +178,8 @@ def bias_gelu(x, bias, *, approximate="none"):
     """GELU(x + bias), see `fastbert/reference.py`. x [T, F], any strides; bias [F] or None; approximate "none" (erf) or
     "tanh".
 
-    Returns [T, F] in x's dtype. bias may have another dtype; each gradient comes in its argument's. Differentiable
-    once. Raises ValueError for another `approximate`.
+    Returns [T, F] in x's dtype. bias may have another dtype; each gradient has its argument's. Differentiable once.
+    Raises ValueError for another `approximate`.
     """
     if approximate not in ("none", "tanh"):
         raise ValueError(f"approximate={approximate!r}: expected 'none' or 'tanh'")

@@ -1,20 +1,20 @@
-"""Masked cross-entropy over a large vocabulary: projection, loss and gradients without ever holding the logits.
+"""Masked cross-entropy over a large vocabulary: projection, loss and gradients without all logits in memory.
 
-    logits = scale hidden weightᵀ + bias                                      [M, V], made in chunks of rows
+    logits = scale hidden weightᵀ + bias                                      [M, V], computed in chunks of rows
     loss   = L - (1 - e) logits[label] - e mean(logits)                       L = logsumexp(logits), e label smoothing
     dlogits = softmax(logits) - e / V - (1 - e) [column = label]              written over the chunk of logits
     dhidden = scale dlogits weight,   dweight = scale dlogitsᵀ hidden,   dbias = column sums of dlogits
 
-PyTorch holds the logits, their log-probabilities and their gradient, 3 * M * V elements at once. Here one buffer serves
-all chunks, each some thousand rows over the whole vocabulary. Matrix products are the library's; around them each logit
-is read by `fwd`, and read and written by `bwd`, which also sums the columns for dbias: 3 * M * V elements of traffic (6
-bytes a logit in bf16, 2 without gradients) beside the products' own. Forward already makes the gradients, which
-backward only scales: 3 products, nothing is recomputed. Held at the peak: the buffer (BUFFER bytes or 2 D rows,
+PyTorch has the logits, their log-probabilities and their gradient in memory, 3 * M * V elements. Here one buffer serves
+all chunks, each some thousand rows over the whole vocabulary. torch computes the matrix products. Around them `fwd`
+reads each logit once, and `bwd` reads and writes it and sums the columns for dbias: 3 * M * V elements of traffic (6
+bytes per logit in bf16, 2 without gradients) in addition to the products'. The forward computes the gradients, and the
+backward only scales them: 3 products, nothing is recomputed. Peak memory: the buffer (BUFFER bytes or 2 D rows,
 whichever is more), dweight in fp32, dhidden.
 
-Rows without a label cost as much as any other and count nowhere: hand in the picked rows. `contrastive_cross_entropy`
-is the same loss over documents in place of words; its scores are kept in fp32, since a scale of 20 to 100 would magnify
-their rounding (10 bytes of traffic a score in half precision, not 6).
+Rows without a label cost as much as any other row, so pass picked rows only. `contrastive_cross_entropy` is the same
+loss over documents instead of words. Its scores are fp32, because a scale of 20 to 100 would magnify rounding errors
+(10 bytes of traffic per score in half precision, not 6).
 
 M rows, D hidden size, V vocabulary, B queries, N documents.
 """
@@ -25,13 +25,13 @@ import triton.language as tl
 
 from ._launch import differentiable_once, launch, register
 
-# Rows of logits in memory at once, if they are not more than BUFFER bytes. Each further chunk adds its share of dweight
-# to the sum (fp32, 94 MB at D = 768), which costs a tenth of the time of the chunk's products at 4096 rows and a third
-# at 1024.
+# Rows of logits in memory at once, if they take at most BUFFER bytes. Each further chunk adds its share of dweight to
+# the sum (fp32, 94 MB at D = 768), which takes a tenth of the time of the chunk's products at 4096 rows and a third at
+# 1024.
 ROWS = 4096
 BUFFER = 1 << 28
 
-# Rows that one program of the backward kernel walks, and leaves one fp32 partial sum of dbias for, per column.
+# rows per program of the backward kernel, which writes one fp32 partial sum of dbias per column
 ROW_GROUP = 128
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -39,10 +39,10 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _joined(x, group, maximum, total, best):
-    """(maximum, sum of exp(x - maximum), first word of the first group with it) of what each lane saw, x joined.
+    """Update each lane's (maximum, sum of exp(x - maximum), first word of the first group with the maximum) with x.
 
-    x [lanes, GROUP], fp32; the others [lanes]. exp2, since exp would guard against subnormal results: 5 instructions
-    for 1. The difference is taken before the product by log2(e), so that large logits keep their digits.
+    x [lanes, GROUP], fp32; the others [lanes]. exp2 takes 1 instruction; exp takes 5, to handle subnormal results. The
+    maximum is subtracted before the multiplication by log2(e), so that large logits keep their digits.
     """
     top = tl.max(x, 1)
     larger = tl.maximum(maximum, top)
@@ -70,8 +70,8 @@ def _masked_cross_entropy_fwd_kernel(
     if HAS_SCALE:
         scale = tl.load(scale_ptr)
 
-    # Every lane follows groups of GROUP neighbouring words, 16 bytes, and the lanes are joined at the end: no reduction
-    # inside the loop leaves a thread. A finite start keeps -inf logits, banned words, from making inf - inf.
+    # Every lane reads groups of GROUP adjacent words, 16 bytes, and the lanes are combined at the end: no reduction in
+    # the loop leaves a thread. The start is finite, so that -inf logits, banned words, give no inf - inf.
     R: tl.constexpr = BLOCK_V // GROUP
     maximum = tl.full([R], -3.0e38, tl.float32)
     total = tl.zeros([R], tl.float32)
@@ -88,7 +88,7 @@ def _masked_cross_entropy_fwd_kernel(
             summed += tl.sum(x, 1)
         maximum, total, best = _joined(x, start + offs_r, maximum, total, best)
     for start in range(whole, V, BLOCK_V):
-        # a mask at the row's padded end, a multiple of 64, leaves loads of 16 bytes whole; at V it would split them
+        # a mask at the row's padded end, a multiple of 64, keeps 16-byte loads; a mask at V would split them
         mask = start + offs_v < padded
         x = tl.load(logits_ptr + start + offs_v, mask=mask).to(tl.float32) * scale
         if HAS_BIAS:
@@ -101,8 +101,8 @@ def _masked_cross_entropy_fwd_kernel(
     row_maximum = tl.max(maximum, 0)
     row_total = tl.sum(total * tl.exp2((maximum - row_maximum) * LOG2_E), 0)
     row_sum = tl.sum(summed, 0)
-    # Read again: the first group with the maximum, whose first maximum is the prediction, as in torch.argmax,
-    # and the label's logit; a label that is no word leaves NaN.
+    # Read again the first group with the maximum, whose first maximum is the prediction, as in torch.argmax, and the
+    # label's logit. A label outside the vocabulary gives NaN.
     group = tl.min(tl.where(maximum == row_maximum, best, V), 0)
     is_word = picked & (label >= 0) & (label < V)
     offs_g = tl.arange(0, 2 * GROUP)
@@ -116,7 +116,7 @@ def _masked_cross_entropy_fwd_kernel(
     x = tl.where(in_group, x, -float("inf"))
     prediction = tl.min(tl.where(in_group & (x == tl.max(x, 0)), group + offs_g, V), 0)
 
-    # written relative to the maximum, the loss of a row of large logits keeps its digits
+    # relative to the maximum, the loss of a row with large logits keeps its digits
     loss = tl.log(row_total) + (1.0 - label_smoothing) * (row_maximum - at_label)
     if HAS_SMOOTHING:
         loss += label_smoothing * (row_maximum - row_sum / V)
@@ -146,7 +146,7 @@ def _masked_cross_entropy_bwd_kernel(
         scale = tl.load(scale_ptr)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + offs_v, mask=mask_v).to(tl.float32)
-    # each row of the tile has its own share until the end, so that nothing crosses warps inside the loop
+    # until the end each row of the tile has its own sums, so that nothing crosses warps inside the loop
     dbias = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
 
     for start in range(0, ROW_GROUP, BLOCK_M):
@@ -163,7 +163,7 @@ def _masked_cross_entropy_bwd_kernel(
             x += bias[None, :]
         dlogits = tl.exp2((x - maximum[:, None]) * LOG2_E) * factor[:, None] - label_smoothing / V
         dlogits = tl.where(offs_v[None, :] == label[:, None], dlogits - (1.0 - label_smoothing), dlogits)
-        # a select, not a product: whatever an ignored row holds, its gradient is 0
+        # a select, not a product: an ignored row may hold anything, and its gradient is 0
         dlogits = tl.where((label != ignore_index)[:, None], dlogits, 0.0)
         if HAS_DBIAS:
             dbias += dlogits
@@ -193,7 +193,7 @@ def _fwd_chunk(logits, scale, bias, labels, state, V, options):
 
 
 def _bwd_chunk(logits, dlogits, scale, bias, labels, maximum, total, V, options, for_bias):
-    """Write the gradient of the logits into `dlogits`, which may be the same. Returns its column sums, or None."""
+    """Write the gradient of the logits to `dlogits`, which may be `logits`. Returns its column sums, or None."""
     rows, padded = logits.shape
     groups = triton.cdiv(rows, ROW_GROUP)
     partial = torch.empty((groups, padded) if for_bias else 0, dtype=torch.float32, device=logits.device)
@@ -221,36 +221,35 @@ def _key(logits):
 
 
 def _product(out, a, b, add=False):
-    """Write a b into out, or add it. out has the dtype of a and b, or is fp32 and takes their sums unrounded."""
+    """Write a b to out, or add it. out has the dtype of a and b, or is fp32 and gets sums that are not rounded."""
     if out.dtype == a.dtype:
         return torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
     if a.is_cuda and torch.version.hip is None:
         if add:
             return torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
         return torch.mm(a, b, out_dtype=torch.float32, out=out)
-    # elsewhere a product of halves comes rounded
+    # on other devices a product in half precision is rounded
     product = torch.mm(a.float(), b.float())
     return out.add_(product) if add else out.copy_(product)
 
 
 def _scaled(gradient, factor, dtype):
-    # Rounded once, after the factor, which the loss's mean brings: a sum over thousands of rows may not fit in fp16. As
-    # a tensor with dimensions the factor stays fp32 in the product, and `out` makes it one pass.
+    # Rounded once, after the multiplication: the factor includes the mean, and a sum over thousands of rows may
+    # overflow fp16. As a tensor with dimensions the factor stays fp32 in the product, and `out` makes it one pass.
     factor = factor.reshape([1] * gradient.dim())
     return torch.mul(gradient, factor, out=gradient.new_empty(gradient.shape, dtype=dtype))
 
 
 def _buffers(M, V, hidden, scale, gradients):
-    """(scores, dscores), [rows of a chunk, V padded]: one tensor if both have one dtype; None for no gradients.
-
-    Rows are padded to a multiple of 64 elements, so that vector loads and tensor cores find them aligned.
+    """(scores, dscores), [rows of a chunk, V padded]: one tensor if their dtypes are equal; dscores None without
+    gradients. Rows are padded to a multiple of 64 elements, to align them for vector loads and tensor cores.
     """
     padded = triton.cdiv(V, 64) * 64
-    # a scale magnifies the rounding of the scores: then they are fp32, and their gradient has its own place
+    # a scale magnifies the rounding of the scores: then they are fp32, and their gradient has its own buffer
     apart = scale is not None and hidden.dtype != torch.float32
     size = hidden.element_size() + (4 if apart else 0)
     most = min(ROWS, max(BUFFER // max(padded * size, 1), 2 * hidden.shape[1], 1))
-    # even chunks: a short last one would pay as much for its share of dweight as a long one
+    # even chunks: adding the share of dweight takes as long for a short chunk as for a long one
     even = triton.cdiv(M, max(triton.cdiv(M, most), 1))
     rows = max(min(most, M, triton.cdiv(even, 128) * 128), 1)
     new = dict(device=hidden.device)
@@ -261,20 +260,20 @@ def _buffers(M, V, hidden, scale, gradients):
 
 
 def _without_ignored(x, labels, ignore_index):
-    # an ignored row may hold anything, and 0 * NaN in a product over rows would be NaN
+    # an ignored row may hold anything, and 0 * NaN is NaN in a product over rows
     return x.masked_fill((labels == ignore_index)[:, None], 0.0)
 
 
 def _padded(bias):
-    """The bias [V] up to a multiple of 64: loads may then end there, and stay wide."""
+    """The bias [V] padded to a multiple of 64, so that loads stay wide."""
     return bias if bias is None else torch.nn.functional.pad(bias, (0, -len(bias) % 64))
 
 
 def masked_cross_entropy_fwd(hidden, weight, bias, labels, scale, ignore_index, label_smoothing, wants):
     """(loss_sum, correct, dhidden, dweight, dbias, dscale), the last four for a loss gradient of 1.
 
-    dweight, dbias and dscale are fp32; dhidden and dweight are not yet multiplied by the scale. wants: whether hidden,
-    weight, bias and scale want a gradient; one that nobody wants is empty.
+    dweight, dbias and dscale are fp32. dhidden and dweight are not yet multiplied by the scale. wants: whether hidden,
+    weight, bias and scale require a gradient; the others are empty.
     """
     M, V = len(labels), len(weight)
     for_hidden, for_weight, for_bias, for_scale = wants
@@ -347,14 +346,14 @@ class MaskedCrossEntropyFunction(torch.autograd.Function):
     def backward(ctx, dloss, dcount, dcorrect):
         scale, *made = ctx.saved_tensors
         inner = dloss if scale is None else dloss * scale
-        # out of place, so that a second backward finds them as they were
+        # out of place, so that a second backward gets the same
         each = zip(ctx.wants, made, (inner, inner, dloss, dloss), ctx.dtypes)
         dhidden, dweight, dbias, dscale = (_scaled(*rest) if wanted else None for wanted, *rest in each)
         return dhidden, dweight, dbias, None, dscale, None, None, None
 
 
 def _cross_entropy(hidden, weight, bias, labels, scale, ignore_index, label_smoothing=0.0):
-    # asked here: inside a Function gradient mode is off, and Parameters want gradients even under no_grad
+    # checked here: inside a Function gradient mode is off, and parameters require gradients even under no_grad
     enabled = torch.is_grad_enabled()
     wants = [enabled and x is not None and x.requires_grad for x in (hidden, weight, bias, scale)]
     return MaskedCrossEntropyFunction.apply(hidden, weight, bias, labels, scale, ignore_index, label_smoothing, wants)
@@ -365,9 +364,9 @@ def masked_cross_entropy(hidden, weight, bias, labels, *, ignore_index=-100, lab
 
     hidden [M, D], weight [V, D] and bias [V] or None, in fp32, fp16 or bf16, all of one dtype, any strides; labels [M]
     int64 or int32, in 0 .. V - 1 or `ignore_index` (anything else makes the loss NaN). label_smoothing: the share of
-    the target that is spread over all words. Returns `(loss_sum, count, correct)`, 0-dimensional: the losses' sum
-    (fp32, natural log), how many rows had a label, and how many of those were predicted right (int64). Never waits for
-    the device; the same inputs give the same bits; not differentiable twice.
+    the target that is spread over all words. Returns `(loss_sum, count, correct)`, 0-dimensional: the sum of the losses
+    (fp32, natural log), the number of rows with a label, and the number of correct predictions among them (int64).
+    Never waits for the device. The same inputs give the same bits. Differentiable once.
 
     Source: the chunks of Liger-Kernel's fused linear cross-entropy (Hsu et al. 2024); the label smoothing of Szegedy et
     al. 2016, section 7, as torch.nn.functional.cross_entropy has it.
@@ -376,13 +375,13 @@ def masked_cross_entropy(hidden, weight, bias, labels, *, ignore_index=-100, lab
 
 
 def contrastive_cross_entropy(query, document, labels=None, *, scale=1.0, symmetric=False, ignore_index=-100):
-    """InfoNCE: the cross-entropy of `scale * query @ documentᵀ` over the documents, without keeping the scores.
+    """InfoNCE: the cross-entropy of `scale * query @ documentᵀ` over the documents, without all scores in memory.
 
-    query [B, D] and document [N, D] in fp32, fp16 or bf16, of one dtype, any strides; labels int64 [B]: the row of the
-    document that belongs to each query, or `ignore_index` (None: 0 .. B - 1). All other documents are its negatives.
-    scale: the inverse temperature, a number or a 0-dimensional tensor on the same device, which gets a gradient.
-    symmetric: the mean of this and of the cross-entropy from each query's document to all queries with a label. Returns
-    `(loss_sum, count, correct)`: the losses' sum (fp32), how many queries have a label, and how many of them score
+    query [B, D] and document [N, D] in fp32, fp16 or bf16, of one dtype, any strides; labels int64 [B]: the row of each
+    query's document, or `ignore_index` (None: 0 .. B - 1). All other documents are its negatives. scale: the inverse
+    temperature, a number or a 0-dimensional tensor on the same device, which gets a gradient. symmetric: the mean of
+    this and of the cross-entropy from each query's document to all queries with a label. Returns `(loss_sum, count,
+    correct)`: the sum of the losses (fp32), the number of queries with a label, and the number of those that score
     their own document highest.
 
     Source: van den Oord et al. 2018; symmetric: Radford et al. 2021, as sentence-transformers has it.
@@ -400,7 +399,7 @@ def contrastive_cross_entropy(query, document, labels=None, *, scale=1.0, symmet
     if own is None:
         picked = labels != ignore_index
         targets = torch.arange(len(query), device=query.device).masked_fill(~picked, -1)
-        # a query without a label is nobody's negative
+        # a query without a label is not a negative
         own, query = document[labels.masked_fill(~picked, 0)], query.masked_fill(~picked[:, None], 0.0)
         absent = scale.new_zeros(len(query)).masked_fill(~picked, -float("inf"))
     backward = _cross_entropy(own, query, absent, targets, scale, -1)

@@ -1,29 +1,29 @@
-"""DeBERTa's attention over packed sequences: content and relative positions, dropout inside.
+"""DeBERTa's attention over packed sequences: content and relative positions, with dropout.
 
     s[i, j] = q_i · k_j + q_i · pos_key[d(i - j)] + k_j · pos_query[d(i - j)]
     p       = softmax(s · scale)             within each sequence, per head
     out     = (keep * p / (1 - dropout_p)) v
 
 PyTorch writes and reads q pos_keyᵀ and k pos_queryᵀ, 2*H*T*P elements for tables of P rows, gathers S x S scores from
-both, and passes over such scores half a dozen times more. Fused: read q, k, v, write out, 4*T*H*K elements, and one
-fp32 a row and head (two in fp32); the tables come from cache. The backward reads q, k, v, out, dout and writes dq, dk,
-dv, 8*T*H*K, in kernels that each recompute the probabilities from what the forward saved and read their operands again,
-from cache. The sums for the tables' gradients, in fp32, are two rows for each distance, head and group of sequences.
+both, and passes over S x S scores about six more times. Fused: read q, k, v, write out, 4*T*H*K elements, and one fp32
+per row and head (two in fp32). The tables come from cache. The backward reads q, k, v, out, dout and writes dq, dk, dv,
+8*T*H*K. Each of its kernels recomputes the probabilities from the saved log-sum-exp and reads its operands again, from
+cache. The fp32 sums for the tables' gradients are two rows per distance, head and group of sequences.
 
-Inside a tile of M queries and N keys the distances i - j are M + N - 1 neighbours. Their rows of pos_key are loaded as
-a band, one row for each distance (so several may be the same row: buckets), and q bandᵀ is a product for tensor cores.
-The score of a pair stands in its row i at column i - j + N - 1: each row is read from another column on. That shift is
-the same in all tiles. It is a gather along a flat index, which goes through shared memory, in an order of elements that
-has no bank conflicts and addresses of a register plus a constant (NOTES.md). The same with k and pos_query, where
-the shift depends on j. The backward shifts the gradients of the scores back, as operands of products with the bands.
+In a tile of M query rows and N keys, i - j has M + N - 1 adjacent values. Their rows of pos_key are loaded as a band,
+one row per distance (with buckets several are the same row), and q bandᵀ is a product for tensor cores. The score of
+(i, j) is in row i at column i - j + N - 1, so each row is read from another column on. This shift is the same in all
+tiles. It is a gather with a flat index through shared memory. The order of elements avoids bank conflicts, and most
+addresses are a register plus a constant (NOTES.md). k and pos_query are treated alike, but their shift depends on j.
+The backward shifts the gradients of the scores back, and multiplies them with the bands.
 
-The gradients of the tables: all tiles with one i0 - j0, a diagonal, have the same band. A program walks a diagonal, and
-a second one so that all walk equally far, in a group of sequences and keeps the band's gradient on chip. What the
-groups and diagonals found is added in a last kernel, row by row of the table: no atomics, the same inputs give the same
-bits.
+The gradients of the tables: all tiles with the same i0 - j0, a diagonal, have the same band. A program loops over a
+diagonal and a second one, chosen so that all programs have equally many tiles, in a group of sequences, and keeps the
+band's gradient on chip. A last kernel adds up the groups and diagonals for each row of the table. There are no atomics,
+and the same inputs give the same bits.
 
-Letters: B sequences, T tokens, H heads, K head size, P rows of a position table. Tiles have BLOCK_M queries and BLOCK_N
-keys, or BLOCK of both; bands have BLOCK_W rows, or 2 BLOCK.
+Letters: B sequences, T tokens, H heads, K head size, P rows of a position table. Tiles have BLOCK_M query rows and
+BLOCK_N keys, or BLOCK of both. Bands have BLOCK_W rows, or 2 BLOCK.
 """
 
 import functools
@@ -69,11 +69,11 @@ def _disentangled_attention_fwd_kernel(
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     stride_pkp, stride_pkh, stride_pqp, stride_pqh,
     scale_log2, offset, threshold, keep_scale,
-    HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_FULL: tl.constexpr,
+    HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_FP32: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # programs of one head run at about the same time: they read the same rows of the tables
+    # programs of one head are adjacent, since they read the same rows of the tables
     tile = tl.program_id(0) % tiles
     b = tl.program_id(0) // tiles % B
     h = tl.program_id(0) // tiles // B
@@ -82,7 +82,7 @@ def _disentangled_attention_fwd_kernel(
 
     end = tl.load(cu_seqlens_ptr + B)
     _zero_slack(out_ptr, stride_ot, h, stride_oh, end, T, b * tiles + tile, B * tiles, K, BLOCK_M, BLOCK_K)
-    for part in tl.static_range(2 if IS_FULL else 1):
+    for part in tl.static_range(2 if IS_FP32 else 1):
         _zero_slack(
             _at(lse_ptr, part * H + h, T, 0, 0), 1, 0, 0, end, T, b * tiles + tile, B * tiles, 1, BLOCK_M, 1
         )  # fmt: skip
@@ -113,13 +113,13 @@ def _disentangled_attention_fwd_kernel(
         )  # fmt: skip
         s = _scores(q, k, key_band, query_band, HAS_KEY, HAS_QUERY, PRECISION, BLOCK_M, BLOCK_N, BLOCK_W)
         s = tl.where(offs_n[None, :] < length - n, s, float("-inf"))
-        if IS_FULL:
+        if IS_FP32:
             higher = tl.maximum(highest, tl.max(s, 1))
             alpha = tl.exp2((highest - higher) * scale_log2)
         else:
             higher = tl.maximum(highest, tl.max(s, 1) * scale_log2)
             alpha = tl.exp2(highest - higher)
-        p = tl.exp2(_exponent(s, scale_log2, higher, IS_FULL))
+        p = tl.exp2(_exponent(s, scale_log2, higher, IS_FP32))
         total = total * alpha + tl.sum(p, 1)
         highest = higher
         if HAS_DROPOUT:
@@ -129,7 +129,7 @@ def _disentangled_attention_fwd_kernel(
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
         k_ptr = _at(k_ptr, BLOCK_N, stride_kt, 0, 0)
         v_ptr = _at(v_ptr, BLOCK_N, stride_vt, 0, 0)
-    _store_lse(_at(lse_ptr, start_q, 1, h, T), rows, H, T, highest, total, IS_FULL, BLOCK_M)
+    _store_lse(_at(lse_ptr, start_q, 1, h, T), rows, H, T, highest, total, IS_FP32, BLOCK_M)
     out_ptr = _at(out_ptr, start_q, stride_ot, h, stride_oh)
     _store_tile(out_ptr, stride_ot, rows, acc * (keep_scale / total)[:, None], K, BLOCK_M, BLOCK_K)
 
@@ -143,7 +143,7 @@ def _disentangled_attention_dq_kernel(
     stride_dot, stride_doh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     stride_pkp, stride_pkh, stride_pqp, stride_pqh, stride_dqt, stride_dqh,
     scale, scale_log2, offset, threshold, keep_scale,
-    HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_FULL: tl.constexpr,
+    HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_FP32: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dq, and delta [H, T] = rowsum(dout * out) for the kernels below."""
@@ -175,7 +175,7 @@ def _disentangled_attention_dq_kernel(
     out = _load_tile(out_ptr, stride_ot, rows, K, BLOCK, BLOCK_K, False, UPCAST)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
     tl.store(_at(delta_ptr, start_q, 1, h, T) + offs, delta, mask=offs < rows)
-    highest, log_total = _load_lse(_at(lse_ptr, start_q, 1, h, T), rows, H, T, IS_FULL, BLOCK)
+    highest, log_total = _load_lse(_at(lse_ptr, start_q, 1, h, T), rows, H, T, IS_FP32, BLOCK)
 
     dq = tl.zeros([BLOCK, BLOCK_K], tl.float32)
     first = middle + tile * BLOCK - BLOCK + 1
@@ -189,7 +189,7 @@ def _disentangled_attention_dq_kernel(
         v = _load_tile(v_ptr, stride_vt, length - n, K, BLOCK, BLOCK_K, False, UPCAST)
         _, ds = _gradients(
             s, v, dout, highest, log_total, delta, start_q + offs, length - n, h, n,
-            seed, scale_log2, offset, threshold, keep_scale, HAS_DROPOUT, IS_FULL, PRECISION, BLOCK,
+            seed, scale_log2, offset, threshold, keep_scale, HAS_DROPOUT, IS_FP32, PRECISION, BLOCK,
         )  # fmt: skip
         dq = tl.dot(ds, k, dq, input_precision=PRECISION)
         if HAS_KEY:
@@ -205,10 +205,10 @@ def _add_dkdv(
     dk, dv, k, v, dout_ptr, q_ptr, pos_key_ptr, pos_query_ptr, index_ptr, lse_ptr, delta_ptr,
     T, H, stride_dot, stride_qt, stride_pkp, stride_pqp, start, length, m, rows_k, column, first,
     h, seed, scale_log2, offset, threshold, keep_scale,
-    HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_FULL: tl.constexpr,
+    HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_FP32: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dk / scale and dv / keep_scale with what the tile of queries from `m` on adds to them."""
+    """dk / scale and dv / keep_scale plus the contribution of the query rows from `m` on."""
     offs = m + tl.arange(0, BLOCK)
     q = _load_tile(_at(q_ptr, m, stride_qt, 0, 0), stride_qt, length - m, K, BLOCK, BLOCK_K, False, UPCAST)
     key_band, query_band = _load_bands(
@@ -217,11 +217,11 @@ def _add_dkdv(
     )  # fmt: skip
     s = _scores(q, k, key_band, query_band, HAS_KEY, HAS_QUERY, PRECISION, BLOCK, BLOCK, 2 * BLOCK)
     dout = _load_tile(_at(dout_ptr, m, stride_dot, 0, 0), stride_dot, length - m, K, BLOCK, BLOCK_K, False, UPCAST)
-    highest, log_total = _load_lse(_at(lse_ptr, start + m, 1, h, T), length - m, H, T, IS_FULL, BLOCK)
+    highest, log_total = _load_lse(_at(lse_ptr, start + m, 1, h, T), length - m, H, T, IS_FP32, BLOCK)
     delta = tl.load(delta_ptr + offs, mask=offs < length, other=0.0)
     kept, ds = _gradients(
         s, v, dout, highest, log_total, delta, start + offs, rows_k, h, column,
-        seed, scale_log2, offset, threshold, keep_scale, HAS_DROPOUT, IS_FULL, PRECISION, BLOCK,
+        seed, scale_log2, offset, threshold, keep_scale, HAS_DROPOUT, IS_FP32, PRECISION, BLOCK,
     )  # fmt: skip
     dv = tl.dot(tl.trans(kept), dout, dv, input_precision=PRECISION)
     dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
@@ -239,7 +239,7 @@ def _disentangled_attention_dkdv_kernel(
     stride_dot, stride_doh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     stride_pkp, stride_pkh, stride_pqp, stride_pqh, stride_dkt, stride_dkh, stride_dvt, stride_dvh,
     scale, scale_log2, offset, threshold, keep_scale,
-    HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_FULL: tl.constexpr,
+    HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_FP32: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0) % tiles
@@ -270,13 +270,13 @@ def _disentangled_attention_dkdv_kernel(
     dk = tl.zeros([BLOCK, BLOCK_K], tl.float32)
     dv = tl.zeros([BLOCK, BLOCK_K], tl.float32)
     first = middle - tile * BLOCK - BLOCK + 1
-    # hoisted out of the loop, its addresses and masks would spill
+    # no hoisting: addresses and masks outside the loop would spill
     for m in tl.range(0, length, BLOCK, disable_licm=True):
         dk, dv = _add_dkdv(
             dk, dv, k, v, dout_ptr, q_ptr, pos_key_ptr, pos_query_ptr, index_ptr, lse_ptr, delta_ptr,
             T, H, stride_dot, stride_qt, stride_pkp, stride_pqp, start, length, m, rows_k, tile * BLOCK, first + m,
             h, seed, scale_log2, offset, threshold, keep_scale,
-            HAS_KEY, HAS_QUERY, HAS_DROPOUT, IS_FULL, PRECISION, UPCAST, K, BLOCK, BLOCK_K,
+            HAS_KEY, HAS_QUERY, HAS_DROPOUT, IS_FP32, PRECISION, UPCAST, K, BLOCK, BLOCK_K,
         )  # fmt: skip
     _store_tile(_at(dk_ptr, start_k, stride_dkt, h, stride_dkh), stride_dkt, rows_k, dk * scale, K, BLOCK, BLOCK_K)
     _store_tile(_at(dv_ptr, start_k, stride_dvt, h, stride_dvh), stride_dvt, rows_k, dv * keep_scale, K, BLOCK, BLOCK_K)
@@ -287,11 +287,11 @@ def _add_dband(
     dband, key_band, query_band, dout_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr,
     T, H, stride_dot, stride_doh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     start, length, m, n, h, seed, scale_log2, offset, threshold, keep_scale,
-    HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_FULL: tl.constexpr,
+    HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_FP32: tl.constexpr,
     OF_KEY: tl.constexpr, IS_EARLY: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dband / scale with what the tile of queries from `m` and keys from `n` on adds to it."""
+    """dband / scale plus the contribution of the tile of query rows from `m` and keys from `n` on."""
     offs = m + tl.arange(0, BLOCK)
     q_ptr = _at(q_ptr, start + m, stride_qt, h, stride_qh)
     k_ptr = _at(k_ptr, start + n, stride_kt, h, stride_kh)
@@ -306,11 +306,11 @@ def _add_dband(
     if not IS_EARLY:
         dout = _load_tile(dout_ptr, stride_dot, length - m, K, BLOCK, BLOCK_K, False, UPCAST)
         v = _load_tile(v_ptr, stride_vt, length - n, K, BLOCK, BLOCK_K, False, UPCAST)
-    highest, log_total = _load_lse(_at(lse_ptr, start + m, 1, h, T), length - m, H, T, IS_FULL, BLOCK)
+    highest, log_total = _load_lse(_at(lse_ptr, start + m, 1, h, T), length - m, H, T, IS_FP32, BLOCK)
     delta = tl.load(delta_ptr + start + offs, mask=offs < length, other=0.0)
     _, ds = _gradients(
         s, v, dout, highest, log_total, delta, start + offs, length - n, h, n,
-        seed, scale_log2, offset, threshold, keep_scale, HAS_DROPOUT, IS_FULL, PRECISION, BLOCK,
+        seed, scale_log2, offset, threshold, keep_scale, HAS_DROPOUT, IS_FP32, PRECISION, BLOCK,
     )  # fmt: skip
     if OF_KEY:
         return tl.dot(tl.trans(_shift_queries(ds, BLOCK)), q, dband, input_precision=PRECISION)
@@ -327,14 +327,14 @@ def _disentangled_attention_dband_kernel(
     stride_dot, stride_doh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     stride_pkp, stride_pkh, stride_pqp, stride_pqh,
     scale, scale_log2, offset, threshold, keep_scale,
-    HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_FULL: tl.constexpr,
+    HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_FP32: tl.constexpr,
     OF_KEY: tl.constexpr, IS_EARLY: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Gradients [2 tiles, groups, H, 2 BLOCK, K] of the bands of pos_key (OF_KEY) or pos_query.
 
-    Diagonal D has the tiles whose first query is D - tiles tiles behind the first key. A program walks two diagonals,
-    of `tiles` tiles together.
+    Diagonal D has the tiles whose first query row is D - tiles tiles behind the first key. A program loops over two
+    diagonals with `tiles` tiles together.
     """
     group = tl.program_id(0) % groups
     pair = tl.program_id(0) // groups % tiles
@@ -345,7 +345,7 @@ def _disentangled_attention_dband_kernel(
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     for diagonal in range(pair, pair + tiles + 1, tiles):
         apart = diagonal - tiles
-        # in diagonal 0 are no tiles, and its band begins before the index
+        # diagonal 0 has no tiles, and its band begins before the index
         first = tl.maximum(middle + apart * BLOCK - BLOCK + 1, 0)
         key_band, query_band = _load_bands(
             pos_key_ptr, stride_pkp, pos_query_ptr, stride_pqp, index_ptr, first,
@@ -362,7 +362,7 @@ def _disentangled_attention_dband_kernel(
                     T, H, stride_dot, stride_doh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
                     start, length, (tile + apart) * BLOCK, tile * BLOCK,
                     h, seed, scale_log2, offset, threshold, keep_scale,
-                    HAS_KEY, HAS_QUERY, HAS_DROPOUT, IS_FULL, OF_KEY, IS_EARLY, PRECISION, UPCAST,
+                    HAS_KEY, HAS_QUERY, HAS_DROPOUT, IS_FP32, OF_KEY, IS_EARLY, PRECISION, UPCAST,
                     K, BLOCK, BLOCK_K,
                 )  # fmt: skip
         place = tl.cast((diagonal * groups + group) * H + h, tl.int64) * (2 * BLOCK * K)
@@ -376,7 +376,7 @@ def _disentangled_attention_dtable_kernel(
     H, tiles, groups,
     K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One row and head of a position table's gradient [P, H, K]: the sum over the distances that the row serves."""
+    """One row and head of a position table's gradient [P, H, K]: the sum over the distances that use the row."""
     row = tl.program_id(0) // H
     h = tl.program_id(0) % H
     offs_g = tl.arange(0, BLOCK_G)
@@ -395,9 +395,9 @@ def _disentangled_attention_dtable_kernel(
     tl.store(dtable_ptr + offs_k, tl.sum(total, 0).to(dtable_ptr.dtype.element_ty), mask=offs_k < K)
 
 
-# (kernel, operands are fp32, tensor cores are Hopper's and the head size is up to 64): the rows of a tile (of queries,
-# and of keys where a kernel takes others), warps, stages. From the compiler's reports (no spills on sm_80 and sm_90:
-# NOTES.md), not from times on a device
+# (kernel, operands are fp32, large tiles: Hopper's tensor cores and a head size up to 64): tile sizes (query rows, and
+# keys if they differ), warps, stages. Chosen from the compiler's reports (no spills on sm_80 and sm_90: NOTES.md), not
+# from times on a device
 _TILES = {
     ("fwd", False, True): (64, 64, 4, 1),
     ("fwd", False, False): (32, 32, 4, 1),
@@ -416,7 +416,7 @@ _TILES = {
 
 def _settings(kernel, q, max_seqlen, has_dropout):
     """(settings, candidates) of one of the four kernels with tiles."""
-    is_full, is_wide = q.dtype == torch.float32, q.shape[-1] > 64
+    is_fp32, is_wide = q.dtype == torch.float32, q.shape[-1] > 64
 
     def settings(*tile):
         *rows, num_warps, num_stages = tile
@@ -424,39 +424,39 @@ def _settings(kernel, q, max_seqlen, has_dropout):
         if kernel == "fwd":
             return dict(BLOCK_M=rows[0], BLOCK_N=rows[1], BLOCK_W=triton.next_power_of_2(sum(rows) - 1), **blocks)
         if kernel == "dband":
-            # the compiler's registers suffice in one order of loads with dropout, in the other without
+            # with dropout one order of loads does not spill, without dropout the other
             blocks["IS_EARLY"] = has_dropout and rows[0] == 64
         return dict(BLOCK=rows[0], **blocks)
 
-    # one tile is a sequence of up to 64 tokens: then the bands' gradient, which has no loop to share its loads, spills
+    # a sequence of up to 64 tokens is one tile: without a loop that shares its loads, the bands' gradient spills
     shortest = 64 if kernel == "dband" and has_dropout else 32
-    is_large = not (is_full or is_wide) and max_seqlen > shortest and capability() >= 90
-    default = settings(*_TILES[kernel, is_full, is_large])
-    if kernel == "dband" and (is_full and has_dropout and capability() < 90 or not is_full and capability() == 0):
+    is_large = not (is_fp32 or is_wide) and max_seqlen > shortest and capability() >= 90
+    default = settings(*_TILES[kernel, is_fp32, is_large])
+    if kernel == "dband" and (is_fp32 and has_dropout and capability() < 90 or not is_fp32 and capability() == 0):
         # fp32 on Ampere, and AMD's wider warps
-        default = settings(16 if is_full else 32, 4, 1)
-    if is_full and is_wide and kernel in ("dq", "dkdv"):
-        # fp32 rows of over 64 elements: twice the warps, half the registers each
+        default = settings(16 if is_fp32 else 32, 4, 1)
+    if is_fp32 and is_wide and kernel in ("dq", "dkdv"):
+        # fp32 rows of more than 64 elements: twice the warps with half the registers each
         default = settings(16, 16, 1)
-    if kernel == "fwd" and not (is_full or is_wide or is_large) and max_seqlen > 32:
+    if kernel == "fwd" and not (is_fp32 or is_wide or is_large) and max_seqlen > 32:
         default = settings(64, 32, 4, 2)
     small = _TILES[kernel, False, False]
-    candidates = [default] if is_full or not is_large else [default, settings(*small)]
+    candidates = [default] if is_fp32 or not is_large else [default, settings(*small)]
     if kernel == "fwd" and is_large:
         candidates += [settings(64, 32, 4, 2), settings(64, 64, 4, 2)]
     return default, candidates
 
 
 def _constants(q, pos_key, pos_query, dropout_p):
-    """The compile-time constants that every kernel has beside its blocks."""
+    """The compile-time constants of every kernel except its block sizes."""
     K = q.shape[-1]
     return dict(
         HAS_KEY=pos_key is not None,
         HAS_QUERY=pos_query is not None,
         HAS_DROPOUT=dropout_constants(dropout_p)[0] > 0,
-        IS_FULL=q.dtype == torch.float32,
+        IS_FP32=q.dtype == torch.float32,
         PRECISION=product_precision(q.dtype),
-        # Triton's interpreter computes wrongly with bfloat16, so there it is widened as it is loaded
+        # Triton's interpreter computes wrong results in bfloat16: convert to fp32 after loading
         UPCAST=INTERPRET and q.dtype == torch.bfloat16,
         K=K,
         BLOCK_K=max(triton.next_power_of_2(K), 16),
@@ -464,7 +464,7 @@ def _constants(q, pos_key, pos_query, dropout_p):
 
 
 def _furthest(max_seqlen):
-    """Distances up to this may be looked up by a tile that begins within a sequence: the largest tile is 128."""
+    """The largest distance that a tile in a sequence can look up: tiles have at most 128 rows."""
     return triton.cdiv(max_seqlen, 128) * 128 + 128
 
 
@@ -501,7 +501,7 @@ def disentangled_attention_fwd(
 
 
 def _key(q, max_seqlen, constants):
-    """The class of shapes that shares launch settings: "bf16 K64 S512 c2p p2c dropout"."""
+    """The key for `launch`, shared by similar shapes: "bf16 K64 S512 c2p p2c dropout"."""
     names = [_DTYPES[q.dtype], f"K{constants['BLOCK_K']}", f"S{min(triton.next_power_of_2(max_seqlen), 1024)}"]
     terms = {"c2p": "HAS_KEY", "p2c": "HAS_QUERY", "dropout": "HAS_DROPOUT"}
     return " ".join(names + [name for name, flag in terms.items() if constants[flag]])
@@ -511,9 +511,9 @@ def disentangled_attention_bwd(
     dout, q, k, v, pos_key, pos_query, out, lse, cu_seqlens, max_seqlen, position_buckets,
     max_relative_positions, scale, dropout_p, seed, offset, wants_tables,
 ):  # fmt: skip
-    """The gradients of q, k, v, pos_key, pos_query as they were given: a list without those that are None.
+    """The gradients of q, k, v, pos_key, pos_query, packed as the arguments: a list without those that are None.
 
-    With `wants_tables` False those of pos_key and pos_query are left out too.
+    With `wants_tables` False it has no gradients of pos_key and pos_query.
     """
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v) if x is not None]
     dq, dk, dv = _unpacked(*grads, *[None] * (3 - len(grads)))
@@ -559,7 +559,7 @@ def disentangled_attention_bwd(
     def run_dtable(settings, dtable):
         block = settings["BLOCK"]
         tiles = max(triton.cdiv(max_seqlen, block), 1)
-        # programs for two on each multiprocessor
+        # two programs per multiprocessor
         groups = min(max(2 * multiprocessors() // (H * tiles), 1), B)
         dband = torch.empty(2 * tiles, groups, H, 2 * block, K, dtype=torch.float32, device=q.device)
         _disentangled_attention_dband_kernel[(H * tiles * groups,)](
@@ -646,7 +646,7 @@ def disentangled_attention(
     """DeBERTa's attention: arguments and result of `reference.disentangled_attention`.
 
     float16, bfloat16 or float32, the same for all; head sizes up to 128. Raises TypeError and ValueError;
-    `ops.disentangled_attention` looks at the rest of the arguments.
+    `ops.disentangled_attention` checks the other arguments.
     """
     tensors = [x for x in (q, k, v, pos_key, pos_query) if x is not None]
     if q.dtype not in _DTYPES or any(x.dtype != q.dtype for x in tensors):

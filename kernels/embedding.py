@@ -4,20 +4,20 @@
     y = dropout((z - mean(z)) * rstd(z) * weight + bias)
 
 Plain PyTorch, forward: each lookup reads and writes T D elements, two adds read two and write one each, LayerNorm and
-dropout read one and write one each: 16 T D and a mask. Fused: read the three rows, write y, 4 T D, of which the small
-tables' T D come from cache, and mean and rstd (8 bytes a row).
+dropout read one and write one each: 16 T D and a mask. Fused: read the three rows, write y, 4 T D, of which the rows of
+the small tables come from cache, and mean and rstd (8 bytes per row).
 
 Backward, plain: dropout 2 T D and the mask, LayerNorm 5 T D, each table reads T D and writes its gradient. Fused: read
 dy and the three rows, write dz, then read dz once for each large table: 7 T D, the tables' gradients, and the edges
-described below. z is made again from the tables, and the dropout mask is drawn again.
+described below. The backward computes z and draws the dropout mask again.
 
-The gradient of a table adds up the rows of dz that share an id, without atomics: all tables' ids are sorted in one
-list (a stable sort; each table's ids follow those of the one before), and programs walk over chunks of the sorted
-order. A run of equal ids that lies inside a chunk is finished there. A chunk's first and last run may go on in its
-neighbours: their sums become two rows of a list that is 32 times shorter and sorted as well, and the same kernel runs
-over that list, until one chunk holds it all. So the cost depends little on how often an id repeats, the order of
-additions is fixed, and nothing waits for the host. A table of at most two rows (token types) is summed where dz is
-made, like weight and bias: partial sums in each program, one sum over the programs.
+The gradient of a table is the sum of the rows of dz with the same id, without atomics. The ids of all tables are sorted
+in one list (a stable sort; each table's ids follow those of the table before), and each program takes a chunk of the
+sorted list. A run of equal ids inside a chunk is finished there. A chunk's first and last run may continue in the
+adjacent chunks: their sums become two rows of a list that is 32 times shorter and sorted too. The same kernel runs over
+that list, until one chunk has all of it. So the cost depends little on how often an id repeats, the order of additions
+is fixed, and nothing waits for the host. A table of at most two rows (token types) is summed in the kernel of dz, like
+weight and bias: partial sums in each program, one sum over the programs.
 
 T tokens, D hidden size.
 """
@@ -42,16 +42,16 @@ from ._launch import (
 )
 from ._math import keep_mask, layer_norm_dz, parameter, row_moments, row_start
 
-# CHUNK sorted tokens, of which one warp holds BLOCK_D columns
+# CHUNK sorted tokens per program; one warp has BLOCK_D columns
 SEGMENTS = dict(CHUNK=64, BLOCK_D=256, STAGES=4, num_warps=1)
 SEGMENTS_CANDIDATES = (SEGMENTS, *({**SEGMENTS, "CHUNK": n} for n in (32, 128)), {**SEGMENTS, "STAGES": 8})
-# tables of so few rows are summed in registers
+# tables of at most so many rows are summed in registers
 MOST_TYPES_IN_REGISTERS = 2
 
 
 @triton.jit
 def _id(ids_ptr, row, mask_t):
-    """The tokens' rows in a table; none where there is no table."""
+    """The tokens' rows in a table; without a table a placeholder."""
     if ids_ptr is None:
         return row
     else:
@@ -77,7 +77,7 @@ def _embedding_fwd_kernel(
     D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    # rows, in tables and tokens, are int64: T * D and V * D may pass 2^31
+    # rows of tables and tokens are int64: T * D and V * D can pass 2^31
     offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     row = offs_t[:, None]
     mask_t = row < T
@@ -116,9 +116,9 @@ def _embedding_bwd_kernel(
     D: tl.constexpr, ALIGN: tl.constexpr, TYPES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    # partials, fp32: for each program dweight [D], dtypes [TYPES, D], dbias [D]. Until the end each row of the block
-    # has its own share, so that nothing crosses warps inside the loop. dtypes[i * TYPES + k]: tile i of type k.
-    # keys: what is to be sorted, [T] for each table whose gradient comes from segments
+    # partials, fp32: per program dweight [D], dtypes [TYPES, D], dbias [D]. Until the end each row of the block has its
+    # own sums, so that nothing crosses warps inside the loop. dtypes[i * TYPES + k]: tile i of type k.
+    # keys: the ids to sort, [T] for each table whose gradient comes from segments
     dweight, dbias, dtypes = (), (), ()
     for _ in tl.static_range(TILES):
         dweight = dweight + (tl.zeros([BLOCK_T, BLOCK_D], tl.float32),)
@@ -187,8 +187,8 @@ def _segment_sum_kernel(
     count, T, skipped_key, first1, first2,
     D: tl.constexpr, IS_LAST: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    # one chunk of `count` sorted keys: below first1 those of table 0, below first2 those of table 1. Place r belongs to
-    # row order[r] modulo T, or r itself without an order
+    # one chunk of `count` sorted keys: keys below first1 are of table 0, keys below first2 of table 1. Key r belongs to
+    # row order[r] modulo T, or to row r without an order
     chunk = tl.program_id(0).to(tl.int64)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
@@ -224,7 +224,7 @@ def _segment_sum_kernel(
         total = tl.where(ends, 0.0, total)
 
     if not IS_LAST:
-        # a chunk of one run has no second edge: it counts as one of 0
+        # a chunk with one run has no second edge: store 0
         zero = tl.zeros([BLOCK_D], tl.float32)
         tl.store(edges_ptr + (2 * chunk + 1) * D + offs_d, zero, mask=mask_d & (first_key == last_key))
         if tl.program_id(1) == 0:
@@ -233,10 +233,10 @@ def _segment_sum_kernel(
 
 
 def segment_sums(rows, keys, tables, skipped_key):
-    """The gradients of lookups in `tables` [V, D], at most three, from that of their sum, `rows` [T, D].
+    """The gradients of lookups in at most three `tables` [V, D], from the gradient of their sum, `rows` [T, D].
 
-    keys int32 [len(tables) * T]: every table's ids in turn, raised by the number of rows in the tables before. Each
-    gradient is like its table. Row `skipped_key` of the first stays zero (-1: none does).
+    keys int32 [len(tables) * T]: the ids of one table after the other, plus the number of rows in the tables before.
+    Each gradient has the shape and dtype of its table. Row `skipped_key` of the first table stays 0 (-1: no such row).
     """
     T, D = rows.shape
     gradients = [torch.zeros(table.shape, dtype=table.dtype, device=table.device) for table in tables]
@@ -270,7 +270,7 @@ def _empty_fwd(
     input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, eps, dropout_p, seed, offset,
     dtype=None,
 ):  # fmt: skip
-    """The results of embedding_fwd before anything is written to them; what torch.compile must know of them."""
+    """The uninitialised results of embedding_fwd; also its fake for torch.compile."""
     T, D = input_ids.shape[0], word.shape[1]
     mean, rstd = (torch.empty(T, dtype=torch.float32, device=word.device) for _ in range(2))
     return torch.empty((T, D), dtype=dtype or word.dtype, device=word.device), mean, rstd
@@ -332,8 +332,8 @@ def embedding_bwd(
 
     default, candidates = walk_settings(D, word.element_size(), 2)
     if word.element_size() == 2 and default["TILES"] == 4 and D <= 4096:
-        # the sums for token types are too much for a thread that holds four tiles: as many rows on twice the warps, of
-        # which one program fits
+        # with four tiles, the sums for token types take too many registers: as many rows on twice the warps; one
+        # program fits
         default = {**candidates[1], "PROGRAMS": 1}
     launch(run, "embedding_bwd", shape_key(word, D), default, candidates)
     dword, *others = segment_sums(dz, keys, tables, padding_idx)
@@ -393,9 +393,9 @@ def embedding(
     `fastbert/reference.py`.
 
     Ids int64 or int32 [T], inside their tables (not checked); tables [V, D], [P, D], [types, D], with fewer than 2^31
-    rows in all; weight [D]; bias [D] or None. The last two tables may be None, each with its ids. Row `padding_idx` of
-    `word` gets no gradient (-1: every row does). `seed` is an int64 tensor [1] on the tables' device, needed when
-    `dropout_p` is over 0. Returns [T, D] in `dtype`, or the word table's; each gradient comes in its argument's.
+    rows in total; weight [D]; bias [D] or None. The last two tables may be None, each with its ids. Row `padding_idx`
+    of `word` gets no gradient (-1: every row gets one). `seed` is an int64 tensor [1] on the tables' device, needed if
+    `dropout_p` is above 0. Returns [T, D] in `dtype`, or the word table's; each gradient has its argument's dtype.
     Differentiable once. Raises ValueError for rows of more than 8192 columns, and for a table without its ids.
     """
     for name, ids, table in (("position", position_ids, position), ("token_type", token_type_ids, token_type)):

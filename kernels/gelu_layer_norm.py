@@ -8,8 +8,8 @@ y, 2 T D, and mean and rstd (8 bytes a row). Backward, plain: LayerNorm reads dy
 for its parameters, GELU reads dh and x + bias and writes dx, dbias reads dx, 9 T D. Fused: read dy and x, write dx,
 3 T D, and 12 D bytes of partial sums per program, written and read once.
 
-The backward makes h and GELU's derivative again from x, in fp32. Each program adds up the three parameter gradients
-over the rows it walks; one sum over the programs follows: no atomics, the same bits each time.
+The backward computes h and GELU's derivative again from x, in fp32. Each program adds up the three parameter gradients
+over its rows, and one sum over the programs follows. There are no atomics, and the same inputs give the same bits.
 
 T rows, D hidden size.
 """
@@ -77,8 +77,8 @@ def _gelu_layer_norm_bwd_kernel(
     D: tl.constexpr, ALIGN: tl.constexpr, TANH: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LN_BIAS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    # partials, fp32: for each program dweight [D], then dbias, then dln_bias. Until the end each row of the block has
-    # its own share, so that nothing crosses warps inside the loop
+    # partials, fp32: per program dweight [D], then dbias, then dln_bias. Until the end each row of the block has its
+    # own sums, so that nothing crosses warps inside the loop
     dbias, dweight, dln_bias = (), (), ()
     for _ in tl.static_range(TILES):
         dbias = dbias + (tl.zeros([BLOCK_T, BLOCK_D], tl.float32),)
@@ -130,7 +130,7 @@ def _gelu_layer_norm_bwd_kernel(
 
 
 def _empty_fwd(x, bias, weight, ln_bias, approximate, eps, dtype=None):
-    """The results of gelu_layer_norm_fwd before anything is written to them; what torch.compile must know of them."""
+    """The uninitialised results of gelu_layer_norm_fwd; also its fake for torch.compile."""
     mean, rstd = (torch.empty(x.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
     return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device), mean, rstd
 
@@ -157,7 +157,7 @@ def gelu_layer_norm_fwd(x, bias, weight, ln_bias, approximate, eps, dtype=None):
 
 
 def _empty_bwd(dy, x, bias, weight, ln_bias, mean, rstd, approximate):
-    """The results of gelu_layer_norm_bwd before anything is written to them; what torch.compile must know of them."""
+    """The uninitialised results of gelu_layer_norm_bwd; also its fake for torch.compile."""
     return tuple(empty_like(t, x) for t in (x, bias, weight, ln_bias))
 
 
@@ -183,11 +183,11 @@ def gelu_layer_norm_bwd(dy, x, bias, weight, ln_bias, mean, rstd, approximate):
 
     default, candidates = walk_settings(D, x.element_size(), 2)
     if x.element_size() == 2 and (default["TILES"] == 3 or D >= 2048):
-        # GELU takes more registers than LayerNorm alone: as many rows on twice the warps need half as many a thread,
-        # which lets twice the warps run at once (three tiles) and spares spills (wide rows)
+        # GELU takes more registers than LayerNorm alone. Twice the warps for the same rows need half the registers per
+        # thread, so that twice the warps fit (three tiles) and nothing spills (wide rows)
         default = candidates[1]
     elif x.element_size() == 2 and default["TILES"] == 4 and D <= 1024:
-        # half as many rows, each on two warps: no spills, and half as many warps again at once
+        # half the rows, each on two warps: no spills, and 1.5 times as many warps at once
         default = {**default, "BLOCK_T": 2, "BLOCK_D": 512, "TILES": 2, "PROGRAMS": 3}
         candidates = (*candidates, default)
     launch(run, "gelu_layer_norm_bwd", shape_key(x, D), default, candidates)
@@ -229,7 +229,7 @@ def gelu_layer_norm(x, bias, weight, ln_bias, *, approximate="none", eps=1e-12, 
     """LayerNorm(GELU(x + bias)), see `fastbert/reference.py`. x [T, D], any strides; weight [D]; bias and ln_bias [D]
     or None; approximate "none" (erf) or "tanh".
 
-    Returns [T, D] in `dtype`, or x's. Dtypes may differ between the arguments; each gradient comes in its argument's.
+    Returns [T, D] in `dtype`, or x's. The arguments may have different dtypes; each gradient has its argument's.
     Differentiable once. Raises ValueError for another `approximate`, and for rows of more than 8192 columns.
     """
     if approximate not in ("none", "tanh"):

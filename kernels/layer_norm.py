@@ -4,15 +4,15 @@
     y = (z - mean(z)) * rstd(z) * weight + bias
 
 Plain PyTorch, forward: dropout reads x and writes it and a mask, the add reads two and writes z, LayerNorm reads z and
-writes y: 7 T D elements and a mask. Fused: read x and residual, write y, 3 T D, and mean and rstd (8 bytes a row).
+writes y: 7 T D elements and a mask. Fused: read x and residual, write y, 3 T D, and mean and rstd (8 bytes per row).
 Backward, plain: LayerNorm reads dy and z and writes dz, reads both again for dweight and dbias, dropout reads dz and
-the mask and writes dx: 7 T D and the mask. Fused: read dy, x, residual, write dx, and dresidual where it differs from
-dx (under dropout, or in another dtype): 4 or 5 T D, and 8 D bytes of partial sums per program, written and read once.
+the mask and writes dx: 7 T D and the mask. Fused: read dy, x, residual, write dx, and dresidual if it differs from dx
+(with dropout, or in another dtype): 4 or 5 T D, and 8 D bytes of partial sums per program, written and read once.
 
-z is not kept: the backward makes it again from x and residual. That reads one tensor more than a saved z would, the
-forward writes one less, and z stays in fp32 where a saved one would be rounded to x's dtype. The dropout mask is drawn
-again too. Statistics are fp32 and two-pass. Each program adds up dweight and dbias over the rows it walks; one sum over
-the programs follows. No atomics: the same bits each time.
+z is not saved: the backward computes it again from x and residual. This reads one tensor more than a saved z, but the
+forward writes one less, and z stays in fp32, where a saved z would be rounded to x's dtype. The backward also draws the
+dropout mask again. Statistics are fp32 and two-pass. Each program adds up dweight and dbias over its rows, and one sum
+over the programs follows. There are no atomics, and the same inputs give the same bits.
 
 T tokens, D hidden size.
 """
@@ -91,8 +91,8 @@ def _layer_norm_bwd_kernel(
     HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, WRITE_DRESIDUAL: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    # partials, fp32: for each program dweight [D], then dbias [D]. Until the end each row of the block has its own
-    # share, so that nothing crosses warps inside the loop
+    # partials, fp32: per program dweight [D], then dbias [D]. Until the end each row of the block has its own sums, so
+    # that nothing crosses warps inside the loop
     dweight, dbias = (), ()
     for _ in tl.static_range(TILES):
         dweight = dweight + (tl.zeros([BLOCK_T, BLOCK_D], tl.float32),)
@@ -150,7 +150,7 @@ def _layer_norm_bwd_kernel(
 
 
 def _empty_fwd(x, weight, bias, residual, dropout_p, seed, offset, eps, dtype=None):
-    """The results of layer_norm_fwd before anything is written to them; what torch.compile needs to know of them."""
+    """The uninitialised results of layer_norm_fwd; also its fake for torch.compile."""
     mean, rstd = (torch.empty(x.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
     return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device), mean, rstd
 
@@ -179,19 +179,19 @@ def layer_norm_fwd(x, weight, bias, residual, dropout_p, seed, offset, eps, dtyp
 
 
 def _has_own_gradient(residual, x, dropout_p):
-    """Whether the residual's gradient differs from x's, in numbers or in dtype."""
+    """Whether the residual's gradient differs from x's in values or dtype."""
     return residual is not None and (dropout_p > 0.0 or residual.dtype != x.dtype)
 
 
 def _empty_bwd(dy, x, weight, bias, residual, mean, rstd, dropout_p, seed, offset):
-    """The results of layer_norm_bwd before anything is written to them; what torch.compile needs to know of them."""
+    """The uninitialised results of layer_norm_bwd; also its fake for torch.compile."""
     own = residual if _has_own_gradient(residual, x, dropout_p) else None
     return empty_like(x, x), empty_like(own, x), empty_like(weight, x), empty_like(bias, x)
 
 
 def layer_norm_bwd(dy, x, weight, bias, residual, mean, rstd, dropout_p, seed, offset):
-    """(dx, dresidual, dweight, dbias). dresidual is empty when dx serves for it, or when there is no residual; dweight
-    and dbias are empty without a weight or a bias."""
+    """(dx, dresidual, dweight, dbias). dresidual is empty if it equals dx or there is no residual; dweight and dbias
+    are empty without a weight or a bias."""
     T, D = x.shape
     dx, dresidual, dweight, dbias = _empty_bwd(dy, x, weight, bias, residual, mean, rstd, dropout_p, seed, offset)
     write_dresidual = _has_own_gradient(residual, x, dropout_p)
@@ -255,8 +255,8 @@ def layer_norm(x, weight, bias, *, residual=None, dropout_p=0.0, seed=None, offs
     """LayerNorm(dropout(x) + residual), see `fastbert/reference.py`. x, residual [T, D], any strides; weight, bias [D],
     either may be None.
 
-    Returns [T, D] in `dtype`, or x's. Dtypes may differ between the arguments; each gradient comes in its argument's.
-    `seed` is an int64 tensor [1] on x's device, needed when `dropout_p` is over 0. Differentiable once. Raises
-    ValueError for rows of more than 8192 columns.
+    Returns [T, D] in `dtype`, or x's. The arguments may have different dtypes; each gradient has its argument's. `seed`
+    is an int64 tensor [1] on x's device, needed if `dropout_p` is above 0. Differentiable once. Raises ValueError for
+    rows of more than 8192 columns.
     """
     return LayerNormFunction.apply(x, weight, bias, residual, dropout_p, seed, offset, eps, dtype)

@@ -1,20 +1,20 @@
-"""One vector for each packed sequence, and its L2 normalisation, in one pass over the rows, forward and backward.
+"""One vector per packed sequence with L2 normalisation, in one pass over the rows, forward and backward.
 
     p = rows[0], rows[-1], the maximum or the weighted sum of the rows      (0 for an empty sequence)
     y = p / max(||p||, eps)                                                 (or p itself)
 
-Plain PyTorch on a padded batch: mask times hidden reads and writes B S D elements, the sum reads them again: 3 B S D,
-and normalising reads and writes B D four times. Fused, forward: T D read, B D written, and the edges below. Backward:
-B D read, T D written. Beside them: with normalisation in half precision, y in fp32 for the backward (4 B D bytes, read
-once for each piece); for maxima, the row that each came from (4 B D bytes).
+Plain PyTorch on a padded batch: mask times hidden reads and writes B S D elements, the sum reads them again, 3 B S D,
+and normalising reads and writes B D four times. Fused, forward: read T D, write B D, and the pieces below. Backward:
+read B D, write T D. In addition: with normalisation in half precision, y in fp32 for the backward (4 B D bytes, read
+once per piece); for maxima, the row of each maximum (4 B D bytes).
 
-Sequences may be of any lengths, and few: so programs share rows, not sequences. Each takes CHUNK neighbouring rows,
-finds their first sequence by bisection of cu_seqlens, and walks on from there. A sequence that lies inside a chunk is
-finished there. Of a longer one each chunk leaves a piece, 8 D bytes written and read, and a second kernel with a
-program for each sequence joins pieces; it also writes the zeros of empty sequences. A piece's place, chunk + sequence,
-is known without counting: neighbouring pieces differ in exactly one of the two. First and last tokens need only the
-second kernel. No atomics, a fixed order of additions, nothing waits for the device. Rows past the last sequence are not
-read; their gradient is 0.
+Sequences may have any lengths, and there may be few of them. So programs are assigned to rows, not to sequences. Each
+takes CHUNK adjacent rows, finds their first sequence by bisection of cu_seqlens, and loops from there. A sequence
+inside a chunk is finished there. For a longer sequence each chunk writes a piece (8 D bytes, written and read), and a
+second kernel with one program per sequence joins the pieces. It also writes the zeros of empty sequences. The index of
+a piece, chunk + sequence, is unique without counting: adjacent pieces differ in exactly one of the two. First and last
+tokens need only the second kernel. There are no atomics, the order of additions is fixed, and nothing waits for the
+device. Rows past the last sequence are not read; their gradient is 0.
 
 T packed tokens, B sequences, D hidden size.
 """
@@ -41,7 +41,7 @@ MODES = ("cls", "lasttoken", "max", "mean", "mean_sqrt_len_tokens", "weightedmea
 
 @triton.jit
 def _sequence_of(cu_seqlens_ptr, B, row):
-    """The sequence that owns `row`, which must not lie past the last."""
+    """The sequence of `row`, which must not be past the last sequence."""
     low, high = row * 0, row * 0 + B
     while high - low > 1:
         middle = (low + high) // 2
@@ -52,7 +52,7 @@ def _sequence_of(cu_seqlens_ptr, B, row):
 
 @triton.jit
 def _scale(length, MODE: tl.constexpr):
-    """What the (weighted) sum of `length` rows is multiplied by."""
+    """The factor on the (weighted) sum of `length` rows."""
     n = tl.maximum(length, 1).to(tl.float32)
     if MODE == "mean":
         return 1.0 / n
@@ -70,9 +70,9 @@ def _reduce_rows(
     D: tl.constexpr, ALIGN: tl.constexpr, IS_MAX: tl.constexpr, IS_WEIGHTED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """(tiles, places), each a tuple of [BLOCK_D], of rows `start` to `stop` of x: sums, or maxima and where they stood.
+    """(tiles, places), each a tuple of [BLOCK_D], of rows `start` to `stop` of x: sums, or maxima and their places.
 
-    IS_WEIGHTED: row r counts r - first + 1 times. A maximum's place is its row, or what `places_ptr` has there.
+    IS_WEIGHTED: row r has the weight r - first + 1. A maximum's place is its row, or the entry of `places_ptr` there.
     """
     values, places = (), ()
     for _ in tl.static_range(TILES):
@@ -88,7 +88,7 @@ def _reduce_rows(
             other = float("-inf") if IS_MAX else 0.0
             x = tl.load(x_ptr + row_start(row, stride, ALIGN) + offs_d, mask=mask, other=other).to(tl.float32)
             if IS_MAX:
-                # a NaN is more than anything, as in torch; a row without one starts below -inf, whose place it takes
+                # a NaN is the maximum, as in torch; the first row always replaces the initial -inf
                 better = mask & ((x > values[i]) | ((x != x) & (values[i] == values[i])) | (places[i] == 0x7FFFFFFF))
                 if places_ptr is None:
                     place = tl.broadcast_to(row, mask.shape).to(tl.int32)
@@ -166,7 +166,7 @@ def _pooling_fwd_kernel(
             D, ALIGN, MODE == "max", MODE == "weightedmean", BLOCK_T, BLOCK_D, TILES, STAGES,
         )  # fmt: skip
         is_whole = (first == row) & (end == stop)
-        # empty sequences between these are left to the other kernel, as are those between chunks
+        # the other kernel writes empty sequences
         _finish(
             totals, origins, _scale(end - first, MODE), b, is_whole & (row < stop),
             out_ptr, unit_ptr, norm_ptr, origin_ptr, eps, D, BLOCK_D, NORMALIZE, HAS_UNIT, MODE == "max",
@@ -189,7 +189,7 @@ def _pooling_join_kernel(
     D: tl.constexpr, ALIGN: tl.constexpr, MODE: tl.constexpr, NORMALIZE: tl.constexpr, HAS_UNIT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    # rows are the pieces of sequences, or hidden itself where one row is the result
+    # rows are the pieces of sequences, or hidden itself if one row is the result
     b = tl.program_id(0).to(tl.int64)
     first = tl.load(cu_seqlens_ptr + b).to(tl.int64)
     end = tl.load(cu_seqlens_ptr + b + 1).to(tl.int64)
@@ -202,7 +202,7 @@ def _pooling_join_kernel(
     else:
         start, stop = first // CHUNK + b, (end - 1) // CHUNK + b + 1
         wanted = (stop - start > 1) | (first == end)
-        # what lies inside a chunk is finished already
+        # sequences inside a chunk are finished already
         stop = tl.where(wanted & (first < end), stop, start)
     if wanted:
         totals, origins = _reduce_rows(
@@ -252,7 +252,7 @@ def _pooling_bwd_kernel(
         scale = _scale(end - first, MODE)
         if NORMALIZE:
             norm = tl.load(norm_ptr + b)
-            # under eps it is a division by a constant
+            # below eps the divisor is constant
             dot = tl.where(norm >= eps, dot, 0.0)
             scale = scale / tl.maximum(norm, eps)
 
@@ -286,13 +286,13 @@ def _pooling_bwd_kernel(
 
 
 def _chunk(T, programs):
-    """Rows of a chunk: few enough that `programs` for each multiprocessor have one, and many enough that joining the
-    pieces of one long sequence stays short."""
+    """Rows of a chunk: few enough for `programs` chunks per multiprocessor, and enough that joining the pieces of one
+    long sequence is fast."""
     return min(max(triton.next_power_of_2(triton.cdiv(T, programs * multiprocessors())), 32), 128)
 
 
 def _empty_fwd(hidden, cu_seqlens, mode, normalize, eps, dtype=None):
-    """The results of pooling_fwd before anything is written to them; what torch.compile must know of them."""
+    """The uninitialised results of pooling_fwd; also its fake for torch.compile."""
     B, D = cu_seqlens.shape[0] - 1, hidden.shape[1]
     out = torch.empty((B, D), dtype=dtype or hidden.dtype, device=hidden.device)
     narrow = normalize and out.dtype != torch.float32
@@ -303,8 +303,8 @@ def _empty_fwd(hidden, cu_seqlens, mode, normalize, eps, dtype=None):
 
 
 def pooling_fwd(hidden, cu_seqlens, mode, normalize, eps, dtype=None):
-    """(out [B, D] in `dtype`, unit, norm [B] fp32, origin): unit is out in fp32, if out is not and `normalize` is set;
-    norm that of the vectors before, origin [B, D] int32 the rows of the maxima. What is not needed is empty.
+    """(out [B, D] in `dtype`, unit, norm [B] fp32, origin). unit: out in fp32, if `normalize` is set and out is not
+    fp32. norm: of the vectors before normalising. origin: int32 [B, D], the rows of the maxima. Others are empty.
     """
     T, D = hidden.shape
     B = len(cu_seqlens) - 1
@@ -391,9 +391,9 @@ class PoolingFunction(torch.autograd.Function):
 
 
 def pooling(hidden, cu_seqlens, *, mode="mean", normalize=False, eps=1e-12, dtype=None):
-    """One vector for each sequence, see `fastbert/reference.py`. hidden [T, D], any strides; cu_seqlens int32 [B+1].
+    """One vector per sequence, see `fastbert/reference.py`. hidden [T, D], any strides; cu_seqlens int32 [B+1].
 
-    Returns [B, D] in `dtype`, or hidden's. Differentiable once. Raises ValueError for another `mode`, and for rows of
+    Returns [B, D] in `dtype`, or hidden's. Differentiable once. Raises ValueError for an unknown `mode` and for rows of
     more than 8192 columns.
     """
     if mode not in MODES:

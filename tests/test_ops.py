@@ -46,12 +46,12 @@ def test_auto_goes_by_the_device():
 @pytest.mark.parametrize("name", ["cuda", "mps", "meta"])
 def test_cpu_on_another_device_is_refused(name):
     with pytest.raises(
-        RuntimeError, match=f"impl='cpu' was asked for on a {name} tensor: expected auto, triton or ref"
+        RuntimeError, match=f"impl='cpu' was requested for a {name} tensor: expected auto, triton or ref"
     ):
         ops.implementation(torch.device(name), "cpu")
     if name == "meta":
         x = torch.randn(2, 4, device=name)
-        with pytest.raises(RuntimeError, match="asked for on a meta tensor"):
+        with pytest.raises(RuntimeError, match="requested for a meta tensor"):
             ops.bias_gelu(x, x[0], impl="cpu")
 
 

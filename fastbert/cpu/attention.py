@@ -3,12 +3,12 @@
     p = softmax(scale q kᵀ + bias),  out = drop(p) v                                               forward
     dv = drop(p)ᵀ dout,  dp = drop(dout vᵀ),  ds = p (dp - Σ dp p),  dq, dk = scale ds k, scale dsᵀ q   backward
 
-In cache: one sequence at a time, and of it a few heads, so few that their scores stay in a core's cache from the first
-product to the last; softmax and its gradient work in place. Sequences are read, and their gradients written, where they
-lie in the packed tensors: nothing is gathered and nothing padded. p is kept for backward only up to S = 4 K, where it
-is no larger than q, k, v and the result together; of longer sequences backward makes it again.
+In cache: one sequence at a time, and so few of its heads that their scores stay in a core's cache from the first
+product to the last. Softmax and its gradient work in place. Sequences are read from the packed tensors, and gradients
+are written to them, directly: no gathering, no padding. p is saved for backward up to S = 4 K, where it is no larger
+than q, k, v and the result together. For longer sequences the backward computes it again.
 
-Letters: T packed tokens, H heads, K head size, S a sequence's length; of it G heads at a time.
+Letters: T packed tokens, H heads, K head size, S a sequence's length, G heads at a time.
 """
 
 import functools
@@ -21,9 +21,9 @@ from .derivatives import derivatives
 from .dropout import attention_keep_mask, drop, in_memory
 from .groups import TakeFunction, arrange, attend, groups, no_rows, window_mask
 
-# scores at a time for each thread: 1 MiB of float32
+# scores at a time per thread: 1 MiB of float32
 _SCORES = 2**18
-# multiply-adds of one of the matrices, below which oneDNN's set-up costs more than its product saves
+# below so many multiply-adds per matrix oneDNN's set-up costs more than it saves
 _ONEDNN_SIZE = 2**20
 
 
@@ -52,13 +52,13 @@ def biased_attention(q, k, v, bias, cu_seqlens, max_seqlen, *, scale=None, dropo
 
 
 def _runs_in_cache(q, starts):
-    # shorter sequences are better computed side by side, padded, as each call of a library takes a while to begin
+    # shorter sequences are faster in padded groups, because each library call has an overhead
     return starts[-1] >= 64 * (len(starts) - 1) > 0 and q.dtype in (torch.float32, torch.float64) and in_memory(q)
 
 
 @functools.lru_cache(maxsize=4)
 def _is_uniform(starts, rows):
-    """Whether the sequences are all of one length and all rows are theirs."""
+    """Whether all sequences have the same length and all rows belong to them."""
     length = starts[1] if len(starts) > 1 else 0
     return length > 0 and starts[-1] == rows and starts == tuple(range(0, rows + 1, length))
 
@@ -67,13 +67,13 @@ def _is_uniform(starts, rows):
 
 
 def uniform(q, k, v, B, scale):
-    """Attention of B sequences of one length: nothing to gather, which costs a small batch as much as it computes."""
+    """Attention of B sequences of one length, without gathering: that would take a small batch as long as the rest."""
     padded = (x.view(B, len(x) // B, *x.shape[1:]).transpose(1, 2) for x in _apart(q, k, v))
     return attend(*padded, scale, None, None, 0.0).transpose(1, 2).reshape(len(q), *q.shape[-2:])
 
 
 def in_groups(q, k, v, starts_q, starts, *, scale, window=None, dropout_p=0.0, seed=None, offset=0):
-    """Attention of any sequences. starts_q, starts: B + 1 ints, the sequences' first rows of q and of k."""
+    """Attention of any sequences. starts_q, starts: B + 1 ints, the first row of each sequence in q and in k."""
     if v is not None:
         k = torch.stack((k, v), 1)
     batches, place_q, place_k = groups(starts_q, starts, len(q), len(q) if k is None else len(k), q.device)
@@ -99,7 +99,7 @@ def in_groups(q, k, v, starts_q, starts, *, scale, window=None, dropout_p=0.0, s
 
 
 def biased_in_groups(q, k, v, starts, *, bias, scale, dropout_p=0.0, seed=None, offset=0):
-    """Attention with a bias for each distance, of any sequences."""
+    """Attention of any sequences with a bias per distance."""
     if k is not None:
         q = torch.stack((q, *(k.unbind(1) if v is None else (k, v))), 1)
     batches, places, _ = groups(starts, starts, len(q), len(q), q.device)
@@ -127,10 +127,10 @@ def biased_in_groups(q, k, v, starts, *, bias, scale, dropout_p=0.0, seed=None, 
 
 
 def in_cache(q, k, v, starts, *, bias=None, scale, dropout_p=0.0, seed=None, offset=0):
-    """softmax(q kᵀ · scale + bias) v within each sequence. All in a CPU's memory, as many query rows as keys.
+    """softmax(q kᵀ · scale + bias) v within each sequence, for CPU tensors with as many query rows as keys.
 
-    q, k, v in the three packings of `reference.attention`. starts: B + 1 ints, the first rows. bias [2 * span, H] or
-    None: see `reference.biased_attention`. Returns [T, H, K].
+    q, k, v in the three packings of `reference.attention`. starts: B + 1 ints, the first row of each sequence. bias
+    [2 * span, H] or None: see `reference.biased_attention`. Returns [T, H, K].
     """
     inputs, options = (q, k, v, bias), (starts, scale, dropout_p, seed, offset)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
@@ -139,7 +139,7 @@ def in_cache(q, k, v, starts, *, bias=None, scale, dropout_p=0.0, seed=None, off
 
 
 class InCacheFunction(torch.autograd.Function):
-    """The same with its backward."""
+    """`in_cache` with its backward."""
 
     @staticmethod
     def forward(ctx, q, k, v, bias, options):
@@ -168,7 +168,7 @@ def _meaning(q, k, v, bias, options):
 
 
 def _forward(q, k, v, bias, starts, scale, dropout_p, seed, offset, kept=None):
-    """[T, H, K]. For backward, each part's p and dropout mask, or None in their places, are put into `kept`."""
+    """[T, H, K]. If `kept` is a list, each part's p and dropout mask, or None, are appended to it for backward."""
     out = q.new_empty(len(q), *q.shape[-2:])
     out[starts[-1] :] = 0
     q, k, v = _apart(q, k, v)
@@ -188,7 +188,7 @@ def _forward(q, k, v, bias, starts, scale, dropout_p, seed, offset, kept=None):
 
 
 def _backward(dout, q, k, v, bias, kept, wants, starts, scale, dropout_p, seed, offset):
-    """The gradients of q, k, v (in their packing) and bias; None for what is not among `wants`."""
+    """The gradients of q, k, v (packed as they are) and bias; None for those not in `wants`."""
     gradients = [torch.empty_like(x) if want else None for x, want in zip((q, k, v), wants)]
     for x in gradients:
         if x is not None:
@@ -207,7 +207,8 @@ def _backward(dout, q, k, v, bias, kept, wants, starts, scale, dropout_p, seed, 
             if dv is not None:
                 _part(dv, rows, heads).copy_(_product(_dropped(p, keep, keep_scale).transpose(1, 2), douts))
             ds = _dropped(_product(douts, values.transpose(1, 2)), keep, keep_scale)
-            if p.stride() != ds.stride():  # other libraries made them
+            # p and ds may come from different libraries
+            if p.stride() != ds.stride():
                 p = torch.empty_like(ds).copy_(p)
             torch.ops.aten._softmax_backward_data.out(_plain(ds), _plain(p), -1, p.dtype, grad_input=_plain(ds))
             if dtable is not None:
@@ -222,13 +223,13 @@ def _backward(dout, q, k, v, bias, kept, wants, starts, scale, dropout_p, seed, 
 
 
 def _heads(H, starts, bias):
-    """Slices of heads, with a bias so few that the table of it stays in cache while all sequences use it."""
+    """Slices of heads. With a bias they are so few that its table stays in cache while all sequences use it."""
     at_once = H if bias is None else 4 * _at_once(_longest(starts))
     return [slice(head, min(head + at_once, H)) for head in range(0, H, at_once)]
 
 
 def _parts(starts, together):
-    """(slice of rows, slice of heads): what is computed at a time."""
+    """Yields (slice of rows, slice of heads): the parts to compute one after another."""
     for start, end in zip(starts, starts[1:]):
         if start < end:
             at_once = _at_once(end - start)
@@ -237,7 +238,7 @@ def _parts(starts, together):
 
 
 def _at_once(length):
-    """How many heads of a sequence have their scores in cache."""
+    """The number of heads whose scores fit in cache."""
     return max(_SCORES * torch.get_num_threads() // length**2, 1)
 
 
@@ -255,7 +256,7 @@ def _part(x, rows, heads):
 
 
 def _apart(q, k, v):
-    """q, k and v, each [T, H, K], in whatever packing they come. None for what is not there."""
+    """q, k and v, each [T, H, K], from any packing; None for those that are absent."""
     if q is not None and q.dim() == 4:
         return q.unbind(1)
     return q, *(k.unbind(1) if k is not None and k.dim() == 4 else (k, v))
@@ -273,8 +274,8 @@ def _probabilities(q, k, biases):
 def _product(a, b):
     """a [G, M, C] @ b [G, C, N] by the faster of torch's two CPU libraries: see matmul.py.
 
-    oneDNN's product of many matrices is open to Python as a convolution of one pixel with G groups, whose pixels are
-    the rows of `a`: its transpose where b is stored by rows. The result lies in memory as [M, G, N].
+    Python can only call oneDNN's batched product as a 1 x 1 convolution with G groups, whose pixels are the rows of
+    `a`; if b is stored by rows, as its transpose. The result lies in memory as [M, G, N].
     """
     G, M, C = a.shape
     N = b.shape[2]
@@ -303,17 +304,17 @@ def _prefers_onednn(a, size):
 
 
 def _plain(x):
-    """x [G, M, N], or x [M, G, N] where that is how it lies in memory: for what would copy all else."""
+    """x [G, M, N], or transposed to [M, G, N] if it lies like that in memory: some functions copy other layouts."""
     return x if x.is_contiguous() else x.transpose(0, 1)
 
 
 def _dropped(x, keep, scale):
-    # bytes, as torch converts those with vector instructions, but not booleans
+    # bytes: torch converts them with vector instructions, booleans without
     return x if keep is None else (x * keep.to(x.dtype)).mul_(scale)
 
 
 def _table(bias, together, starts, dtype):
-    """[heads, L, 2 L - 1], L the longest length: the biases of i - j = L - 1 down to 1 - L, L times. None without."""
+    """[heads, L, 2 L - 1], L the longest length: the biases of i - j = L - 1 down to 1 - L, L times; or None."""
     if bias is None:
         return None
     distances = _distances(bias, together, starts).to(dtype).flip(1)
@@ -321,13 +322,13 @@ def _table(bias, together, starts, dtype):
 
 
 def _distances(bias, together, starts):
-    """The view [heads, 2 L - 1] of what can be met, from i - j = 1 - L on."""
+    """A view [heads, 2 L - 1] of the distances that occur, from i - j = 1 - L on."""
     L, span = _longest(starts), bias.shape[0] // 2
     return bias[span - L + 1 : span + L, together].t()
 
 
 def _corner(table, together, rows, heads):
-    """The view [G, S, S] of a table in which i and j find the bias of i - j: each row begins one further left."""
+    """A view [G, S, S] of a table with the bias of i - j at [i, j]: each row starts one element further left."""
     if table is None:
         return None
     S, L, width = rows.stop - rows.start, *table.shape[1:]

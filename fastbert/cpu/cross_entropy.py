@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear layer on a CPU: loss and gradients in one sweep, the logits of some rows at a time."""
+"""Cross-entropy of a linear layer on a CPU: loss and gradients in one pass, with the logits of some rows at a time."""
 
 import torch
 
@@ -11,10 +11,10 @@ ROWS = 1024
 
 
 class MaskedCrossEntropyFunction(torch.autograd.Function):
-    """Loss and gradients of the picked rows in one sweep over chunks of rows, so that [M, V] is never held.
+    """Loss and gradients of the picked rows in one pass over chunks of rows, so that [M, V] is never in memory.
 
-    The last chunk's share of the weight gradient, mostly all of it, waits for the backward: until then it is smaller as
-    the gradient of the logits.
+    The backward computes the last chunk's share of the weight gradient, usually all of it. Until then the gradient of
+    the logits takes less memory.
     """
 
     @staticmethod
@@ -67,7 +67,7 @@ class MaskedCrossEntropyFunction(torch.autograd.Function):
                 lambda *inputs: _meaning(*inputs, labels, *ctx.options), (hidden, weight, bias, scale), dloss
             )
             return dhidden, dweight, dbias, None, dscale, None, None, None
-        # of one dimension: in a product with halves, a tensor of none would first be rounded to them
+        # one dimension: a 0-dimensional tensor would be rounded to half precision in a product with it
         dloss = dloss.reshape(1)
         factor = dloss if scale is None else dloss * scale
         dhidden = dweight = None
@@ -88,7 +88,7 @@ class MaskedCrossEntropyFunction(torch.autograd.Function):
 def _meaning(hidden, weight, bias, scale, labels, ignore_index, label_smoothing):
     """The loss, by the reference; hidden and weight widened where there is a scale."""
     if ignore_index is None:
-        # a label that is not this one
+        # no label is ignored
         ignore_index = -1
     if scale is not None:
         hidden, weight = hidden.to(scale.dtype) * scale, weight.to(scale.dtype)
@@ -97,16 +97,16 @@ def _meaning(hidden, weight, bias, scale, labels, ignore_index, label_smoothing)
 
 
 def _pick(labels, ignore_index):
-    """(picked, labels there, count, complete): the rows to compute, None for all, and how many have a label.
+    """(picked, labels, count, complete): the rows to compute (None: all), their labels, the number of labels.
 
-    complete: all rows there have a label, as with ignore_index None.
+    complete: whether all these rows have a label, as with ignore_index None.
     """
     if ignore_index is None:
         return None, labels, torch.full((), len(labels), device=labels.device), True
     has_label = labels != ignore_index
     count = has_label.sum()
-    # torch.compile cannot look at the count; and where most rows are picked, a constant number of them, as packed
-    # batches have, is worth more than the few saved
+    # torch.compile cannot read the count; and if most rows are picked, a constant number of rows, as in packed batches,
+    # saves more time than leaving a few out
     if torch.compiler.is_compiling():
         return None, labels, count, False
     if (number := int(count)) > 0.75 * len(labels):
@@ -116,7 +116,7 @@ def _pick(labels, ignore_index):
 
 
 def _labelled_rows(hidden, targets, picked, chunk, ignore_index, complete):
-    """(rows, labels, which of them count) of a chunk of the picked rows; what counts nowhere is 0. None: all count."""
+    """(rows, labels, which have a label or None for all) of a chunk of the picked rows. Rows without a label are 0."""
     rows = hidden[chunk] if picked is None else hidden[picked[chunk]]
     if complete:
         return rows, targets[chunk].long(), None
@@ -125,7 +125,7 @@ def _labelled_rows(hidden, targets, picked, chunk, ignore_index, complete):
 
 
 def _logits(rows, weight, bias, scale):
-    """The logits in fp32 or wider: a scale would magnify what rounding left of them."""
+    """The logits in fp32 or wider: a scale would magnify rounding errors."""
     wide = reference.wide(rows.dtype)
     if scale is None:
         return matmul(rows, weight.t(), bias).to(wide)
@@ -134,33 +134,33 @@ def _logits(rows, weight, bias, scale):
 
 
 def _place(target, V):
-    """(the labels [rows] as words, int64 [rows, 1]; whether they are any)."""
+    """(labels clamped to the vocabulary, int64 [rows, 1]; whether they were inside it)."""
     place = target[:, None].clamp(0, V - 1)
     return place, place == target[:, None]
 
 
 def _softmax(logits, place, inside, label_smoothing):
-    """(losses [rows, 1], best words [rows, 1], probabilities in place of the logits).
+    """(losses [rows, 1], predictions [rows, 1], probabilities in place of the logits).
 
-    With many words each look at all logits takes as long as a part of their product.
+    With a large vocabulary each pass over the logits takes a notable part of their product's time, so passes are few.
     """
     maximum, best = logits.max(-1, keepdim=True)
-    # a label that is no word leaves NaN
+    # a label outside the vocabulary gives NaN
     at_label = logits.gather(1, place).where(inside, float("nan"))
     # relative to the largest logit, so that the loss of a row of large logits keeps its digits
     over = maximum - at_label
     if label_smoothing:
         mean = logits.sum(-1, keepdim=True) / logits.shape[1]
         over = (1 - label_smoothing) * over + label_smoothing * (maximum - mean)
-    # in place where that is known to work: a CPU has read a number before it writes there
+    # in place on a CPU, where torch reads each number before it writes there
     is_here = logits.device.type == "cpu" and not torch.compiler.is_compiling()
     probabilities = torch.softmax(logits, -1, out=logits if is_here else None)
-    # the best word's power is 1, so that its probability is 1 / total
+    # the numerator at the largest logit is 1, so its probability is 1 / total
     return over - probabilities.gather(1, best).log(), best, probabilities
 
 
 def _count_in(loss_sum, correct, losses, right, labelled):
-    """Add the rows [rows, 1] that count to both sums."""
+    """Add the labelled rows [rows, 1] to both sums."""
     if labelled is not None:
         losses, right = losses.masked_fill(~labelled[:, None], 0), right & labelled[:, None]
     loss_sum += losses.sum()
@@ -168,7 +168,7 @@ def _count_in(loss_sum, correct, losses, right, labelled):
 
 
 def _dlogits(probabilities, place, inside, labelled, label_smoothing):
-    """Make of probabilities [rows, V] the gradient of their logits, in place."""
+    """Turn probabilities [rows, V] into the gradient of the logits, in place."""
     if labelled is not None:
         labelled = labelled[:, None].to(probabilities.dtype)
         probabilities.mul_(labelled)
@@ -180,7 +180,7 @@ def _dlogits(probabilities, place, inside, labelled, label_smoothing):
 
 
 def _word_sums(dlogits, rows):
-    """dlogitsᵀ rows. In fp16, whose largest number a sum over thousands of rows may pass, as fp32."""
+    """dlogitsᵀ rows. fp16 is computed in fp32: a sum over thousands of rows may overflow."""
     if rows.dtype == torch.float16:
         dlogits, rows = dlogits.float(), rows.float()
     return matmul(dlogits.t(), rows.to(dlogits.dtype))
@@ -191,7 +191,7 @@ def _put_back(drows, picked, T):
 
 
 def _cross_entropy(hidden, weight, bias, labels, scale, ignore_index, label_smoothing=0.0):
-    # asked here: inside a Function gradients look disabled, and needs_input_grad knows nothing of no_grad
+    # checked here: inside a Function gradients look disabled, and needs_input_grad ignores no_grad
     enabled = torch.is_grad_enabled()
     wants = [enabled and x is not None and x.requires_grad for x in (hidden, weight, bias, scale)]
     return MaskedCrossEntropyFunction.apply(hidden, weight, bias, labels, scale, ignore_index, label_smoothing, wants)
@@ -217,7 +217,7 @@ def contrastive_cross_entropy(query, document, labels=None, *, scale=1.0, symmet
     else:
         picked = labels != ignore_index
         targets = torch.arange(len(query), device=query.device).masked_fill(~picked, -1)
-        # a query without a label is nobody's negative
+        # a query without a label is not a negative
         own, query = document[labels.masked_fill(~picked, 0)], query.masked_fill(~picked[:, None], 0.0)
         absent = scale.new_zeros(len(query)).masked_fill(~picked, -float("inf"))
     backward = _cross_entropy(own, query, absent, targets, scale, None if everyone else -1)

@@ -1,4 +1,4 @@
-"""DeBERTa's attention on a CPU: its scores of relative positions as products with a band of the position tables."""
+"""DeBERTa's attention on a CPU: scores of relative positions by products with bands of the position tables."""
 
 import functools
 
@@ -8,7 +8,7 @@ from .. import reference
 from .dropout import attention_keep_mask, drop
 from .groups import TakeFunction, arrange, groups, no_rows
 
-# elements of [H, G, L, L], for what works on several such tensors in turn; rows of L that share a product with a table
+# elements of [H, G, L, L] at a time, so that several such tensors fit in cache; rows of L per product with a table
 _SCORES_AT_ONCE, _RELATIVE_ROWS = 2**20, 64
 
 
@@ -31,7 +31,7 @@ def disentangled_attention(
         queries, keys, values = qkv.permute(2, 3, 0, 1, 4).contiguous().unbind(0)
         row = group.start_q[:, None] + torch.arange(L, device=q.device)
         parts = []
-        # as many heads at a time as have their scores in cache
+        # as many heads at a time as fit their scores in cache
         at_once = max(_SCORES_AT_ONCE // (group.members * L * L), 1)
         for head in torch.arange(q.shape[2], device=q.device).split(at_once):
             heads = slice(head[0], head[-1] + 1)
@@ -51,13 +51,14 @@ def disentangled_attention(
 
 
 @functools.lru_cache(maxsize=64)
-@torch.inference_mode(False)  # what is kept may be first asked for in inference, and later for training
+# the first call may come in inference mode and a later one in training
+@torch.inference_mode(False)
 def _index(length, position_buckets, max_relative_positions):
     return reference.relative_index(length, position_buckets, max_relative_positions)
 
 
 class DisentangledScoresFunction(torch.autograd.Function):
-    """q_i · k_j + q_i · key_table[i - j] + k_j · query_table[i - j], [H, G, L, L], for q and k [H, G, L, K].
+    """q_i · k_j + q_i · key_table[i - j] + k_j · query_table[i - j]: [H, G, L, L] for q and k [H, G, L, K].
 
     Tables are [H, 2 L - 1, K], from i - j = 1 - L on, or None.
     """
@@ -93,7 +94,7 @@ def _add_relative(scores, x, table):
 
 
 def _relative_gradient(dscores, x, table, dx):
-    """The gradient of `table` in _add_relative; that of x is added to `dx`."""
+    """The gradient of `table` in _add_relative. The gradient of x is added to `dx`."""
     H, G, L, K = x.shape
     dtable = torch.zeros_like(table)
     for rows, columns in _relative_blocks(L):
@@ -106,13 +107,13 @@ def _relative_gradient(dscores, x, table, dx):
 
 
 def _relative_blocks(length):
-    """Slices of rows, and of the columns of a table that they need."""
+    """Yields (slice of rows, slice of the table's columns that they need)."""
     for start in range(0, length, _RELATIVE_ROWS):
         end = min(start + _RELATIVE_ROWS, length)
         yield slice(start, end), slice(length - end, 2 * length - 1 - start)
 
 
 def _skewed(band, length):
-    """The view [..., R, length] of `band` [..., R, length + R - 1] in which each row begins one column further left."""
+    """A view [..., R, length] of `band` [..., R, length + R - 1]: each row starts one column further left."""
     *others, stride, _ = band.stride()
     return band.as_strided((*band.shape[:-1], length), (*others, stride - 1, 1), band.shape[-2] - 1)

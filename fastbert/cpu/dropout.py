@@ -1,13 +1,13 @@
-"""Dropout on a CPU, its random bits from NumPy: those of `reference.philox`, in a fraction of its time.
+"""Dropout on a CPU. NumPy draws the random bits of `reference.philox` in a fraction of the time.
 
-Four things make it fast. NumPy multiplies and shifts unsigned 64-bit words as they are. Two 32-bit words of Philox's
-state share one of 64, a = c0 · 2^32 + c1 and b = c2 · 2^32 + c3, so that a round is
+Four things make it fast. NumPy multiplies and shifts unsigned 64-bit words. Two 32-bit words of Philox's state are
+stored in one of 64 bits, a = c0 · 2^32 + c1 and b = c2 · 2^32 + c3, so that a round is
 
     a, b = (b >> 32) · 0xCD9E8D57 ^ a << 32 ^ k0 << 32,  (a >> 32) · 0xD2511F53 ^ b << 32 ^ k1 << 32
 
-The counter is (group, row, head, offset): after two rounds a and b are still what depends on the group, xor what
-depends on row and head, and so those rounds need no tensor of both. The others work in place, on blocks that stay in
-a core's cache.
+The counter is (group, row, head, offset). After two rounds a and b are still the xor of a part that depends on the
+group and a part that depends on row and head, so these rounds need no tensor over both. The other rounds work in place
+on blocks that stay in a core's cache.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 
 from .. import reference
 
-# counters at a time: four words of 64 bits each, 512 KiB in all
+# counters at a time: four words of 64 bits each, 512 KiB in total
 _BLOCK = 2**14
 _UINT32 = 0xFFFFFFFF
 _HALF = np.uint64(32)
@@ -23,7 +23,7 @@ _FACTOR_A, _FACTOR_B = np.uint64(0xCD9E8D57), np.uint64(0xD2511F53)
 
 
 def in_memory(*tensors):
-    """Whether these are numbers in a CPU's memory and nobody traces what is done with them."""
+    """Whether these are plain CPU tensors, and neither torch.compile nor torch.func traces them."""
     return (
         all(type(x) is torch.Tensor and x.device.type == "cpu" for x in tensors)
         and not torch.compiler.is_compiling()
@@ -56,13 +56,13 @@ def drop(x, keep, dropout_p):
 
 
 class DropFunction(torch.autograd.Function):
-    """x * keep * scale, which keeps for its backward a byte for each element."""
+    """x * keep * scale. It saves one byte per element for backward."""
 
     @staticmethod
     def forward(ctx, x, keep, scale):
         ctx.save_for_backward(keep)
         ctx.scale = scale
-        # torch converts bytes with vector instructions, but not booleans
+        # bytes: torch converts them with vector instructions, booleans without
         return keep.view(torch.uint8).to(x.dtype).mul_(x).mul_(scale)
 
     @staticmethod
@@ -71,10 +71,10 @@ class DropFunction(torch.autograd.Function):
 
 
 def draw(row, head, columns, seed, offset, threshold, lanes):
-    """The keep mask, bool [..., columns], for int64 `row` and `head` that broadcast to [...]; all in a CPU's memory.
+    """The keep mask, bool [..., columns], for int64 CPU tensors `row` and `head` that broadcast to [...].
 
-    threshold: what an element's 16 bits must reach to be kept. lanes: 1 for the columns' order in `keep_mask`, 4 for
-    that in `attention_keep_mask`, where pairs of columns take turns between four groups.
+    threshold: an element is kept if its 16 bits are at least this. lanes: 1 for the column order of `keep_mask`, 4 for
+    that of `attention_keep_mask`, where pairs of columns alternate between four groups.
     """
     shape = torch.broadcast_shapes(row.shape, head.shape)
     row, head = (_words((x & _UINT32).expand(shape)) for x in (row, head))
@@ -94,7 +94,7 @@ def _draw(groups, row, head, seed, offset, threshold, lanes):
     keys = [(np.uint64(k0 << 32), np.uint64(k1 << 32)) for k0, k1 in keys]
     # [lanes, 1, groups / lanes]
     group = np.arange(groups, dtype=np.uint64).reshape(-1, lanes).T[:, None]
-    # the first round gives one word of each, the second a pair
+    # after the first round one word depends on the row and one on the group, after the second a pair of each
     of_row = head * _FACTOR_A ^ row << _HALF ^ keys[0][0]
     of_group = group * _FACTOR_B ^ np.uint64(offset << 32) ^ keys[0][1]
     a_of_row, a_of_group = of_row << _HALF, (of_group >> _HALF) * _FACTOR_A ^ keys[1][0]
@@ -102,7 +102,7 @@ def _draw(groups, row, head, seed, offset, threshold, lanes):
 
     rows_at_once = max(_BLOCK // max(groups, 1), 1)
     buffers = np.empty((4, lanes, min(rows_at_once, len(row)), groups // lanes), np.uint64)
-    # in pairs of elements, the two halves of one 32-bit word
+    # pairs of elements are the two halves of a 32-bit word
     out = np.empty((len(row), groups // lanes, 4, lanes), np.uint16)
     for start in range(0, len(row), rows_at_once):
         rows = slice(start, min(start + rows_at_once, len(row)))
@@ -121,7 +121,7 @@ def _draw(groups, row, head, seed, offset, threshold, lanes):
             b ^= times_b
             b ^= key_b
         for i, words in enumerate((a, b)):
-            # lower half first, on any machine
+            # lower half first on any machine
             halves = words.astype("<u8", copy=False).view("<u2")
             kept = (halves >= threshold).view(np.uint16)
             for lane in range(lanes):

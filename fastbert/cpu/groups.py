@@ -1,6 +1,6 @@
-"""Packed sequences as a few padded batches, each of sequences of about one length: what both attentions run on.
+"""Packed sequences as a few padded batches, each with sequences of about one length. Both attentions use them.
 
-For sequences so short that one at a time would spend its time in calls of a library.
+They are for short sequences: one at a time, the overhead of library calls would dominate.
 """
 
 import functools
@@ -18,7 +18,7 @@ _BUCKET = 16
 
 @dataclass
 class Group:
-    """Sequences of about one length, padded to one: `members` of them, `length` keys and `length_q` queries each."""
+    """Sequences of about one length, padded: `members` sequences with `length` keys and `length_q` query rows each."""
 
     members: int
     length: int
@@ -29,10 +29,10 @@ class Group:
 
 @functools.lru_cache(maxsize=4)
 def groups(starts_q, starts, rows_q, rows, device):
-    """How to run packed sequences in few batched calls: `(groups, place_q, place_k)`.
+    """Groups of packed sequences, for a few batched calls: `(groups, place_q, place_k)`.
 
-    A place is a pair of what TakeFunction wants: from packed rows to the groups' slots, and back. All layers of a pass
-    share one layout, hence the cache.
+    A place is a pair of arguments of TakeFunction: from packed rows to the groups' slots, and back. All layers of a
+    model share one layout, hence the cache.
     """
     lengths_q = [end - start for start, end in zip(starts_q, starts_q[1:])]
     lengths = [end - start for start, end in zip(starts, starts[1:])]
@@ -46,7 +46,7 @@ def groups(starts_q, starts, rows_q, rows, device):
         own = torch.tensor([lengths[b] for b in bucket], device=device)
         length, mask = lengths[bucket[0]], None
         if (own != length).any():
-            # up to the bucket's own length, so that few shapes occur: libraries set up, and keep, something for each
+            # up to the bucket's length, so that few shapes occur: libraries set up, and cache, something per shape
             length = -(-length // _BUCKET) * _BUCKET
             mask = (torch.arange(length, device=device) < own[:, None])[:, None, None, :]
         length_q = length
@@ -81,7 +81,7 @@ def arrange(x, to_slots, to_rows, groups, length):
 
 
 class TakeFunction(torch.autograd.Function):
-    """x[index] with the rows `holes` set to 0, where `(index, holes)` there and `back` undo each other."""
+    """x[index] with the rows `holes` set to 0. `there` and `back` are such pairs, inverse to each other."""
 
     @staticmethod
     def forward(ctx, x, there, back):
@@ -100,21 +100,21 @@ class TakeFunction(torch.autograd.Function):
 
 
 def no_rows(q, *inputs):
-    """[0, H, K] that hangs on all inputs, so that a backward gives each of them its zeros."""
+    """An empty [0, H, K] that depends on all inputs, so that the backward gives each of them zeros."""
     return q.new_zeros(0, *q.shape[-2:]) + sum(x[:0].sum() for x in inputs if x is not None)
 
 
 def window_mask(group, window):
-    """bool [members or 1, 1, length, length]: who sees whom. Padding rows see something, lest they be NaN."""
+    """bool [members or 1, 1, length, length]: which keys a query sees. Padding rows see some keys, to avoid NaN."""
     place = torch.arange(group.length, device=group.start_q.device)
     near = (place[:, None] - place).abs() <= window
     return near[None, None] if group.mask is None else near & group.mask | ~group.mask.transpose(-1, -2)
 
 
 def attend(q, k, v, scale, mask, keep, dropout_p):
-    """softmax(q kᵀ · scale) v for q, k, v [members, H, length, K], a mask or None, dropout's keep mask or None."""
-    # in bfloat16 torch's fused attention takes several times as long as its parts (4x at length 128, 1.7x at 512, both
-    # passes; Zen 5)
+    """softmax(q kᵀ · scale) v for q, k, v [members, H, length, K], with a mask or None and a keep mask or None."""
+    # in bfloat16 torch's fused attention is slower than its parts (4x at length 128, 1.7x at 512, forward and backward;
+    # Zen 5)
     if keep is None and q.dtype != torch.bfloat16:
         if _runs_flash(q, k, v, mask, scale):
             return FlashFunction.apply(q, k, v, mask, scale)
@@ -133,7 +133,7 @@ def _attend(q, k, v, scale, mask, keep=None, dropout_p=0.0):
 
 
 def _runs_flash(q, k, v, mask, scale):
-    """Whether torch's attention, where gradients are wanted, would be the one that has no second derivative."""
+    """Whether torch would choose, for tensors that require gradients, its attention without a second derivative."""
     return (
         torch.is_grad_enabled()
         and any(x.requires_grad for x in (q, k, v))
@@ -143,7 +143,7 @@ def _runs_flash(q, k, v, mask, scale):
 
 
 class FlashFunction(torch.autograd.Function):
-    """torch's fused attention, as F.scaled_dot_product_attention calls it, with a second derivative."""
+    """torch's fused attention of F.scaled_dot_product_attention, with a second derivative."""
 
     @staticmethod
     def forward(ctx, q, k, v, mask, scale):

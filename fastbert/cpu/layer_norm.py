@@ -1,4 +1,4 @@
-"""LayerNorm and embedding on a CPU: fast dropout, and sums in place where nobody else has the tensor."""
+"""LayerNorm and embedding on a CPU: fast dropout, and sums in place on fresh tensors."""
 
 import torch
 import torch.nn.functional as F

@@ -1,14 +1,13 @@
-"""Linear layers on a CPU: each product by the faster of the two matrix libraries inside torch.
+"""Linear layers on a CPU: each product by the faster of torch's two matrix libraries.
 
-torch sends float32 products to MKL, which keeps to AVX2 on processors that are not Intel's; oneDNN, also inside torch,
+torch runs float32 products with MKL, which only uses AVX2 on processors that are not Intel's. oneDNN, also in torch,
 uses AVX-512 wherever it exists (2.1 times as fast on a Zen 5 core, equal on Intel's).
 """
 
 import torch
 import torch.nn.functional as F
 
-# Multiply-adds of a product (MiniLM's on 8 tokens) below which oneDNN's set-up costs more than it saves: under a
-# millisecond for each shape it has not seen. A model's layers share their shapes.
+# below 2**20 multiply-adds oneDNN's set-up, under a millisecond per new shape, costs more than it saves
 _ONEDNN_SIZE = 2**20
 
 
@@ -20,7 +19,7 @@ def matmul(a, b, bias=None):
 
 
 def _dense(weight):
-    """The weight without gaps between its rows or columns, with which oneDNN takes a thousand times as long."""
+    """The weight without gaps between its rows or columns: with gaps oneDNN takes a thousand times as long."""
     return weight if weight.is_contiguous() or weight.t().is_contiguous() else weight.contiguous()
 
 
@@ -37,7 +36,7 @@ def _prefers_onednn(a, b):
 
 
 class LinearFunction(torch.autograd.Function):
-    """A linear layer whose three products go through `matmul`."""
+    """A linear layer with its three products by `matmul`."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -47,7 +46,7 @@ class LinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         x, weight = ctx.saved_tensors
-        # with create_graph=True somebody differentiates these products: torch's own can be
+        # with create_graph=True these products are differentiated again: use torch's
         product = torch.matmul if torch.is_grad_enabled() else matmul
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
         dx = product(dout, weight) if wants_x else None
@@ -65,13 +64,13 @@ def linear(x, weight, bias=None):
 
 def linears(x, weights, biases):
     if len(x) < x.shape[1] and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
-        # with few rows, joining the results costs less than joining the weights
+        # with few rows, concatenating the results is faster than concatenating the weights
         return torch.cat([linear(x, weight, bias) for weight, bias in zip(weights, biases)], 1)
     return linear(x, torch.cat(weights), torch.cat(biases))
 
 
 def linear_gelu(x, weight, bias=None, *, approximate="none"):
-    """GELU(linear(x)). Where nobody wants gradients, oneDNN applies the GELU before the product leaves the cache."""
+    """GELU(linear(x)). Without gradients oneDNN applies the GELU while the product is in cache."""
     wants_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
     if not wants_gradient and _prefers_onednn(x, weight.t()):
         return torch.ops.mkldnn._linear_pointwise(x, _dense(weight), bias, "gelu", [], approximate)

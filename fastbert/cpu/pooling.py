@@ -1,4 +1,4 @@
-"""Pooling on a CPU: all sequences at a time."""
+"""Pooling on a CPU, all sequences at the same time."""
 
 import torch
 
@@ -27,9 +27,9 @@ def pooling(hidden, cu_seqlens, *, mode="mean", normalize=False, eps=1e-12, dtyp
             before = torch.tensor(starts[:-1], device=rows.device).index_select(0, _sequences(lengths, rows.device))
             weights = torch.arange(1, len(rows) + 1, device=rows.device) - before
             pooled, sizes = _sums(rows * weights[:, None], lengths), [n * (n + 1) / 2 for n in lengths]
-    # an empty sequence's sum is 0 already. Sizes before the norm would cancel, but for eps
+    # the sum of an empty sequence is 0 already; before normalising, sizes only matter for eps
     divisor = [(eps if normalize else 1) * (size or 1) for size in sizes]
-    # one number for all costs less than a tensor
+    # one number for all sequences is faster than a tensor
     divisor = divisor[0] if len(set(divisor)) == 1 else pooled.new_tensor(divisor)[:, None]
     if normalize:
         divisor = torch.linalg.vector_norm(pooled, dim=-1, keepdim=True).clamp(min=divisor)
@@ -43,23 +43,23 @@ def _sequences(lengths, device):
 
 
 def _sums(rows, lengths):
-    """[B, D]: the sum of each sequence's rows, 0 where it has none."""
+    """[B, D]: the sum of each sequence's rows, 0 for an empty sequence."""
     if lengths and min(lengths) == max(lengths) > 0:
         return rows.reshape(len(lengths), lengths[0], -1).sum(1)
     return rows.new_zeros(len(lengths), rows.shape[1]).index_add(0, _sequences(lengths, rows.device), rows)
 
 
 def _maxima(rows, lengths):
-    """[B, D]: the largest number in each column of a sequence, 0 where it has none."""
+    """[B, D]: the maximum of each column of a sequence, 0 for an empty sequence."""
     if lengths and min(lengths) == max(lengths) > 0:
         return rows.reshape(len(lengths), lengths[0], -1).max(1).values
     return MaximaFunction.apply(rows, _sequences(lengths, rows.device), len(lengths))
 
 
 class MaximaFunction(torch.autograd.Function):
-    """The largest number in each column of each of B sequences: the first of equal ones gets the gradient.
+    """The column maxima of B sequences, 0 for an empty one. Of equal maxima the first gets the gradient.
 
-    rows [T, D]; sequence: int64 [T], the sequence of each row. Of one without rows 0.
+    rows [T, D]; sequence: int64 [T], the sequence of each row.
     """
 
     @staticmethod
@@ -73,13 +73,13 @@ class MaximaFunction(torch.autograd.Function):
     def backward(ctx, dhighest):
         rows, sequence, highest = ctx.saved_tensors
         T = len(rows)
-        # where one is NaN it is the highest, and equals nothing
+        # a NaN is the maximum, and equals nothing
         is_highest = (rows == highest.index_select(0, sequence)) | rows.isnan()
-        # in a dtype that scatter_reduce is fast at, and that holds every row's number
+        # a dtype that is fast in scatter_reduce and can hold every row number
         dtype = torch.float32 if T < 2**24 else torch.float64
         number = torch.arange(T, dtype=dtype, device=rows.device)[:, None].where(is_highest, T)
         first = number.new_full(highest.shape, T)
         first.scatter_reduce_(0, sequence[:, None].expand_as(rows), number, "amin")
-        # row T: of sequences that have none
+        # row T is for sequences without rows
         drows = dhighest.new_zeros(T + 1, rows.shape[1]).scatter_(0, first.long(), dhighest)
         return drows[:T], None, None

@@ -1,1 +1,1 @@
-"""From text files to packed batches: reading, tokenizers, token shards, sequences, masking."""
+"""Turns text files into packed batches: reading, tokenizers, token shards, sequences, masking."""

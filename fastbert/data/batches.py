@@ -1,7 +1,7 @@
-"""Token shards -> masked, packed batches.
+"""Token shards to masked, packed batches.
 
-Every choice (order, masks, pairs) is a draw of draws.py, so it depends neither on what else is in a batch nor on
-threads or ranks, and an epoch can be entered in its middle.
+Every choice (order, masks, pairs) is a draw of draws.py. So it does not depend on the rest of the batch, on threads or
+on ranks, and an epoch can start in its middle.
 """
 
 from collections import deque
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..packing import Batch, best_fit
-from .draws import _CUT, _ORDER, _PAIR, _PARTNER, _WORD, _draw, _uniform, sequence_keys
+from .draws import CUT, ORDER, PAIR, PARTNER, WORD, draw, sequence_keys, uniform
 from .masking import BERT_FATES, ELECTRA_FATES, IGNORED, mask_tokens
 from .sequences import PAIRS, cut_sequences
 from .tokenizer import special_ids, word_starts
@@ -20,16 +20,16 @@ from .tokenizer import special_ids, word_starts
 class MaskedBatches:
     """Masked, packed batches of prepared text.
 
-    shards: Shards. max_seq_length, tokens_per_batch: tokens, special ones counted. objective: "mlm"; "mlm+nsp", where
+    shards: Shards. max_seq_length, tokens_per_batch: in tokens, special tokens included. objective: "mlm"; "mlm+nsp",
     the second segment follows the first or, half of the time, comes from another document (pair_labels 1); "mlm+sop",
-    where the two are swapped half of the time (pair_labels 1); "rtd", where picks are masked as ELECTRA's
-    are and come with draws for a generator (Batch.draws). sequence_ids: the sequences to use (all by default).
-    Each of world_size ranks gets its own batches, and all get equally many: up to world_size - 1 batches of an epoch
-    are left out, others each epoch. num_workers: threads that build batches ahead; 0 builds each when it is asked for.
+    the two are swapped half of the time (pair_labels 1); "rtd", picks are masked as in ELECTRA and come with draws for
+    a generator (Batch.draws). sequence_ids: the sequences to use, all by default. rank, world_size: each rank gets its
+    own batches, and all ranks get the same number; up to world_size - 1 batches are left out, others in each epoch.
+    num_workers: threads that build batches ahead; 0 builds each batch when it is requested.
 
     capacity=True: every batch has exactly tokens_per_batch tokens, a constant number of sequences and of picks, and
-    max_seqlen = max_seq_length. What it has too many of are pad tokens of no sequence, empty sequences (pair label
-    -100), and picks of the last row, which is never labelled.
+    max_seqlen = max_seq_length. It is filled up with padding rows that belong to no sequence, empty sequences (pair
+    label -100), and picks that point at the last row, which has no label.
 
     Raises ValueError when these contradict each other or there is no sequence.
     """
@@ -77,28 +77,28 @@ class MaskedBatches:
         self._lengths = self.index.length[ids] + (3 if objective in PAIRS else 2)
         self.max_sequences = self.max_picks = None
         if capacity:
-            # a quarter more than a batch of average sequences has, so that best fit is seldom held up
+            # a quarter more sequences than the average batch has, so that the limit rarely matters
             self.max_sequences = int(1.25 * tokens_per_batch / self._lengths.mean()) + 8
-            # without whole words no batch can have more picks than this, with them it is beyond any chance
+            # without whole words no batch can have more picks than this; with them it is practically impossible
             picks = int(np.ceil(mlm_probability * tokens_per_batch)) + self.max_sequences
             self.max_picks = min(-(-picks // 8) * 8, tokens_per_batch)
         self._plan = None
         self._planned(0)
 
     def num_batches(self, epoch):
-        """How many batches `epoch(epoch)` gives."""
+        """The number of batches of `epoch(epoch)`."""
         return (len(self._planned(epoch)[1]) - 1) // self.world_size
 
     @property
     def fill(self):
-        """Real tokens over tokens_per_batch, the mean over all batches of the epoch planned last."""
+        """Mean share of tokens_per_batch that real tokens fill, over the batches of the epoch planned last."""
         _, _, offsets = self._plan
         return float(self._lengths.sum() / (self.tokens_per_batch * (len(offsets) - 1)))
 
     def epoch(self, epoch, start=0):
-        """Iterate over this rank's batches of an epoch, a `fastbert.packing.Batch` each, from number `start` on.
+        """Iterate over this rank's batches of an epoch, a `fastbert.packing.Batch` each, from batch `start` on.
 
-        Tensors are on the CPU: cu_seqlens int32, the others int64. Nothing is spent on the batches before `start`.
+        Tensors are on the CPU: cu_seqlens int32, the others int64. Batches before `start` cost nothing.
         """
         order, offsets = self._planned(epoch)
         count = self.num_batches(epoch)
@@ -108,9 +108,9 @@ class MaskedBatches:
         return self._batches(epoch, [order[offsets[b] : offsets[b + 1]] for b in numbers])
 
     def _planned(self, epoch):
-        """(sequence ids by batch, where each batch starts in them, and the end) of an epoch."""
+        """(sequence ids in the order of the batches, the offset of each batch in them and the end) of an epoch."""
         if self._plan is None or self._plan[0] != epoch:
-            order = np.argsort(_draw(sequence_keys(self.seed, epoch, self.ids), _ORDER), kind="stable")
+            order = np.argsort(draw(sequence_keys(self.seed, epoch, self.ids), ORDER), kind="stable")
             placed, offsets = best_fit(self._lengths[order], self.tokens_per_batch, max_sequences=self.max_sequences)
             if len(offsets) - 1 < self.world_size:
                 raise ValueError(
@@ -146,7 +146,7 @@ class MaskedBatches:
         np.cumsum((lengths + 1).sum(1) + 1, out=cu_seqlens[1:])
         T = cu_seqlens[-1]
 
-        # [CLS] segment [SEP] segment [SEP]: all is [SEP] where nothing else is written
+        # [CLS] segment [SEP] segment [SEP]: start with [SEP] everywhere and write the rest over it
         input_ids = np.full(T, self.special.sep, dtype=np.int64)
         input_ids[cu_seqlens[:-1]] = self.special.cls
         places = cu_seqlens[:-1, None] + 1 + np.cumsum(lengths + 1, axis=1) - (lengths + 1)
@@ -154,7 +154,7 @@ class MaskedBatches:
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         tokens = self._tokens(starts.ravel(), counts, within)
         input_ids[np.repeat(places.ravel(), counts) + within] = tokens
-        # [CLS] counts with the first segment, [SEP] with the one before it
+        # [CLS] belongs to the first segment, [SEP] to the segment before it
         type_counts = lengths + 1
         type_counts[:, 0] += 1
         token_type_ids = np.repeat(np.tile(np.arange(S), B), type_counts.ravel())
@@ -173,9 +173,9 @@ class MaskedBatches:
         picks = np.flatnonzero(labels != IGNORED)
         draws = None
         if self.objective == "rtd":
-            # no pick becomes a random word here: the generator's takes its place, and its draw
+            # no pick becomes a random word here: the generator samples one, with the draw for it
             owner = np.searchsorted(cu_seqlens, picks, side="right") - 1
-            draws = _uniform(_draw(keys[owner], _WORD, position_ids[picks]))
+            draws = uniform(draw(keys[owner], WORD, position_ids[picks]))
         max_seqlen = int(np.diff(cu_seqlens).max())
         if self.max_sequences is not None:
             slack = self.tokens_per_batch - T
@@ -186,7 +186,7 @@ class MaskedBatches:
             masked[beyond], labels[beyond] = input_ids[beyond], IGNORED
             labels = np.pad(labels, (0, slack), constant_values=IGNORED)
             picks = picks[: self.max_picks]
-            # the last row is a pad or a [SEP], so it has no label
+            # unused picks point at the last row, a [PAD] or [SEP], which has no label
             picks = np.pad(picks, (0, self.max_picks - len(picks)), constant_values=self.tokens_per_batch - 1)
             if draws is not None:
                 draws = draws[: self.max_picks]
@@ -211,18 +211,18 @@ class MaskedBatches:
         start, length = self.index.start[ids], self.index.length[ids]
         if self.objective not in PAIRS:
             return start[:, None], length[:, None], None
-        cut = self._cuts(start, length, _uniform(_draw(keys, _CUT)))
+        cut = self._cuts(start, length, uniform(draw(keys, CUT)))
         starts, lengths = np.stack([start, start + cut], 1), np.stack([cut, length - cut], 1)
-        false = _uniform(_draw(keys, _PAIR)) < 0.5
+        false = uniform(draw(keys, PAIR)) < 0.5
         if self.objective == "mlm+sop":
             starts[false], lengths[false] = starts[false, ::-1], lengths[false, ::-1]
         else:
-            # the beginning of another document's sequence, as long as what it replaces, so that length gives no hint
+            # the beginning of another document's sequence, as long as the segment it replaces: length gives no hint
             first, last = (
                 np.searchsorted(self._documents, self.index.document[ids], side) for side in ("left", "right")
             )
             others = len(self.ids) - (last - first)
-            partner = (_uniform(_draw(keys, _PARTNER)) * others).astype(np.int64)
+            partner = (uniform(draw(keys, PARTNER)) * others).astype(np.int64)
             partner = self.ids[np.where(partner < first, partner, partner + last - first)]
             there = self.index.start[partner]
             left = self.index.document_starts[self.index.document[partner] + 1] - there
@@ -233,8 +233,8 @@ class MaskedBatches:
     def _shard_of(self, starts):
         return np.searchsorted(self.shards.first_token, starts, side="right") - 1
 
-    def _cuts(self, start, length, draw):
-        """Where each sequence is parted in two: at a random one of the sentence borders inside, else in its middle."""
+    def _cuts(self, start, length, share):
+        """Where each sequence is split in two: at a random sentence border inside it, else in the middle."""
         cut = length // 2
         shard = self._shard_of(start)
         for s in np.unique(shard):
@@ -243,12 +243,12 @@ class MaskedBatches:
             low = np.searchsorted(borders, first, side="right")
             count = np.searchsorted(borders, first + length[here], side="left") - low
             some = count > 0
-            border = (low + (draw[here] * count).astype(np.int64))[some]
+            border = (low + (share[here] * count).astype(np.int64))[some]
             cut[here[some]] = borders[border] - first[some]
         return cut
 
     def _tokens(self, starts, counts, within):
-        """The tokens of segments, one after another."""
+        """The tokens of segments, concatenated."""
         shard = self._shard_of(starts)
         sources = np.repeat(starts - self.shards.first_token[shard], counts) + within
         shard = np.repeat(shard, counts)

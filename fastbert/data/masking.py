@@ -1,25 +1,25 @@
-"""Which tokens are picked for prediction, and what stands in their place."""
+"""Picks tokens for prediction and masks them."""
 
 import numpy as np
 
-from .draws import _COUNT, _FATE, _PICK, _WORD, _draw, _uniform
+from .draws import COUNT, FATE, PICK, WORD, draw, uniform
 
-# A pick draws from [0, 1): below the first number it becomes [MASK], below the second a random token, else it stays.
+# a pick draws from [0, 1): below the first number it becomes [MASK], below the second a random token, else it stays
 BERT_FATES, ELECTRA_FATES = (0.8, 0.9), (0.85, 0.85)
 IGNORED = -100
 
 
 def mask_tokens(input_ids, cu_seqlens, keys, *, special, vocab_size, probability=0.15, starts=None, fates=BERT_FATES):
-    """Choose tokens to predict, and hide most of them (Devlin et al. 2019, 3.1), in each of a batch's packed sequences.
+    """Pick tokens to predict in each packed sequence, and mask most of them (Devlin et al. 2019, 3.1).
 
-    input_ids: int64 [T]. cu_seqlens: [B + 1]. keys: uint64 [B] from `sequence_keys`. special: SpecialIds; such tokens
-    are never picked. starts: bool [vocab_size], whether a piece begins a word, for whole-word masking; None: each token
-    is for itself. All numpy arrays.
+    input_ids: int64 [T]. cu_seqlens: [B + 1]. keys: uint64 [B] from `sequence_keys`. special: SpecialIds; special
+    tokens are never picked. starts: bool [vocab_size], whether a piece begins a word, for whole-word masking; None:
+    tokens are picked one by one. All are numpy arrays.
 
     Of the n candidates (tokens or words) of a sequence exactly floor(n * probability + u) are picked, u uniform in
-    [0, 1): the expectation is exact and the variance the least possible. fates: the share of the picks that become
-    [MASK], and that share with the one of random tokens (any but the special ones, for each token of a word its own):
-    by default 80 % and 10 %. The others stay.
+    [0, 1). So the expectation is exact and the variance minimal. fates: the share of the picks that become [MASK], and
+    that share plus the share of random tokens. By default 80 % become [MASK], 10 % a random token that is not special,
+    drawn for each token of a word, and 10 % stay.
 
     Returns `(masked_ids, labels)`, int64 [T]; labels are -100 where nothing was picked.
     """
@@ -34,27 +34,27 @@ def mask_tokens(input_ids, cu_seqlens, keys, *, special, vocab_size, probability
     if starts is None:
         first, candidate = rows, np.arange(len(rows))
     else:
-        # a piece in the middle of a word counts as a word of its own when the word's beginning is not before it
+        # a continuation piece without the beginning of its word counts as a word
         begins = starts[input_ids[rows]] | (np.diff(rows, prepend=-2) > 1) | (position[rows] == 0)
         first, candidate = rows[begins], np.cumsum(begins) - 1
 
     owner = sequence[first]
     counts = np.bincount(owner, minlength=len(lengths))
-    wanted = np.floor(counts * probability + _uniform(_draw(keys, _COUNT))).astype(np.int64)
-    draws = _draw(keys[owner], _PICK, position[first])
-    # the candidates of each sequence from the smallest draw on; the stable sort keeps equal draws in their order
+    wanted = np.floor(counts * probability + uniform(draw(keys, COUNT))).astype(np.int64)
+    draws = draw(keys[owner], PICK, position[first])
+    # the candidates of each sequence, sorted by their draws; the stable sort keeps equal draws in order
     order = np.argsort((owner.astype(np.uint64) << np.uint64(40)) | (draws >> np.uint64(24)), kind="stable")
     rank = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
     picked = np.zeros(len(first), dtype=bool)
     picked[order[rank < np.repeat(wanted, counts)]] = True
 
     fate = np.ones(len(first))
-    fate[picked] = _uniform(_draw(keys[owner[picked]], _FATE, position[first[picked]]))
+    fate[picked] = uniform(draw(keys[owner[picked]], FATE, position[first[picked]]))
     rows, fate = rows[picked[candidate]], fate[candidate[picked[candidate]]]
     labels[rows] = input_ids[rows]
     masked[rows[fate < fates[0]]] = special.mask
     changed = rows[(fate >= fates[0]) & (fate < fates[1])]
     words = np.flatnonzero(ordinary)
-    chosen = _uniform(_draw(keys[sequence[changed]], _WORD, position[changed])) * len(words)
+    chosen = uniform(draw(keys[sequence[changed]], WORD, position[changed])) * len(words)
     masked[changed] = words[chosen.astype(np.int64)]
     return masked, labels

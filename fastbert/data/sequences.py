@@ -1,10 +1,10 @@
-"""Documents cut into sequences, and parted into training and held-out ones."""
+"""Cuts documents into sequences, and splits these into training and held-out sequences."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from .draws import _ORDER, _draw, sequence_keys
+from .draws import ORDER, draw, sequence_keys
 
 PAIRS = ("mlm+nsp", "mlm+sop")
 OBJECTIVES = ("mlm", *PAIRS, "rtd")
@@ -12,7 +12,7 @@ OBJECTIVES = ("mlm", *PAIRS, "rtd")
 
 @dataclass(frozen=True)
 class SequenceIndex:
-    """Where the sequences of a training run lie in the shards. A sequence's id is its place in these arrays.
+    """Where the sequences of a training run are in the shards. A sequence's id is its index in these arrays.
 
     start: int64 [N], the number of the first token. length: int64 [N], without special tokens. document: int64 [N].
     document_starts: int64 [documents + 1].
@@ -25,11 +25,11 @@ class SequenceIndex:
 
 
 def cut_sequences(shards, max_seq_length, objective="mlm"):
-    """Cut documents into sequences of at most max_seq_length tokens, their special tokens counted.
+    """Cut documents into sequences of at most max_seq_length tokens, special tokens included.
 
-    A sequence takes as many of its document's next tokens as it can hold and never crosses into another document, so
-    only a document's last sequence is shorter. For a pair objective one of a single token is left out: it cannot be
-    parted. Raises ValueError for a max_seq_length below 8.
+    A sequence takes as many of its document's next tokens as fit, and never crosses into another document. So only the
+    last sequence of a document is shorter. A pair objective leaves out a sequence of one token, which cannot be split.
+    Raises ValueError for a max_seq_length below 8.
     """
     if objective not in OBJECTIVES:
         raise ValueError(f"objective is {objective!r}: expected one of {', '.join(OBJECTIVES)}")
@@ -48,9 +48,9 @@ def cut_sequences(shards, max_seq_length, objective="mlm"):
 
 
 def held_out_split(shards, share, seed=0, *, max_seq_length, objective="mlm"):
-    """Part the sequences by documents: `(train_ids, held_out_ids)`, for MaskedBatches(sequence_ids=...).
+    """Split the sequences by documents: `(train_ids, held_out_ids)`, for MaskedBatches(sequence_ids=...).
 
-    Documents are held out in random order until they have `share` of the tokens; at least one document is on each side.
+    Documents are held out in random order until they have `share` of the tokens. Each side has at least one document.
     Raises ValueError for a share outside (0, 1), or when there is only one document.
     """
     if not 0 < share < 1:
@@ -60,7 +60,7 @@ def held_out_split(shards, share, seed=0, *, max_seq_length, objective="mlm"):
     documents = np.flatnonzero(tokens)
     if len(documents) < 2:
         raise ValueError(f"there is only {len(documents)} document: none can be held out")
-    order = documents[np.argsort(_draw(sequence_keys(seed, 0, documents), _ORDER), kind="stable")]
+    order = documents[np.argsort(draw(sequence_keys(seed, 0, documents), ORDER), kind="stable")]
     before = np.cumsum(tokens[order]) - tokens[order]
     count = np.searchsorted(before, share * tokens.sum(), side="left")
     held_out = np.zeros(len(tokens), dtype=bool)

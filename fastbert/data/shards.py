@@ -1,12 +1,12 @@
-"""Text -> token shards: numpy memory maps and a manifest. Text and tokens may be far larger than memory.
+"""Text to token shards: numpy memory maps and a manifest. Text and tokens may be far larger than memory.
 
-A directory of shards holds, per shard, three .npy files
+A directory of shards has three .npy files per shard
 
-    shard-00000.tokens.npy      uint16 or uint32: the documents' tokens one after another, no special tokens
-    shard-00000.sentences.npy   int64: where each sentence starts in tokens, and the end
-    shard-00000.documents.npy   int64: where each document starts in sentences, and the end
+    shard-00000.tokens.npy      uint16 or uint32: the tokens of all documents, without special tokens
+    shard-00000.sentences.npy   int64: index of each sentence's first token, and the end
+    shard-00000.documents.npy   int64: index of each document's first sentence, and the end
 
-beside manifest.json (counts, sha256 of every file, the tokenizer's hash, what it was made from) and the tokenizer.
+besides manifest.json (counts, sha256 of every file, the tokenizer's hash, the text files) and the tokenizer.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from .tokenizer import load_tokenizer, save_tokenizer, special_ids, tokenizer_ha
 
 FORMAT = 1
 PARTS = ("tokens", "sentences", "documents")
-# A rough rule is enough: the borders are only where a pair of segments may be cut.
+# a rough rule is enough: these borders only say where a pair of segments may be split
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
@@ -46,14 +46,14 @@ def prepare(
 ):
     """Tokenise text files into shards of about `shard_tokens` tokens under `output_dir`; returns the manifest, a dict.
 
-    files: files, folders or globs; text_column and layout as in `read_documents`. num_workers: threads that tokenise
-    (the library does that outside Python's lock), by default one per available core. The shards do not depend on it.
+    files: files, folders or globs. text_column, layout: as in `read_documents`. num_workers: threads that tokenise, by
+    default one per available core; the tokenizers library releases Python's lock. The shards do not depend on it.
 
-    An interrupted call leaves whole shards and is taken up by the same call again; after a finished one, that returns
-    at once. Words like [MASK] in the text are text and never become special tokens.
+    The same call continues after an interruption, and returns at once after a finished one. Words like [MASK] in the
+    text never become special tokens.
 
-    Raises ValueError for a directory that holds another preparation or that another process prepares into, for text
-    that gives no tokens, and what `read_documents` raises; OSError when the directory cannot be written.
+    Raises ValueError if the directory holds another preparation or another process writes to it, if the text gives no
+    tokens, and what `read_documents` raises. Raises OSError if the directory cannot be written.
     """
     files = expand(files)
     if layout not in LAYOUTS:
@@ -85,16 +85,17 @@ def prepare(
 
 
 def _started(directory, work):
-    """The manifest when `work` is done already, None when there is something left to do."""
+    """The manifest if `work` is already done, None if not."""
     for name in ("manifest.json", "work.json"):
         if (directory / name).exists():
             there = read_json(directory / name)
             other = [key for key in work if there.get(key) != work[key]]
             if other and name == "work.json" and not any(directory.glob("shard-*.json")):
-                return None  # it came to nothing
+                # the other preparation has no shard yet
+                return None
             if other:
                 raise ValueError(
-                    f"{directory} holds another preparation (it differs in: {', '.join(other)}): "
+                    f"{directory} holds another preparation (different: {', '.join(other)}): "
                     "choose another directory or delete this one"
                 )
             return there if name == "manifest.json" else None
@@ -109,7 +110,7 @@ def _prepare(files, tokenizer, directory, work, num_workers, progress):
         num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     stats = Counter()
     documents = read_documents(files, text_column=work["text_column"], layout=work["layout"], stats=stats)
-    # a unit is the text of about 2^18 letters; smaller where shards are, for shards end where units do
+    # a unit is the text of about 2^18 letters, less for small shards: a shard consists of whole units
     units = _units(documents, min(1 << 18, 4 * work["shard_tokens"]))
 
     shards = _finished_shards(directory)
@@ -146,14 +147,14 @@ def _prepare(files, tokenizer, directory, work, num_workers, progress):
 
 
 class _Encoder:
-    """Tokenises a unit (a list of documents, each a list of lines) into arrays; may be called by many threads."""
+    """Tokenises a unit (a list of documents, each a list of lines) into arrays. Safe to call from many threads."""
 
     def __init__(self, tokenizer):
-        # a copy, so that the caller's keeps its settings
+        # a copy: the caller's tokenizer keeps its settings
         self.tokenizer = Tokenizer.from_str(tokenizer.to_str())
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        # "[MASK]" written in a text is split like any other word. The setting is not part of the JSON.
+        # "[MASK]" in a text is split like any other word; this setting is not part of the JSON
         self.tokenizer.encode_special_tokens = True
         self.dtype = np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32)
 
@@ -182,8 +183,8 @@ def _units(documents, letters):
 
 
 def _ordered_map(function, items, threads):
-    """map(function, items) on threads, in order, with only a few items read ahead."""
-    # the threads here share out the cores; the tokenizers library must not start its own under each of them
+    """map(function, items) on threads, in order, reading only a few items ahead."""
+    # these threads use all cores already; the tokenizers library must not start more in each of them
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     pool = ThreadPoolExecutor(threads)
@@ -241,13 +242,13 @@ def _write_shard(directory, number, encoded, units):
         np.save(file, array)
         record["sha256"][part] = hashlib.sha256(file.getbuffer()).hexdigest()
         write(_part(directory, record, part), file.getbuffer())
-    # the record says that the shard is whole, so it comes last
+    # the record marks the shard as complete, so it comes last
     _write_json(directory / f"{record['name']}.json", record)
     return record
 
 
 def _finished_shards(directory):
-    """The records of the shards that an interrupted call has left whole, up to the first that it has not."""
+    """The records of the complete shards of an interrupted call, up to the first that is incomplete."""
     records = []
     while (path := directory / f"shard-{len(records):05d}.json").exists():
         try:
@@ -271,7 +272,7 @@ def _check_sha256(directory, record, part):
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     if found != record["sha256"][part]:
-        raise ValueError(f"{path} is damaged: its sha256 is not the manifest's; prepare the data again")
+        raise ValueError(f"{path} is damaged: its sha256 differs from the manifest; prepare the data again")
 
 
 def _write_json(path, value):
@@ -281,9 +282,9 @@ def _write_json(path, value):
 class Shards:
     """Prepared text, memory-mapped.
 
-    manifest: dict. tokenizer: tokenizers.Tokenizer. tokens, sentences, documents: lists of arrays, one per shard, as
-    the module's docstring says. Documents are counted through all shards, and so are tokens: the token with number g
-    is `tokens[s][g - first_token[s]]` of the shard s that holds it.
+    manifest: dict. tokenizer: tokenizers.Tokenizer. tokens, sentences, documents: lists of arrays, one per shard, see
+    the module's docstring. Documents and tokens are numbered across all shards: token g is
+    `tokens[s][g - first_token[s]]` in its shard s.
     """
 
     def __init__(self, directory, manifest, tokenizer, parts):
@@ -293,10 +294,10 @@ class Shards:
 
     @classmethod
     def open(cls, directory, verify=False):
-        """Open what `prepare` wrote; verify=True compares every file with its sha256.
+        """Open what `prepare` wrote. verify=True compares every file with its sha256.
 
-        Raises FileNotFoundError when there is no manifest (never finished, or another directory), ValueError for
-        damaged or missing shards or a tokenizer that is not the one they were made with.
+        Raises FileNotFoundError without a manifest (not finished, or another directory), ValueError for damaged or
+        missing shards or for a tokenizer that the shards were not made with.
         """
         directory = Path(directory)
         if not (directory / "manifest.json").is_file():
@@ -323,7 +324,7 @@ class Shards:
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"{path} is missing or damaged: {error}") from None
         if len(array) != record[part] + (part != "tokens"):
-            raise ValueError(f"{path} has {len(array)} entries, which is not what the manifest says: it is damaged")
+            raise ValueError(f"{path} has {len(array)} entries, not as many as the manifest says: it is damaged")
         return array
 
     @property
@@ -335,7 +336,7 @@ class Shards:
         return self.manifest["tokens"]
 
     def document_starts(self):
-        """int64 [num_documents + 1]: the number of each document's first token, and the end."""
+        """int64 [num_documents + 1]: the index of each document's first token, and the end."""
         starts = [
             first + np.asarray(sentences)[documents[:-1]]
             for first, sentences, documents in zip(self.first_token, self.sentences, self.documents, strict=False)

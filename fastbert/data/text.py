@@ -1,11 +1,13 @@
-"""Raw text files -> documents. A document is a list of non-empty lines; nothing larger than one of them is kept.
+"""Raw text files to documents. A document is a list of non-empty lines. Nothing larger is in memory.
 
     .txt      documents with blank lines between them, or one document per line
-    .jsonl    one JSON object per line, .csv with a header line, .parquet: one document per row, in a text column
-    .gz       of the first three
+    .jsonl    one JSON object per line
+    .csv      with a header line
+    .parquet  as .jsonl and .csv: one document per row, in a text column
+    .gz       of .txt, .jsonl and .csv
 
-A line or document of more than MAX_SIZE bytes or characters is cut there and goes on as another document, so that
-memory stays bounded. Lines that are not UTF-8, and rows that hold no text, are counted and skipped.
+A line or document of more than MAX_SIZE bytes or characters is cut there, and the rest is another document: memory
+stays bounded. Lines that are not UTF-8 and rows without text are counted and skipped.
 """
 
 import csv
@@ -22,7 +24,7 @@ LAYOUTS = ("auto", "blank-line", "line")
 
 
 def _kind(path):
-    """The file's kind, one of KINDS, without its .gz; None when it is no kind that is read."""
+    """The file's type, one of KINDS, without .gz; None for other types."""
     stem, suffix = os.path.splitext(path.lower())
     if suffix == ".gz":
         suffix = os.path.splitext(stem)[1]
@@ -31,10 +33,10 @@ def _kind(path):
 
 
 def expand(paths):
-    """The text files behind `paths` (files, folders with all below them, globs), each once, folders in sorted order.
+    """The text files of `paths` (files, folders with their subfolders, globs), each once, folders in sorted order.
 
-    Raises FileNotFoundError for a path that is not there, ValueError for a named file that is empty, holds only blank
-    lines or is of no known kind. In folders and globs such files are passed over; there must be one with text.
+    Raises FileNotFoundError for a path that does not exist, ValueError for a named file that is empty, has only blank
+    lines or is of an unknown type. In folders and globs such files are skipped; at least one file must have text.
     """
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
@@ -42,7 +44,7 @@ def expand(paths):
     for path in map(os.path.expanduser, map(os.fspath, paths)):
         if os.path.isfile(path):
             if _kind(path) is None:
-                raise ValueError(f"{path} is of no known kind: expected {', '.join(KINDS)} (or .gz of the first three)")
+                raise ValueError(f"{path} has an unknown type: expected {', '.join(KINDS)} (or .gz of the first three)")
             stats = Counter()
             if not _has_text(path, stats):
                 bad = stats["skipped_lines"]
@@ -65,7 +67,7 @@ def expand(paths):
         files += found
     if not files:
         raise ValueError("no text files were named")
-    # the same file may be reached twice: by two patterns, or by a link
+    # two patterns, or a link, may lead to the same file
     once = {}
     for file in files:
         once.setdefault(os.path.realpath(file), file)
@@ -76,7 +78,7 @@ def _below(folder):
     return [
         os.path.join(root, name)
         for root, folders, names in os.walk(folder)
-        # sorting in place makes os.walk descend in that order
+        # os.walk descends in the order of the list that is sorted in place
         for name in (folders.sort() or sorted(names))
         if not name.startswith(".")
     ]
@@ -89,13 +91,13 @@ def _has_text(path, stats):
 
 
 def read_documents(files, *, text_column="text", layout="auto", stats=None):
-    """Iterate over the documents of `files` (as `expand` gives them), each a list of stripped, non-empty lines.
+    """Iterate over the documents of `files` (from `expand`), each a list of stripped, non-empty lines.
 
-    layout concerns .txt files: "blank-line" (blank lines between documents), "line" (one document per line), or "auto":
-    blank-line when a blank line stands somewhere between two lines of the file, else line. stats: a
-    collections.Counter; "skipped_lines" counts lines that are not UTF-8 and rows without text, "bytes" what was read.
+    layout, for .txt files: "blank-line" (blank lines between documents), "line" (one document per line), or "auto":
+    blank-line if the file has a blank line between two lines of text, else line. stats: a collections.Counter;
+    "skipped_lines" counts lines that are not UTF-8 and rows without text, "bytes" the bytes read.
 
-    Raises ValueError for a missing text column, a damaged file, or a first row that is no text.
+    Raises ValueError for a missing text column, a damaged file, or a first row that is not text.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}: expected one of {', '.join(LAYOUTS)}")
@@ -108,7 +110,7 @@ def read_documents(files, *, text_column="text", layout="auto", stats=None):
         else:
             rows = {".jsonl": _rows_of_jsonl, ".csv": _rows_of_csv, ".parquet": _rows_of_parquet}[kind]
             for text in rows(path, text_column, stats, done):
-                # JSON can spell half a surrogate pair, which is no character and which no tokenizer takes
+                # JSON can hold half a surrogate pair, which is no character and breaks tokenizers
                 text = text.encode("utf-8", "replace").decode("utf-8")
                 for first in range(0, len(text), MAX_SIZE):
                     lines = (line.strip() for line in text[first : first + MAX_SIZE].split("\n"))
@@ -120,20 +122,21 @@ def read_documents(files, *, text_column="text", layout="auto", stats=None):
 
 
 def check_columns(files, text_column):
-    """Read the first row of every file that is a table: a wrong column shows before any work is done."""
+    """Read the first row of every table, so that a wrong column raises before any work."""
     for path in files:
         if _kind(path) != ".txt":
             next(read_documents([path], text_column=text_column), None)
 
 
 def _lines(path, stats, done=0):
-    """The lines of a file as str with their line ends; those that are not UTF-8 are counted and skipped."""
+    """The lines of a file as str with their line ends. Lines that are not UTF-8 are counted and skipped."""
     with open(path, "rb") as raw:
         file = gzip.open(raw) if path.lower().endswith(".gz") else raw  # noqa: SIM115
         try:
             first = True
             while line := file.readline(MAX_SIZE):
-                if len(line) == MAX_SIZE:  # a line that is cut is not cut within a character
+                # a long line is not cut within a character
+                if len(line) == MAX_SIZE:
                     while len(line) < MAX_SIZE + 3 and b"\x80" <= file.peek(1)[:1] < b"\xc0":
                         line += file.read(1)
                 stats["bytes"] = done + raw.tell()
@@ -192,9 +195,7 @@ def _rows_of_jsonl(path, column, stats, done):
             row = None
         if first:
             if not isinstance(row, dict):
-                raise ValueError(
-                    f"{path} does not begin with a JSON object on a line of its own: {line.strip()[:40]!r}"
-                )
+                raise ValueError(f"{path} does not begin with a JSON object on one line: {line.strip()[:40]!r}")
             if column not in row:
                 raise _missing(path, column, row)
             first = False
@@ -206,13 +207,15 @@ def _rows_of_jsonl(path, column, stats, done):
 
 
 def _rows_of_csv(path, column, stats, done):
-    csv.field_size_limit(MAX_SIZE)  # the default of 128 KB is less than a long article
+    # the default of 128 KB is less than a long article
+    csv.field_size_limit(MAX_SIZE)
     rows = csv.DictReader(_lines(path, stats, done))
     try:
         if column not in (rows.fieldnames or ()):
             raise _missing(path, column, rows.fieldnames or ())
         for row in rows:
-            if row[column] is None:  # a row with too few fields
+            # a row with too few fields
+            if row[column] is None:
                 stats["skipped_lines"] += 1
             else:
                 yield row[column]

@@ -12,10 +12,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from .text import expand, read_documents
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-# RoBERTa's words for the same, in the same order
+# RoBERTa's names for them, in the same order
 BPE_SPECIALS = ("<pad>", "<unk>", "<s>", "</s>", "<mask>")
 PREFIX = "##"
-# WordPiece makes [UNK] of a longer word, so the trainer need not see it. Ideographs are words of one character each.
+# WordPiece makes [UNK] of a longer word, so the trainer need not see it; an ideograph is a word of its own
 LONGEST_WORD = 100
 _TOO_LONG = re.compile(rf"[^\W\u3400-\u9fff\uf900-\ufaff]{{{LONGEST_WORD + 1},}}")
 MAX_ALPHABET = 1000
@@ -38,14 +38,14 @@ class SpecialIds:
 def train_wordpiece(
     files, vocab_size=30522, *, text_column="text", layout="auto", lowercase=True, min_frequency=2, progress=True
 ):
-    """Train a BERT tokenizer on text files of any kind that `fastbert.data.batches.read_documents` reads.
+    """Train a BERT tokenizer on text files of any type that `fastbert.data.text.read_documents` reads.
 
     The special tokens have the ids of bert-base-uncased: [PAD] 0, [UNK] 100, [CLS] 101, [SEP] 102, [MASK] 103, with
-    [unused0] to [unused98] at 1 to 99. Vocabularies of less than 1000 have no unused ones: the five are 0 to 4.
-    lowercase=False trains a cased one. The same text always gives the same vocabulary, id for id.
+    [unused0] to [unused98] at 1 to 99. A vocabulary of less than 1000 has no unused tokens: the five have ids 0 to 4.
+    lowercase=False trains a cased tokenizer. The same text always gives the same vocabulary with the same ids.
 
-    Returns a tokenizers.Tokenizer. Raises ValueError when the text does not have as many pieces as asked for, or when
-    its letters alone are more.
+    Returns a tokenizers.Tokenizer. Raises ValueError when the text has fewer pieces than vocab_size, or when its
+    letters alone are more.
     """
     files = expand(files)
     specials = list(SPECIALS)
@@ -55,8 +55,8 @@ def train_wordpiece(
     def batches():
         return _batches(files, text_column, layout)
 
-    # The trainer numbers letters in the order of a hash table that differs from run to run, and breaks ties between
-    # merges by those numbers. Handing it the alphabet as "special tokens" fixes the numbers, and so the vocabulary.
+    # The trainer numbers letters in the order of a hash table, which differs between runs, and breaks ties between
+    # merges by these numbers. With the alphabet as "special tokens" the numbers are fixed, and so is the vocabulary.
     blank = _wordpiece({token: i for i, token in enumerate(specials)}, lowercase)
     letters = Counter()
     for batch in batches():
@@ -84,11 +84,11 @@ def train_wordpiece(
 
 
 def train_bpe(files, vocab_size=50265, *, text_column="text", layout="auto", min_frequency=2, progress=True):
-    """Train a byte-level BPE tokenizer, as RoBERTa has it: no text is unknown to it, and case stays.
+    """Train a byte-level BPE tokenizer like RoBERTa's. It can encode any text and keeps case.
 
-    The special tokens have the ids of roberta-base: <s> 0, <pad> 1, </s> 2, <unk> 3, and <mask> the last. The same text
-    always gives the same vocabulary. Returns a tokenizers.Tokenizer. Raises ValueError when the text does not have as
-    many pieces as asked for. Source: Radford et al. 2019, section 2.2.
+    The special tokens have the ids of roberta-base: <s> 0, <pad> 1, </s> 2, <unk> 3, and <mask> the last id. The same
+    text always gives the same vocabulary. Returns a tokenizers.Tokenizer. Raises ValueError when the text has fewer
+    pieces than vocab_size. Source: Radford et al. 2019, section 2.2.
     """
     files = expand(files)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -109,7 +109,7 @@ def train_bpe(files, vocab_size=50265, *, text_column="text", layout="auto", min
     tokenizer.train_from_iterator(_batches(files, text_column, layout), trainer)
     vocab = tokenizer.get_vocab()
     _check_size([*vocab, "<mask>"], vocab_size, min_frequency)
-    # a tokenizer of its own: the letters were special to the trainer only
+    # a new tokenizer: the letters were special tokens for the trainer only
     merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
     made = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>"))
     made.pre_tokenizer, made.decoder = tokenizer.pre_tokenizer, tokenizer.decoder
@@ -117,13 +117,13 @@ def train_bpe(files, vocab_size=50265, *, text_column="text", layout="auto", min
         ("</s>", 2), ("<s>", 0), trim_offsets=True, add_prefix_space=False
     )
     made.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>"])
-    # takes the blank before it along, so that what follows starts a word
+    # includes the blank before it, so that the next piece starts a word
     made.add_special_tokens([AddedToken("<mask>", lstrip=True)])
     return made
 
 
 def _batches(files, text_column, layout):
-    """Lists of lines, some 64 KB each, without words that no vocabulary would hold."""
+    """Lists of lines, about 64 KB each, without words that are too long for a vocabulary."""
     batch, size = [], 0
     for document in read_documents(files, text_column=text_column, layout=layout):
         for line in document:
@@ -139,7 +139,7 @@ def _check_size(vocab, vocab_size, min_frequency):
     if len(vocab) < vocab_size:
         raise ValueError(
             f"a vocabulary of {vocab_size} is larger than the text supports: it gave {len(vocab)} pieces that occur "
-            f"at least {min_frequency} times; ask for at most {len(vocab)}"
+            f"at least {min_frequency} times; expected at most {len(vocab)}"
         )
 
 
@@ -163,7 +163,7 @@ def _wordpiece(vocab, lowercase):
 
 
 def save_tokenizer(tokenizer, directory):
-    """Write tokenizer.json, tokenizer_config.json and the vocabulary, which transformers' AutoTokenizer loads."""
+    """Write tokenizer.json, tokenizer_config.json and the vocabulary for transformers' AutoTokenizer."""
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -194,9 +194,9 @@ def save_tokenizer(tokenizer, directory):
 
 
 def load_tokenizer(path):
-    """The tokenizers.Tokenizer in a directory (its tokenizer.json, else its vocab.txt) or in one of these files.
+    """The tokenizers.Tokenizer of a directory (tokenizer.json, else vocab.txt) or of one of these files.
 
-    Raises FileNotFoundError when there is none, ValueError when it cannot be read or lacks BERT's special tokens.
+    Raises FileNotFoundError if there is none, ValueError if it cannot be read or lacks BERT's special tokens.
     """
     path = Path(path)
     file = path
@@ -216,14 +216,15 @@ def load_tokenizer(path):
             tokenizer = _wordpiece(vocab, config.get("do_lower_case", True))
     except KeyError as error:
         raise ValueError(f"{file} has no {error.args[0]} token: expected a BERT vocabulary") from None
-    except Exception as error:  # the tokenizers library raises bare Exceptions
+    # the tokenizers library raises bare Exceptions
+    except Exception as error:
         raise ValueError(f"{file} is not a readable tokenizer: {error}") from None
     special_ids(tokenizer)
     return tokenizer
 
 
 def special_ids(tokenizer):
-    """SpecialIds of a tokenizer, by BERT's names or RoBERTa's. Raises ValueError when one of the five is missing."""
+    """SpecialIds of a tokenizer, by BERT's or RoBERTa's names. Raises ValueError if one of the five is missing."""
     ids = []
     for names in zip(SPECIALS, BPE_SPECIALS):
         ids.append(next((i for i in map(tokenizer.token_to_id, names) if i is not None), None))
@@ -233,14 +234,14 @@ def special_ids(tokenizer):
 
 
 def check_vocabulary(tokenizer, config):
-    """Raises ValueError when the tokenizer has ids for which a model of `config` has no embedding."""
+    """Raises ValueError if the tokenizer has ids without an embedding in a model of `config`."""
     pieces = max(tokenizer.get_vocab().values(), default=-1) + 1
     if pieces > config.vocab_size:
         raise ValueError(f"the tokenizer has {pieces} pieces: the model has a vocab_size of {config.vocab_size}")
 
 
 def tokenizer_hash(tokenizer):
-    """sha256 (hex) of what decides the ids of a text: the tokenizer's JSON without its truncation and padding."""
+    """sha256 (hex) of the tokenizer's JSON without truncation and padding, which do not change a text's ids."""
     rules = json.loads(tokenizer.to_str())
     for setting in ("truncation", "padding"):
         rules.pop(setting, None)
@@ -250,8 +251,8 @@ def tokenizer_hash(tokenizer):
 def word_starts(tokenizer):
     """A list of bool by id: whether the piece begins a word.
 
-    Known for WordPiece (all that lack its prefix), for byte-level BPE and for SentencePiece (their pieces that hold the
-    blank before a word, and special tokens; what is unknown follows such a blank). Raises ValueError for others.
+    In WordPiece these are the pieces without its prefix. In byte-level BPE and SentencePiece they are the pieces that
+    start with a blank, and the special tokens except the unknown one. Raises ValueError for other tokenizers.
     """
     pieces = [tokenizer.id_to_token(i) or "" for i in range(tokenizer.get_vocab_size())]
     if isinstance(tokenizer.model, models.WordPiece):

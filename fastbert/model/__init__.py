@@ -1,1 +1,1 @@
-"""The models: their parameters, the families as data, and HuggingFace's directories in and out."""
+"""The models: layers and parameters, the families as data, HuggingFace's model directories."""

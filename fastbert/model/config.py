@@ -11,7 +11,7 @@ _CHOICES = {
     "head_pooling": ("cls", "mean"),
     "problem_type": (None, "regression", "single_label_classification", "multi_label_classification"),
 }
-# a field's annotation -> the types that it takes: NumPy's numbers too, and 1 for 1.0
+# a field's annotation -> the types it accepts: NumPy's numbers too, and 1 for 1.0
 _KINDS = {
     int: numbers.Integral,
     int | None: numbers.Integral | None,
@@ -22,99 +22,127 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Sizes and constants of an encoder and its heads. Names and defaults are those of HuggingFace's BertConfig.
+    """Shape and constants of an encoder. Field names and defaults are those of HuggingFace's BertConfig.
 
     Raises ValueError with the offending value when fields contradict each other.
     """
 
-    # one of `families.FAMILIES`
+    # --- BERT, and all families after it
+    # HuggingFace's name of the family, a row of families.FAMILIES
     model_type: str = "bert"
+    # rows of the word table
     vocab_size: int = 30522
+    # width of the hidden states
     hidden_size: int = 768
+    # how many layers run
     num_hidden_layers: int = 12
+    # each has hidden_size / num_attention_heads columns
     num_attention_heads: int = 12
+    # width inside the feed-forward
     intermediate_size: int = 3072
-    # one of ACTIVATIONS
+    # the feed-forward's activation, one of ACTIVATIONS
     hidden_act: str = "gelu"
+    # dropout of the hidden states
     hidden_dropout_prob: float = 0.1
+    # dropout of the attention probabilities
     attention_probs_dropout_prob: float = 0.1
+    # rows of the table of absolute positions
     max_position_embeddings: int = 512
-    # 0: no segments
+    # rows of the token type table; 0 for no table
     type_vocab_size: int = 2
-    # standard deviation of the initial weights
+    # standard deviation of fresh weights
     initializer_range: float = 0.02
+    # LayerNorm's epsilon
     layer_norm_eps: float = 1e-12
+    # the id of [PAD]
     pad_token_id: int = 0
-
-    # where families differ
-    # width of the embedding tables if a projection to hidden_size follows, else None
-    embedding_size: int | None = None
-    # whether there is a table of positions, and its row for the first token of a sequence
-    position_biased_input: bool = True
-    position_offset: int = 0
-    # groups of layers that share weights (None: each layer has its own), and the layers in a group
-    num_hidden_groups: int | None = None
-    inner_group_num: int = 1
-    # the class in the attention slot, one of `attentions.ATTENTIONS`
-    attention: str = "softmax"
-    # post-norm: the branches with hidden_dropout_prob before the residual is added
+    # the branches that hidden_dropout_prob applies to before the residual is added
     dropped_branches: tuple = ("attention", "feed_forward")
+    # class of the attention slot, a key of attentions.ATTENTIONS
+    attention: str = "softmax"
 
-    # ModernBERT; more of it below
-    # norms before attention and feed-forward, and a gated feed-forward
-    pre_norm: bool = False
-    # how far each layer sees to both sides; None, for a layer or for all: without limit
-    windows: tuple | None = None
-    # the rotary base of each layer
-    rope_thetas: tuple | None = None
+    # --- RoBERTa, MPNet
+    # row of the position table for the first token of a sequence
+    position_offset: int = 0
 
-    # DeBERTa, and MPNet's distance_buckets
-    # 0: no buckets
+    # --- ELECTRA, ALBERT, DeBERTa
+    # width of the embedding tables if a projection to hidden_size follows; None for no projection
+    embedding_size: int | None = None
+
+    # --- ALBERT
+    # groups of layers that share their weights; None: no sharing
+    num_hidden_groups: int | None = None
+    # layers of a group, which run in turn
+    inner_group_num: int = 1
+
+    # --- DeBERTa
+    # whether the embeddings add a table of absolute positions
+    position_biased_input: bool = True
+    # buckets of relative positions; 0 for no buckets
     position_buckets: int = 0
+    # farthest relative position
     max_relative_positions: int = 0
-    # some of "c2p" and "p2c"
+    # the position terms of the scores, of "c2p" and "p2c"
     pos_att_type: tuple = ()
-    # 0: no table of distances
-    distance_buckets: int = 0
+    # whether relative positions use the projections of the queries and keys
     share_att_key: bool = False
     # whether the table of relative positions has a LayerNorm
     norm_rel_ebd: bool = False
-    # 0: no convolution
+    # width of the convolution beside the first layer; 0 for none
     conv_kernel_size: int = 0
+    # the convolution's activation
     conv_act: str = "tanh"
-    # whether the masked-LM head adds a table of positions, see `layers.MaskDecoder`
+    # whether the masked-LM head adds a table of positions, see layers.MaskDecoder
     enhanced_mask_decoder: bool = False
 
-    # ModernBERT has none of these biases
-    attention_bias: bool = True
-    mlp_bias: bool = True
-    norm_bias: bool = True
-    # dropout after the gate, and after attention's output projection
-    mlp_dropout: float = 0.0
-    output_dropout: float = 0.0
+    # --- MPNet
+    # buckets of the distances that have a bias; 0 for no bias
+    distance_buckets: int = 0
 
-    # the masked-LM head: its activation (None: hidden_act), and whether its linear layer has a bias
+    # --- ModernBERT
+    # whether norms come before attention and feed-forward; the feed-forward is then gated
+    pre_norm: bool = False
+    # how far each layer sees to both sides, None for a layer that sees everything; None: all layers do
+    windows: tuple | None = None
+    # the rotary base of each layer; None: no rotary positions
+    rope_thetas: tuple | None = None
+    # whether attention's linear layers have biases
+    attention_bias: bool = True
+    # whether the feed-forward's linear layers have biases
+    mlp_bias: bool = True
+    # whether the norms have biases
+    norm_bias: bool = True
+    # dropout after the gate
+    mlp_dropout: float = 0.0
+    # dropout after attention's output projection
+    output_dropout: float = 0.0
+    # the masked-LM head's activation; None: hidden_act
     head_act: str | None = None
+    # whether the masked-LM head's linear layer has a bias
     head_bias: bool = True
 
-    # the heads of tasks
-    # what stands for a sequence: its first token ("cls"), or "mean"
+    # --- the heads of tasks
+    # what a sequence is classified by: its first token ("cls") or the "mean" of its tokens
     head_pooling: str = "cls"
-    # the activation after the pooler, or "transform": the masked-LM head's transform in place of the pooler
+    # activation after the pooler's linear layer; "transform": the masked-LM head's transform precedes every classifier
     pooler_act: str = "tanh"
-    # before the pooler; None: classifier_dropout
+    # dropout before the pooler's linear layer; None: classifier_dropout
     pooler_dropout: float | None = 0.0
-    # before the classifier of sentence pairs, of sequences (None: hidden_dropout_prob), of tokens and of choices
-    # (None: classifier_dropout), and of answers
+    # dropout before the classifier of sentence pairs
     pair_dropout: float = 0.0
+    # dropout before the classifier of sequences; None: hidden_dropout_prob
     classifier_dropout: float | None = None
+    # dropout before the classifier of tokens; None: classifier_dropout
     token_dropout: float | None = None
+    # dropout before the classifier of choices; None: classifier_dropout
     choice_dropout: float | None = None
+    # dropout before the classifier of answers
     qa_dropout: float = 0.0
+    # outputs of a classifier
     num_labels: int = 2
-    # the names of the labels
+    # their names; None: no names
     labels: tuple | None = None
-    # "regression", "single_label_classification", "multi_label_classification"; None: by the type of the labels
+    # the loss of a classifier of sequences, one of _CHOICES; None: depends on the labels
     problem_type: str | None = None
 
     def __post_init__(self):

@@ -1,1 +1,1 @@
-"""Kernels proven without a GPU: compiled for each architecture, their machine code read, their results judged."""
+"""Checks of the kernels without a GPU: compiles them for every architecture and reads the machine code."""

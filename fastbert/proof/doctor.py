@@ -1,4 +1,4 @@
-"""What this machine offers, and what fastbert makes of it; and what the compiler makes of the kernels."""
+"""The command `doctor`: what this machine offers and what fastbert uses, and what the compiler makes of the kernels."""
 
 import datetime
 import inspect
@@ -18,7 +18,7 @@ from .op_cases import OPS
 
 
 def doctor():
-    """Lines for a person: versions, the device, the GPU and Triton, and which implementation each op would use."""
+    """Lines to print: versions, the machine, the GPU, Triton, and the implementation that each op uses."""
     lines = [f"{name} {number}" for name, number in versions().items()]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lines.append(f"machine: {platform.machine()}, {platform.system()}, {torch.get_num_threads()} threads")
@@ -49,25 +49,26 @@ def _implementation(device):
 
 def _settings(device):
     if device.type != "cuda" or not ops.has_triton():
-        return "no kernel is launched here"
+        return "not used, no kernel runs on this machine"
     from ..kernels import _launch
 
     file = _launch.PROFILES / f"{_launch.device_name()}.json"
-    return f"measured on this device, {file}" if file.exists() else f"defaults, no {file.name} was measured"
+    return f"measured on this device, {file}" if file.exists() else f"defaults, there is no {file.name}"
 
 
 def doctor_compile(archs, dtypes, models, op_names, *, candidates=False, json_file=None):
-    """Compile the kernels, print tables of what the compiler made, and return whether all is well.
+    """Compile the kernels, print tables of what the compiler made of them, and return whether there is no problem.
 
-    archs, dtypes, models, op_names, candidates: as `offline.report` has them; empty ones mean sm_80, bf16 and fp32, and
-    all there are. json_file: where the rows go. Raises ValueError as `offline.report` does, and OSError for the file.
+    archs, dtypes, models, op_names, candidates: as in `offline.report`. Empty archs mean sm_80, empty dtypes bf16 and
+    fp32, empty models and op_names all. json_file: a file for the rows. Raises ValueError as `offline.report` does, and
+    OSError if the file cannot be written.
     """
     chosen = (("arch", archs), ("dtype", dtypes), ("model", models), ("op", op_names))
     command = ["fastbert", "doctor", "--compile", *(f"--{name}={x}" for name, found in chosen for x in found)]
     archs, dtypes = archs or ("sm_80",), dtypes or ("bf16", "fp32")
     models, op_names = models or tuple(offline.MODELS), op_names or tuple(OPS)
     offline.check(archs, dtypes, models, op_names)
-    # opened first: not after minutes of compiling shall a path turn out to be wrong
+    # opened first, so that a wrong path fails before minutes of compiling
     target = open(json_file, "w", encoding="utf-8") if json_file else None  # noqa: SIM115 (closed below)
     start = time.perf_counter()
     with _progress() as on_progress:
@@ -80,7 +81,7 @@ def doctor_compile(archs, dtypes, models, op_names, *, candidates=False, json_fi
         )  # fmt: skip
         with target:
             json.dump({**about, "kernels": rows}, target, indent=1)
-    # without a terminal, as in a pipe, rich would take 80 columns
+    # without a terminal rich would use 80 columns
     console = Console(width=max(Console().width, 100), highlight=False, markup=False)
     console.print(_LEGEND + "; ".join(f"{_LETTERS[model]} {model}" for model in models))
     for arch in archs:
@@ -105,12 +106,12 @@ def doctor_compile(archs, dtypes, models, op_names, *, candidates=False, json_fi
 
 
 _LEGEND = """\
-w: warps. reg: registers of a thread; ! where they spill. KiB: shared memory of a program. per SM: programs that a
-multiprocessor holds, and what allows no more. 16 B: share of the bytes that go 16 at a time. The rest counts
-instructions of the busiest loop, or of the whole kernel (*). bound: what takes longest, if nothing waits. for: ? is a
-setting that only a search would try; """.replace("\n", " ")
+for: models and case; ? marks a setting that only autotuning tries. w: warps. reg: registers per thread; ! marks spills.
+KiB: shared memory per program. per SM: programs per multiprocessor, and what limits them. 16 B: share of the bytes that
+move in 16-byte accesses. The other columns count instructions of the busiest loop, or of the whole kernel (*). bound:
+the busiest unit if nothing waits. Models: """.replace("\n", " ")
 _LETTERS = {"bert-base": "B", "bert-large": "L", "minilm": "M", "deberta-base": "D", "mpnet-base": "P"}
-# width and name; the first two are flush left
+# width and name; the first two columns are aligned left
 _COLUMNS = (
     (12, "kernel"), (19, "for"), (2, "w"), (5, "reg"), (4, "KiB"), (8, "per SM"), (5, "16 B"), (6, "slots"), (4, "ten"),
     (5, "mufu"), (6, "fp32"), (5, "int"), (5, "shm"), (4, "glb"), (4, "syn"), (7, "bound"),
@@ -118,7 +119,7 @@ _COLUMNS = (
 
 
 def _print_table(console, rows, models):
-    # models whose figures are all the same share a line
+    # models with equal figures share a line
     lines = {}
     for row in rows:
         lines.setdefault((row["op"], bool(row["problems"]), _cells(row)), set()).update(u["model"] for u in row["uses"])
@@ -132,7 +133,7 @@ def _print_table(console, rows, models):
 
 
 def _line(cells):
-    # a space before each column, so that numbers wider than it stay apart
+    # a space before each column keeps numbers apart that are wider than their column
     texts = [
         cell[: width - 1].ljust(width - 1) if i < 2 else cell.rjust(width - 1)
         for i, ((width, _), cell) in enumerate(zip(_COLUMNS, cells))
@@ -159,7 +160,7 @@ def _cells(row):
 
 
 def _short_name(row):
-    # the op stands above, or before; one op may launch kernels of another
+    # without the op's name, which is printed above; an op may launch kernels of another op
     name = row["kernel"].strip("_").removesuffix("_kernel")
     return min((name.removeprefix(op + "_") for op in OPS), key=len)
 
@@ -167,7 +168,7 @@ def _short_name(row):
 def _name(row):
     settings = ""
     if row["is_candidate"]:
-        # sizes, and neither flags nor what is not set
+        # sizes only, no flags, nothing that is not set
         settings = " ".join(f"{name}={value}" for name, value in row["settings"].items() if type(value) is int)
     return " ".join(filter(None, (row["arch"], row["dtype"], row["op"], _short_name(row), settings)))
 

@@ -1,8 +1,8 @@
 """What the compiler made of a kernel: registers, occupancy, tensor cores, the instructions of its inner loop.
 
-Reads the intermediate code and the machine code that Triton keeps of a compiled kernel; needs no GPU. NVIDIA's is taken
-apart by the cuobjdump that comes with Triton, AMD's is there as text. Nothing here was checked against a device: an
-estimate knows no latency, no waiting for memory or barriers, and rates of instructions are taken from public figures.
+Reads the intermediate code and the machine code that Triton keeps of a compiled kernel. No GPU is needed. Triton's
+cuobjdump disassembles NVIDIA's code; AMD's is text. Nothing here was checked against a device: the estimates ignore
+latency and waits for memory and barriers, and the instruction rates are public figures.
 """
 
 import contextlib
@@ -15,20 +15,28 @@ from typing import NamedTuple
 
 
 class Architecture(NamedTuple):
-    """What a GPU offers. A multiprocessor is a compute unit of AMD's, and a warp a wavefront."""
+    """What a GPU offers. On AMD a multiprocessor is a compute unit and a warp is a wavefront."""
 
-    backend: str  # Triton's
-    target: object  # as Triton names it
-    warp: int  # threads
-    multiprocessors: int  # of the device named beside
-    program_shared: int  # bytes that one program may have
-    shared: int  # bytes of a multiprocessor
-    warps: int  # that a multiprocessor holds
-    programs: int  # that a multiprocessor holds
+    # Triton's backend
+    backend: str
+    # Triton's name of the architecture
+    target: object
+    # threads per warp
+    warp: int
+    # of the device in the comment at each row
+    multiprocessors: int
+    # most bytes of shared memory per program
+    program_shared: int
+    # bytes of shared memory per multiprocessor
+    shared: int
+    # most warps per multiprocessor
+    warps: int
+    # most programs per multiprocessor
+    programs: int
 
 
-# NVIDIA: CUDA Programming Guide, "Compute Capabilities"; a program has 1 KiB of shared memory less than there is.
-# AMD: CDNA3 instruction set architecture; 16 programs as they have barriers
+# NVIDIA: CUDA Programming Guide, "Compute Capabilities"; the system takes 1 KiB of each program's shared memory.
+# AMD: CDNA3 instruction set architecture; 16 programs, since they have barriers
 ARCHITECTURES = {
     "sm_80": Architecture("cuda", 80, 32, 108, 163 << 10, 164 << 10, 64, 32),  # A100
     "sm_86": Architecture("cuda", 86, 32, 84, 99 << 10, 100 << 10, 48, 16),  # A40
@@ -41,21 +49,21 @@ ARCHITECTURES = {
 
 
 def occupancy(arch, registers, warps, shared):
-    """(programs that a multiprocessor holds at once, what allows no more) for programs of `warps` warps.
+    """(programs that fit on a multiprocessor, what limits them) for programs of `warps` warps.
 
-    registers: of a thread. shared: bytes of a program. Theoretical: a small launch fills less.
+    registers: per thread. shared: bytes per program. This is an upper bound: a small launch fills less.
     """
     limits = ARCHITECTURES[arch]
     if limits.backend == "cuda":
-        # 65536 registers, handed out to warps by 256, to four warps at a time
+        # 65536 registers, allocated per warp in units of 256, for four warps at a time
         held = 65536 // max(_up(registers * 32, 256), 256) // 4 * 4
-        # 1 KiB of each program's shared memory is the system's
+        # the system takes 1 KiB of shared memory per program
         taken = _up(shared, 128) + 1024
     else:
-        # four parts with 512 registers a lane each, handed out by 8, and at most 8 warps
+        # four SIMDs with 512 registers per lane, allocated in units of 8, and at most 8 warps each
         held = 4 * min(512 // max(_up(registers, 8), 8), 8)
         taken = max(shared, 1)
-    # where several allow as many, the first is named
+    # of equal limits the first is named
     by = {
         "warps": limits.warps // warps,
         "programs": limits.programs,
@@ -71,22 +79,22 @@ def _up(size, multiple):
 
 
 def read(arch, asm, metadata):
-    """What a kernel uses. `asm`: Triton's {stage: code} of the compiled kernel; `metadata`: Triton's. Returns a dict
+    """What a kernel uses. asm: Triton's {stage: code} of the compiled kernel; metadata: Triton's. Returns a dict:
 
-    registers     of a thread
-    stack         bytes of it, which only spilled registers need
-    spills        loads and stores of spilled registers
-    tensor        {instruction of the tensor cores: how many}
-    dots          [rows, columns, depth, dtype, instruction] of each tl.dot; "FMA" where no tensor core is used
-    widths        {bytes: how many loads and stores of global memory have them}
-    wide_share    of the bytes that these move for a thread, the share that goes 16 at a time
-    atomics       how many
-    warnings      of ptxas, where it expects a loss of performance
-    waits         [for Hopper's asynchronous products in the machine code, that Triton asked for]
-    loop          counts of instructions in the loop with most work, by kind; of the whole kernel if no loop has much
-                  of it. "slots" is their sum, "whole" says which
-    cycles        that a pass of four warps through that loop, one for each part of a multiprocessor, keeps each unit
-                  busy; the largest says what binds, if nothing waits. {} where rates are not known here
+    registers     per thread
+    stack         bytes per thread; only spilled registers need it
+    spills        number of loads and stores of spilled registers
+    tensor        {tensor-core instruction: number}
+    dots          [rows, columns, depth, dtype, instruction] of each tl.dot; "FMA" without tensor cores
+    widths        {bytes: number of loads and stores of global memory with this width}
+    wide_share    share of the bytes that a thread moves in 16-byte accesses
+    atomics       number of atomic operations
+    warnings      of ptxas about performance
+    waits         [waits for Hopper's asynchronous products in the machine code, waits in Triton's code]
+    loop          number of instructions in the busiest loop, by kind; in the whole kernel if no loop has a tenth of
+                  the work. "slots" is their sum, "whole" whether they are of the whole kernel
+    cycles        {unit: cycles that it is busy for a pass of four warps through that loop}; the busiest unit is the
+                  bound if nothing waits. {} if the rates of the architecture are not known here
     """
     report = _read_amd(asm["amdgcn"]) if "amdgcn" in asm else _read_nvidia(asm, metadata)
     instructions, branches = report.pop("instructions"), report.pop("branches")
@@ -104,7 +112,7 @@ def read(arch, asm, metadata):
     )
 
 
-# cuobjdump: address, predicate, name, arguments; a branch's target is an address
+# a line of cuobjdump: address, predicate, name, arguments; a branch's target is an address
 _SASS = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", re.MULTILINE)
 
 
@@ -119,7 +127,7 @@ def _read_nvidia(asm, metadata):
     return dict(
         registers=int(usage[1]),
         stack=int(usage[2]),
-        # not LOCAL, which is 0 even where registers spill
+        # not LOCAL: it is 0 even when registers spill
         spills=sum(name.split(".")[0] in ("LDL", "STL") for _, name, _ in lines),
         atomics=len(re.findall(r"\b(?:atom|red)\.", asm["ptx"])),
         warnings=_ptxas_warnings(asm["ptx"], metadata),
@@ -134,9 +142,9 @@ def _read_nvidia(asm, metadata):
 
 
 def _ptxas_warnings(ptx, metadata):
-    """What ptxas says about performance; Triton throws it away, and so the last step is taken again (0.2 s).
+    """ptxas's warnings about performance. Triton discards them, so the last step of compiling runs again (0.2 s).
 
-    Other advice is left out: "(C7519) warpgroup.arrive is injected", for example, costs one instruction.
+    Other messages are left out: "(C7519) warpgroup.arrive is injected", for example, costs one instruction.
     """
     from triton import knobs
     from triton.compiler.compiler import make_backend
@@ -163,7 +171,7 @@ def _read_amd(text):
     def number(name):
         return int(re.search(rf"^\s*[.;] ?{name}:\s+(\d+)", text, re.MULTILINE)[1])
 
-    # from the kernel's own label to its end; what follows describes it
+    # from the kernel's label to its end; a description of the kernel follows
     instructions, labels, jumps = [], {}, []
     for line in text.partition("s_endpgm\n.Lfunc_end")[0].splitlines():
         if label := re.match(r"(\.L\w+):", line):
@@ -190,7 +198,7 @@ _NVIDIA_KINDS = {
     "tensor": "HMMA HGMMA QGMMA IGMMA IMMA UTCHMMA UTCQMMA UTCIMMA UTCOMMA",
     "mufu": "MUFU",
     "fp32": "FFMA FADD FMUL FFMA2 FADD2 FMUL2 HFMA2 HADD2 HMUL2 DFMA DADD DMUL",
-    # whatever else the integer and comparison pipe does, conversions and selects too
+    # the rest of the integer and comparison pipe, with conversions and selects
     "int": "IADD IADD3 IMAD LOP3 LOP LEA SHF SEL ISETP MOV PRMT VIADD VIMNMX IMNMX VIADDMNMX VIMNMX3 PLOP3 IABS SGXT "
     "BMSK P2R R2P CS2R FMNMX FMNMX3 FSEL FSETP FSET FCHK F2FP F2F I2F F2I I2FP FLO POPC HSET2 HSETP2 HMNMX2 IDP",
     "shared": "LDS STS LDSM STSM ATOMS SHFL REDUX LDTM STTM MATCH MOVM VOTE",
@@ -224,7 +232,7 @@ _AMD_BYTES = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 
 
 
 def _global_bytes(name):
-    """How many bytes of global memory an instruction moves for a thread; None where it moves none."""
+    """Bytes of global memory that an instruction moves per thread; None for other instructions."""
     parts = name.split(".")
     if parts[0] in ("LDG", "STG", "LDGSTS"):
         width = next((part for part in parts if part in ("128", "64", "U16", "S16", "U8", "S8")), "32")
@@ -235,7 +243,7 @@ def _global_bytes(name):
 
 
 def _busiest_loop(kinds, branches):
-    """(first, last) instruction of the innermost loop with most work, or of all of them if it has under a tenth."""
+    """(first, last) instruction of the innermost loop with most work; of the kernel if no loop has a tenth of it."""
     loops = [(target, i) for target, i in branches if target < i]
     inner = [(a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)]
     everything = 0, len(kinds) - 1
@@ -249,11 +257,11 @@ def _busiest_loop(kinds, branches):
 
 
 def _cycles(arch, instructions, kinds):
-    """Cycles that a warp's instructions keep each unit of its quarter of a multiprocessor busy.
+    """{unit: cycles that a warp's instructions keep it busy} for a quarter of a multiprocessor.
 
-    A warp's instruction takes 1 of the fp32 unit (2 on sm_80, and for integer products, which it makes too), 2 of the
-    unit for the rest of integers and comparisons, 4 of memory's, 8 of the special functions'; one is issued in a cycle.
-    A multiprocessor multiplies and adds 1024 16-bit numbers in a cycle with HMMA, 2048 with HGMMA, half that in tf32.
+    One instruction is issued per cycle. It takes 1 cycle of the fp32 unit (2 on sm_80, and 2 for integer products,
+    which run there), 2 of the unit for other integers and comparisons, 4 of memory, 8 of the special functions. Per
+    cycle a multiprocessor multiplies and adds 1024 16-bit numbers with HMMA, 2048 with HGMMA, half as many in tf32.
 
     Source: CUDA Programming Guide, "Arithmetic Instructions"; Nsight Compute, "Pipelines".
     """
@@ -267,7 +275,7 @@ def _cycles(arch, instructions, kinds):
             rows, columns, depth = map(int, size.groups())
             tensor += rows * columns * depth / (1024 if "TF32" in name else 2048)
         else:
-            # its four warps on four parts at once
+            # four warps run on the four quarters at the same time
             depth = 16 if ".16816" in name else 8
             tensor += 4 * 16 * 8 * depth / (512 if "TF32" in name else 1024)
     count = Counter(kinds)
@@ -308,8 +316,8 @@ def dots(ttgir):
 
 
 _LIMIT = 1 << 31
-# what is read from memory: a row's number, or a sign that there is none. A few may be added in 32 bits; times a stride,
-# which is 8 or more, they need 64
+# range of a value that is read from memory: a row number, or a sign that there is none. A few may be added in 32 bits;
+# multiplied by a stride of 8 or more they need 64
 _DATA = (-(1 << 20), 1 << 28)
 _SAME = {"tt.splat", "tt.expand_dims", "tt.broadcast", "tt.reshape", "tt.trans", "arith.extsi", "arith.trunci"}
 _LINE = re.compile(r"^\s*%([\w.]+)(?::\d+)? = ([\w.]+)(.*)")
@@ -317,9 +325,9 @@ _LOOP = re.compile(r"scf\.for %([\w.]+) = %([\w.]+) to %([\w.]+) step")
 
 
 def narrow_offsets(ttir, scalars, grid):
-    """Lines of a kernel's IR where 32-bit arithmetic on the way to an address passes 2^31 in this launch.
+    """Lines of a kernel's IR where 32-bit arithmetic for an address passes 2^31 in this launch.
 
-    Follows the range of every integer from the launch's grid and arguments. `scalars`: the integer arguments by name.
+    Computes the range of every integer from the launch's grid and arguments. scalars: integer arguments by name.
     """
     ranges, uses, too_large, found = dict.fromkeys(scalars, _DATA), {}, {}, []
     ranges |= {name: (value, value) for name, value in scalars.items()}
@@ -357,7 +365,7 @@ def narrow_offsets(ttir, scalars, grid):
 
 
 def _range(op, rest, inputs, grid):
-    """(lowest, highest) that an integer operation gives, or None for what is no address arithmetic."""
+    """(lowest, highest) result of an integer operation; None for operations that compute no address."""
     if op == "arith.constant":
         number = re.match(r"\s*(?:dense<)?(-?\d+)>? : (?:tensor<[\dx]+x)?i\d", rest)
         return (int(number[1]),) * 2 if number else None

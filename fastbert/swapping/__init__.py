@@ -1,1 +1,1 @@
-"""Other people's models on our ops: modules of transformers and torch.nn replaced in place, and taken back."""
+"""Replaces modules of transformers and torch.nn in place by modules that run the ops, and undoes it."""

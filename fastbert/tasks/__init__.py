@@ -1,1 +1,1 @@
-"""What people do with a model: one module per task."""
+"""Uses of a trained model, one module per task."""

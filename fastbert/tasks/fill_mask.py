@@ -1,4 +1,4 @@
-"""Fill in the words that [MASK] hides."""
+"""Fill in the words that [MASK] replaces."""
 
 from pathlib import Path
 
@@ -9,8 +9,8 @@ from ..model.heads import MaskedLM
 from ..packing import Batch
 
 
-def load(directory):
-    """(MaskedLM, tokenizers.Tokenizer) of a model's directory, on the GPU where there is one."""
+def load_masked_lm(directory):
+    """(MaskedLM, tokenizers.Tokenizer) of a model directory, on the GPU if there is one."""
     if not (Path(directory) / "config.json").is_file():
         raise FileNotFoundError(f"no model in {directory}: expected a folder with config.json and model.safetensors")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -21,18 +21,18 @@ def load(directory):
 
 @torch.no_grad()
 def fill_mask(model, tokenizer, text, top_k=5):
-    """The most probable words for every [MASK] (or <mask>) in `text`, from left to right.
+    """The most likely words for every [MASK] (or <mask>) in `text`, from left to right.
 
-    Returns a list with one list per [MASK] of `top_k` pairs (word, probability), best first, as the tokenizer spells
-    them: ## begins a continuation in WordPiece. Raises ValueError when there is no [MASK] or the text is longer than
-    the model has positions.
+    Returns one list per [MASK] of `top_k` pairs (word, probability), best first. Words are spelled as the tokenizer
+    spells them: in WordPiece ## marks a continuation. Raises ValueError when there is no [MASK] or the text is longer
+    than the model's positions.
     """
     special = special_ids(tokenizer)
     positions, vocab_size = model.config.max_length, tokenizer.get_vocab_size()
     if not 1 <= top_k <= vocab_size:
         raise ValueError(f"top_k is {top_k}: expected 1 to {vocab_size}")
     tokenizer.encode_special_tokens = False
-    # some tokenizer.json say to which length their texts were filled up
+    # a tokenizer.json may ask for padding or truncation
     tokenizer.no_truncation()
     tokenizer.no_padding()
     for mask in ("[MASK]", "<mask>"):
@@ -47,7 +47,7 @@ def fill_mask(model, tokenizer, text, top_k=5):
         ids, torch.arange(len(ids)), torch.zeros_like(ids), torch.tensor([0, len(ids)], dtype=torch.int32), len(ids)
     )
     device = next(model.parameters()).device
-    # a model's vocabulary may have been rounded up beyond the tokenizer's
+    # the model's vocabulary may be rounded up beyond the tokenizer's
     logits = model.eval().logits(batch.to(device), rows.to(device))[:, :vocab_size]
     probabilities, words = logits.float().softmax(-1).topk(top_k)
     return [

@@ -1,1 +1,1 @@
-"""Training scripts, and the parts that they share: the loop, its checkpoints, its log and the card of the model."""
+"""Training scripts and what they share: the loop, checkpoints, the log, the model card."""

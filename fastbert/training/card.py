@@ -1,4 +1,4 @@
-"""What a finished run shows: a picture of its learning curve, and a model card."""
+"""The learning curve and the model card of a finished run."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -9,36 +9,36 @@ from ..files import write
 from ..model.replaced_tokens import GENERATOR
 from .log import clock, is_evaluation, losses_in, number, read_metrics
 
-# Okabe and Ito's colours, told apart with every kind of colour vision
+# Okabe and Ito's colours, which colour-blind readers can tell apart
 TRAIN, HELD_OUT, BASELINE = "#56B4E9", "#D55E00", "#555555"
-# losses whose figures have titles of their own here
+# losses whose figures have their own titles below
 NAMED = ("pair", "rtd")
-# a figure of the log and its title; where it is compared with one, its baseline and what that is
+# (figure of the log, title, its baseline or None, label of the baseline)
 PANELS = (
     ("loss", "Loss per picked token (nats)", None, None),
     ("masked_accuracy", "Masked accuracy", "baseline_accuracy", "always the most frequent token"),
     ("rtd_loss", "Replaced or original: loss per token (nats)", None, None),
     ("rtd_accuracy", "Replaced or original: accuracy", "rtd_baseline_accuracy", "always original"),
-    ("rtd_recall", "Replaced tokens that were found", None, None),
+    ("rtd_recall", "Replaced tokens found", None, None),
 )
-# a figure of the last evaluation, what the card calls it, and how it is written
+# (figure of the last evaluation, its name on the card, its format)
 HELD_OUT_FIGURES = (
     ("loss", "held-out loss", "{} nats per picked token"),
     ("masked_accuracy", "held-out masked accuracy", "{:.2%}"),
     ("baseline_accuracy", "always the most frequent token", "{:.2%}"),
     ("picked_tokens", "held-out picked tokens", "{:,}"),
     ("pair_accuracy", "held-out pair accuracy", "{:.2%}"),
-    ("rtd_loss", "held-out loss of detection", "{} nats per token"),
+    ("rtd_loss", "held-out detection loss", "{} nats per token"),
     ("rtd_recall", "held-out replaced tokens found", "{:.2%}"),
-    ("rtd_accuracy", "held-out tokens judged right", "{:.2%}"),
-    ("rtd_baseline_accuracy", "the same, always saying original", "{:.2%}"),
+    ("rtd_accuracy", "held-out detection accuracy", "{:.2%}"),
+    ("rtd_baseline_accuracy", "always original", "{:.2%}"),
 )
 
 
 def learning_curve(directory):
-    """Draw learning_curve.png from metrics.jsonl: losses and accuracies, against steps and tokens.
+    """Draw learning_curve.png from metrics.jsonl: losses and accuracies over steps and tokens.
 
-    Returns its path, or None when matplotlib is not installed or there is nothing to draw.
+    Returns its path, or None if matplotlib is not installed or there is nothing to draw.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -58,7 +58,7 @@ def learning_curve(directory):
     panels = [panel for panel in (*PANELS, *panels) if curve(panel[0])[0] or curve(f"eval_{panel[0]}")[0]]
     if not panels:
         return None
-    # the generator's above, the discriminator's below
+    # the generator's panels above, the discriminator's below
     columns, lines = (len(panels), 1) if len(panels) <= 3 else (len(panels) - 2, 2)
     figure = Figure(figsize=(5 * columns, 4.2 * lines), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
@@ -77,7 +77,7 @@ def learning_curve(directory):
             axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1 if name == "rtd_accuracy" else 0))
         steps, values = curve(f"eval_{baseline}")
         look = dict(color=BASELINE, linewidth=1.2, linestyle="--", label=meaning)
-        # the better a generator, the fewer of its tokens are wrong
+        # this baseline changes over the run: a better generator leaves fewer wrong tokens
         if len(set(values)) > 1:
             axes.plot(steps, values, **look)
         elif values:
@@ -101,7 +101,7 @@ def learning_curve(directory):
 
 
 def versions():
-    """Names and versions of what a run depends on, those that are not installed left out."""
+    """{name: version} of fastbert, Python and the libraries that are installed."""
     found = {"fastbert": __version__, "python": platform.python_version()}
     for name in ("torch", "triton", "tokenizers", "transformers", "safetensors", "numpy"):
         try:
@@ -112,7 +112,7 @@ def versions():
 
 
 def model_card(directory, facts, manifest, progress):
-    """Write README.md. facts: what checkpoints record of the run; manifest: of the text it learned from."""
+    """Write README.md. facts: what checkpoints record of the run. manifest: of the training text."""
     directory = Path(directory)
     config, model = facts["config"], facts["model_config"]
     evaluation = next((row for row in reversed(read_metrics(directory)) if is_evaluation(row)), {})
@@ -124,7 +124,7 @@ def model_card(directory, facts, manifest, progress):
     figures = [("steps", f"{progress.step:,}"), ("tokens seen", f"{progress.tokens:,}"),
                ("training time", clock(progress.elapsed))]  # fmt: skip
     if progress.skipped:
-        figures.append(("steps left out, gradient not finite", f"{progress.skipped:,}"))
+        figures.append(("steps skipped, gradient not finite", f"{progress.skipped:,}"))
     # a loss that is not finite is null in the log
     for name in [name for name in evaluation if name.endswith("loss")]:
         evaluation[name] = number(evaluation[name], 4 if name == "eval_rtd_loss" else 3)
@@ -161,10 +161,10 @@ def model_card(directory, facts, manifest, progress):
         "mlm": "masked-language modelling",
         "mlm+nsp": "masked-language modelling and next-sentence prediction",
         "mlm+sop": "masked-language modelling and sentence-order prediction",
-        "rtd": f"the detection of tokens that a generator, kept in `{GENERATOR}`, has replaced",
+        "rtd": f"the detection of tokens replaced by a generator, which is in `{GENERATOR}`",
     }
     kind = {"mlm": "MaskedLM", "rtd": "ReplacedTokenDetector"}.get(config["objective"], "Pretraining")
-    # a detector fills in nothing; its generator does
+    # a detector fills in no words; its generator does
     masked = directory / GENERATOR if is_detector else directory
     tags = "feature-extraction" if is_detector else "fill-mask"
     training = "replaced-token-detection" if is_detector else "masked-language-modeling"

@@ -2,14 +2,14 @@
 
     checkpoint-<step>/
         config.json, model.safetensors, tokenizer files    a model that fastbert and transformers load
-        generator/                                          a second model, where one is learned with
+        generator/                                          the generator of replaced-token detection
         optimizer.safetensors                               AdamW's two moments and step, by parameter name, and
-                                                            parameters that the model's own file has only rounded
-        trainer_state.json                                  where the run stands, a JSON object
+                                                            parameters that the model's file holds only rounded
+        trainer_state.json                                  progress and options of the run, a JSON object
         MANIFEST.json                                       size and sha256 of each file above, written last
 
-A checkpoint is built in a hidden directory beside its place, forced to the disk, and renamed. So a directory named
-checkpoint-<step> is whole unless the disk itself lost something, and that the manifest shows. No file is a pickle.
+A checkpoint is built in a hidden directory beside its final one, forced to the disk, and renamed. So a directory named
+checkpoint-<step> is complete unless the disk lost something, which the manifest shows. No file is a pickle.
 """
 
 import dataclasses
@@ -33,12 +33,14 @@ _BUILDING, _REPLACED = ".building-", ".replaced-"
 _EXACT = "parameter"
 
 
-def save(directory, step, model, optimizer, tokenizer, state, *, keep=None):
+def save_checkpoint(directory, step, model, optimizer, tokenizer, state, *, keep=None):
     """Write `directory`/checkpoint-<step>, then delete all but the newest `keep` checkpoints (None: keep all).
 
-    `model` is one of fastbert.model.heads; `optimizer` a torch optimizer over its parameters; `tokenizer` a
-    tokenizers.Tokenizer; `state` goes through JSON. Returns the path. Raises ValueError when a parameter is not finite
-    and OSError when the disk does not take the files; earlier checkpoints stay in both cases.
+    model: one of fastbert.model.heads. optimizer: a torch optimizer over its parameters. tokenizer: a
+    tokenizers.Tokenizer. state: anything that JSON can hold. Returns the path.
+
+    Raises ValueError when a parameter is not finite and OSError when the files cannot be written. Earlier checkpoints
+    stay in both cases.
     """
     bad = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
     if bad:
@@ -54,7 +56,8 @@ def save(directory, step, model, optimizer, tokenizer, state, *, keep=None):
         (building / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         _save_tokenizers(tokenizer, building)
         write_manifest(building)
-        if final.exists():  # a directory cannot be renamed over a full one
+        # a directory cannot be renamed over one that is not empty
+        if final.exists():
             final.rename(directory / f"{_REPLACED}{final.name}")
         building.rename(final)
         sync(directory)
@@ -63,16 +66,16 @@ def save(directory, step, model, optimizer, tokenizer, state, *, keep=None):
         raise _unwritten(final, error) from None
     clear_unfinished(directory)
     for old in _by_step(directory)[:-keep] if keep else []:
-        # without its manifest a checkpoint is no longer one, so that a half-deleted one cannot be taken for whole
+        # the manifest first: a half-deleted checkpoint must not pass for a whole one
         (old / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(old, ignore_errors=True)
     return final
 
 
-def load(path, model, optimizer):
-    """Put the tensors of checkpoint `path`, verified first, into `model` and `optimizer`. Returns its state.
+def load_checkpoint(path, model, optimizer):
+    """Verify checkpoint `path` and load its tensors into `model` and `optimizer`. Returns its state.
 
-    Raises ValueError when a file is damaged, or when the checkpoint is of another model.
+    Raises ValueError when a file is damaged or the checkpoint belongs to another model.
     """
     path = Path(path)
     verify(path)
@@ -81,7 +84,7 @@ def load(path, model, optimizer):
     for name, tensor in own.items():
         if name not in restored or restored[name].shape != tensor.shape:
             found = tuple(restored[name].shape) if name in restored else "missing"
-            raise ValueError(f"{path} is of another model: {name} is {found}, expected {tuple(tensor.shape)}")
+            raise ValueError(f"{path} belongs to another model: {name} is {found}, expected {tuple(tensor.shape)}")
     model.load_state_dict(restored)
     tensors = load_file(path / OPTIMIZER)
     for name, parameter in model.named_parameters():
@@ -96,30 +99,30 @@ def load(path, model, optimizer):
 
 
 def read_state(path):
-    """The JSON object that `save` was given as `state`."""
+    """The JSON object that `save_checkpoint` was given as `state`."""
     return json.loads((Path(path) / STATE).read_text(encoding="utf-8"))
 
 
 def latest(directory):
-    """The newest whole checkpoint in `directory`, as a Path; None when there is no checkpoint at all.
+    """The newest intact checkpoint in `directory`, as a Path; None when there is no checkpoint at all.
 
-    A damaged one is passed over with a warning that says what is wrong with it. Raises ValueError when all are damaged.
+    A damaged one is skipped with a warning that says what is wrong with it. Raises ValueError when all are damaged.
     """
     candidates = _by_step(directory)
     for path in reversed(candidates):
         try:
             verify(path)
         except ValueError as error:
-            warnings.warn(f"passed over: {error}", stacklevel=2)
+            warnings.warn(f"skipped a checkpoint: {error}", stacklevel=2)
         else:
             return path
     if candidates:
-        raise ValueError(f"none of the {len(candidates)} checkpoints in {directory} is whole")
+        raise ValueError(f"every checkpoint in {directory} is damaged ({len(candidates)} checked)")
     return None
 
 
 def publish(directory, model, tokenizer):
-    """Put the finished model and its tokenizer into `directory` itself, each file whole or not at all."""
+    """Write the finished model and its tokenizer to `directory` itself, each file completely or not at all."""
     directory = Path(directory)
     building = directory / f"{_BUILDING}model"
     shutil.rmtree(building, ignore_errors=True)
@@ -140,21 +143,22 @@ def publish(directory, model, tokenizer):
 
 
 def verify(path):
-    """Raises ValueError, naming the file and the fault, unless every file of checkpoint `path` is as it was written."""
+    """Raises ValueError with the file and the fault unless every file of checkpoint `path` is as it was written."""
     verify_manifest(path, required=(MODEL, OPTIMIZER, STATE))
 
 
 def to_resume(directory, resume):
-    """The checkpoint that a run in `directory` goes on from; None where it begins.
+    """The checkpoint that a run in `directory` resumes from; None for a new run.
 
-    Raises ValueError when there is another run and `resume` is False, or when no checkpoint of it is whole.
+    Raises ValueError when the directory holds a run and `resume` is False, or when all its checkpoints are damaged.
     """
     directory = Path(directory)
     run = [name for name in ("metrics.jsonl", MODEL) if (directory / name).exists()]
     run += [path.name for path in directory.glob("checkpoint-*")]
     if run and not resume:
         raise ValueError(
-            f"--output-dir {directory} holds another run ({run[-1]}): go on with it by --resume, or name another"
+            f"--output-dir {directory} holds another run ({run[-1]}): continue it with --resume, or choose another "
+            "directory"
         )
     if not resume:
         return None
@@ -163,24 +167,24 @@ def to_resume(directory, resume):
 
 
 def check_same_run(path, state, config, tokenizer, may_differ):
-    """Raises ValueError unless checkpoint `path` is of a run with the options `config` and the tokenizer's hash.
+    """Raises ValueError unless checkpoint `path` has the options `config` and the tokenizer's hash.
 
-    state: what `read_state` gives. may_differ: names of options that a resumed run may change.
+    state: what `read_state` returns. may_differ: names of options that a resumed run may change.
     """
-    # an option that is younger than the checkpoint had its default
+    # an option that is newer than the checkpoint had its default
     then = {field.name: field.default for field in dataclasses.fields(config)} | state["config"]
     now = json.loads(json.dumps(dataclasses.asdict(config)))
     for name in now:
         if name not in may_differ and then[name] != now[name]:
-            raise ValueError(f"--resume: {flag(name)} is {now[name]!r}, and {then[name]!r} in {path}")
+            raise ValueError(f"--resume: {flag(name)} is {now[name]!r}, but {then[name]!r} in {path}")
     if tokenizer != state["tokenizer"]:
         raise ValueError(
-            f"--resume: the tokenizer is another (sha256 {tokenizer[:12]}), and {state['tokenizer'][:12]} in {path}"
+            f"--resume: the tokenizer has sha256 {tokenizer[:12]}, but {state['tokenizer'][:12]} in {path}"
         )
 
 
 def clear_unfinished(directory):
-    """Undo what a save that was killed has left behind. Only for the holder of the lock."""
+    """Clean up after a save that was killed. Only the holder of the lock may call this."""
     directory = Path(directory)
     for path in directory.glob(f"{_REPLACED}*"):
         final = directory / path.name.removeprefix(_REPLACED)
@@ -202,13 +206,13 @@ def _optimizer_tensors(model, optimizer):
 
 
 def _save_tokenizers(tokenizer, directory):
-    """Beside every model in `directory`."""
+    """Save the tokenizer beside every model in `directory`."""
     for path in directory.rglob("config.json"):
         save_tokenizer(tokenizer, path.parent)
 
 
 def _unwritten(path, error):
-    """One OSError for what the system and safetensors say when a file cannot be written."""
+    """One OSError for all errors of the system and of safetensors when a file cannot be written."""
     reason = getattr(error, "strerror", None) or error
     free = shutil.disk_usage(path.parent).free / 1e6
     return OSError(f"{path} cannot be written: {reason} ({free:,.0f} MB are free there)")

@@ -1,4 +1,4 @@
-"""What a run says: a progress bar and lines, metrics.jsonl, TensorBoard."""
+"""The log of a run: a progress bar and lines, metrics.jsonl, TensorBoard."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from ..files import write
 
 METRICS = "metrics.jsonl"
-# what is said of a row: a column and the text where the row has it. Losses that are not named here are said plainly
+# (column, text if a row has that column); other losses get a plain text
 TRAINING = (
     ("loss", "loss {loss}  accuracy {masked_accuracy:.1%}"),
     ("pair_loss", ""),
@@ -28,9 +28,9 @@ EVALUATION = (
 
 
 class Log:
-    """Use with `with`. Processes of rank above 0 say and write nothing.
+    """A context manager. Processes of rank above 0 print and write nothing.
 
-    `last_evaluation` is the last row with an evaluation, {} before there is one.
+    `last_evaluation` is the last row with an evaluation, {} before the first.
     """
 
     def __init__(self, directory, rank):
@@ -50,11 +50,12 @@ class Log:
             self.bar.stop()
 
     def say(self, line):
-        # soft_wrap: a line stays one line, however narrow the terminal
+        # soft_wrap: no line breaks in a narrow terminal
         self.console.print(line, markup=False, soft_wrap=True)
 
     def begin(self, progress, total, *, in_seconds):
-        """Open the log at `progress`: later rows, from before a resume, go. The run ends at step or second `total`."""
+        """Open the log at `progress` and drop later rows, which a resume repeats. The run ends at step or second
+        `total`."""
         self.total, self.in_seconds = total, in_seconds
         self.began = (progress.step, progress.elapsed)
         if self.rank > 0:
@@ -86,7 +87,7 @@ class Log:
         self.bar.update(self.task, completed=now, place=place, left=left)
 
     def write(self, row):
-        """Append a row to metrics.jsonl, and show it. Numbers that are not finite become null."""
+        """Append a row to metrics.jsonl and show it. Numbers that are not finite become null."""
         if self.rank > 0:
             return
         row = {
@@ -115,13 +116,13 @@ def is_evaluation(row):
 
 
 def losses_in(row):
-    """The names of a row's losses beside the masked tokens'."""
+    """The names of a row's losses except that of masked tokens."""
     columns = [name.removeprefix("eval_") for name in row if name.endswith("_loss")]
     return [column.removesuffix("_loss") for column in columns if column != "loss"]
 
 
 def spoken(row, table):
-    """What a table of (column, text) says of a row, and of each loss that the table does not know."""
+    """The text for a row, from a table of (column, text), with a plain text for losses not in the table."""
     shown = {name: number(value) if name.endswith("loss") else value for name, value in row.items()}
     text = "".join(text.format(**shown) for column, text in table if column in row)
     prefix = "eval_" if is_evaluation(row) else ""
@@ -134,7 +135,7 @@ def spoken(row, table):
 
 
 def read_metrics(directory):
-    """The rows of a run's metrics.jsonl; a last line that a crash has cut is left out."""
+    """The rows of a run's metrics.jsonl, without a last line that a crash has cut."""
     path = Path(directory) / METRICS
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
@@ -146,7 +147,7 @@ def read_metrics(directory):
 
 
 def peak_memory_mb(device):
-    """Most memory held so far: by tensors on a GPU, else by this process. None where the system does not say."""
+    """Peak memory so far: of tensors on a GPU, else of this process. None if the system does not tell."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 1e6)
     try:

@@ -1,4 +1,4 @@
-"""The loop of a training script, which the script itself runs:
+"""The loop of a training script. The script runs it itself:
 
     for step in run.steps(loader, evaluates=True):
         if step.batches is None:
@@ -7,7 +7,7 @@
             sums = accumulate(model, step.batches)
             run.update(step, sums, learning_rate)
 
-Time, signals, checkpoints and the log are kept in between.
+Between the steps the loop keeps time, handles signals, saves checkpoints and writes the log.
 """
 
 import hashlib
@@ -22,39 +22,47 @@ import torch
 from . import checkpoint, optim, processes
 from .log import peak_memory_mb
 
-# so many steps in a row without a finite gradient, and the run gives up
+# the run gives up after so many steps in a row without a finite gradient
 MAX_NONFINITE = 5
 
 
 @dataclass
 class Progress:
-    """Where a run stands. With the parameters and the optimizer's state, all that a resume needs."""
+    """How far a run has come. A resume needs this, the parameters and the optimizer's state."""
 
-    step: int = 0  # optimizer steps so far, left-out ones included: the schedule is a function of this
+    # optimizer steps so far, skipped ones included: the schedule is a function of this
+    step: int = 0
     epoch: int = 0
-    batch: int = 0  # micro-batches of this epoch so far
+    # micro-batches of this epoch so far
+    batch: int = 0
     tokens: int = 0
-    elapsed: float = 0.0  # seconds of training and evaluation, over all resumes
-    skipped: int = 0  # steps left out because their gradient was not finite
-    empty: int = 0  # steps left out because there was nothing to predict
-    evaluated: int = 0  # the step of the last evaluation
-    window: dict = field(default_factory=dict)  # sums since the last row of the log
+    # seconds of training and evaluation, over all resumes
+    elapsed: float = 0.0
+    # steps skipped because their gradient was not finite
+    skipped: int = 0
+    # steps skipped because there was nothing to predict
+    empty: int = 0
+    # the step of the last evaluation
+    evaluated: int = 0
+    # sums since the last row of the log
+    window: dict = field(default_factory=dict)
 
     def place(self):
-        """What every row of the log begins with."""
+        """The first columns of every row of the log."""
         place = {"step": self.step, "epoch": self.epoch, "tokens": self.tokens}
         return place | {"elapsed": round(self.elapsed, 3)}
 
 
 @dataclass
 class Step:
-    """What a script works on: a step of training, or an evaluation, which has no micro-batches."""
+    """One step of training, or one evaluation. An evaluation has no micro-batches."""
 
-    position: float  # where the schedule stands: steps, or seconds under --max-minutes
+    # position in the schedule: steps, or seconds with --max-minutes
+    position: float
     batches: list | None = None
-    # of an evaluation, set by the script: its figures, or None when it was interrupted
+    # the script sets the figures of an evaluation; None when it was interrupted
     row: dict | None = None
-    # of a step, set by Run.update
+    # Run.update sets these
     sums: dict | None = None
     gradient_norm: float | None = None
     learning_rate: float | None = None
@@ -64,8 +72,8 @@ class Step:
 class Run:
     """A run of a training script.
 
-    config: its options; those read here have the names of PretrainConfig. facts: what checkpoints record of the run,
-    beside its progress. total: its length, see `length`. caught: signals that came, see `processes.signals`.
+    config: its options; those read here have the names of PretrainConfig. facts: what checkpoints record of the run
+    besides its progress. total: its length, see `length`. caught: signals received so far, see `processes.signals`.
     """
 
     config: Any
@@ -78,13 +86,14 @@ class Run:
     total: float
     caught: list
     finished: bool = False
-    nonfinite: int = 0  # steps in a row without a finite gradient
+    # steps in a row without a finite gradient
+    nonfinite: int = 0
 
     def steps(self, loader, *, evaluates):
-        """Yields a Step for each step of training and each evaluation, until the run is finished or a signal came.
+        """Yields a Step for each step of training and each evaluation, until the run is finished or gets a signal.
 
-        loader: has the micro-batches, see `MaskedBatches.epoch`. evaluates: whether there is something to evaluate on;
-        the first process does that. Raises FloatingPointError when training diverges.
+        loader: gives the micro-batches, see `MaskedBatches.epoch`. evaluates: whether there is held-out text; the first
+        process evaluates. Raises FloatingPointError when training diverges.
         """
         config, progress = self.config, self.progress
         rank, world_size = processes.join()
@@ -104,11 +113,11 @@ class Run:
                     if step.row is not None:
                         self.log.write(progress.place() | step.row)
                         progress.evaluated = progress.step
-                # what was interrupted here is made up for after a resume, if no step comes between
+                # a resume repeats an evaluation that was interrupted here, unless a step comes first
                 (stop,) = processes.total(len(self.caught))
             if progress.step != saved and (self.finished or stop or progress.step % config.save_steps == 0):
                 if rank == 0:
-                    checkpoint.save(
+                    checkpoint.save_checkpoint(
                         config.output_dir, progress.step, self.model, self.optimizer, self.tokenizer,
                         self.facts | {"progress": asdict(progress)}, keep=config.save_total_limit,
                     )  # fmt: skip
@@ -127,7 +136,7 @@ class Run:
             self._record(step)
 
     def update(self, step, sums, learning_rate):
-        """Step the optimizer with the gradients there are, clipped; not where they are not finite, or none.
+        """Clip the gradients and step the optimizer. Skips a step with a gradient that is not finite, or without one.
 
         sums: what `accumulate` returned.
         """
@@ -146,7 +155,7 @@ class Run:
                 progress.skipped += 1
                 self.nonfinite += 1
                 self.log.say(
-                    f"step {progress.step + 1} is left out: its gradient norm is {step.gradient_norm} "
+                    f"step {progress.step + 1} is skipped: its gradient norm is {step.gradient_norm} "
                     f"(epoch {progress.epoch}, up to micro-batch {progress.batch})"
                 )
         self.optimizer.zero_grad(set_to_none=True)
@@ -170,7 +179,7 @@ class Run:
         if self.nonfinite == MAX_NONFINITE:
             raise FloatingPointError(
                 f"training diverged: no finite gradient in the {self.nonfinite} steps up to {progress.step}; "
-                f"go on from the last checkpoint with a lower --learning-rate"
+                f"start again with a lower --learning-rate"
             )
 
 
@@ -179,11 +188,11 @@ class Run:
 
 
 def accumulate(model, batches, *, bf16=False):
-    """Add to the model's gradients that of the loss of one step, made of the micro-batches `batches` (packing.Batch).
+    """Add the gradient of one step's loss to the model's gradients. batches: the micro-batches, packing.Batch each.
 
-    Each of the model's losses is summed over all that it predicts, and divided once by how many that are in all
-    micro-batches of all processes. So it does not matter how a step is cut into micro-batches. Nothing to predict: no
-    gradient. Returns sums over the micro-batches of all processes: tokens, and those of `add`.
+    Each loss of the model is summed over its labels and divided once, by the number of labels in all micro-batches of
+    all processes. So it does not matter how a step is split into micro-batches. Without a label there is no gradient.
+    Returns sums over the micro-batches of all processes: tokens, and those of `add`.
     """
     device = next(model.parameters()).device
     labels = [model.label_counts(batch) for batch in batches]
@@ -198,13 +207,13 @@ def accumulate(model, batches, *, bf16=False):
             output.divided(counts).backward()
             add(sums, output.losses)
         processes.add_gradients(model)
-        # the one wait for the device in a step, beside the gradient norm
+        # waits for the device, as the gradient norm does; nothing else in a step waits
         sums = dict(zip(sums, processes.total(*torch.stack([*sums.values()]).tolist()), strict=True))
     return sums | {column(name, "count"): count for name, count in counts.items()} | {"tokens": tokens}
 
 
 def forward(model, batch, device, bf16=False):
-    """The model's Output for a micro-batch that is on the CPU."""
+    """The model's Output on `device` for a micro-batch on the CPU."""
     if device.type != "cpu":
         batch = batch.pin_memory().to(device, non_blocking=True)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -212,7 +221,7 @@ def forward(model, batch, device, bf16=False):
 
 
 def column(name, what):
-    """What sums, checkpoints and the log call a figure of the loss `name`; those of masked tokens have no prefix."""
+    """The name of a figure of the loss `name` in sums, checkpoints and the log. Masked tokens have no prefix."""
     return what if name == "mlm" else f"{name}_{what}"
 
 
@@ -222,7 +231,7 @@ def losses_in(sums):
 
 
 def add(sums, losses):
-    """Add an Output's losses to `sums`, {column: float64 tensor}: loss, count, correct, and what else is counted."""
+    """Add an Output's losses to `sums`, {column: float64 tensor}: loss, count, correct, and other counts."""
     for name, loss in losses.items():
         parts = {"loss": loss.sum, "count": loss.count, "correct": loss.correct, **loss.more}
         for what, value in parts.items():
@@ -232,10 +241,10 @@ def add(sums, losses):
 
 
 def figures(sums):
-    """What sums come to: each loss, and the share of it that was right.
+    """Figures for the log from sums: each mean loss and accuracy.
 
-    Finding a replaced token is hard, so there are two figures more: the share of the replaced tokens that were found,
-    and the accuracy of always saying that a token is original.
+    Replaced-token detection has two more: the share of replaced tokens that were found, and the accuracy of always
+    answering "original".
     """
     found = {}
     for name in losses_in(sums):
@@ -257,24 +266,24 @@ def figures(sums):
 
 
 def dropout_seed(seed, step, micro_batch, rank):
-    """The seed of all dropout in one micro-batch, int64 [1]: a function of the run's seed and the place in the run."""
+    """The seed of all dropout in one micro-batch, int64 [1]: a function of the run's seed and the micro-batch."""
     digest = hashlib.blake2b(f"{seed} {step} {micro_batch} {rank}".encode(), digest_size=8).digest()
     return torch.tensor([int.from_bytes(digest, "little", signed=True)])
 
 
 def micro_batches(loader, epoch, start):
-    """Endlessly (epoch, how many batches of it are then done, batch), beginning after `start` batches of `epoch`."""
+    """Yields (epoch, number of its batches done, batch) without end, starting after `start` batches of `epoch`."""
     while True:
         done = start
         for done, batch in enumerate(loader.epoch(epoch, start=start), start + 1):
             yield epoch, done, batch
         if not done:
-            raise ValueError("the text gives no batch at all")
+            raise ValueError("the text is too short for a batch")
         epoch, start = epoch + 1, 0
 
 
 def length(config, loader):
-    """(total, warmup) of the run: in steps, or in seconds under --max-minutes."""
+    """(total, warmup) of the run: in steps, or in seconds with --max-minutes."""
     if config.max_minutes is not None:
         total = 60 * config.max_minutes
     elif config.max_steps is not None:

@@ -1,4 +1,4 @@
-"""Parameter groups, AdamW, learning-rate schedules, and the last look at the gradient before a step."""
+"""Parameter groups, AdamW, learning-rate schedules, gradient clipping."""
 
 import math
 
@@ -9,9 +9,9 @@ FINAL_DECAY = 0.2
 
 
 def parameter_groups(model, weight_decay):
-    """Two groups for an optimizer: matrices decay, vectors (biases, norm weights) do not.
+    """Two groups for an optimizer: matrices have weight decay, vectors (biases, norm weights) have none.
 
-    Every parameter that wants a gradient is in exactly one group, a tied weight once. Source: Devlin et al. 2019, A.2.
+    Every parameter that requires a gradient is in one group, a tied weight once. Source: Devlin et al. 2019, A.2.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     return [
@@ -26,12 +26,12 @@ def adamw(model, *, learning_rate, weight_decay, betas, epsilon):
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=epsilon, fused=True)
 
 
-# A schedule maps (step, total, warmup) to the factor on the learning rate. `step` is what lies behind, `total` the
-# whole run, `warmup` the part of it with a rising rate: all in steps, or all in seconds when a run has a time budget.
+# A schedule maps (step, total, warmup) to the factor on the learning rate. step: what is done, total: the whole run,
+# warmup: the part of it with a rising rate. All are steps, or all seconds when a run has a time budget.
 
 
 def linear(step, total, warmup):
-    """Up to 1 over the warm-up, then down to 0 along a line."""
+    """Up to 1 over the warm-up, then linearly down to 0."""
     return min(_rise(step, warmup), _remaining(step, total, warmup))
 
 
@@ -41,7 +41,7 @@ def cosine(step, total, warmup):
 
 
 def constant(step, total, warmup):
-    """Up to 1 over the warm-up, 1 for most of the run, then down to 0 along a line over the last FINAL_DECAY of it."""
+    """Up to 1 over the warm-up, 1 for most of the run, then linearly down to 0 over the last FINAL_DECAY of it."""
     return min(_rise(step, warmup), _remaining(step, total, max(warmup, (1 - FINAL_DECAY) * total)))
 
 
@@ -49,20 +49,20 @@ SCHEDULES = {"linear": linear, "cosine": cosine, "constant": constant}
 
 
 def _rise(step, warmup):
-    # one ahead, so that the first step of a run already moves
+    # + 1, so that the first step has a learning rate above 0
     return min(1.0, (step + 1) / warmup) if warmup else 1.0
 
 
 def _remaining(step, total, start):
-    """The share of the way from `start` to `total` that is still ahead, 1 before `start` and 0 after `total`."""
+    """The remaining share of the way from `start` to `total`: 1 before `start`, 0 after `total`."""
     return min(1.0, max(0.0, (total - step) / (total - start))) if total > start else 1.0
 
 
 def clip_gradients(parameters, max_norm):
-    """Scales the gradients so that their common 2-norm is at most `max_norm`; 0 or less means no limit.
+    """Scale the gradients so that their common 2-norm is at most `max_norm`; 0 or less means no limit.
 
-    Returns the norm before scaling, 0-dimensional. A norm that is not finite leaves every gradient as it is: the caller
-    looks at it and drops the step. Source: Pascanu et al. 2013.
+    Returns the norm before scaling, 0-dimensional. If the norm is not finite, the gradients stay as they are and the
+    caller skips the step. Source: Pascanu et al. 2013.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)

@@ -1,4 +1,4 @@
-"""The options of a script: fields of one dataclass, that the command line, a YAML or JSON file, and Python all fill."""
+"""The options of a script: fields of one dataclass, set from the command line, a YAML or JSON file, or Python."""
 
 import dataclasses
 import json
@@ -7,17 +7,17 @@ from pathlib import Path
 
 
 def option(default, help, choices=None):
-    """A dataclass field with its help text. A tuple as default means several values, None that there may be none."""
+    """A dataclass field with its help text. A default () allows several values, a default None no value."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
 def flag(name):
-    """How the command line spells an option: --max-steps."""
+    """The command line's spelling of an option: --max-steps."""
     return "--" + name.replace("_", "-")
 
 
 def tidy(options):
-    """For __post_init__: paths become text and several values a tuple. Raises ValueError for what is no choice."""
+    """For __post_init__: turn paths into text and several values into a tuple. Raises ValueError for a wrong choice."""
     for field in dataclasses.fields(options):
         name, value, choices = field.name, getattr(options, field.name), field.metadata["choices"]
         if field.default == ():
@@ -30,7 +30,7 @@ def tidy(options):
 
 
 def need(options, wanted, test, *names):
-    """Raises ValueError unless each of the options `names` is None or passes `test`; `wanted` says what would."""
+    """Raises ValueError unless each of the options `names` is None or passes `test`. wanted: the test in words."""
     for name in names:
         if (value := getattr(options, name)) is not None and not test(value):
             raise ValueError(f"{flag(name)} is {value!r}: expected {wanted}")
@@ -44,7 +44,7 @@ def kind(field):
 def read_file(path, options):
     """The values in a YAML or JSON file, as keyword arguments for the dataclass `options`.
 
-    Names may be spelled with - or _. Raises ValueError for a name that is no option and for a value of another type.
+    Names may have - or _. Raises ValueError for an unknown name and for a value of the wrong type.
     """
     path = Path(path)
     where = f"--config {path}"
@@ -54,10 +54,11 @@ def read_file(path, options):
         values = _parse(path)
     except ImportError:
         raise ValueError(f"{where}: reading YAML needs the package pyyaml; JSON (.json) needs nothing") from None
-    except Exception as error:  # what YAML and JSON raise has no base in common
+    # the errors of YAML and JSON have no common base
+    except Exception as error:
         raise ValueError(f"{where} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{where} holds a {type(values).__name__}: expected options with their values")
+        raise ValueError(f"{where} holds a {type(values).__name__}: expected a mapping of options to values")
     fields = {field.name: field for field in dataclasses.fields(options)}
     result = {}
     for key, value in values.items():
@@ -87,7 +88,7 @@ def _value(field, value, where):
 
 
 def _scalar(wanted, value, where):
-    # YAML takes 5e-4 for text, and 1 is as good as 1.0; True, an int to Python, is neither
+    # YAML reads 5e-4 as text, and 1 is as good as 1.0. True, an int in Python, is neither
     if wanted is float and type(value) in (int, str):
         try:
             return float(value)

@@ -1,17 +1,17 @@
-"""Pretrain BERT on text. A script, to be read from top to bottom:
+"""Pretrain BERT on text. Read this script from top to bottom:
 
     options -> checks -> text, tokenizer, shards -> model -> the loop: micro-batches -> sums -> one division -> step
     -> evaluation, log, checkpoint -> the finished model, its learning curve and its card
 
-What ends up in the output directory:
+The output directory then holds:
 
     config.json model.safetensors tokenizer.json ...   the model: fastbert and transformers load the directory
-    generator/                                         the generator that a detector of replaced tokens learned with
-    README.md learning_curve.png metrics.jsonl         how it came to be
-    checkpoint-<step>/ data/ tensorboard/              to go on from, and to look closer
+    generator/                                         the generator, after training with replaced tokens
+    README.md learning_curve.png metrics.jsonl         the model card, the curves, the log
+    checkpoint-<step>/ data/ tensorboard/              checkpoints, token shards, TensorBoard's files
 
-Everything random is a pure function of the seed and of a place in the run (epoch, sequence, step), so a resumed run
-needs no generator's state, and on a CPU repeats an uninterrupted one bit for bit.
+Everything random is a pure function of the seed and of the position in the run (epoch, sequence, step). So a resume
+needs no state of a random generator, and on a CPU a resumed run equals an uninterrupted one bit for bit.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ from .log import Log
 from .loop import Progress, Run, accumulate, add, figures, forward, length
 from .options import flag, need, option, tidy
 
-# the held-out text is masked once and for all, by a seed that no option changes, and read up to this many tokens
+# held-out text is masked with a seed of its own, the same for all runs, and read up to this many tokens
 EVAL_SEED, EVAL_TOKENS = 20181011, 1_000_000
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -47,7 +47,7 @@ EVAL_SEED, EVAL_TOKENS = 20181011, 1_000_000
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """The options of `fastbert pretrain`, one field each. Raises ValueError with the option and value that is wrong."""
+    """The options of `fastbert pretrain`, one field each. Raises ValueError with the wrong option and its value."""
 
     train_file: tuple[str, ...] = option((), "Text to train on: files, folders, globs, or one directory of shards.")
     eval_file: tuple[str, ...] = option((), "Text to evaluate on. Without it, part of the documents is held out.")
@@ -121,10 +121,10 @@ class PretrainConfig:
         if self.embedding_sharing is not None and self.objective != "rtd":
             raise ValueError(f"--embedding-sharing goes with --objective rtd: the objective is {self.objective}")
         if self.max_minutes is not None and self.warmup_steps is not None:
-            raise ValueError("--warmup-steps does not go with --max-minutes, which knows no steps: use --warmup-ratio")
+            raise ValueError("--warmup-steps does not go with --max-minutes, which counts time: use --warmup-ratio")
 
 
-# A resumed run may differ from its beginning in these; the text and the tokenizer are compared by content.
+# A resumed run may change these options. The text and the tokenizer are compared by content.
 MAY_DIFFER = {
     "train_file", "eval_file", "output_dir", "tokenizer", "max_steps", "epochs", "max_minutes", "resume", "save_steps",
     "save_total_limit", "eval_steps", "logging_steps", "num_workers", "device",
@@ -135,12 +135,12 @@ MAY_DIFFER = {
 
 
 def pretrain(config: PretrainConfig) -> dict:
-    """Run `config`, a PretrainConfig, to its end, or until SIGTERM or SIGINT, which end it after the step and save.
+    """Run `config` to its end. SIGTERM and SIGINT end it after the current step, with a checkpoint.
 
-    Returns the last row of metrics.jsonl that has an evaluation ({} without held-out text), and in "signal" the number
-    of the signal that ended the run, or None. Raises ValueError or OSError for what the caller can put right, before
-    any work is done where that can be known, and FloatingPointError when training diverges.
-    Under torchrun, or with torch.distributed initialised, every process takes its share of the micro-batches.
+    Returns the last row of metrics.jsonl that has an evaluation ({} without held-out text), with the number of the
+    signal that ended the run, or None, in "signal". Raises ValueError or OSError for errors of the caller, if possible
+    before any work, and FloatingPointError when training diverges. Under torchrun, or with torch.distributed
+    initialised, every process takes its share of the micro-batches.
     """
     rank, world_size = processes.join()
     output_dir = Path(config.output_dir)
@@ -151,15 +151,15 @@ def pretrain(config: PretrainConfig) -> dict:
     with lock(output_dir) if rank == 0 else contextlib.nullcontext(), Log(output_dir, rank) as log:
         resumed = checkpoint.to_resume(output_dir, config.resume)
         if config.resume:
-            begins = f"--resume: {output_dir} has no checkpoint yet, this run begins"
-            log.say(f"resuming from {resumed}" if resumed else begins)
+            fresh = f"--resume: {output_dir} has no checkpoint yet, starting a new run"
+            log.say(f"resuming from {resumed}" if resumed else fresh)
         tokenizer = _known_tokenizer(config, sources[0], resumed)
         state = checkpoint.read_state(resumed) if resumed else None
         if state:
             checkpoint.check_same_run(resumed, state, config, tokenizer_hash(tokenizer), MAY_DIFFER)
         _check_vocabulary(config, model_config, tokenizer)
 
-        # text -> tokenizer -> shards; under torchrun the first process makes them and the others find them made
+        # text -> tokenizer -> shards; under torchrun the first process makes them for all
         with processes.first_process_first(rank):
             if tokenizer is None and rank == 0:
                 kind = families.family(model_config.model_type).tokenizer
@@ -185,7 +185,7 @@ def pretrain(config: PretrainConfig) -> dict:
         loader, held_out = _loaders(config, train, evaluation, rank, world_size)
         fingerprint = _fingerprint(train, evaluation)
         if state and state["data"] != fingerprint:
-            raise ValueError(f"--resume: the text is not the text that {resumed} has learned from")
+            raise ValueError(f"--resume: the text is not the one that {resumed} was trained on")
 
         # model and optimizer
         if config.model in presets.PRESETS:
@@ -198,7 +198,7 @@ def pretrain(config: PretrainConfig) -> dict:
         )  # fmt: skip
         progress = Progress()
         if resumed:
-            checkpoint.load(resumed, model, optimizer)
+            checkpoint.load_checkpoint(resumed, model, optimizer)
             progress = Progress(**state["progress"])
         total, warmup = length(config, loader)
         facts = {
@@ -226,15 +226,15 @@ def pretrain(config: PretrainConfig) -> dict:
             log.say(f"done: {output_dir} holds the model, README.md and learning_curve.png")
         elif rank == 0:
             name = signal.Signals(caught[0]).name if caught else "another process"
-            log.say(f"stopped by {name} after step {progress.step}: go on with --resume")
+            log.say(f"stopped by {name} after step {progress.step}: continue with --resume")
         return log.last_evaluation | {"signal": caught[0] if caught and not run.finished else None}
 
 
 @torch.no_grad()
 def evaluate(model, loader, *, bf16=False, interrupted=lambda: False):
-    """Loss and accuracy on a loader's epoch 0, so on the same picks every time; None when `interrupted()` says so.
+    """Loss and accuracy on epoch 0 of a loader, with the same picks every time. None when `interrupted()` is true.
 
-    Beside them the baseline: the share of the same picks that the most frequent token among them gets right.
+    Also returns the baseline: the accuracy of always predicting the most frequent of the picked tokens.
     """
     device = next(model.parameters()).device
     histogram = torch.zeros(model.config.vocab_size, dtype=torch.int64)
@@ -257,11 +257,11 @@ def evaluate(model, loader, *, bf16=False, interrupted=lambda: False):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what a run stands on: each of these raises one clear line when it cannot stand
+# what a run needs; each function raises a one-line error if it is missing or wrong
 
 
 def _model_config(config):
-    """EncoderConfig of --model with --dropout; a preset's vocabulary is sized later, to the tokenizer."""
+    """EncoderConfig of --model with --dropout. A preset gets the tokenizer's vocabulary size later."""
     path = Path(config.model)
     if config.model in presets.PRESETS or not (path.exists() or path.suffix == ".json"):
         found = presets.preset(config.model)
@@ -275,10 +275,10 @@ def _model_config(config):
     if config.objective in PAIRS and found.type_vocab_size < 2:
         raise ValueError(f"--objective {config.objective} needs two token types: {config.model} has 1")
     if config.objective in PAIRS and "Pretraining" not in row.architectures:
-        raise ValueError(f"--objective {config.objective}: a {found.model_type} does not learn from sentence pairs")
+        raise ValueError(f"--objective {config.objective}: {found.model_type} models have no head for sentence pairs")
     if config.objective == "rtd" and row.generator is None:
         raise ValueError(
-            f"--objective rtd: a {found.model_type} has no detector of replaced tokens, {families.detecting()} have"
+            f"--objective rtd: {found.model_type} models have no head for replaced tokens, {families.detecting()} have"
         )
     if config.objective == "rtd" and path.is_dir() and not (path / GENERATOR / "config.json").is_file():
         raise ValueError(f"--objective rtd: {path} has no generator, expected one in {path / GENERATOR}")
@@ -288,21 +288,21 @@ def _model_config(config):
 
 
 def _source(paths, config):
-    """What --train-file or --eval-file stands for: Shards of a prepared directory, a list of text files, or None."""
+    """The source that --train-file or --eval-file names: Shards of a prepared directory, text files, or None."""
     if not paths:
         return None
     prepared = [path for path in paths if (Path(path) / "manifest.json").is_file()]
     if len(prepared) == 1 and len(paths) == 1:
         return Shards.open(paths[0])
     if prepared:
-        raise ValueError(f"{prepared[0]} is a prepared directory: it cannot be joined with other files, name it alone")
+        raise ValueError(f"{prepared[0]} is a prepared directory: it cannot be combined with other files")
     files = expand(paths)
     check_columns(files, config.text_column)
     return files
 
 
 def _known_tokenizer(config, source, resumed):
-    """The tokenizer that the options point at; None when it is to be trained."""
+    """The tokenizer that the options name; None when one must be trained."""
     given = load_tokenizer(config.tokenizer) if config.tokenizer else None
     if isinstance(source, Shards):
         if given is not None and tokenizer_hash(given) != tokenizer_hash(source.tokenizer):
@@ -316,7 +316,7 @@ def _known_tokenizer(config, source, resumed):
 
 
 def _check_vocabulary(config, model_config, tokenizer):
-    """A preset takes the tokenizer's size; any other model has a size of its own."""
+    """Raises ValueError when the tokenizer does not fit the model. A preset takes the tokenizer's size."""
     if config.model in presets.PRESETS:
         return
     size = config.vocab_size if tokenizer is None else tokenizer.get_vocab_size()
@@ -344,7 +344,7 @@ def _shards(source, tokenizer, directory, config, rank):
 
 
 def _loaders(config, train, evaluation, rank, world_size):
-    """MaskedBatches to train on and, or None, to evaluate on."""
+    """(MaskedBatches to train on, MaskedBatches to evaluate on or None)."""
     ids = held_out_ids = None
     if evaluation is None and config.eval_share:
         try:
@@ -353,7 +353,7 @@ def _loaders(config, train, evaluation, rank, world_size):
                 max_seq_length=config.max_seq_length, objective=config.objective,
             )  # fmt: skip
         except ValueError as error:
-            raise ValueError(f"{error} (--eval-share 0 does without, --eval-file takes other text)") from None
+            raise ValueError(f"{error} (use --eval-share 0 for no evaluation, or --eval-file)") from None
         evaluation = train
     same = {
         "max_seq_length": config.max_seq_length,
@@ -361,7 +361,7 @@ def _loaders(config, train, evaluation, rank, world_size):
         "mlm_probability": config.mlm_probability,
         "whole_word_mask": config.whole_word_mask,
         "objective": config.objective,
-        # constant shapes: matrix libraries set up, and keep, something for each one that they meet
+        # constant shapes: matrix libraries set up, and cache, something for each new shape
         "capacity": True,
     }
     loader = MaskedBatches(train, **same, seed=config.seed, rank=rank, world_size=world_size, sequence_ids=ids)
@@ -391,7 +391,7 @@ def _model(config, model_config):
 
 
 def _generator_config(config):
-    """That of the generator to go on with; None for the family's own."""
+    """EncoderConfig of the generator in the directory --model; None for the family's default."""
     if not Path(config.model).is_dir():
         return None
     found = hf_files.read_config(Path(config.model) / GENERATOR / "config.json")

@@ -1,4 +1,4 @@
-"""What a training script has to do with the system: its device, the other processes, the signals that end it."""
+"""A training script's device, the other processes of its run, and the signals that end it."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 
 def device_of(name):
-    """The torch.device that --device stands for; under torchrun each process has its own GPU. Raises ValueError."""
+    """The torch.device of --device. Under torchrun each process has its own GPU. Raises ValueError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -18,14 +18,14 @@ def device_of(name):
     except RuntimeError:
         raise ValueError(f"--device is {name!r}: expected auto, cpu, cuda or cuda:1") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device is {name!r}: PyTorch finds no GPU here")
+        raise ValueError(f"--device is {name!r}: PyTorch finds no GPU")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return device
 
 
 def join():
-    """(rank, world size). torchrun's environment is enough to join the others."""
+    """(rank, world size). Joins the other processes if torchrun's environment is set."""
     if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group()
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -42,7 +42,7 @@ def total(*numbers):
 
 
 def add_gradients(model):
-    """Every gradient becomes its sum over all processes; 0 where a process has none."""
+    """Replace every gradient by its sum over all processes. A missing gradient counts as 0."""
     if not dist.is_initialized():
         return
     for parameter in model.parameters():
@@ -52,7 +52,7 @@ def add_gradients(model):
 
 @contextlib.contextmanager
 def first_process_first(rank):
-    """The others enter when the first has left."""
+    """The other processes enter after the first has left."""
     if rank > 0:
         dist.barrier()
     yield
@@ -62,7 +62,7 @@ def first_process_first(rank):
 
 @contextlib.contextmanager
 def signals():
-    """Collects SIGTERM and SIGINT in the list it gives. A second one does what it did before."""
+    """Yields a list that collects SIGTERM and SIGINT. A second signal has its usual effect."""
     caught = []
 
     def note(number, frame):
@@ -74,7 +74,7 @@ def signals():
             signal.signal(number, handler)
 
     before = {}
-    # only the main thread may set handlers; elsewhere signals are the caller's affair
+    # only the main thread may set handlers; in other threads the caller handles signals
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

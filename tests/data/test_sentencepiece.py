@@ -13,7 +13,7 @@ from fastbert.data.tokenizer import load_tokenizer, save_tokenizer, special_ids,
 from fastbert.model import hf_files
 from fastbert.model.heads import MaskedLM
 from fastbert.model.sentences import SentenceEmbedder
-from fastbert.tasks.fill_mask import fill_mask, load
+from fastbert.tasks.fill_mask import fill_mask, load_masked_lm
 from fastbert.training import log
 from fastbert.training.pretrain import PretrainConfig, pretrain
 
@@ -129,7 +129,7 @@ def test_prepared_and_pretrained_on(family, tokenizer, text, tmp_path, monkeypat
     pretrain(PretrainConfig(**options, output_dir=tmp_path / "run", max_steps=12))
     losses = [row["loss"] for row in log.read_metrics(tmp_path / "run") if "loss" in row]
     assert losses[-1] < losses[0] - 0.1
-    model, again = load(tmp_path / "run")
+    model, again = load_masked_lm(tmp_path / "run")
     assert tokenizer_hash(again) == tokenizer_hash(tokenizer)
     (guesses,) = fill_mask(model, again, "bada [MASK], tefi.")
     assert len(guesses) == 5 and all(0 < probability < 1 for _, probability in guesses)
@@ -153,6 +153,6 @@ def test_more_pieces_than_embeddings_is_one_clear_line(family, tokenizer, text, 
     model = MaskedLM(hf_files.config_from_hf(config))
     model.save_pretrained(tmp_path / "model")
     tokenizer.save(str(tmp_path / "model" / "tokenizer.json"))
-    refuses(lambda: load(tmp_path / "model"))
+    refuses(lambda: load_masked_lm(tmp_path / "model"))
     refuses(lambda: SentenceEmbedder.from_pretrained(tmp_path / "model"))
     refuses(lambda: SentenceEmbedder(model.config, tokenizer))

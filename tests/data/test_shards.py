@@ -152,7 +152,7 @@ def test_one_preparation_per_directory(tmp_path, tokenizer):
     assert {path.name: path.stat().st_mtime_ns for path in out.glob("*.npy")} == before
 
     other = write_text(tmp_path / "b.txt", make_documents(11))
-    message = r"out holds another preparation \(it differs in: {}\): choose another directory or delete this one"
+    message = r"out holds another preparation \(different: {}\): choose another directory or delete this one"
     with pytest.raises(ValueError, match=message.format("files")):
         prepare([other], tokenizer, out, progress=False)
     with pytest.raises(ValueError, match=message.format("layout")):
@@ -243,7 +243,7 @@ def test_damaged_shards_are_one_clear_line(tmp_path, tokenizer):
     fails(two, "shard-00000.sentences.npy is damaged: its sha256", verify=True)
     three = fresh("shorter")
     np.save(three / "shard-00000.documents.npy", np.arange(3))
-    fails(three, "has 3 entries, which is not what the manifest says")
+    fails(three, "has 3 entries, not as many as the manifest says")
     save_tokenizer(small_tokenizer(tmp_path, 140), fresh("tokenizer"))
     fails(tmp_path / "tokenizer", "holds another tokenizer than the one its shards were made with")
     five = fresh("manifest")

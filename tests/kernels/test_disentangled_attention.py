@@ -456,7 +456,7 @@ def test_no_second_derivative(device):
         (dict(max_relative_positions=5), "max_relative_positions, 5"),
         (dict(max_relative_positions=0), "max_relative_positions is 0"),
         (dict(position_buckets=0), r"expected \(80, 1, 16\)"),
-        (dict(pos_query=torch.zeros(16, 1, 8)), r"pos_query is of shape \(16, 1, 8\)"),
+        (dict(pos_query=torch.zeros(16, 1, 8)), r"pos_query has shape \(16, 1, 8\)"),
         (dict(k=torch.zeros(4, 1, 16)), "expected q"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",

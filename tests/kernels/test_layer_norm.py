@@ -75,7 +75,7 @@ def test_wide_rows(D, device):
 
 def test_rows_that_are_too_wide_are_refused(device):
     x, weight, bias, _ = make(2, 8193, device)
-    with pytest.raises(ValueError, match="8193 columns: the kernels hold at most 8192"):
+    with pytest.raises(ValueError, match="8193 columns: the kernels take at most 8192"):
         layer_norm(x, weight, bias)
 
 

@@ -21,7 +21,7 @@ from fastbert.data.tokenizer import load_tokenizer
 from fastbert.model.convert import convert
 from fastbert.model.heads import MaskedLM
 from fastbert.model.sentences import SentenceEmbedder
-from fastbert.tasks.fill_mask import fill_mask, load
+from fastbert.tasks.fill_mask import fill_mask, load_masked_lm
 
 TEXTS = [
     "A man is eating food.",
@@ -143,7 +143,7 @@ def test_splade_model_predicts_as_transformers_does(splade, tmp_path):
     convert(splade, out)
     reloaded(transformers.BertForMaskedLM, out, theirs)
     assert transformers.AutoTokenizer.from_pretrained(out)(TEXTS)["input_ids"] == tokenizer(TEXTS)["input_ids"]
-    model, own = load(out)
+    model, own = load_masked_lm(out)
     guesses = fill_mask(model, own, "The capital of France is [MASK].")
     # as some tokenizer.json ask for
     own.enable_padding(length=64)

@@ -64,7 +64,7 @@ def test_the_devices_profile_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(_launch, "device_name", lambda: "nvidia_h200")
     monkeypatch.setattr(ops, "has_triton", lambda: True)
     gpu = torch.device("cuda")
-    assert doctor._settings(gpu) == "defaults, no nvidia_h200.json was measured"
+    assert doctor._settings(gpu) == "defaults, there is no nvidia_h200.json"
     (tmp_path / "nvidia_h200.json").write_text("{}")
     assert doctor._settings(gpu) == f"measured on this device, {tmp_path / 'nvidia_h200.json'}"
     assert "no kernel" in doctor._settings(torch.device("cpu"))

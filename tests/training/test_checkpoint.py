@@ -1,4 +1,4 @@
-"""Checkpoints: exact, whole or absent after a crash at any point, passed over when damaged."""
+"""Checkpoints: exact, whole or absent after a crash at any point, skipped when damaged."""
 
 import errno
 import json
@@ -63,10 +63,10 @@ def assert_same(model, optimizer, other_model, other_optimizer):
 def test_a_round_trip_is_exact(tmp_path, tokenizer):
     model, optimizer = trained(steps=3)
     state = {"step": 3, "sum": 0.1 + 0.2, "text": "é"}
-    path = checkpoint.save(tmp_path, 3, model, optimizer, tokenizer, state)
+    path = checkpoint.save_checkpoint(tmp_path, 3, model, optimizer, tokenizer, state)
     assert path == tmp_path / "checkpoint-3" == checkpoint.latest(tmp_path)
     other_model, other_optimizer = trained(seed=1, steps=1)
-    assert checkpoint.load(path, other_model, other_optimizer) == state
+    assert checkpoint.load_checkpoint(path, other_model, other_optimizer) == state
     assert_same(model, optimizer, other_model, other_optimizer)
     # nothing that would be unpickled, nothing left over
     assert {file.suffix for file in path.iterdir()} == {".json", ".safetensors", ".txt"}
@@ -76,7 +76,7 @@ def test_a_round_trip_is_exact(tmp_path, tokenizer):
 def test_only_the_newest_are_kept(tmp_path, tokenizer):
     model, optimizer = trained()
     for step in (5, 10, 9, 100):
-        checkpoint.save(tmp_path, step, model, optimizer, tokenizer, {}, keep=2)
+        checkpoint.save_checkpoint(tmp_path, step, model, optimizer, tokenizer, {}, keep=2)
     # counted as numbers, not as text
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-100"]
 
@@ -102,24 +102,24 @@ def flip(file):
 def test_a_damaged_checkpoint_is_passed_over(damage, name, tmp_path, tokenizer):
     model, optimizer = trained()
     for step in (1, 2):
-        checkpoint.save(tmp_path, step, model, optimizer, tokenizer, {})
+        checkpoint.save_checkpoint(tmp_path, step, model, optimizer, tokenizer, {})
     manifest = json.loads((tmp_path / "checkpoint-2" / files.MANIFEST).read_text())
     damage(tmp_path / "checkpoint-2" / name)
     if name == files.MANIFEST and damage in (truncate, flip):
         # a lost line end does no harm, and any letter may be hit: what counts is that nothing but the truth passes
         (tmp_path / "checkpoint-2" / name).write_text(json.dumps(manifest)[:-2])
-    with pytest.warns(UserWarning, match=f"passed over: .*{name}"):
+    with pytest.warns(UserWarning, match=f"skipped a checkpoint: .*{name}"):
         assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint-1"
     with pytest.raises(ValueError, match=name):
-        checkpoint.load(tmp_path / "checkpoint-2", model, optimizer)
+        checkpoint.load_checkpoint(tmp_path / "checkpoint-2", model, optimizer)
 
 
-@pytest.mark.filterwarnings("ignore:passed over")
+@pytest.mark.filterwarnings("ignore:skipped a checkpoint")
 def test_latest_of_none_and_of_only_damaged_ones(tmp_path, tokenizer):
     assert checkpoint.latest(tmp_path) is None
     (tmp_path / "checkpoint-7").mkdir()
     (tmp_path / "checkpoint-final").mkdir()
-    with pytest.raises(ValueError, match="none of the 1 checkpoints"):
+    with pytest.raises(ValueError, match="is damaged .1 checked"):
         checkpoint.latest(tmp_path)
 
 
@@ -153,21 +153,21 @@ def test_a_crash_at_any_operation_loses_nothing(again, tmp_path, tokenizer, monk
     at = 1 if again else 2
     for operations in range(100):
         directory = tmp_path / str(operations)
-        checkpoint.save(directory, 1, *first, tokenizer, {"of": "first"}, keep=1)
+        checkpoint.save_checkpoint(directory, 1, *first, tokenizer, {"of": "first"}, keep=1)
         with monkeypatch.context() as patched:
             count = crash_after(patched, operations)
             try:
-                checkpoint.save(directory, at, *second, tokenizer, {"of": "second"}, keep=1)
+                checkpoint.save_checkpoint(directory, at, *second, tokenizer, {"of": "second"}, keep=1)
                 finished = True
             except Crash:
                 finished = False
         checkpoint.clear_unfinished(directory)
         found = checkpoint.latest(directory)
         loaded = trained(2)
-        state = checkpoint.load(found, *loaded)
+        state = checkpoint.load_checkpoint(found, *loaded)
         assert_same(*loaded, *(first if state["of"] == "first" else second))
         # and the directory still takes the next one
-        checkpoint.save(directory, 3, *second, tokenizer, {}, keep=1)
+        checkpoint.save_checkpoint(directory, 3, *second, tokenizer, {}, keep=1)
         assert [p.name for p in directory.iterdir()] == ["checkpoint-3"]
         if finished:
             assert state["of"] == "second" and operations == count[0] > 10
@@ -180,12 +180,12 @@ def save_forever(directory, tokenizer):
     step = 0
     while True:
         step += 1
-        checkpoint.save(directory, step, model, optimizer, tokenizer, {"step": step}, keep=2)
+        checkpoint.save_checkpoint(directory, step, model, optimizer, tokenizer, {"step": step}, keep=2)
 
 
 def test_kill_9_at_random_times_leaves_a_whole_checkpoint(tmp_path, tokenizer):
     rng = random.Random(0)
-    checkpoint.save(tmp_path, 0, *trained(), tokenizer, {"step": 0})
+    checkpoint.save_checkpoint(tmp_path, 0, *trained(), tokenizer, {"step": 0})
     for _ in range(12):
         process = FORK.Process(target=save_forever, args=(tmp_path, tokenizer))
         process.start()
@@ -210,13 +210,13 @@ def limited_save(directory, tokenizer, pipe):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
     try:
-        checkpoint.save(directory, 2, *trained(), tokenizer, {})
+        checkpoint.save_checkpoint(directory, 2, *trained(), tokenizer, {})
     except OSError as error:
         pipe.send(str(error))
 
 
 def test_a_disk_that_takes_no_more_gives_one_line_and_keeps_the_last(tmp_path, tokenizer, monkeypatch):
-    checkpoint.save(tmp_path, 1, *trained(), tokenizer, {})
+    checkpoint.save_checkpoint(tmp_path, 1, *trained(), tokenizer, {})
     ours, theirs = FORK.Pipe()
     process = FORK.Process(target=limited_save, args=(tmp_path, tokenizer, theirs))
     process.start()
@@ -229,7 +229,7 @@ def test_a_disk_that_takes_no_more_gives_one_line_and_keeps_the_last(tmp_path, t
     full = OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(checkpoint, "write_manifest", lambda path: (_ for _ in ()).throw(full))
     with pytest.raises(OSError, match="checkpoint-2 cannot be written: No space left on device"):
-        checkpoint.save(tmp_path, 2, *trained(), tokenizer, {})
+        checkpoint.save_checkpoint(tmp_path, 2, *trained(), tokenizer, {})
     assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint-1"
 
 
@@ -240,16 +240,16 @@ def test_parameters_that_are_not_finite_are_not_saved(tmp_path, tokenizer):
     with pytest.raises(
         ValueError, match="step 4 is not saved: 1 parameters are not finite, the first is vocabulary_bias"
     ):
-        checkpoint.save(tmp_path, 4, model, optimizer, tokenizer, {})
+        checkpoint.save_checkpoint(tmp_path, 4, model, optimizer, tokenizer, {})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, tokenizer):
-    path = checkpoint.save(tmp_path, 1, *trained(), tokenizer, {})
+    path = checkpoint.save_checkpoint(tmp_path, 1, *trained(), tokenizer, {})
     model = MaskedLM(CONFIG.replace(vocab_size=21))
     optimizer = optim.adamw(model, learning_rate=0.01, weight_decay=0.1, betas=(0.9, 0.98), epsilon=1e-6)
     with pytest.raises(ValueError, match=r"another model: vocabulary_bias is \(20,\), expected \(21,\)"):
-        checkpoint.load(path, model, optimizer)
+        checkpoint.load_checkpoint(path, model, optimizer)
 
 
 def test_published_files_replace_the_old_ones(tmp_path, tokenizer):

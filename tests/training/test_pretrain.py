@@ -15,7 +15,7 @@ from fastbert.data.batches import MaskedBatches
 from fastbert.data.shards import Shards
 from fastbert.data.tokenizer import save_tokenizer, train_bpe
 from fastbert.model import families, heads, hf_files
-from fastbert.tasks.fill_mask import fill_mask, load
+from fastbert.tasks.fill_mask import fill_mask, load_masked_lm
 from fastbert.training import log, pretrain
 from fastbert.training.pretrain import PretrainConfig
 
@@ -47,7 +47,7 @@ def test_from_raw_text_to_a_model_that_knows_words(place, tmp_path, monkeypatch)
     assert f"{result['eval_masked_accuracy']:.2%}" in card and "| documents | 300 |" in card
 
     # fastbert and transformers load the same model, and it fills in what it has read
-    model, tokenizer = load(output)
+    model, tokenizer = load_masked_lm(output)
     [words] = fill_mask(model, tokenizer, "every day the cat chases [MASK] in dark barns .", top_k=5)
     assert {word for word, _ in words} == {sentence.split()[1] for sentence in WORDS.values()}
     shares = [share for _, share in words]
@@ -108,7 +108,7 @@ def test_every_family_learns_from_raw_text(name, place, tmp_path):
     assert result["signal"] is None and losses[-1] < 0.85 * losses[0]
     model = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "run")
     assert model.config.model_type == name
-    [words] = fill_mask(*load(tmp_path / "run"), "every day the [MASK] chases mice")
+    [words] = fill_mask(*load_masked_lm(tmp_path / "run"), "every day the [MASK] chases mice")
     assert len(words) == 5
 
 

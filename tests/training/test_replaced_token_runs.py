@@ -30,7 +30,7 @@ from fastbert.model import hf_files
 from fastbert.model.heads import MaskedLM, ReplacedTokenDetector
 from fastbert.model.replaced_tokens import ReplacedTokenPretraining
 from fastbert.packing import Batch, pack_inputs
-from fastbert.tasks.fill_mask import fill_mask, load
+from fastbert.tasks.fill_mask import fill_mask, load_masked_lm
 from fastbert.training import checkpoint, log, pretrain
 from fastbert.training.card import learning_curve
 from fastbert.training.loop import accumulate
@@ -253,7 +253,7 @@ def test_what_a_run_leaves_loads_in_transformers(family, options, place, capsys)
     tables = [model.encoder.embeddings.word.weight for model in (ours, generator)]
     difference = (tables[0] - tables[1]).abs().max()
     assert difference == 0 if family == "electra" else tables[1].abs().max() > difference > 1e-4
-    [words] = fill_mask(*load(directory / "generator"), "every day the [MASK] chases mice")
+    [words] = fill_mask(*load_masked_lm(directory / "generator"), "every day the [MASK] chases mice")
     assert len(words) == 5
     # going on from it begins with what it knows
     whole = ReplacedTokenPretraining.from_pretrained(directory)
@@ -287,7 +287,7 @@ def test_a_damaged_generator_damages_its_checkpoint(finished, tmp_path):
     directory = shutil.copytree(finished, tmp_path / "run")
     file = directory / "checkpoint-8" / "generator" / checkpoint.MODEL
     file.write_bytes(file.read_bytes()[:-4] + b"\0\0\0\1")
-    with pytest.warns(UserWarning, match="passed over: .*checkpoint-8/generator/model.safetensors is damaged"):
+    with pytest.warns(UserWarning, match="skipped a checkpoint: .*checkpoint-8/generator/model.safetensors is damaged"):
         assert checkpoint.latest(directory).name == "checkpoint-4"
 
 
@@ -316,9 +316,9 @@ def test_two_processes_learn_what_one_does_with_two_micro_batches(options, tmp_p
     [
         (
             {"model": "bert.json"},
-            "--objective rtd: a bert has no detector of replaced tokens, electra, deberta-v2",
+            "--objective rtd: bert models have no head for replaced tokens, electra, deberta-v2",
         ),
-        ({"model": "deberta.json"}, "--objective rtd: a deberta has no detector of replaced tokens"),
+        ({"model": "deberta.json"}, "--objective rtd: deberta models have no head for replaced tokens"),
         ({"rtd_weight": 0.0}, "--rtd-weight is 0.0: expected a number above 0"),
         ({"rtd_weight": -50.0}, "--rtd-weight is -50.0"),
         ({"rtd_weight": float("nan")}, "--rtd-weight is nan"),

@@ -31,7 +31,7 @@ def test_a_stopped_run_resumes_to_the_bit(where, call, step, options, whole, mon
         stop_in(patched, where, call)
         result = run(options)
     assert result["signal"] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is handler
-    assert f"stopped by SIGTERM after step {step}: go on with --resume" in capsys.readouterr().err
+    assert f"stopped by SIGTERM after step {step}: continue with --resume" in capsys.readouterr().err
     assert checkpoint.latest(options["output_dir"]).name == f"checkpoint-{step}"
     assert not (options["output_dir"] / "model.safetensors").exists()
     result = run(options, resume=True)
@@ -41,14 +41,14 @@ def test_a_stopped_run_resumes_to_the_bit(where, call, step, options, whole, mon
     assert epochs == {0, 1}, "the run was meant to pass the end of an epoch"
 
 
-@pytest.mark.filterwarnings("ignore:passed over")
+@pytest.mark.filterwarnings("ignore:skipped a checkpoint")
 def test_a_run_goes_on_from_the_good_checkpoint_before_a_damaged_one(options, whole):
     directory = options["output_dir"]
     shutil.copytree(whole, directory)
     for name in ("checkpoint-12", "checkpoint-8"):
         (directory / name / checkpoint.MODEL).write_bytes(b"")
     (directory / "model.safetensors").unlink()
-    with pytest.warns(UserWarning, match="passed over: .*checkpoint-12/model.safetensors has 0 bytes"):
+    with pytest.warns(UserWarning, match="skipped a checkpoint: .*checkpoint-12/model.safetensors has 0 bytes"):
         run(options, resume=True)
     assert_same_run(whole, directory)
     assert (directory / "model.safetensors").exists()
@@ -141,12 +141,12 @@ def stand_ins(place, whole, tmp_path_factory):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"learning_rate": 0.5}, r"--learning-rate is 0.5, and 0.003 in .*checkpoint-12"),
-        ({"tokens_per_batch": 256}, "--tokens-per-batch is 256, and 192 in"),
-        ({"seed": 8}, "--seed is 8, and 7 in"),
-        ({"dropout": 0.0}, "--dropout is 0.0, and None in"),
-        ({"tokenizer": "other", "train_file": "text"}, "the tokenizer is another"),
-        ({"train_file": "other text"}, "the text is not the text that"),
+        ({"learning_rate": 0.5}, r"--learning-rate is 0.5, but 0.003 in .*checkpoint-12"),
+        ({"tokens_per_batch": 256}, "--tokens-per-batch is 256, but 192 in"),
+        ({"seed": 8}, "--seed is 8, but 7 in"),
+        ({"dropout": 0.0}, "--dropout is 0.0, but None in"),
+        ({"tokenizer": "other", "train_file": "text"}, "the tokenizer has sha256 .*, but .* in .*checkpoint-12"),
+        ({"train_file": "other text"}, "the text is not the one that"),
     ],
     ids=["learning-rate", "batch", "seed", "dropout", "tokenizer", "text"],
 )
