@@ -25,6 +25,11 @@ import fastbert
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def page_of(folder):
+    report.write(folder)
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.fixture(autouse=True)
 def memory(monkeypatch):
     """This process gives its memory back: it has other tests to run. A product that is timed for a ceiling is small."""
@@ -135,7 +140,7 @@ def test_models_end_to_end(tmp_path, capsys):
             assert figures["real_tokens_per_s"] == pytest.approx(row["tokens_real"] / figures["median_s"], rel=0.01)
     assert "flash_attention_2" in " ".join(result["not_measured"])
     assert "real tokens/s" in capsys.readouterr().out
-    assert "fill: 4 rows" in write(tmp_path)
+    assert "fill: 4 rows" in page_of(tmp_path)
 
 
 @pytest.fixture
@@ -159,7 +164,7 @@ def test_families_end_to_end(narrow, tmp_path, capsys):
     assert result["rows"][2]["seconds"].keys() == {"transformers", "swapped"}
     assert "fastbert on MKL" in capsys.readouterr().out
     assert tables.single_line(result).startswith("one text of 8 tokens through BERT-base: ")
-    page = write(tmp_path)
+    page = page_of(tmp_path)
     assert "| bert |" in page and "(families.png)" in page
 
 
@@ -173,7 +178,7 @@ def test_training_step_end_to_end(narrow, tmp_path, monkeypatch):
     for row in result["rows"]:
         assert [len(row["seconds"][library]) for library in bench_models.ON_A_CPU] == [3, 3, 3]
         assert row["summary"]["fastbert"]["peak_memory_mib"] == 20 and row["difference"] < 1e-5
-    page = write(tmp_path)
+    page = page_of(tmp_path)
     assert "20 -> 20 MiB" in page and "(training_step.png)" in page
 
 
@@ -314,7 +319,7 @@ def test_data_path_end_to_end(tmp_path):
     rows = {row["name"]: row for row in result["rows"]}
     assert rows["prepare"]["seconds"].keys() == {"fastbert", "tokenizers alone"}
     assert rows["loader, mlm"]["ratio"] > 1, "the loader is slower than the model"
-    page = write(tmp_path)
+    page = page_of(tmp_path)
     assert f"**{rows['loader, mlm']['ratio']:.0f} times**" in page and "| prepare |" in page
 
 
@@ -327,5 +332,5 @@ def test_training_end_to_end(tmp_path):
     assert names[0] == "fastbert" and set(names) | set(result["not_measured"]) >= {bench_training.TRAINER}
     losses = [point["loss"] for point in result["rows"][0]["curve"]]
     assert len(losses) == 2 and losses[1] < losses[0]
-    page = write(tmp_path)
+    page = page_of(tmp_path)
     assert "(training.png)" in page and "held-out accuracy" in page
