@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import demo
 import machine
 import record
-import report
+import tables
 
 import fastbert
 from fastbert.data.batches import MaskedBatches
@@ -213,7 +213,7 @@ def main(arguments=None):
         row, shards = prepare_row(files, tokenizer, work, rounds)
         result["rows"] = [row, *loader_rows(shards, device, rounds, options.quick)]
     record.save(result, file)
-    print(f"{report.data_table(result)}\n\n{report.data_line(result)}\nwritten to {file}")
+    print(f"{tables.data_table(result)}\n\n{tables.data_line(result)}\nwritten to {file}")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import demo
 import machine
 import record
-import report
+import tables
 
 import fastbert
 from fastbert.data.batches import MaskedBatches
@@ -327,7 +327,7 @@ def main(arguments=None):
     for row in result["rows"]:
         row["seconds_to_accuracy"] = seconds_to(row["held_out"], accuracy)
     record.save(result, file)
-    print(f"\n{report.training_table(result)}\n\nwritten to {file}; python benchmarks/report.py draws it")
+    print(f"\n{tables.training_table(result)}\n\nwritten to {file}; python benchmarks/report.py draws it")
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def test_copies_are_what_a_cache_could_hold(nbytes, gib, copies):
 
 
 def test_no_copies_where_memory_is_short():
-    with pretending(16), small():
+    with pretending(15), small():
         assert machine.Clock(CUDA).copies(GIB) == 1
 
 

@@ -388,7 +388,9 @@ def test_a_cuda_error_costs_one_test(workers, where, said, counted, tmp_path):
     )
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(tmp_path)]
     command += ["-n", str(workers)] if workers else []
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    # this test may be run by a worker of xdist itself
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert counted in done.stdout, done.stdout + done.stderr
     assert workers or "every later test" in done.stdout

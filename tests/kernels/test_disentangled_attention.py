@@ -453,7 +453,7 @@ def test_no_second_derivative(device):
         (dict(scale=0.0), "scale is 0.0"),
         (dict(dropout_p=0.1), "seed is None"),
         (dict(position_buckets=1), "position_buckets is 1"),
-        (dict(max_relative_positions=5), "max_relative_positions, 5"),
+        (dict(max_relative_positions=5), "max_relative_positions 5"),
         (dict(max_relative_positions=0), "max_relative_positions is 0"),
         (dict(position_buckets=0), r"expected \(80, 1, 16\)"),
         (dict(pos_query=torch.zeros(16, 1, 8)), r"pos_query has shape \(16, 1, 8\)"),
