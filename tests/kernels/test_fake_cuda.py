@@ -235,7 +235,7 @@ def results():
     root = Path(__file__).resolve().parents[2]
     # as on a GPU: there the kernels are compiled, not interpreted
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(root)
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (root, root / "tests")))
     done = subprocess.run([sys.executable, __file__], cwd=root, env=environment, capture_output=True, text=True)
     if INSTALLED not in done.stdout.splitlines():
         reason = done.stderr.strip().rpartition("\n")[2] or f"torch {torch.__version__}: ended with {done.returncode}"
