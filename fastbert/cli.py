@@ -266,3 +266,8 @@ def bench(**options):
     the repository. benchmarks/README.md says what is measured and how.
     """
     sys.exit(_benchmark_suite().run(**options))
+
+
+if __name__ == "__main__":
+    # without this, `python -m fastbert.cli` does nothing and exits with 0
+    main(prog_name="fastbert")
