@@ -16,8 +16,7 @@ import itertools
 import json
 import os
 import re
-from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +24,7 @@ from tokenizers import Tokenizer
 
 from ..files import inside, lock, read_json, sha256, write
 from .text import LAYOUTS, check_columns, expand, read_documents
+from .threads import ordered_map
 from .tokenizer import load_tokenizer, save_tokenizer, special_ids, tokenizer_hash
 
 FORMAT = 1
@@ -116,11 +116,12 @@ def _prepare(files, tokenizer, directory, work, num_workers, progress):
     shards = _finished_shards(directory)
     skipped = shards[-1]["units"] if shards else 0
     tokens = sum(shard["tokens"] for shard in shards)
-    with _progress_bar(sum(size for _, size, _ in work["files"]), progress) as update:
+    total = sum(size for _, size, _ in work["files"])
+    with _without_more_threads(), _progress_bar(total, progress) as update:
         for _ in itertools.islice(units, skipped):
             update(stats["bytes"], tokens)
         encoded, done, open_tokens = [], skipped, 0
-        for unit in _ordered_map(encoder, units, max(num_workers, 1)):
+        for unit in ordered_map(encoder, units, num_workers):
             encoded.append(unit)
             done += 1
             open_tokens += len(unit[0])
@@ -182,22 +183,14 @@ def _units(documents, letters):
         yield unit
 
 
-def _ordered_map(function, items, threads):
-    """map(function, items) on threads, in order, reading only a few items ahead."""
-    # these threads use all cores already; the tokenizers library must not start more in each of them
+@contextlib.contextmanager
+def _without_more_threads():
+    """Our threads use all cores already: the tokenizers library must not start more in each of them."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    pool = ThreadPoolExecutor(threads)
     try:
-        waiting = deque()
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > 2 * threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        yield
     finally:
-        pool.shutdown(cancel_futures=True)
         if before is None:
             del os.environ["TOKENIZERS_PARALLELISM"]
         else:
