@@ -320,27 +320,10 @@ class Shards:
             raise ValueError(f"{path} has {len(array)} entries, not as many as the manifest says: it is damaged")
         return array
 
-    @property
-    def num_documents(self):
-        return self.manifest["documents"]
-
-    @property
-    def num_tokens(self):
-        return self.manifest["tokens"]
-
     def document_starts(self):
-        """int64 [num_documents + 1]: the index of each document's first token, and the end."""
+        """int64 [documents + 1]: the index of each document's first token, and the end."""
         starts = [
             first + np.asarray(sentences)[documents[:-1]]
             for first, sentences, documents in zip(self.first_token, self.sentences, self.documents, strict=False)
         ]
         return np.concatenate([*starts, self.first_token[-1:]])
-
-    def document(self, number):
-        """The token ids of a document, a list of one array per sentence."""
-        for sentences, documents, tokens in zip(self.sentences, self.documents, self.tokens, strict=True):
-            if number < len(documents) - 1:
-                borders = sentences[documents[number] : documents[number + 1] + 1]
-                return [tokens[a:b] for a, b in itertools.pairwise(borders)]
-            number -= len(documents) - 1
-        raise IndexError("no such document")
