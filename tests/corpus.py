@@ -35,7 +35,7 @@ def small_tokenizer(directory, vocab_size=150):
     return train_wordpiece([path], vocab_size, progress=False)
 
 
-def document(shards, number):
+def document_of(shards, number):
     """The token ids of a document, a list of one list per sentence."""
     for tokens, sentences, documents in zip(shards.tokens, shards.sentences, shards.documents, strict=True):
         if number < len(documents) - 1:

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from corpus import document, write_text
+from corpus import document_of, write_text
 from demo import read_chapters
 
 from fastbert.data.batches import MaskedBatches
@@ -28,7 +28,7 @@ def test_sequences_cover_each_document_in_order(shards, objective):
     for start, length, document in zip(index.start, index.length, index.document):
         covered.setdefault(document, []).extend(tokens[start : start + length].tolist())
     for number in range(shards.manifest["documents"]):
-        whole = sum(document(shards, number), [])
+        whole = sum(document_of(shards, number), [])
         dropped = objective != "mlm" and len(whole) % (32 - special) == 1
         assert covered.get(number, []) == whole[: len(whole) - dropped]
 
@@ -190,7 +190,7 @@ def test_pairs(shards, objective):
     batches = loader(shards, objective=objective, sequence_ids=train)
     tokens, index = np.concatenate(shards.tokens).tolist(), batches.index
     whole = {tuple(tokens[index.start[i] : index.start[i] + index.length[i]]) for i in train}
-    text = {d: spelled(sum(document(shards, d), [])) for d in set(index.document[train].tolist())}
+    text = {d: spelled(sum(document_of(shards, d), [])) for d in set(index.document[train].tolist())}
     labels, at_border = [], 0
     enders = {shards.tokenizer.token_to_id(c) for c in ".!?"}
     for epoch in range(2):
@@ -281,5 +281,5 @@ def test_real_text_fills_batches(tmp_path):
         assert opened.manifest["documents"] == documents
         for budget in (128, 1024):
             assert loader(opened, max_seq_length=128, tokens_per_batch=budget).fill >= 0.98
-    first = tokenizer.decode(sum(document(opened, 0), []))
+    first = tokenizer.decode(sum(document_of(opened, 0), []))
     assert first == "in the beginning god created the heaven and the earth."

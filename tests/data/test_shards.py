@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpus import document, make_documents, small_tokenizer, write_text
+from corpus import document_of, make_documents, small_tokenizer, write_text
 
 from fastbert.data.shards import Shards, prepare
 from fastbert.data.tokenizer import load_tokenizer, save_tokenizer, special_ids
@@ -30,7 +30,7 @@ def test_shards_hold_the_text(shards, tokenizer):
     assert manifest["dtype"] == "uint16" and all(tokens.dtype == np.uint16 for tokens in shards.tokens)
     for number in (0, 1, 150, 298, 299):
         ids = [tokenizer.encode(line, add_special_tokens=False).ids for line in documents[number]]
-        assert document(shards, number) == ids
+        assert document_of(shards, number) == ids
         a, b = shards.document_starts()[number : number + 2]
         assert b - a == sum(map(len, ids))
 
