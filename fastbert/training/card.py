@@ -1,5 +1,6 @@
 """The learning curve and the model card of a finished run."""
 
+import math
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,6 +34,20 @@ HELD_OUT_FIGURES = (
     ("rtd_accuracy", "held-out detection accuracy", "{:.2%}"),
     ("rtd_baseline_accuracy", "always original", "{:.2%}"),
 )
+# objective -> the class that loads the model, what it was trained on
+OBJECTIVES = {
+    "mlm": ("MaskedLM", "masked-language modelling"),
+    "mlm+nsp": ("Pretraining", "masked-language modelling and next-sentence prediction"),
+    "mlm+sop": ("Pretraining", "masked-language modelling and sentence-order prediction"),
+    "rtd": (
+        "ReplacedTokenDetector",
+        f"the detection of tokens replaced by a generator, which is in `{GENERATOR}`",
+    ),
+}
+# options that say where a run was made, not how
+NOT_THE_RECIPE = {
+    "train_file", "eval_file", "output_dir", "tokenizer", "resume", "num_workers", "device", "text_column", "layout",
+}  # fmt: skip
 
 
 def learning_curve(directory):
@@ -58,30 +73,22 @@ def learning_curve(directory):
     panels = [panel for panel in (*PANELS, *panels) if curve(panel[0])[0] or curve(f"eval_{panel[0]}")[0]]
     if not panels:
         return None
-    # the generator's panels above, the discriminator's below
-    columns, lines = (len(panels), 1) if len(panels) <= 3 else (len(panels) - 2, 2)
+    columns, lines = min(len(panels), 3), math.ceil(len(panels) / 3)
     figure = Figure(figsize=(5 * columns, 4.2 * lines), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     tokens_per_step = rows[-1]["tokens"] / rows[-1]["step"]
-    places = figure.subplots(lines, columns, squeeze=False)
-    for unused in places[0, 2:] if lines > 1 else ():
-        unused.set_axis_off()
-    places = [*places[0, :2], *places[1]] if lines > 1 else places[0]
-    for axes, (name, title, baseline, meaning) in zip(places, panels, strict=True):
+    for place, (name, title, baseline, meaning) in enumerate(panels, 1):
+        axes = figure.add_subplot(lines, columns, place)
         axes.plot(*curve(name), color=TRAIN, linewidth=1.2, label="training")
-        if curve(f"eval_{name}")[0]:
-            axes.plot(
-                *curve(f"eval_{name}"), color=HELD_OUT, linewidth=2, marker="o", markersize=4, label="held-out text"
-            )
+        held_out = curve(f"eval_{name}")
+        if held_out[0]:
+            axes.plot(*held_out, color=HELD_OUT, linewidth=2, marker="o", markersize=4, label="held-out text")
         if not name.endswith("loss"):
             axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1 if name == "rtd_accuracy" else 0))
+        # the baseline of replaced tokens changes over the run: a better generator leaves fewer wrong tokens
         steps, values = curve(f"eval_{baseline}")
-        look = dict(color=BASELINE, linewidth=1.2, linestyle="--", label=meaning)
-        # this baseline changes over the run: a better generator leaves fewer wrong tokens
-        if len(set(values)) > 1:
-            axes.plot(steps, values, **look)
-        elif values:
-            axes.axhline(values[0], **look)
+        if values:
+            axes.plot(steps, values, color=BASELINE, linewidth=1.2, linestyle="--", label=meaning)
         axes.set_title(title, loc="left", fontsize=11)
         axes.set_xlabel("step")
         axes.set_xlim(left=0)
@@ -118,8 +125,7 @@ def model_card(directory, facts, manifest, progress):
     evaluation = next((row for row in reversed(read_metrics(directory)) if is_evaluation(row)), {})
 
     def table(head, rows):
-        lines = [f"| {head} | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
-        return "\n".join(lines)
+        return "\n".join([f"| {head} | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
 
     figures = [("steps", f"{progress.step:,}"), ("tokens seen", f"{progress.tokens:,}"),
                ("training time", clock(progress.elapsed))]  # fmt: skip
@@ -128,42 +134,30 @@ def model_card(directory, facts, manifest, progress):
     # a loss that is not finite is null in the log
     for name in [name for name in evaluation if name.endswith("loss")]:
         evaluation[name] = number(evaluation[name], 4 if name == "eval_rtd_loss" else 3)
-    others = [name for name in losses_in(evaluation) if name not in NAMED]
-    others = [(f"{name}_loss", f"held-out {name} loss", "{}") for name in others] + [
-        (f"{name}_accuracy", f"held-out {name} accuracy", "{:.2%}") for name in others
-    ]
+    others = [
+        row
+        for name in losses_in(evaluation)
+        if name not in NAMED
+        for row in ((f"{name}_loss", f"held-out {name} loss", "{}"),
+                    (f"{name}_accuracy", f"held-out {name} accuracy", "{:.2%}"))
+    ]  # fmt: skip
     figures += [
         (title, form.format(evaluation[f"eval_{name}"]))
         for name, title, form in (*HELD_OUT_FIGURES, *others)
         if f"eval_{name}" in evaluation
     ]
-    text = [
-        (name, f"{manifest[key]:,}")
-        for name, key in (("documents", "documents"), ("sentences", "sentences"), ("tokens", "tokens"),
-                          ("lines skipped, not UTF-8 or without text", "skipped_lines"))
+    text = [(name, f"{manifest[name]:,}") for name in ("documents", "sentences", "tokens")]
+    text += [
+        ("lines skipped, not UTF-8 or without text", f"{manifest['skipped_lines']:,}"),
+        ("vocabulary", f"{manifest['vocab_size']:,} pieces"), ("tokenizer's sha256", facts["tokenizer"][:16]),
     ]  # fmt: skip
-    text += [("vocabulary", f"{manifest['vocab_size']:,} pieces"), ("tokenizer's sha256", facts["tokenizer"][:16])]
     is_detector = config["objective"] == "rtd"
-    left_out = (
-        "train_file",
-        "eval_file",
-        "output_dir",
-        "tokenizer",
-        "resume",
-        "num_workers",
-        "device",
-        "text_column",
-        "layout",
-        *(() if is_detector else ("rtd_weight",)),
-    )
-    recipe = [(f"`{name}`", value) for name, value in config.items() if name not in left_out and value is not None]
-    objectives = {
-        "mlm": "masked-language modelling",
-        "mlm+nsp": "masked-language modelling and next-sentence prediction",
-        "mlm+sop": "masked-language modelling and sentence-order prediction",
-        "rtd": f"the detection of tokens replaced by a generator, which is in `{GENERATOR}`",
-    }
-    kind = {"mlm": "MaskedLM", "rtd": "ReplacedTokenDetector"}.get(config["objective"], "Pretraining")
+    recipe = [
+        (f"`{name}`", value)
+        for name, value in config.items()
+        if value is not None and name not in NOT_THE_RECIPE and (is_detector or name != "rtd_weight")
+    ]
+    kind, what = OBJECTIVES[config["objective"]]
     # a detector fills in no words; its generator does
     masked = directory / GENERATOR if is_detector else directory
     tags = "feature-extraction" if is_detector else "fill-mask"
@@ -183,7 +177,7 @@ tags: [{model["model_type"]}, fastbert, {training}]
 
 An encoder ({model["model_type"]}), {model["num_hidden_layers"]} layers of size {model["hidden_size"]}, pretrained \
 with fastbert on
-{objectives[config["objective"]]}.
+{what}.
 
 ## Use
 

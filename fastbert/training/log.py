@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..files import write
 
@@ -54,10 +54,9 @@ class Log:
         self.console.print(line, markup=False, soft_wrap=True)
 
     def begin(self, progress, total, *, in_seconds):
-        """Open the log at `progress` and drop later rows, which a resume repeats. The run ends at step or second
+        """Open the log at `progress`, without later rows, which a resume repeats. The run ends at step or second
         `total`."""
         self.total, self.in_seconds = total, in_seconds
-        self.began = (progress.step, progress.elapsed)
         if self.rank > 0:
             return
         path = self.directory / METRICS
@@ -67,24 +66,24 @@ class Log:
         self.rows = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed in __exit__)
         self.tensorboard = _tensorboard(self.directory / "tensorboard", progress.step)
         columns = (
-            TextColumn("{task.fields[place]}"), BarColumn(bar_width=16), TextColumn("{task.fields[figures]}"),
-            TextColumn("{task.fields[left]} left"),
+            TextColumn("{task.description}"), BarColumn(bar_width=16), TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(), TextColumn("left"),
         )  # fmt: skip
-        self.bar = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
-        self.task = self.bar.add_task("", total=total, place="step 0", figures="", left="?")
+        # a step of a large model takes minutes on a CPU: the time left is estimated from the last hour
+        self.bar = Progress(
+            *columns, console=self.console, transient=True, disable=not self.console.is_terminal,
+            speed_estimate_period=3600,
+        )  # fmt: skip
+        self.task = self.bar.add_task("", total=total, figures="")
         self.bar.start()
         self.advance(progress)
 
     def advance(self, progress):
         """Move the bar."""
-        if self.rank > 0:
-            return
-        now, start = (progress.elapsed, self.began[1]) if self.in_seconds else (progress.step, self.began[0])
-        left = "?"
-        if now > start:
-            left = clock((progress.elapsed - self.began[1]) * (self.total - now) / (now - start))
-        place = f"step {progress.step}" + ("" if self.in_seconds else f"/{self.total}")
-        self.bar.update(self.task, completed=now, place=place, left=left)
+        if self.rank == 0:
+            place = f"step {progress.step}" + ("" if self.in_seconds else f"/{self.total}")
+            done = progress.elapsed if self.in_seconds else progress.step
+            self.bar.update(self.task, completed=done, description=place)
 
     def write(self, row):
         """Append a row to metrics.jsonl and show it. Numbers that are not finite become null."""

@@ -116,17 +116,8 @@ def test_a_checkpoint_from_before_losses_had_names_goes_on(options, whole, tmp_p
     state = json.loads(file.read_text())
     sums = state["progress"]["window"]
     assert sums["count"] > 0 and not any("_" in name for name in sums)
-    old = (
-        "pair_count",
-        "rtd_count",
-        "pair_loss",
-        "pair_correct",
-        "rtd_loss",
-        "rtd_correct",
-        "rtd_replaced",
-        "rtd_found",
-    )
-    sums.update(dict.fromkeys(old, 0))
+    old = [f"{name}_{what}" for name in ("pair", "rtd") for what in ("count", "loss", "correct")]
+    sums.update(dict.fromkeys([*old, "rtd_replaced", "rtd_found"], 0))
     file.write_text(json.dumps(state))
     checkpoint.write_manifest(directory / "checkpoint-4")
     for name in (checkpoint.MODEL, log.METRICS):
