@@ -95,7 +95,7 @@ def test_every_field_is_an_option_in_both_spellings(spell, given):
     assert call("pretrain", "--help").stdout.count("default: 8192") == 1
 
 
-def test_defaults_are_the_dataclass_own(given):
+def test_defaults_are_those_of_the_dataclass(given):
     assert call("pretrain", *BASICS).exit_code == 0
     assert given == [script.PretrainConfig(train_file="a.txt", output_dir="out")]
 
@@ -178,7 +178,7 @@ def test_training_that_diverges_is_one_line_and_exit_code_1(monkeypatch):
 
 
 @pytest.mark.parametrize(("signal", "code"), [(15, 143), (2, 130), (None, 0)])
-def test_the_exit_code_tells_the_signal(signal, code, monkeypatch):
+def test_the_exit_code_names_the_signal(signal, code, monkeypatch):
     monkeypatch.setattr(script, "pretrain", lambda config: {"signal": signal})
     assert call("pretrain", *BASICS).exit_code == code
 
@@ -210,11 +210,11 @@ def test_fill_mask_prints_words_with_probabilities(model):
         ("a [MASK]", 0, "top_k is 0"),
     ],
 )
-def test_fill_mask_says_what_it_cannot_fill(text, top_k, part, model):
+def test_fill_mask_refuses_texts_it_cannot_fill(text, top_k, part, model):
     assert_one_line_error(call("fill-mask", "--model", model, "--top-k", top_k, text), part)
 
 
-def test_doctor_says_what_runs_here():
+def test_doctor_names_versions_and_implementations():
     lines = call("doctor").stdout.splitlines()
     for part in ("fastbert ", "torch ", "GPU: ", "Triton: ", "ops.attention: ", "ops.masked_cross_entropy: "):
         assert sum(line.startswith(part) for line in lines) == 1, part

@@ -8,32 +8,12 @@ from pathlib import Path
 from .. import __version__
 from ..files import write
 from ..model.replaced_tokens import GENERATOR
-from .log import clock, is_evaluation, losses_in, number, read_metrics
+from .log import clock, in_words, is_evaluation, read_metrics, words
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart
 TRAIN, HELD_OUT, BASELINE = "#56B4E9", "#D55E00", "#555555"
-# losses whose figures have their own titles below
-NAMED = ("pair", "rtd")
-# (figure of the log, title, its baseline or None, label of the baseline)
-PANELS = (
-    ("loss", "Loss per picked token (nats)", None, None),
-    ("masked_accuracy", "Masked accuracy", "baseline_accuracy", "always the most frequent token"),
-    ("rtd_loss", "Replaced or original: loss per token (nats)", None, None),
-    ("rtd_accuracy", "Replaced or original: accuracy", "rtd_baseline_accuracy", "always original"),
-    ("rtd_recall", "Replaced tokens found", None, None),
-)
-# (figure of the last evaluation, its name on the card, its format)
-HELD_OUT_FIGURES = (
-    ("loss", "held-out loss", "{} nats per picked token"),
-    ("masked_accuracy", "held-out masked accuracy", "{:.2%}"),
-    ("baseline_accuracy", "always the most frequent token", "{:.2%}"),
-    ("picked_tokens", "held-out picked tokens", "{:,}"),
-    ("pair_accuracy", "held-out pair accuracy", "{:.2%}"),
-    ("rtd_loss", "held-out detection loss", "{} nats per token"),
-    ("rtd_recall", "held-out replaced tokens found", "{:.2%}"),
-    ("rtd_accuracy", "held-out detection accuracy", "{:.2%}"),
-    ("rtd_baseline_accuracy", "always original", "{:.2%}"),
-)
+# figure -> what is drawn beside it
+BASELINES = {"masked_accuracy": "baseline_accuracy", "rtd_accuracy": "rtd_baseline_accuracy"}
 # objective -> the class that loads the model, what it was trained on
 OBJECTIVES = {
     "mlm": ("MaskedLM", "masked-language modelling"),
@@ -68,16 +48,15 @@ def learning_curve(directory):
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         return tuple(zip(*points, strict=True)) or ((), ())
 
-    names = dict.fromkeys(name for row in rows for name in losses_in(row) if name not in NAMED)
-    panels = [(f"{name}_{what}", f"{name}: {what}", None, None) for name in names for what in ("loss", "accuracy")]
-    panels = [panel for panel in (*PANELS, *panels) if curve(panel[0])[0] or curve(f"eval_{panel[0]}")[0]]
+    names = dict.fromkeys(name.removeprefix("eval_") for row in rows for name in row)
+    panels = [name for name in names if name.endswith(("loss", "accuracy", "recall")) and "baseline" not in name]
     if not panels:
         return None
     columns, lines = min(len(panels), 3), math.ceil(len(panels) / 3)
     figure = Figure(figsize=(5 * columns, 4.2 * lines), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     tokens_per_step = rows[-1]["tokens"] / rows[-1]["step"]
-    for place, (name, title, baseline, meaning) in enumerate(panels, 1):
+    for place, name in enumerate(panels, 1):
         axes = figure.add_subplot(lines, columns, place)
         axes.plot(*curve(name), color=TRAIN, linewidth=1.2, label="training")
         held_out = curve(f"eval_{name}")
@@ -85,11 +64,12 @@ def learning_curve(directory):
             axes.plot(*held_out, color=HELD_OUT, linewidth=2, marker="o", markersize=4, label="held-out text")
         if not name.endswith("loss"):
             axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1 if name == "rtd_accuracy" else 0))
-        # the baseline of replaced tokens changes over the run: a better generator leaves fewer wrong tokens
-        steps, values = curve(f"eval_{baseline}")
-        if values:
-            axes.plot(steps, values, color=BASELINE, linewidth=1.2, linestyle="--", label=meaning)
-        axes.set_title(title, loc="left", fontsize=11)
+        # that of replaced tokens changes over the run: a better generator leaves fewer wrong tokens
+        baseline = f"eval_{BASELINES.get(name)}"
+        if curve(baseline)[0]:
+            axes.plot(*curve(baseline), color=BASELINE, linewidth=1.2, linestyle="--", label=words(baseline))
+        title = words(name) + (" (nats)" if name.endswith("loss") else "")
+        axes.set_title(title[0].upper() + title[1:], loc="left", fontsize=11)
         axes.set_xlabel("step")
         axes.set_xlim(left=0)
         if name in ("masked_accuracy", "rtd_recall"):
@@ -131,21 +111,9 @@ def model_card(directory, facts, manifest, progress):
                ("training time", clock(progress.elapsed))]  # fmt: skip
     if progress.skipped:
         figures.append(("steps skipped, gradient not finite", f"{progress.skipped:,}"))
-    # a loss that is not finite is null in the log
-    for name in [name for name in evaluation if name.endswith("loss")]:
-        evaluation[name] = number(evaluation[name], 4 if name == "eval_rtd_loss" else 3)
-    others = [
-        row
-        for name in losses_in(evaluation)
-        if name not in NAMED
-        for row in ((f"{name}_loss", f"held-out {name} loss", "{}"),
-                    (f"{name}_accuracy", f"held-out {name} accuracy", "{:.2%}"))
-    ]  # fmt: skip
-    figures += [
-        (title, form.format(evaluation[f"eval_{name}"]))
-        for name, title, form in (*HELD_OUT_FIGURES, *others)
-        if f"eval_{name}" in evaluation
-    ]
+    held_out = [*in_words(evaluation, digits=2).items()]
+    if "eval_picked_tokens" in evaluation:
+        held_out.append(("picked tokens", f"{evaluation['eval_picked_tokens']:,}"))
     text = [(name, f"{manifest[name]:,}") for name in ("documents", "sentences", "tokens")]
     text += [
         ("lines skipped, not UTF-8 or without text", f"{manifest['skipped_lines']:,}"),
@@ -196,6 +164,8 @@ pipeline("fill-mask", model="{masked}")("A sentence with a [MASK] in it.")
 ## Figures
 
 {table("run", figures)}
+
+{table("held-out text, losses in nats", held_out)}
 {curve if (directory / "learning_curve.png").exists() else ""}
 ## Text
 

@@ -148,9 +148,10 @@ def pretrain(config: PretrainConfig) -> dict:
 
     with lock(output_dir) if rank == 0 else contextlib.nullcontext(), Log(output_dir, rank) as log:
         resumed = checkpoint.to_resume(output_dir, config.resume)
-        if config.resume:
-            fresh = f"--resume: {output_dir} has no checkpoint yet, starting a new run"
-            log.say(f"resuming from {resumed}" if resumed else fresh)
+        if resumed:
+            log.say(f"resuming from {resumed}")
+        elif config.resume:
+            log.say(f"--resume: {output_dir} has no checkpoint yet, starting a new run")
         tokenizer = _known_tokenizer(config, sources[0], resumed)
         state = checkpoint.read_state(resumed) if resumed else None
         if state:
@@ -176,10 +177,8 @@ def pretrain(config: PretrainConfig) -> dict:
                 for source, name in zip(sources, ("data", "data-eval"))
             )
         for shards in (train, evaluation):
-            if shards is not None and shards.manifest["skipped_lines"]:
-                log.say(
-                    f"{shards.directory}: {shards.manifest['skipped_lines']:,} lines skipped that are not UTF-8 text"
-                )
+            if shards is not None and (skipped := shards.manifest["skipped_lines"]):
+                log.say(f"{shards.directory}: {skipped:,} lines skipped that are not UTF-8 text")
         loader, held_out = _loaders(config, train, evaluation, rank, world_size)
         fingerprint = _fingerprint(train, evaluation)
         if state and state["data"] != fingerprint:
@@ -187,8 +186,8 @@ def pretrain(config: PretrainConfig) -> dict:
 
         # model and optimizer
         if config.model in presets.PRESETS:
-            ids = special_ids(tokenizer)
-            model_config = families.with_vocabulary(model_config, tokenizer.get_vocab_size(), ids.pad)
+            size, pad = tokenizer.get_vocab_size(), special_ids(tokenizer).pad
+            model_config = families.with_vocabulary(model_config, size, pad)
         model = _model(config, model_config).to(device).train()
         optimizer = optim.adamw(
             model, learning_rate=config.learning_rate, weight_decay=config.weight_decay,
@@ -267,17 +266,17 @@ def _model_config(config):
         raise ValueError(
             f"--max-seq-length is {config.max_seq_length}: the model {config.model} has {found.max_length} positions"
         )
-    row = families.family(found.model_type)
+    row, objective = families.family(found.model_type), f"--objective {config.objective}"
     if config.objective in PAIRS and found.type_vocab_size < 2:
-        raise ValueError(f"--objective {config.objective} needs two token types: {config.model} has 1")
+        raise ValueError(f"{objective} needs two token types: {config.model} has 1")
     if config.objective in PAIRS and "Pretraining" not in row.architectures:
-        raise ValueError(f"--objective {config.objective}: {found.model_type} models have no head for sentence pairs")
+        raise ValueError(f"{objective}: {found.model_type} models have no head for sentence pairs")
     if config.objective == "rtd" and row.generator is None:
         raise ValueError(
-            f"--objective rtd: {found.model_type} models have no head for replaced tokens, {families.detecting()} have"
+            f"{objective}: {found.model_type} models have no head for replaced tokens, {families.detecting()} have"
         )
     if config.objective == "rtd" and path.is_dir() and not (path / GENERATOR / "config.json").is_file():
-        raise ValueError(f"--objective rtd: {path} has no generator, expected one in {path / GENERATOR}")
+        raise ValueError(f"{objective}: {path} has no generator, expected one in {path / GENERATOR}")
     return _with_dropout(found, config)
 
 
@@ -303,16 +302,14 @@ def _source(paths, config):
 
 def _known_tokenizer(config, source, resumed):
     """The tokenizer that the options name; None when one must be trained."""
-    given = load_tokenizer(config.tokenizer) if config.tokenizer else None
-    if isinstance(source, Shards):
-        if given is not None and tokenizer_hash(given) != tokenizer_hash(source.tokenizer):
-            raise ValueError(
-                f"--tokenizer {config.tokenizer} is not the one that {config.train_file[0]} was prepared with"
-            )
-        return source.tokenizer
-    if given is None and (resumed or (Path(config.model) / "tokenizer.json").is_file()):
-        given = load_tokenizer(resumed or config.model)
-    return given
+    directory = config.tokenizer
+    if not directory and (resumed or (Path(config.model) / "tokenizer.json").is_file()):
+        directory = resumed or config.model
+    if not isinstance(source, Shards):
+        return load_tokenizer(directory) if directory else None
+    if config.tokenizer and tokenizer_hash(load_tokenizer(config.tokenizer)) != tokenizer_hash(source.tokenizer):
+        raise ValueError(f"--tokenizer {config.tokenizer} is not the one that {config.train_file[0]} was prepared with")
+    return source.tokenizer
 
 
 def _check_vocabulary(config, model_config, tokenizer):
@@ -324,10 +321,10 @@ def _check_vocabulary(config, model_config, tokenizer):
         raise ValueError(
             f"the tokenizer has {size} pieces: {config.model} has a vocab_size of {model_config.vocab_size}"
         )
-    if tokenizer is not None and special_ids(tokenizer).pad != model_config.pad_token_id:
+    pad = model_config.pad_token_id if tokenizer is None else special_ids(tokenizer).pad
+    if pad != model_config.pad_token_id:
         raise ValueError(
-            f"the tokenizer's [PAD] is {special_ids(tokenizer).pad}: "
-            f"{config.model} has a pad_token_id of {model_config.pad_token_id}"
+            f"the tokenizer's [PAD] is {pad}: {config.model} has a pad_token_id of {model_config.pad_token_id}"
         )
 
 
@@ -347,14 +344,13 @@ def _loaders(config, train, evaluation, rank, world_size):
     """(MaskedBatches to train on, MaskedBatches to evaluate on or None)."""
     ids = held_out_ids = None
     if evaluation is None and config.eval_share:
+        evaluation = train
         try:
             ids, held_out_ids = held_out_split(
-                train, config.eval_share, config.seed,
-                max_seq_length=config.max_seq_length, objective=config.objective,
-            )  # fmt: skip
+                train, config.eval_share, config.seed, max_seq_length=config.max_seq_length, objective=config.objective
+            )
         except ValueError as error:
             raise ValueError(f"{error} (use --eval-share 0 for no evaluation, or --eval-file)") from None
-        evaluation = train
     # capacity: constant shapes, because matrix libraries set up, and cache, something for each new shape
     batches = partial(
         MaskedBatches, max_seq_length=config.max_seq_length, tokens_per_batch=config.tokens_per_batch,
@@ -362,9 +358,7 @@ def _loaders(config, train, evaluation, rank, world_size):
         capacity=True,
     )  # fmt: skip
     loader = batches(train, seed=config.seed, rank=rank, world_size=world_size, sequence_ids=ids)
-    if evaluation is None:
-        return loader, None
-    return loader, batches(evaluation, seed=EVAL_SEED, sequence_ids=held_out_ids)
+    return loader, evaluation and batches(evaluation, seed=EVAL_SEED, sequence_ids=held_out_ids)
 
 
 def _fingerprint(*shards):

@@ -211,7 +211,7 @@ def limited_save(directory, tokenizer, pipe):
         pipe.send(str(error))
 
 
-def test_a_disk_that_takes_no_more_gives_one_line_and_keeps_the_last(tmp_path, tokenizer, monkeypatch):
+def test_a_full_disk_gives_one_line_and_keeps_the_last_checkpoint(tmp_path, tokenizer, monkeypatch):
     checkpoint.save_checkpoint(tmp_path, 1, *trained(), tokenizer, {})
     ours, theirs = FORK.Pipe()
     process = FORK.Process(target=limited_save, args=(tmp_path, tokenizer, theirs))

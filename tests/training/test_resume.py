@@ -1,4 +1,4 @@
-"""A run that ends early goes on to the bit: stopped, killed, damaged; and one directory is not for two runs."""
+"""Runs that end early resume bit for bit: stopped, killed, damaged; two runs cannot share a directory."""
 
 import multiprocessing
 import os
@@ -39,7 +39,7 @@ def test_a_stopped_run_resumes_to_the_bit(where, call, step, options, whole, mon
 
 
 @pytest.mark.filterwarnings("ignore:skipped a checkpoint")
-def test_a_run_goes_on_from_the_good_checkpoint_before_a_damaged_one(options, whole):
+def test_a_run_resumes_from_the_last_intact_checkpoint(options, whole):
     directory = options["output_dir"]
     shutil.copytree(whole, directory)
     for name in ("checkpoint-12", "checkpoint-8"):
