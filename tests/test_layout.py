@@ -1,6 +1,7 @@
 """The rules of CONTRIBUTING.md, "Where does a line belong?", checked from the source, folder by folder."""
 
 import ast
+import functools
 import os
 import subprocess
 import sys
@@ -60,8 +61,10 @@ def tree(path):
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
+@functools.cache
 def imports(path):
     """Every module that a file imports when it runs, at its top or inside a function, by its full name."""
+    found = []
     module = module_of(path)
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     whole = tree(path)
@@ -71,13 +74,14 @@ def imports(path):
             node.body = []
     for node in ast.walk(whole):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             base = ".".join([*above, *([node.module] if node.module else [])])
             for alias in node.names:
                 full = f"{base}.{alias.name}"
-                yield full if full in MODULES or full == "fastbert.kernels" else base
+                found.append(full if full in MODULES or full == "fastbert.kernels" else base)
+    return found
 
 
 def ours(path):
