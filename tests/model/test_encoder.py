@@ -2,19 +2,17 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from helpers import packed_batch
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastbert import reference
 from fastbert.model import families
-from fastbert.model.attentions import RelativePositions, project
+from fastbert.model.attentions import RelativePositions
 from fastbert.model.config import EncoderConfig
 from fastbert.model.encoder import Encoder
 from fastbert.model.heads import MaskedLM
 from fastbert.model.presets import PRESETS, preset
-from fastbert.packing import Batch, Layout, pack
+from fastbert.packing import Layout, pack
 
 TINY = EncoderConfig(
     vocab_size=99, hidden_size=36, num_hidden_layers=3, num_attention_heads=3, intermediate_size=37,
@@ -81,29 +79,6 @@ def test_flops_are_those_of_the_picked_rows():
     assert counted < 0.6 * 3 * (L * full_layer + 2 * T * (D * D + D * V))
 
 
-@pytest.mark.parametrize("T", [1, 35, 36, 50])
-def test_queries_keys_and_values_in_one(T):
-    """With few rows and no gradients the results are joined, else the weights."""
-    attention = Encoder(TINY).blocks[0].attention.double()
-    linears = attention.query, attention.key, attention.value
-    x = torch.randn(T, TINY.hidden_size, dtype=torch.float64)
-    wanted = torch.cat([linear(x) for linear in linears], 1)
-    torch.testing.assert_close(project(x, *linears), wanted)
-    with torch.no_grad():
-        torch.testing.assert_close(project(x, *linears), wanted)
-
-
-def test_sequences_do_not_see_each_other():
-    encoder = Encoder(TINY).double().eval()
-    batch = packed_batch()
-    alone = packed_batch()
-    alone.input_ids = batch.input_ids.clone()
-    # other sequences change, the fourth does not
-    alone.input_ids[:8] = 5
-    torch.testing.assert_close(encoder(alone)[8:21], encoder(batch)[8:21], rtol=0, atol=1e-12)
-    assert not torch.equal(encoder(alone)[:8], encoder(batch)[:8])
-
-
 def test_dropout_follows_the_seed_and_off_equals_eval():
     model = MaskedLM(TINY).train()
     batch = packed_batch()
@@ -131,18 +106,6 @@ def test_dropout_differs_between_layers():
     assert len(set(seen)) == 3
 
 
-def test_activation_checkpointing_replays_dropout():
-    encoder = Encoder(TINY).train()
-    batch = packed_batch()
-    batch.seed = torch.tensor([9])
-    gradients = []
-    for run in (lambda: encoder(batch), lambda: checkpoint(encoder, batch, use_reentrant=False)):
-        encoder.zero_grad()
-        run().square().sum().backward()
-        gradients.append([p.grad.clone() for p in encoder.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients))
-
-
 def test_a_sequence_longer_than_the_positions_is_refused():
     with pytest.raises(ValueError, match="41 tokens: the model has 40 positions"):
         Encoder(TINY)(packed_batch([41]))
@@ -150,29 +113,6 @@ def test_a_sequence_longer_than_the_positions_is_refused():
         MaskedLM(TINY)(torch.ones(1, 41, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"attention_mask has shape \(1, 3\): expected \(1, 4\)"):
         pack(torch.ones(1, 4, dtype=torch.int64), torch.ones(1, 3))
-
-
-def test_slack_tokens_change_nothing():
-    """Tokens past the last sequence, and picks among them, change neither loss nor gradients."""
-    model = MaskedLM(TINY).double().eval()
-    batch = packed_batch()
-    filled = Batch(
-        *(F.pad(ids, (0, 5)) for ids in (batch.input_ids, batch.position_ids, batch.token_type_ids)),
-        torch.cat((batch.cu_seqlens, batch.cu_seqlens[-1:].expand(2))), batch.max_seqlen,
-        F.pad(batch.labels, (0, 5), value=-100), F.pad(batch.picks, (0, 3), value=len(batch.input_ids) + 4),
-    )  # fmt: skip
-    results = []
-    for each in (batch, filled):
-        model.zero_grad()
-        output = model(each)
-        output.loss.backward()
-        results.append((output, [p.grad.clone() for p in model.parameters()]))
-    (a, da), (b, db) = results
-    a, b = a.losses["mlm"], b.losses["mlm"]
-    assert a.count == b.count and a.correct == b.correct
-    torch.testing.assert_close(a.sum, b.sum, rtol=0, atol=1e-10)
-    for x, y in zip(da, db):
-        torch.testing.assert_close(x, y, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize(
