@@ -294,6 +294,17 @@ def _start_fresh(model, names):
             setattr(module, leaf, nn.Parameter(torch.zeros(getattr(module, leaf).shape)))
 
 
+def read_list(path):
+    """The JSON array in a file. Raises ValueError with the path for anything else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if not isinstance(values, list):
+        raise ValueError(f"{path} holds no JSON array")
+    return values
+
+
 def write_json(path, values):
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -3,7 +3,6 @@
 Letters: B texts, T packed tokens, D hidden size, E embedding size.
 """
 
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -233,7 +232,7 @@ def _read_modules(directory, allow_pickle):
     found, folder = dict(pooling="mean", normalize=False, dense=[], weights=[]), ""
     if not (directory / "modules.json").exists():
         return found, folder
-    for module in json.loads((directory / "modules.json").read_text(encoding="utf-8")):
+    for module in hf_files.read_list(directory / "modules.json"):
         kind, place = module["type"].rsplit(".", 1)[-1], inside(directory, module["path"])
         if kind == "Transformer":
             folder = module["path"]
