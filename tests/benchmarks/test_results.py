@@ -5,6 +5,7 @@ A figure that is edited by hand, or a summary that another version has made, is 
 
 import copy
 import csv
+import datetime
 import json
 import re
 import statistics
@@ -26,14 +27,6 @@ def read(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def rows_of(result):
-    return [row for row in result.get("rows", ()) if "seconds" in row]
-
-
-def quartiles(values):
-    return statistics.quantiles(values, n=4, method="inclusive")
-
-
 def untrue(result):
     """What a result states that does not follow from its seconds: lines of text."""
     found = []
@@ -43,11 +36,11 @@ def untrue(result):
         if abs(stated - follows) > 0.51 * 10**-digits + 2e-3 * abs(follows):
             found.append(f"{where}: {stated}, and {follows:.6g} follows")
 
-    for row in rows_of(result):
-        name = row.get("case") or row.get("name") or " ".join(str(row.get(x)) for x in ("model", "pass", "length"))
+    for row in record.rows_of(result):
+        name = record.name_of(row)
         for variant, figures in row.get("summary", {}).items():
-            seconds, where = row["seconds"][variant], f"{name} {row.get('pass', '')}, {variant}"
-            low, median, high = quartiles(seconds)
+            seconds, where = row["seconds"][variant], f"{name}, {variant}"
+            low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
             unit = next(unit for unit in PER_SECOND if f"median{unit}" in figures)
             scale, digits = PER_SECOND[unit], 1 if unit == "_us" else 4
             hold(figures[f"median{unit}"], median * scale, f"{where}: median", digits)
@@ -84,9 +77,11 @@ def untrue(result):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_what_a_result_states_follows_from_its_seconds(path):
+def test_a_result_has_the_one_form_and_what_it_states_follows_from_its_seconds(path):
     result = read(path)
     if isinstance(result, dict) and "rows" in result:
+        assert {"machine", "date", "command", "settings", "rows", "not_measured"} <= result.keys() and result["command"]
+        assert datetime.date.fromisoformat(result["date"])
         assert untrue(result) == []
 
 
@@ -95,23 +90,22 @@ def test_a_changed_figure_is_found():
     kinds = set()
     for path in FILES:
         result = read(path)
-        rows = rows_of(result) if isinstance(result, dict) and "rows" in result else []
-        for number in range(0, len(rows), max(len(rows) // 3, 1)):
-            changed = copy.deepcopy(result)
-            row = rows_of(changed)[number]
-            row["seconds"] = {
-                name: [x * (1.1 + 0.1 * i) for x in s] for i, (name, s) in enumerate(row["seconds"].items())
-            }
+        rows = record.rows_of(result)
+        for row in rows[:: max(len(rows) // 3, 1)]:
+            alone = result | {"rows": [row]}
+            changed = copy.deepcopy(alone)
+            seconds = changed["rows"][0]["seconds"]
+            for i, name in enumerate(seconds):
+                seconds[name] = [x * (1.1 + 0.1 * i) for x in seconds[name]]
             assert untrue(changed), path
-            for figures in list(row.get("summary", {}).values())[:2]:
+            for name, figures in list(row.get("summary", {}).items())[:2]:
                 for figure in figures.keys() - {"times_fastbert_quartiles"}:
                     if figure.startswith(("peak", "memory", "quartiles")) or not figures[figure]:
                         continue
                     if figure == "percent_of_ceiling" and row["pass"] == "both":
                         continue
-                    changed = copy.deepcopy(result)
-                    name = next(name for name, x in row["summary"].items() if x is figures)
-                    rows_of(changed)[number]["summary"][name][figure] *= 1.5
+                    changed = copy.deepcopy(alone)
+                    changed["rows"][0]["summary"][name][figure] *= 1.5
                     assert untrue(changed), (path, name, figure)
             kinds.add(path.stem)
     assert kinds >= {"ops", "models", "data", "families", "training_step"}
@@ -154,7 +148,7 @@ PROCESSORS = {
 def test_a_cpu_has_a_folder_of_its_own(cpuinfo, tmp_path, monkeypatch):
     monkeypatch.setattr(machine.platform, "processor", str)
     (tmp_path / "cpuinfo").write_text(cpuinfo)
-    assert machine.cpu_folder(machine._processor(tmp_path / "cpuinfo"), 8) == PROCESSORS[cpuinfo]
+    assert machine.cpu_folder(machine.processor(tmp_path / "cpuinfo"), 8) == PROCESSORS[cpuinfo]
 
 
 def test_committed_results_of_a_cpu_are_in_the_folder_of_that_cpu():
