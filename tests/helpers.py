@@ -115,14 +115,14 @@ LAYOUTS = [rows_of_a_wider_tensor, every_second_row, columns_first, every_second
 
 
 class Recorder(TorchDispatchMode):
-    """Keeps the calls of fastbert's operators, with what they returned."""
+    """Keeps the calls of a namespace's operators: (operator, arguments, result)."""
 
-    def __init__(self):
+    def __init__(self, namespace="fastbert"):
         super().__init__()
-        self.calls = []
+        self.namespace, self.calls = namespace, []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if function.namespace == "fastbert":
+        if function.namespace == self.namespace:
             self.calls.append((function, args, result))
         return result

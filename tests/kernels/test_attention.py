@@ -215,9 +215,7 @@ def test_fp32_keeps_its_digits_at_large_scores(path, size, device):
         assert (g.double() - t).abs().max() <= 2e-6 * t.abs().max()
 
 
-@pytest.mark.parametrize(
-    "rows, slack", [([130, 0, 10, 3], 0), ([0, 0, 200, 1], 70), ([64, 64, 64, 0], 70)], ids=str
-)
+@pytest.mark.parametrize("rows, slack", [([130, 0, 10, 3], 0), ([0, 0, 200, 1], 70), ([64, 64, 64, 0], 70)], ids=str)
 def test_rows_without_a_bound(rows, slack, seed, device):
     """Without max_seqlen_q programs find their sequence themselves: no more of them than tiles and sequences."""
     lengths = [20, 9, 3, 0]
