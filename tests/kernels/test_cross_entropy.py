@@ -264,7 +264,7 @@ def test_evaluation_makes_no_gradients(device, monkeypatch):
 @pytest.mark.parametrize("wanted", [0, 1, 2], ids=["hidden", "weight", "bias"])
 @pytest.mark.parametrize(
     ("op", "file", "product"),
-    [(masked_cross_entropy, cross_entropy, "_product"), (cpu.masked_cross_entropy, cpu_cross_entropy, "matmul")],
+    [(masked_cross_entropy, cross_entropy, "product"), (cpu.masked_cross_entropy, cpu_cross_entropy, "matmul")],
     ids=["kernels", "cpu"],
 )
 def test_only_the_gradients_that_are_wanted(op, file, product, wanted, device, monkeypatch):
@@ -323,9 +323,9 @@ def test_products_of_halves_into_fp32(dtype, device):
     a, b = torch.randn(5, 64, device=device, dtype=dtype), torch.randn(64, 3, device=device, dtype=dtype)
     out = torch.full((5, 3), 7.0, device=device)
     wanted = a.double() @ b.double()
-    cross_entropy._product(out, a, b)
+    cross_entropy.product(out, a, b)
     torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5)
-    cross_entropy._product(out, a, b, add=True)
+    cross_entropy.product(out, a, b, add=True)
     torch.testing.assert_close(out.double(), 2 * wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -334,7 +334,7 @@ def test_chunks_are_even_and_bounded():
     hidden = torch.empty(1, 768, dtype=torch.bfloat16, device="meta")
 
     def rows(M, V, scale=None):
-        return len(cross_entropy._buffers(M, V, hidden, scale, True)[0])
+        return len(cross_entropy.score_buffers(M, V, hidden, scale, True)[0])
 
     assert rows(100, 30522) == 100
     assert rows(4096, 30522) == 4096

@@ -287,53 +287,53 @@ def test_many_groups_and_few(device, monkeypatch, poison):
 
 @pytest.mark.parametrize("buckets, furthest", [(0, 40), (-1, 5), (8, 40), (32, 512)])
 def test_the_kernels_look_up_the_same_rows(buckets, furthest):
-    index = _bands._distance_rows(300, buckets, furthest)
+    index = _bands.distance_rows(300, buckets, furthest)
     assert torch.equal(index.long(), reference.relative_index(301, buckets, furthest))
 
 
 TABLES = [
-    (_bands._distance_rows, (640, 256, 512)),
-    (_bands._bounds, (64, 32, 64, 32, 512)),
+    (_bands.distance_rows, (640, 256, 512)),
+    (_bands.row_bounds, (64, 32, 64, 32, 512)),
 ]
 
 
 @pytest.mark.parametrize("make, sizes", TABLES)
 def test_tables_are_made_inside_a_cuda_graph(make, sizes, monkeypatch):
     """Without a copy from the host, equal to those outside, and not kept: their memory is the graph's."""
-    monkeypatch.setattr(_bands, "_tables", {})
+    monkeypatch.setattr(_bands, "TABLES", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     full, cat = torch.full, torch.cat
     # "cuda" is the meta device here
     with monkeypatch.context() as patch:
         patch.setattr(torch, "full", lambda *a, device, **k: full(*a, device="meta", **k))
         with Recorder("aten") as seen:
-            made = _bands._table(torch.device("cuda", 0), make, *sizes)
+            made = _bands.device_table(torch.device("cuda", 0), make, *sizes)
     assert made.device.type == "meta" and (made.shape, made.dtype) == (make(*sizes).shape, torch.int32)
     for function, *values in seen.calls:
         tensors = [x for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
         assert len({x.device for x in tensors}) <= 1, function
-    assert "aten::cat" in {function.name() for function, *_ in seen.calls} and not _bands._tables
+    assert "aten::cat" in {function.name() for function, *_ in seen.calls} and not _bands.TABLES
     # the same with its numbers
     with monkeypatch.context() as patch:
         patch.setattr(torch, "full", lambda *a, device, **k: full(*a, **k))
-        assert torch.equal(_bands._table(torch.device("cuda", 0), make, *sizes), make(*sizes))
+        assert torch.equal(_bands.device_table(torch.device("cuda", 0), make, *sizes), make(*sizes))
     # one that is there serves the graph
-    outside = _bands._tables[make, sizes, torch.device("cuda", 0)] = cat([make(*sizes)])
-    assert _bands._table(torch.device("cuda", 0), make, *sizes) is outside
+    outside = _bands.TABLES[make, sizes, torch.device("cuda", 0)] = cat([make(*sizes)])
+    assert _bands.device_table(torch.device("cuda", 0), make, *sizes) is outside
 
 
 @pytest.mark.parametrize("make, sizes", TABLES)
 def test_tables_are_made_once_by_another_thread(make, sizes, monkeypatch):
     """One whose memory is not taken from the pool of a graph that this thread is about to record."""
-    monkeypatch.setattr(_bands, "_tables", {})
+    monkeypatch.setattr(_bands, "TABLES", {})
     threads, to = [], torch.Tensor.to
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "to", lambda *a: (threads.append(threading.get_ident()), to(*a))[1])
-        made = _bands._table(torch.device("meta"), make, *sizes)
+        made = _bands.device_table(torch.device("meta"), make, *sizes)
     assert made.device.type == "meta" and made.shape == make(*sizes).shape
     assert threads and threads[-1] != threading.get_ident()
-    assert _bands._table(torch.device("meta"), make, *sizes) is made
-    assert torch.equal(_bands._table(torch.device("cpu"), make, *sizes), make(*sizes))
+    assert _bands.device_table(torch.device("meta"), make, *sizes) is made
+    assert torch.equal(_bands.device_table(torch.device("cpu"), make, *sizes), make(*sizes))
 
 
 @pytest.mark.parametrize("form", ["q, kv", "no table"])

@@ -103,7 +103,7 @@ def with_gradients(function, arguments):
     "name, impl",
     [
         *((name, "triton") for name in ("biased_attention", "pooling-max", "contrastive_cross_entropy-symmetric")),
-        *((name, PLAIN) for name in ("attention", "masked_cross_entropy", "contrastive_cross_entropy")),
+        *((name, PLAIN) for name in ("masked_cross_entropy", "contrastive_cross_entropy")),
     ],
 )
 def test_an_op_compiles_whole(name, impl, device):

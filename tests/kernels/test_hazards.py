@@ -10,7 +10,7 @@ import torch
 from calls import CALLS, is_floating
 from helpers import IMPLEMENTATIONS, assert_same_bits, assert_within_budget, cu_seqlens_of
 
-# what the interpreter's numpy says about places that are not stored, or about the infinities under test
+# numpy warns about elements that are not stored, and about the infinities under test
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 every_call = pytest.mark.parametrize("name", CALLS)
@@ -78,7 +78,7 @@ class Guarded:
 
 
 @every_call
-def test_every_element_is_written_and_none_beside(name, device, monkeypatch):
+def test_every_element_is_written_and_nothing_outside(name, device, monkeypatch):
     """The results do not depend on what memory held, and no store lands outside a tensor."""
     call = CALLS[name]
     # guarded first: without guards, a store beside its tensor may end the process
@@ -112,7 +112,7 @@ def test_any_incoming_gradient_is_honoured(name, device):
 
 
 @every_call
-def test_backward_twice_and_saved_tensors_of_others(name, device):
+def test_backward_twice_and_saved_tensors_of_other_ops(name, device):
     """What stands before the op finds its own saved output as it was, also in a second backward."""
     call = CALLS[name]
     arguments = call.arguments(device)
