@@ -124,8 +124,8 @@ def _read_transformer(folder):
     )
     _settings(f"{path}: model_kwargs", model, (), _LOADING, **_FP32)
     _settings(
-        f"{path}: processor_kwargs", processor, ("model_max_length", "truncation_side"),
-        (*_HUB, "padding_side", "use_fast", "clean_up_tokenization_spaces"),
+        f"{path}: processor_kwargs", processor, ("model_max_length", "truncation_side", "padding_side"),
+        (*_HUB, "use_fast", "clean_up_tokenization_spaces"),
     )  # fmt: skip
     known = hf_files.config_keys(read_json(folder / "config.json"))
     harmless = (*_LOADING, "output_attentions", "output_hidden_states", "use_cache", "return_dict")
@@ -139,13 +139,17 @@ def _read_limits(folder, transformer, processor):
     tokenizer = read_json(path) if path.exists() else {}
     given = {"model_max_length": processor.get("model_max_length"), "max_seq_length": transformer.get("max_seq_length")}
     given = [(key, length) for key, length in given.items() if length is not None][:1]
-    longest = hf_files.read_config(folder / "config.json").max_position_embeddings
+    config = hf_files.read_config(folder / "config.json")
+    longest = config.max_position_embeddings
     usual = [("max_position_embeddings", longest), ("model_max_length", tokenizer.get("model_max_length") or longest)]
     # transformers writes 1e30 for no limit
     limits = [checked(f"{folder}: {key}", length, float, (1, 1e31)) for key, length in given or usual]
-    side = processor.get("truncation_side") or tokenizer.get("truncation_side") or "right"
+    sides = {key: processor.get(key) or tokenizer.get(key) or "right" for key in ("truncation_side", "padding_side")}
+    # a text's positions would depend on how much longer another in its batch is
+    if sides["padding_side"] != "right" and config.has_positions and not config.position_offset:
+        raise ValueError(f"{folder}: padding_side is {shown(sides['padding_side'])}: expected 'right'")
     return dict(
-        max_length=int(min(limits)), truncation_side=side,
+        max_length=int(min(limits)), truncation_side=sides["truncation_side"],
         do_lower_case=checked(f"{folder}: do_lower_case", transformer.get("do_lower_case") or False, bool),
     )  # fmt: skip
 

@@ -47,7 +47,9 @@ KEYS = {
         "document_length": [4], "query_expansion": [{"length": 8}], "tokenizer_name_or_path": ["elsewhere"],
         "new_key": [1],
     },
-    "tokenizer_config.json": {"truncation_side": ["left", "up"], "model_max_length": [5, 10**30, "x"]},
+    "tokenizer_config.json": {
+        "truncation_side": ["left", "up"], "padding_side": ["left", "right"], "model_max_length": [5, 10**30, "x"],
+    },
     "2_Pooling/config.json": {
         **{f"pooling_mode_{key}": [True, 1] for key in (
             "cls_token", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken",
