@@ -195,7 +195,7 @@ class EncoderConfig:
             ("enhanced_mask_decoder", not self.enhanced_mask_decoder
              or (not self.position_biased_input and "disentangled" in self.attention),
              "disentangled attention, and position_biased_input false"),
-            ("pos_att_type", set(self.pos_att_type) <= {"c2p", "p2c"}, "some of c2p, p2c"),
+            ("pos_att_type", sorted(self.pos_att_type) in ([], ["c2p"], ["p2c"], ["c2p", "p2c"]), "some of c2p, p2c"),
             ("conv_kernel_size", self.conv_kernel_size % 2 == 1 or self.conv_kernel_size == 0,
              "an odd number, or 0 for none"),
             ("distance_buckets", not 0 < self.distance_buckets < 4, "at least 4, or 0 for none"),

@@ -180,12 +180,14 @@ def _read_deberta(values):
     terms = values.get("pos_att_type") or ()
     terms = terms.lower().split("|") if isinstance(terms, str) else _given(values, "pos_att_type", [], list)
     terms = tuple(checked("pos_att_type", term, str).strip() for term in terms)
+    if terms and not is_relative:
+        raise ValueError(f"relative_attention is false: expected true with pos_att_type, which is {shown(terms)}")
     norms = _given(values, "norm_rel_ebd", "none", str).lower().split("|")
     positions = _given(values, "max_position_embeddings", 512)
     furthest = _given(values, "max_relative_positions", -1)
     return dict(
         attention="packed disentangled" if is_packed else "disentangled" if is_relative else "softmax",
-        pos_att_type=terms if is_relative else (),
+        pos_att_type=terms,
         position_buckets=0 if is_packed else max(_given(values, "position_buckets", -1), 0),
         max_relative_positions=furthest if furthest > 0 else positions,
         norm_rel_ebd="layer_norm" in [norm.strip() for norm in norms],

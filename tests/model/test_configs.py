@@ -27,6 +27,7 @@ TELLING = {
     "pooler_hidden_act": ["tanh", "silu"], "conv_act": ["gelu", "relu"],
     "position_embedding_type": ["relative_key"], "problem_type": ["regression", "multi_label_classification"],
     "summary_type": ["mean", "last"], "summary_activation": ["tanh"], "summary_proj_to_labels": [True],
+    "summary_first_dropout": [0.5],
     "pos_att_type": [["c2p"], "p2c|c2p", []], "norm_rel_ebd": ["none", "layer_norm", "layer_norm | x"],
     "position_buckets": [2, 3, 8, -1], "max_relative_positions": [-1, 3, 5, 6, 16, 40],
     "relative_attention_num_buckets": [4, 5, 16, 33], "layer_norm_eps": [0.1], "norm_eps": [0.1],
