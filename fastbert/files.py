@@ -80,19 +80,22 @@ def sha256(path):
     return digest.hexdigest()
 
 
-def read_json(path):
-    """The JSON object in a file. Raises ValueError with the file's name for anything else."""
+def read_json(path, kind=dict):
+    """The JSON object in a file, or the array with kind=list. Raises ValueError with the path for anything else."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    # RecursionError: brackets within brackets
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object")
+    if not isinstance(value, kind):
+        raise ValueError(f"{path} holds no JSON {'object' if kind is dict else 'array'}")
     return value
 
 
 def inside(directory, name):
     """directory / name, for a name that was read from a file. Raises ValueError for a path outside the directory."""
+    if not isinstance(name, str) or "\0" in name:
+        raise ValueError(f"{directory} names the file {name!r}: expected the path of one")
     for path in (PurePosixPath(name), PureWindowsPath(name)):
         if path.is_absolute() or path.drive or path.root or ".." in path.parts:
             raise ValueError(f"{directory} names the file {name!r}: expected one inside the directory")

@@ -179,7 +179,7 @@ def test_bfloat16_products_learn_in_float32_parameters(options):
         ({"vocab_size": 201, "train_file": "text"}, "the tokenizer has 201 pieces: .* has a vocab_size of 200"),
         ({"model": "bert-huge"}, "no model is called 'bert-huge'"),
         ({"model": "missing.json"}, "missing.json is not a readable JSON file"),
-        ({"model": "odd"}, "hidden_size 30 is not divisible by num_attention_heads 4"),
+        ({"model": "odd"}, "hidden_size is 30: expected a multiple of num_attention_heads, 4"),
         ({"tokenizer": "nowhere"}, "no tokenizer in nowhere"),
         ({"objective": "clm"}, "--objective is 'clm': expected one of mlm, mlm.nsp, mlm.sop"),
         ({"mlm_probability": 1.5}, "--mlm-probability is 1.5: expected a number above 0 and below 1"),
