@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import ops
-from .stacks import is_static
-from .steps import Replacement, by_name, from_file_of, gelu_norm, is_plain, layer_norm, linear_gelu
+from .stacks import is_static, refuse_flattened
+from .steps import Replacement, by_name, from_file_of, gelu_norm, is_plain, layer_norm, linear_gelu, original
 
 
 def _mean(loss_sum, count, num_items):
@@ -27,6 +27,7 @@ class BertForSequenceClassification(Replacement):
 
     def forward(self, *args, **kwargs):
         kwargs = by_name(self, args, kwargs)
+        refuse_flattened(self, kwargs)
         num_items, labels = kwargs.pop("num_items_in_batch", None), kwargs.get("labels")
         out = super().forward(**kwargs)
         if labels is None:
@@ -60,6 +61,9 @@ class BertForMaskedLM(Replacement):
 
     def forward(self, *args, **kwargs):
         kwargs = by_name(self, args, kwargs)
+        refuse_flattened(self, kwargs)
+        if _has_own_loss(self):
+            return super().forward(**kwargs)
         pairs, pair_head, pair_scores = self.PAIRS
         labels, pair_labels = kwargs.pop("labels", None), kwargs.pop(pairs, None)
         num_items = kwargs.pop("num_items_in_batch", None)
@@ -67,9 +71,10 @@ class BertForMaskedLM(Replacement):
             return super().forward(**kwargs)
         return_dict = kwargs.pop("return_dict", None)
         return_dict = self.config.return_dict if return_dict is None else return_dict
-        if self.training and self.fastbert_options.logits == "evaluation":
+        head = _vocabulary_head(self) if self.training and self.fastbert_options.logits == "evaluation" else None
+        if head is not None:
             out = self.base_model(**kwargs, return_dict=True)
-            loss = self._labelled_loss(out[0], labels, num_items)
+            loss = self._labelled_loss(head, out[0], labels, num_items)
             fields = dict(hidden_states=out.get("hidden_states"), attentions=out.get("attentions"))
             if pairs:
                 fields[pair_scores] = self.get_submodule(pair_head)(out[1])
@@ -91,13 +96,14 @@ class BertForMaskedLM(Replacement):
         out = cls(**{**fields, "loss": loss})
         return out if return_dict else out.to_tuple()
 
-    def _labelled_loss(self, hidden, labels, num_items):
-        """The mean loss of hidden states [B, S, D], head included."""
+    @staticmethod
+    def _labelled_loss(head, hidden, labels, num_items):
+        """The mean loss of hidden states [B, S, D] through a head, see `_vocabulary_head`."""
         labels, hidden = labels.to(hidden.device).flatten(), hidden.flatten(0, -2)
         if not is_static():
             picks = (labels != -100).nonzero()[:, 0]
             labels, hidden = labels[picks], hidden[picks]
-        transform, decoder = _vocabulary_head(self)
+        transform, decoder = head
         hidden = transform(hidden)
         if is_plain(decoder, nn.Linear):
             loss_sum = ops.masked_cross_entropy(hidden, decoder.weight, decoder.bias, labels)[0]
@@ -125,22 +131,47 @@ def _cross_entropy(scores, labels):
     return F.cross_entropy(scores.to(torch.promote_types(scores.dtype, torch.float32)), labels, reduction="sum")
 
 
+def _has_own_loss(model):
+    """Whether a user has set a loss: `loss_function`, the type of the loss, DistilBERT's module for it."""
+    loss = model._modules.get("mlm_loss_fct")
+    return (
+        "_loss_function" in vars(model)
+        or getattr(model, "loss_type", None) not in (None, "ForMaskedLM")
+        or (loss is not None and not _is_usual(loss))
+    )
+
+
+def _is_usual(loss):
+    settings = loss.weight, loss.ignore_index, loss.reduction, loss.label_smoothing
+    return is_plain(loss, nn.CrossEntropyLoss) and settings == (None, -100, "mean", 0.0)
+
+
 def _vocabulary_head(model):
-    """(the transform of a masked-LM head, its last linear layer); None for a head that is not known."""
-    find = next((_VOCABULARY_HEADS[c.__name__] for c in type(model).__mro__ if c.__name__ in _VOCABULARY_HEADS), None)
+    """(the transform of a masked-LM head, its last linear layer); None for a head that is not known, or that must be
+    called as a whole: there is a hook on it, or code of a user's."""
+    name = next((c.__name__ for c in type(model).__mro__ if c.__name__ in _VOCABULARY_HEADS), None)
+    if name is None:
+        return None
+    around, find = _VOCABULARY_HEADS[name]
     try:
-        return None if find is None else find(model)
+        wrappers = [model.get_submodule(name) for name in around]
+        return find(model) if all(map(_is_theirs, wrappers)) else None
     except AttributeError:
         return None
 
 
-def _lm_head(model):
-    head = model.lm_head
-    return lambda x: gelu_norm(head.dense, "none", head.layer_norm, x), head.decoder
+def _is_theirs(module):
+    kind = original(module)
+    return kind.__module__.startswith("transformers.models.") and is_plain(module, kind)
 
 
 def _bert_head(model):
     return model.cls.predictions.transform, model.cls.predictions.decoder
+
+
+def _roberta_head(model):
+    head = model.lm_head
+    return lambda x: gelu_norm(head.dense, F.gelu, head.layer_norm, x), head.decoder
 
 
 def _albert_head(model):
@@ -155,17 +186,18 @@ def _distilbert_head(model):
     )
 
 
+# class -> the modules around the head, which are not called; a function that finds transform and decoder
 _VOCABULARY_HEADS = {
-    "BertForMaskedLM": _bert_head,
-    "BertForPreTraining": _bert_head,
-    "RobertaForMaskedLM": _lm_head,
-    "XLMRobertaForMaskedLM": _lm_head,
-    "MPNetForMaskedLM": _lm_head,
-    "AlbertForMaskedLM": _albert_head,
-    "AlbertForPreTraining": _albert_head,
-    "DistilBertForMaskedLM": _distilbert_head,
-    "ElectraForMaskedLM": lambda model: (model.generator_predictions, model.generator_lm_head),
-    "DebertaForMaskedLM": _bert_head,
-    "DebertaV2ForMaskedLM": _bert_head,
-    "ModernBertForMaskedLM": lambda model: (model.head, model.decoder),
+    "AlbertForMaskedLM": (["predictions"], _albert_head),
+    "AlbertForPreTraining": (["predictions"], _albert_head),
+    "BertForMaskedLM": (["cls", "cls.predictions"], _bert_head),
+    "BertForPreTraining": (["cls", "cls.predictions"], _bert_head),
+    "DebertaForMaskedLM": (["cls", "cls.predictions"], _bert_head),
+    "DebertaV2ForMaskedLM": (["cls", "cls.predictions"], _bert_head),
+    "DistilBertForMaskedLM": ([], _distilbert_head),
+    "ElectraForMaskedLM": ([], lambda model: (model.generator_predictions, model.generator_lm_head)),
+    "ModernBertForMaskedLM": ([], lambda model: (model.head, model.decoder)),
+    "MPNetForMaskedLM": (["lm_head"], _roberta_head),
+    "RobertaForMaskedLM": (["lm_head"], _roberta_head),
+    "XLMRobertaForMaskedLM": (["lm_head"], _roberta_head),
 }
