@@ -9,7 +9,7 @@ from torch import nn
 
 from .. import ops
 from .stacks import is_static, refuse_flattened
-from .steps import Replacement, by_name, from_file_of, gelu_norm, is_plain, layer_norm, linear_gelu, original
+from .steps import HOOKS, Replacement, by_name, from_file_of, gelu_norm, is_plain, layer_norm, linear_gelu, original
 
 
 def _mean(loss_sum, count, num_items):
@@ -57,7 +57,7 @@ class BertForMaskedLM(Replacement):
     def refuses(module):
         if getattr(module.config, "is_decoder", False):
             return "it is a decoder"
-        return None if _vocabulary_head(module) is not None else "fastbert does not know its head"
+        return None if _find_head(module) is not None else "fastbert does not know its head"
 
     def forward(self, *args, **kwargs):
         kwargs = by_name(self, args, kwargs)
@@ -147,22 +147,28 @@ def _is_usual(loss):
 
 
 def _vocabulary_head(model):
-    """(the transform of a masked-LM head, its last linear layer); None for a head that is not known, or that must be
-    called as a whole: there is a hook on it, or code of a user's."""
+    """(the transform of a masked-LM head, its last linear layer). None where the model must be called as a whole: the
+    head is not known, or there is a hook on it or before it, or code of a user's."""
+    found, base = _find_head(model), vars(model.base_model)
+    # a hook may expect the arguments where the original puts them
+    if found is None or "forward" in base or any(base[kind] for kind in HOOKS):
+        return None
+    around, transform, decoder = found
+    return (transform, decoder) if all(is_plain(module, original(module)) for module in around) else None
+
+
+def _find_head(model):
+    """(the modules around it, its transform, its last linear layer); None for a head that is not transformers'."""
     name = next((c.__name__ for c in type(model).__mro__ if c.__name__ in _VOCABULARY_HEADS), None)
     if name is None:
         return None
-    around, find = _VOCABULARY_HEADS[name]
+    names, find = _VOCABULARY_HEADS[name]
     try:
-        wrappers = [model.get_submodule(name) for name in around]
-        return find(model) if all(map(_is_theirs, wrappers)) else None
+        around = [model.get_submodule(name) for name in names]
+        is_theirs = all(original(module).__module__.startswith("transformers.models.") for module in around)
+        return (around, *find(model)) if is_theirs else None
     except AttributeError:
         return None
-
-
-def _is_theirs(module):
-    kind = original(module)
-    return kind.__module__.startswith("transformers.models.") and is_plain(module, kind)
 
 
 def _bert_head(model):

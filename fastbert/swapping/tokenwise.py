@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .steps import HOOKS
+from .steps import HOOKS, Replacement
 
 _TORCH = {
     "activation": "CELU ELU GELU Hardshrink Hardsigmoid Hardswish Hardtanh LeakyReLU LogSigmoid Mish ReLU ReLU6 SELU "
@@ -71,21 +71,21 @@ def own_code(module, hooks=True):
         # parametrizations act on parameters
         if inner is None or name == "parametrizations":
             continue
-        cls = type(inner)
+        cls, attributes = type(inner), vars(inner)
         if cls not in _CLASSES:
             _CLASSES[cls] = _learned(cls)
-        known = _CLASSES[cls]
-        if known is None:
+        if _CLASSES[cls] is None:
             return name, f"({cls.__name__}) may look at other tokens"
-        methods, check, is_apart = known
-        attributes = vars(inner)
+        methods, check, is_apart = _CLASSES[cls]
         for method in methods:
             if method in attributes and not _is_harmless(inner, method):
                 return name, f"({cls.__name__}) has a {method} of its own"
-        if hooks:
-            for kind in HOOKS:
-                if attributes[kind] and not all(_is_blind(hook) for hook in attributes[kind].values()):
-                    return name, f"({cls.__name__}) has a hook"
+        has_hooks = (
+            attributes["_forward_hooks"] or attributes["_forward_pre_hooks"] or attributes["_backward_hooks"]
+            or attributes["_backward_pre_hooks"]
+        )  # fmt: skip
+        if hooks and has_hooks and not _has_blind_hooks(inner):
+            return name, f"({cls.__name__}) has a hook"
         if check is not None and (reason := check(inner)):
             return name, f"({cls.__name__}) {reason}"
         if inner._modules and not is_apart:
@@ -111,10 +111,12 @@ def _learned(cls):
     check = replacement and replacement.misfit
     if issubclass(base, (nn.LayerNorm, nn.RMSNorm)):
         check = _normalizes_more
-    own = itertools.takewhile(lambda c: c is not nn.Module, base.__mro__)
+    own = [c for c in itertools.takewhile(lambda c: c is not nn.Module, base.__mro__) if c is not Replacement]
     methods = {name for c in own for name, value in vars(c).items() if inspect.isfunction(value)}
     methods = {name for name in methods if not name.startswith(("__", "get_", "set_", "extra_repr", "reset_"))}
-    return (*methods, *_ACTIVATIONS), check, name in APART
+    if name.startswith("transformers.") or isinstance(replacement, type):
+        methods.update(_ACTIVATIONS)
+    return tuple(methods), check, name in APART
 
 
 def _normalizes_more(norm):
@@ -143,7 +145,12 @@ def _is_harmless(module, name):
     return not callable(value) or (name in _ACTIVATIONS and value in _FUNCTIONS)
 
 
+def _has_blind_hooks(module):
+    return all(_is_blind(hook) for kind in HOOKS for hook in vars(module)[kind].values())
+
+
 def _is_blind(hook):
     while isinstance(hook, functools.partial):
         hook = hook.func
-    return (getattr(hook, "__module__", None) or "").startswith(_BLIND)
+    module = getattr(hook, "__module__", None) or ""
+    return any(module == blind or module.startswith(f"{blind}.") for blind in _BLIND)

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import ops
-from ..packing import Layout
-from .stacks import is_static, layout_under
+from ..packing import Layout, full_layout, layout_of
+from .stacks import is_static
 from .steps import Replacement, dropout_arguments, has_plain_parameters, is_plain, linear, linear_gelu
 from .tokenwise import is_watched
 
@@ -68,9 +68,12 @@ class GELU(Replacement):
 # ------------------------------------------------------------------------------------------------------- transformer
 
 
-def _layout(x, padding, batch_first):
+def _layout(x, padding, batch_first, begins_padded=True):
     """The Layout of x [B, S, D] (or [S, B, D], or [S, D]) under torch's key_padding_mask: bool, True at padding, or
-    floating, added to the scores. None where that mask hides more than padding."""
+    floating, added to the scores. None where that mask hides more than padding.
+
+    begins_padded: whether sequences may begin with padding.
+    """
     if x.dim() not in (2, 3) or is_static():
         return None
     shape = x.shape[:-1]
@@ -90,8 +93,8 @@ def _layout(x, padding, batch_first):
                 return None
         else:
             return None
-    layout = layout_under(kept, x, {}, by_distance=False)
-    if layout is None:
+    layout = full_layout(B, S, x.device) if kept is None or bool(kept.all()) else layout_of(kept)
+    if layout.indices is not None and not begins_padded and not bool(kept[:, 0].all()):
         return None
     indices = layout.indices
     if not batch_first:
@@ -116,15 +119,18 @@ class MultiheadAttention(Replacement):
             return f"its head size is {module.head_dim}, more than the kernels' {MOST_HEAD_SIZE}"
         return None
 
+    def misfit(self):
+        # torch does not call `out_proj` either
+        is_here = has_plain_parameters(self) and has_plain_parameters(self.out_proj)
+        return None if is_here else "has weights that are sharded, offloaded or quantised"
+
     def forward(
         self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True,
         is_causal=False,
     ):  # fmt: skip
         layout = key_padding_mask if isinstance(key_padding_mask, Layout) else None
         is_other = need_weights or attn_mask is not None or is_causal
-        # torch does not call `out_proj` either
-        is_here = has_plain_parameters(self) and has_plain_parameters(self.out_proj)
-        if layout is None and query is key and key is value and not is_other and _takes(query) and is_here:
+        if layout is None and query is key and key is value and not (is_other or self.misfit()) and _takes(query):
             layout = _layout(query, key_padding_mask, self.batch_first)
         if layout is None:
             return super().forward(
@@ -167,7 +173,7 @@ class TransformerEncoderLayer(Replacement):
         if vars(self).keys() & _BLOCKS or not _takes(src) or (is_causal and src_mask is None):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         if src_mask is None and self.fastbert_options.unpad_alone and not is_watched(self):
-            layout = _layout(src, src_key_padding_mask, self.self_attn.batch_first)
+            layout = _layout(src, src_key_padding_mask, self.self_attn.batch_first, begins_padded=False)
             if layout is not None:
                 rows = layout.pack(src)
                 return layout.unpack(self._block(rows, key_padding_mask=layout.without_padding(len(rows))))
@@ -218,7 +224,7 @@ class TransformerEncoder(Replacement):
         if mask is None and not is_causal and _takes(src) and not is_watched(self):
             orders = {layer.self_attn.batch_first for layer in self.layers}
             if len(orders) == 1:
-                layout = _layout(src, src_key_padding_mask, *orders)
+                layout = _layout(src, src_key_padding_mask, *orders, begins_padded=False)
         if layout is None:
             return super().forward(src, mask, src_key_padding_mask, is_causal)
         x = layout.pack(src) if unpads else src
