@@ -95,7 +95,7 @@ class AlbertLayer(TokenWise):
     refuses = refuses_activation("activation")
 
     def forward(self, hidden_states, attention_mask=None, **kwargs):
-        if self.chunk_size_feed_forward:
+        if self.chunk_size_feed_forward or "ff_chunk" in vars(self):
             return super().forward(hidden_states, attention_mask, **kwargs)
         x, _ = self.attention(hidden_states, attention_mask, **kwargs)
         if self.fastbert_options.gelu:

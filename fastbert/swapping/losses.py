@@ -3,13 +3,16 @@
 Letters as in `steps.py`; M labelled tokens.
 """
 
+from operator import attrgetter
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .. import ops
 from .stacks import is_static, refuse_flattened
-from .steps import HOOKS, Replacement, by_name, from_file_of, gelu_norm, is_plain, layer_norm, linear_gelu, original
+from .steps import HOOKS, Replacement, by_name, from_file_of, gelu_norm, is_plain, layer_norm, linear_gelu
+from .tokenwise import own_code
 
 
 def _mean(loss_sum, count, num_items):
@@ -57,7 +60,7 @@ class BertForMaskedLM(Replacement):
     def refuses(module):
         if getattr(module.config, "is_decoder", False):
             return "it is a decoder"
-        return None if _find_head(module) is not None else "fastbert does not know its head"
+        return _own_head(module, hooks=False)
 
     def forward(self, *args, **kwargs):
         kwargs = by_name(self, args, kwargs)
@@ -147,32 +150,26 @@ def _is_usual(loss):
 
 
 def _vocabulary_head(model):
-    """(the transform of a masked-LM head, its last linear layer). None where the model must be called as a whole: the
-    head is not known, or there is a hook on it or before it, or code of a user's."""
-    found, base = _find_head(model), vars(model.base_model)
+    """(the transform of a masked-LM head, its last linear layer). None where the model must be called as a whole: there
+    is a user's code on the head or a hook before it."""
+    base = vars(model.base_model)
     # a hook may expect the arguments where the original puts them
-    if found is None or "forward" in base or any(base[kind] for kind in HOOKS):
+    if "forward" in base or any(base[kind] for kind in HOOKS) or nn.modules.module._has_any_global_hook():
         return None
-    around, transform, decoder = found
-    return (transform, decoder) if all(is_plain(module, original(module)) for module in around) else None
+    return None if _own_head(model) else _row(model)[1](model)
 
 
-def _find_head(model):
-    """(the modules around it, its transform, its last linear layer); None for a head that is not transformers'."""
-    name = next((c.__name__ for c in type(model).__mro__ if c.__name__ in _VOCABULARY_HEADS), None)
-    if name is None:
-        return None
-    names, find = _VOCABULARY_HEADS[name]
-    try:
-        around = [model.get_submodule(name) for name in names]
-        is_theirs = all(original(module).__module__.startswith("transformers.models.") for module in around)
-        return (around, *find(model)) if is_theirs else None
-    except AttributeError:
-        return None
+def _own_head(model, hooks=True):
+    """Why a masked-LM head cannot run on labelled tokens alone, else None. hooks: whether a hook is a reason."""
+    parts, _ = _row(model)
+    if not set(parts) <= model._modules.keys():
+        return "fastbert does not know its head"
+    own = own_code(model, hooks, parts)
+    return own and "its head: " + " ".join(own)
 
 
-def _bert_head(model):
-    return model.cls.predictions.transform, model.cls.predictions.decoder
+def _row(model):
+    return next(_VOCABULARY_HEADS[c.__name__] for c in type(model).__mro__ if c.__name__ in _VOCABULARY_HEADS)
 
 
 def _roberta_head(model):
@@ -192,18 +189,21 @@ def _distilbert_head(model):
     )
 
 
-# class -> the modules around the head, which are not called; a function that finds transform and decoder
+_bert_head = attrgetter("cls.predictions.transform", "cls.predictions.decoder")
+_ELECTRA, _MODERNBERT = ("generator_predictions", "generator_lm_head"), ("head", "decoder")
+_DISTILBERT = "vocab_transform", "activation", "vocab_layer_norm", "vocab_projector"
+# class -> the modules of its head, a function that finds transform and last layer
 _VOCABULARY_HEADS = {
-    "AlbertForMaskedLM": (["predictions"], _albert_head),
-    "AlbertForPreTraining": (["predictions"], _albert_head),
-    "BertForMaskedLM": (["cls", "cls.predictions"], _bert_head),
-    "BertForPreTraining": (["cls", "cls.predictions"], _bert_head),
-    "DebertaForMaskedLM": (["cls", "cls.predictions"], _bert_head),
-    "DebertaV2ForMaskedLM": (["cls", "cls.predictions"], _bert_head),
-    "DistilBertForMaskedLM": ([], _distilbert_head),
-    "ElectraForMaskedLM": ([], lambda model: (model.generator_predictions, model.generator_lm_head)),
-    "ModernBertForMaskedLM": ([], lambda model: (model.head, model.decoder)),
-    "MPNetForMaskedLM": (["lm_head"], _roberta_head),
-    "RobertaForMaskedLM": (["lm_head"], _roberta_head),
-    "XLMRobertaForMaskedLM": (["lm_head"], _roberta_head),
+    "AlbertForMaskedLM": (("predictions",), _albert_head),
+    "AlbertForPreTraining": (("predictions",), _albert_head),
+    "BertForMaskedLM": (("cls",), _bert_head),
+    "BertForPreTraining": (("cls",), _bert_head),
+    "DebertaForMaskedLM": (("cls",), _bert_head),
+    "DebertaV2ForMaskedLM": (("cls",), _bert_head),
+    "DistilBertForMaskedLM": (_DISTILBERT, _distilbert_head),
+    "ElectraForMaskedLM": (_ELECTRA, attrgetter(*_ELECTRA)),
+    "ModernBertForMaskedLM": (_MODERNBERT, attrgetter(*_MODERNBERT)),
+    "MPNetForMaskedLM": (("lm_head",), _roberta_head),
+    "RobertaForMaskedLM": (("lm_head",), _roberta_head),
+    "XLMRobertaForMaskedLM": (("lm_head",), _roberta_head),
 }

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -129,7 +129,7 @@ def swap(
     for name, value in wanted.items():
         if not isinstance(value, bool):
             raise ValueError(f"{name} is {value!r}: expected True or False")
-    options = Options(unpad=bool(unpad), unpad_alone=unpad is True, logits=logits, **wanted)
+    options = Options(unpad=unpad, logits=logits, **wanted)
     unswap(model)
     rows, found = [], {}
     read = set() if unpad is True else _encoders_of_decoders(model)
@@ -155,10 +155,6 @@ def swap(
             found[module] = row
         rows.append(row)
     _keep_stacks_with_own_code(found)
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder):
-            for layer in filter(found.__contains__, module.layers):
-                layer.fastbert_options = replace(options, unpad_alone=False)
     return SwapReport(rows)
 
 

@@ -228,8 +228,9 @@ class MPNetEncoder(BertEncoder):
         outputs = dict(output_attentions=output_attentions, output_hidden_states=output_hidden_states)
         layout, unpads = self._layout(hidden_states, attention_mask, {**kwargs, **outputs})
         table = self.relative_attention_bias
-        # read, not called: every distance once
-        if layout is None or not is_plain(table, nn.Embedding) or table.padding_idx is not None or table.max_norm:
+        # its weights are read: it must do nothing else with them
+        special = table.padding_idx is not None or table.max_norm is not None or table.scale_grad_by_freq
+        if layout is None or not is_plain(table, nn.Embedding) or special:
             return self.call_original(hidden_states, attention_mask, **outputs, return_dict=return_dict, **kwargs)
         # row max_seqlen + i - j is for a query at i and a key at j
         distance = torch.arange(-layout.max_seqlen, layout.max_seqlen, device=hidden_states.device)
@@ -333,7 +334,7 @@ class RobertaModel(Replacement):
         cu_seqlens, position_ids = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
         if cu_seqlens is not None and position_ids is not None:
             starts = first_positions(position_ids, cu_seqlens)
-            offset = self.embeddings.padding_idx + 1
+            offset = self.config.pad_token_id + 1
             kwargs["position_ids"] = torch.where((starts == 0).any(), position_ids + offset, position_ids)
         return super().forward(**kwargs)
 

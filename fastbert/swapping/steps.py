@@ -23,15 +23,13 @@ PLAIN = (torch.Tensor, nn.Parameter)
 
 @dataclass(frozen=True)
 class Options:
-    """The switches of `mechanism.swap`, as each swapped module keeps them. unpad_alone: whether a layer of torch's
-    unpads by itself, where no stack does it."""
+    """The switches of `mechanism.swap`, as each swapped module keeps them."""
 
     attention: bool
     layer_norm: bool
     gelu: bool
     loss: bool
-    unpad: bool
-    unpad_alone: bool
+    unpad: bool | str
     logits: str
 
 

@@ -85,8 +85,11 @@ _OWN = {
     },
 }
 
-# classes inside a stack that only call the others
-_CALLERS = ("Attention", "EncoderLayer", "Embeddings", "Layer", "LayerGroup", "RotaryEmbedding")
+# classes inside a stack or a masked-LM head that only call the others
+_CALLERS = (
+    "Attention", "EncoderLayer", "Embeddings", "Layer", "LayerGroup", "RotaryEmbedding", "LMHead", "LMPredictionHead",
+    "MLMHead", "GeneratorPredictions", "OnlyMLMHead", "PredictionHead", "PredictionHeadTransform", "PreTrainingHeads",
+)  # fmt: skip
 
 
 def _full_name(file, name):
@@ -100,6 +103,11 @@ TABLE = {
     for theirs, ours in {**{f"{family}{name}": cls for name, cls in _COPIED.items()}, **own}.items()
 }
 # attention must be ours, the rest may also have stayed what it was
-KNOWN.update(_full_name(file, f"{family}{name}") for file, family in _OWN for name in _CALLERS)
+KNOWN.update(
+    _full_name(file, f"{prefix}{family}{name}")
+    for file, family in _OWN
+    for name in _CALLERS
+    for prefix in ("", "Legacy")
+)
 KNOWN.update(name for name, cls in TABLE.items() if cls.TOKENWISE)
 KNOWN.difference_update(name for name, cls in TABLE.items() if issubclass(cls, Attention))

@@ -62,12 +62,14 @@ def overrides(cls, base):
     return bool(names & {"forward", "__call__"}) or any(inspect.isfunction(vars(base).get(name)) for name in names)
 
 
-def own_code(module, hooks=True):
+def own_code(module, hooks=True, parts=None):
     """(name, reason) of the first module inside `module` that may look beyond each token, else None.
 
-    hooks: whether a hook is a reason. Runs in every call of a stack, so classes are looked up once.
+    hooks: whether a hook is a reason. parts: the names of the children to look at, if not all. Runs in every call of a
+    stack, so classes are looked up once.
     """
-    for name, inner in module._modules.items():
+    for name in parts or module._modules:
+        inner = module._modules[name]
         # parametrizations act on parameters
         if inner is None or name == "parametrizations":
             continue

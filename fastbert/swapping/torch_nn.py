@@ -172,7 +172,7 @@ class TransformerEncoderLayer(Replacement):
             return self._block(src, key_padding_mask=src_key_padding_mask)
         if vars(self).keys() & _BLOCKS or not _takes(src) or (is_causal and src_mask is None):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
-        if src_mask is None and self.fastbert_options.unpad_alone and not is_watched(self):
+        if src_mask is None and self.fastbert_options.unpad is True and not is_watched(self):
             layout = _layout(src, src_key_padding_mask, self.self_attn.batch_first, begins_padded=False)
             if layout is not None:
                 rows = layout.pack(src)

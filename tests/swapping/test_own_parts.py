@@ -102,12 +102,17 @@ def test_a_hook_on_the_model_without_its_head():
     assert_close(model(**batch()).loss, plain(**batch()).loss)
 
 
+def mix(module):
+    module.register_forward_hook(lambda module, args, out: out + out.roll(1, 1) if out.dim() == 3 else out * 7)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in HEADS.items() for name in names])
 def test_hooks_on_heads(kind, name, training):
     plain = tiny(kind).train(training)
     before = plain(**batch()).loss
     bend(plain.get_submodule(name))
+    mix(plain.get_submodule(name))
     expected = gradients(plain)
     assert abs(plain(**batch()).loss - before) > 1e-4
     for when in ("before", "after"):
@@ -115,8 +120,9 @@ def test_hooks_on_heads(kind, name, training):
         if when == "after":
             fastbert.swap(model)
         bend(model.get_submodule(name))
+        mix(model.get_submodule(name))
         if when == "before":
-            fastbert.swap(model)
+            fastbert.swap(model).raise_if_incomplete()
         assert_close(model(**batch()).loss, plain(**batch()).loss)
         assert_same_gradients(gradients(model), expected)
 
@@ -243,16 +249,37 @@ def test_torch_func_on_a_swapped_model():
     assert_same_gradients(per_text(model), per_text(plain), tolerance=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["RobertaForMaskedLM", "XLMRobertaForMaskedLM", "BertForMaskedLM"])
-def test_flattened_batches_as_the_collator_makes_them(kind):
-    model, inputs = tiny(kind, pad_token_id=1), batch()
+def flattened():
+    """`batch()` as the collator flattens it."""
+    inputs = batch()
     real = inputs["attention_mask"].bool()
-    expected = model(inputs["input_ids"].masked_fill(~real, 1), attention_mask=inputs["attention_mask"]).logits[real]
     collator = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_tensors="pt")
     rows = [{"input_ids": ids[is_token].tolist()} for ids, is_token in zip(inputs["input_ids"], real)]
-    flat = {name: x for name, x in collator(rows).items() if name != "labels"}
+    return {name: x for name, x in collator(rows).items() if name != "labels"}
+
+
+@pytest.mark.parametrize("kind", ["RobertaForMaskedLM", "XLMRobertaForMaskedLM", "BertForMaskedLM"])
+def test_flattened_batches_as_the_collator_makes_them(kind):
+    model, inputs, flat = tiny(kind, pad_token_id=1), batch(), flattened()
+    real = inputs["attention_mask"].bool()
+    expected = model(inputs["input_ids"].masked_fill(~real, 1), attention_mask=inputs["attention_mask"]).logits[real]
     fastbert.swap(model).raise_if_incomplete()
     assert_close(model(**flat).logits[0], expected)
     if kind != "BertForMaskedLM":
         # positions that begin where the family's do are taken as they are
         assert_close(model(**{**flat, "position_ids": flat["position_ids"] + 2}).logits[0], expected)
+
+
+def test_flattened_sequences_are_kept_apart_or_refused():
+    model, flat = tiny("BertModel"), flattened()
+    expected = hidden(model)
+    fastbert.swap(model)
+    model.encoder.layer[0].register_forward_hook(lambda *_: None)
+    assert_close(model(**flat)[0][0], expected)
+    with pytest.raises(ValueError, match="runs the original BertEncoder, whose sdpa attention would mix the sequences"):
+        model(**flat, output_attentions=True)
+    for kind in ("MPNetModel", "MPNetForMaskedLM", "DebertaModel", "DebertaV2Model"):
+        model = tiny(kind)
+        fastbert.swap(model)
+        with pytest.raises(ValueError, match=f"^cu_seq_lens_q is given: {kind} would mix the sequences, pad them$"):
+            model(**flat)
