@@ -245,7 +245,7 @@ MUTANTS = [
     Mutant(
         "swap-unpads-over-a-hook",
         "fastbert/swapping/stacks.py",
-        'if is_watched(self, hooks=kwargs.get("cu_seq_lens_q") is None):',
+        'if is_watched(self, hooks=kwargs.get("cu_seq_lens_q") is None) or _own_attention(self):',
         "if False:",
         "tests/swapping/test_own_code.py::test_hooks_that_mix_tokens",
     ),

@@ -5,9 +5,9 @@
     model.set_attn_implementation("fastbert")
 
 transformers calls `mask` once in a forward pass, then `attention` in every layer. The mask is not a [B, 1, S, S] tensor
-but a `Mask`: where the tokens are, found once for all layers. Each layer packs by it, attends, and unpacks; results at
-padding are 0. Every other kind of attention (causal, to another sequence, under a custom mask) gets the mask and the
-attention of `sdpa`.
+but a `Mask`: where the tokens are, found once for all layers. Each layer packs by it, attends, and unpacks. Results at
+padding are 0, but for the first place of a sequence, which models pool. Every other kind of attention (causal, to
+another sequence, under a custom mask) gets the mask and the attention of `sdpa`.
 
 B sequences, S padded length, H heads, K head size.
 """
@@ -248,7 +248,7 @@ def _plain(module, query, key, value, attention_mask, found, cu_seqlens, wants_w
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if found is not None:
-        attention_mask = _dense(found, cu_seqlens, query.device)
+        attention_mask = sees = _dense(found, cu_seqlens, query.device)
         kwargs["is_causal"] = False
     eager = from_file_of(module, "eager_attention_forward") if wants_weights else None
     if eager is None:
@@ -262,9 +262,9 @@ def _plain(module, query, key, value, attention_mask, found, cu_seqlens, wants_w
             attention_mask = _added(attention_mask, query.dtype)
         out, weights = eager(module, query, key, value, attention_mask, **kwargs)
     if found is not None and found.layout.indices is not None:
-        # but for the first place, see `_with_first_place`
-        padding = F.pad(~found.layout.is_token()[:, 1:], (1, 0))
-        out = out.masked_fill(padding[:, :, None, None], 0)
+        # the first place too, unless it sees a token, see `_with_first_place`
+        is_kept = torch.cat((sees[:, 0, :1].any(-1), found.layout.is_token()[:, 1:]), 1)
+        out = out.masked_fill(~is_kept[:, :, None, None], 0)
     return out, weights
 
 

@@ -3,8 +3,6 @@
 Letters as in `steps.py`; M labelled tokens.
 """
 
-from operator import attrgetter
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -172,6 +170,18 @@ def _row(model):
     return next(_VOCABULARY_HEADS[c.__name__] for c in type(model).__mro__ if c.__name__ in _VOCABULARY_HEADS)
 
 
+def _bert_head(model):
+    return model.cls.predictions.transform, model.cls.predictions.decoder
+
+
+def _electra_head(model):
+    return model.generator_predictions, model.generator_lm_head
+
+
+def _modernbert_head(model):
+    return model.head, model.decoder
+
+
 def _roberta_head(model):
     head = model.lm_head
     return lambda x: gelu_norm(head.dense, F.gelu, head.layer_norm, x), head.decoder
@@ -189,8 +199,6 @@ def _distilbert_head(model):
     )
 
 
-_bert_head = attrgetter("cls.predictions.transform", "cls.predictions.decoder")
-_ELECTRA, _MODERNBERT = ("generator_predictions", "generator_lm_head"), ("head", "decoder")
 _DISTILBERT = "vocab_transform", "activation", "vocab_layer_norm", "vocab_projector"
 # class -> the modules of its head, a function that finds transform and last layer
 _VOCABULARY_HEADS = {
@@ -201,8 +209,8 @@ _VOCABULARY_HEADS = {
     "DebertaForMaskedLM": (("cls",), _bert_head),
     "DebertaV2ForMaskedLM": (("cls",), _bert_head),
     "DistilBertForMaskedLM": (_DISTILBERT, _distilbert_head),
-    "ElectraForMaskedLM": (_ELECTRA, attrgetter(*_ELECTRA)),
-    "ModernBertForMaskedLM": (_MODERNBERT, attrgetter(*_MODERNBERT)),
+    "ElectraForMaskedLM": (("generator_predictions", "generator_lm_head"), _electra_head),
+    "ModernBertForMaskedLM": (("head", "decoder"), _modernbert_head),
     "MPNetForMaskedLM": (("lm_head",), _roberta_head),
     "RobertaForMaskedLM": (("lm_head",), _roberta_head),
     "XLMRobertaForMaskedLM": (("lm_head",), _roberta_head),

@@ -7,6 +7,8 @@ work row by row and see no difference; where one may not, the original runs (`to
 Letters as in `steps.py`.
 """
 
+import sys
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -107,6 +109,15 @@ def _config(stack):
     return next(config for module in stack.modules() if (config := vars(module).get("config")) is not None)
 
 
+def _own_attention(stack):
+    """Why the attention function that a config asks for must be called, else None."""
+    name = getattr(_config(stack), "_attn_implementation", None)
+    function = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS.get(name)
+    file = getattr(getattr(function, "func", function), "__module__", None)
+    is_known = function is None or (file or "").startswith(("transformers.", "fastbert."))
+    return None if is_known else f"its attention, {name}, is not one of transformers'"
+
+
 def first_positions(position_ids, cu_seqlens):
     """The position of the first token of each sequence in a flattened batch; of an empty one at the end, the last's."""
     return position_ids.flatten()[cu_seqlens[:-1].long().clamp(max=position_ids.numel() - 1)]
@@ -124,7 +135,7 @@ class BertEncoder(Replacement):
         config = _config(module)
         if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
             return "a decoder's attention is causal, or reads another model"
-        return None
+        return _own_attention(module)
 
     @staticmethod
     def yields(args, kwargs):
@@ -173,7 +184,7 @@ class BertEncoder(Replacement):
         if not self._encodes(kwargs) or _requests(self, kwargs, "output_attentions"):
             return None, False
         # the shapes of flattened sequences are the same in the original
-        if is_watched(self, hooks=kwargs.get("cu_seq_lens_q") is None):
+        if is_watched(self, hooks=kwargs.get("cu_seq_lens_q") is None) or _own_attention(self):
             return None, False
         seen = _requests(self, kwargs, "output_hidden_states")
         layout = layout_under(attention_mask, hidden_states, kwargs, by_distance=self.BY_DISTANCE)
@@ -228,9 +239,8 @@ class MPNetEncoder(BertEncoder):
         outputs = dict(output_attentions=output_attentions, output_hidden_states=output_hidden_states)
         layout, unpads = self._layout(hidden_states, attention_mask, {**kwargs, **outputs})
         table = self.relative_attention_bias
-        # its weights are read: it must do nothing else with them
-        special = table.padding_idx is not None or table.max_norm is not None or table.scale_grad_by_freq
-        if layout is None or not is_plain(table, nn.Embedding) or special:
+        # its weights are read
+        if layout is None or not (is_plain(table, nn.Embedding) and _only_looks_up(table)):
             return self.call_original(hidden_states, attention_mask, **outputs, return_dict=return_dict, **kwargs)
         # row max_seqlen + i - j is for a query at i and a key at j
         distance = torch.arange(-layout.max_seqlen, layout.max_seqlen, device=hidden_states.device)
@@ -240,6 +250,10 @@ class MPNetEncoder(BertEncoder):
             self, hidden_states, layout, unpads, lambda layer, x, inner: layer(x, inner, bias)[0],
             output_hidden_states, return_dict,
         )  # fmt: skip
+
+
+def _only_looks_up(table):
+    return table.padding_idx is None and table.max_norm is None and not table.scale_grad_by_freq
 
 
 def _run(stack, hidden_states, layout, unpads, call, output_hidden_states, return_dict, after_first=None):
@@ -300,7 +314,9 @@ class ModernBertModel(BertEncoder):
     @staticmethod
     def refuses(module):
         kinds = {kind for kind in module.rotary_emb.rope_type.values() if kind in ("dynamic", "longrope")}
-        return f"its rotary embedding, {kinds.pop()}, depends on the padded length" if kinds else None
+        if kinds:
+            return f"its rotary embedding, {kinds.pop()}, depends on the padded length"
+        return BertEncoder.refuses(module)
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, **kwargs):
         x = input_ids if input_ids is not None else inputs_embeds

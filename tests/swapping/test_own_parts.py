@@ -103,7 +103,8 @@ def test_a_hook_on_the_model_without_its_head():
 
 
 def mix(module):
-    module.register_forward_hook(lambda module, args, out: out + out.roll(1, 1) if out.dim() == 3 else out * 7)
+    """Adds what the token before has: padding, which stands behind, does not matter."""
+    module.register_forward_hook(lambda module, args, out: out + F.pad(out, (0, 0, 1, 0))[:, :-1])
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -231,6 +232,24 @@ def test_a_row_of_padding_pools_what_it_did():
         plain, model = tiny(kind), tiny(kind)
         fastbert.swap(model)
         assert_close(model(**inputs).pooler_output, plain(**inputs).pooler_output)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("kind", ["BertModel", "DistilBertModel", "ModernBertModel"])
+def test_an_attention_function_of_ones_own_is_called(kind, when):
+    def gated(module, query, key, value, attention_mask, **kwargs):
+        return (value * query.sigmoid()).transpose(1, 2), None
+
+    transformers.AttentionInterface.register("gated", gated)
+    plain, model = tiny(kind), tiny(kind)
+    for one in (plain, model):
+        if one is model and when == "after":
+            fastbert.swap(model)
+        one.set_attn_implementation("gated")
+    if when == "before":
+        report = fastbert.swap(model)
+        assert "its attention, gated, is not one of transformers'" in {row.reason for row in report.stayed}
+    assert_close(hidden(model), hidden(plain))
 
 
 def test_torch_func_on_a_swapped_model():
