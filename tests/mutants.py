@@ -238,9 +238,16 @@ MUTANTS = [
     Mutant(
         "swap-drops-a-hook",
         "fastbert/swapping/steps.py",
-        "or module._forward_hooks\n",
-        "or False\n",
+        "and not any(attributes[kind] for kind in HOOKS)\n",
+        "",
         "tests/swapping/test_swap_models.py::test_a_hook_that_changes_something_changes_it",
+    ),
+    Mutant(
+        "swap-unpads-over-a-hook",
+        "fastbert/swapping/stacks.py",
+        'if is_watched(self, hooks=kwargs.get("cu_seq_lens_q") is None) or _own_attention(self):',
+        "if False:",
+        "tests/swapping/test_own_code.py::test_hooks_that_mix_tokens",
     ),
     Mutant(
         "swap-leaves-padding-as-it-is",
