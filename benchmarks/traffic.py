@@ -212,11 +212,11 @@ def as_on_device():
 
     modules = [sys.modules[name] for name in list(sys.modules) if name.startswith("fastbert.kernels.")]
     replaced = [(module, "multiprocessors") for module in modules if hasattr(module, "multiprocessors")]
-    replaced.append((cross_entropy, "_product"))
+    replaced.append((cross_entropy, "product"))
     kept = [getattr(*place) for place in replaced]
     try:
         for place in replaced:
-            setattr(*place, product if place[1] == "_product" else lambda: MULTIPROCESSORS)
+            setattr(*place, product if place[1] == "product" else lambda: MULTIPROCESSORS)
         yield
     finally:
         for place, function in zip(replaced, kept):

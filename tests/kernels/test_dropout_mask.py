@@ -1,4 +1,4 @@
-"""Kernels, NumPy and the reference draw the same dropout mask, bit for bit; and what a CPU makes of it."""
+"""Kernels, NumPy and the reference draw the same dropout mask, bit for bit; dropout on a CPU."""
 
 import shutil
 
@@ -140,7 +140,7 @@ def test_drop_rounds_once(dtype):
 
 
 def test_dropout_compiles_to_the_same_numbers():
-    """torch.compile gets it as PyTorch's own operations, eager on a CPU from NumPy."""
+    """torch.compile sees PyTorch operations; eager mode on a CPU uses NumPy."""
     x = torch.randn(5, 70, requires_grad=True)
     results = []
     for function in (
@@ -156,7 +156,7 @@ def test_dropout_compiles_to_the_same_numbers():
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile writes C++ for a CPU")
 def test_masks_in_compiled_code():
-    """Nothing overflows there, for seeds whose products are large, and for heads that are numbers counted up."""
+    """Nothing overflows there, for seeds with large products and for heads from an arange."""
 
     def draw(seed):
         row, head = torch.arange(5), torch.arange(12)[:, None]

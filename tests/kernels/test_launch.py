@@ -18,7 +18,7 @@ DEFAULT, FAST, SLOW, HUGE = ({"BLOCK": block, "num_warps": 4} for block in (64, 
 
 
 class Kernel:
-    """Plays the `run` of a launcher: notes its settings, and refuses what does not fit the device."""
+    """Stands for the `run` of a launcher: records its settings, and refuses those that do not fit the device."""
 
     def __init__(self, candidates=(FAST, SLOW, HUGE), key="bf16 D768"):
         self.tried, self.ran, self.candidates, self.key = [], [], candidates, key
@@ -109,7 +109,7 @@ def test_the_search_finds_the_fastest_once(search):
     search(10.0, 5.0, 20.0)
     kernel = Kernel()
     assert kernel.launch() == FAST
-    # all ran but the one that does not fit, then the launch itself
+    # all but the one that does not fit, then the launch itself
     assert kernel.ran == [DEFAULT, FAST, SLOW, FAST]
     assert kernel.launch() == FAST
     assert len(kernel.ran) == 5
