@@ -170,7 +170,7 @@ def test_window(lengths, window, dtype, dropout_p, seed, device):
 
 
 @pytest.mark.parametrize("lengths", [[16, 5, 1], [150, 20]], ids=["short", "tiled"])
-def test_window_leaves_out_what_is_far(lengths, device):
+def test_keys_outside_the_window_do_not_matter(lengths, device):
     """Keys outside a row's window hold NaN and infinity, their values are huge, and the row is the same to the bit."""
     cu_seqlens = cu_seqlens_of(lengths, device)
     clean = torch.randn(sum(lengths), 3, 1, 16, device=device)
@@ -252,7 +252,7 @@ def test_candidates(number, window, seed, device, monkeypatch):
     (dict(dtype=torch.float64), TypeError, "float64"),
     (dict(K=136), ValueError, "136"),
 ], ids=["dtype", "head size"])  # fmt: skip
-def test_what_the_kernels_cannot(change, error, words, device):
+def test_unsupported_operands(change, error, words, device):
     qkv = torch.randn(4, 3, 1, change.pop("K", 16), dtype=change.pop("dtype", torch.float32), device=device)
     with pytest.raises(error, match=words):
         attention(qkv, None, None, cu_seqlens_of([4], device), 4)

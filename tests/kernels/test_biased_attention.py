@@ -53,7 +53,7 @@ def test_the_reference_is_the_formula():
         assert (got[start:end] - expected).abs().max() < 1e-6
 
 
-def test_a_bias_that_does_not_reach_is_refused():
+def test_a_bias_with_too_few_rows_is_refused():
     q, k, v, bias, cu_seqlens, longest = arguments([6, 11], 2, 5, "cpu")
     with pytest.raises(ValueError, match="bias has 20 rows: expected at least 22 for max_seqlen 11"):
         ops.biased_attention(q, k, v, bias[:20], cu_seqlens, longest)

@@ -129,7 +129,7 @@ def test_within_the_budget(scale, dtype, symmetric, op, device, small_chunks):
 
 
 @all_ops
-def test_scores_of_halves_are_not_rounded(op, device):
+def test_half_precision_scores_are_not_rounded(op, device):
     """At a scale of 100, scores rounded to fp16 are off by up to 0.02 each, and the loss shows it."""
     query, document = make(16, 16, 32, device)
     document = F.normalize(document[:1] + 0.02 * document, dim=-1).half()

@@ -319,7 +319,7 @@ def test_nothing_waits_for_the_device(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-def test_products_of_halves_into_fp32(dtype, device):
+def test_half_precision_products_into_fp32(dtype, device):
     a, b = torch.randn(5, 64, device=device, dtype=dtype), torch.randn(64, 3, device=device, dtype=dtype)
     out = torch.full((5, 3), 7.0, device=device)
     wanted = a.double() @ b.double()

@@ -376,6 +376,6 @@ def test_bad_arguments(change, words, impl, device):
 
 
 @pytest.mark.parametrize("dtype, K, error", [(torch.float64, 16, TypeError), (torch.float32, 136, ValueError)])
-def test_what_the_kernels_do_not_take(dtype, K, error, device):
+def test_unsupported_operands(dtype, K, error, device):
     with pytest.raises(error):
         disentangled_attention(*arguments([4], K, device, dtype), **BUCKETS)

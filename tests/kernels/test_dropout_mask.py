@@ -120,7 +120,7 @@ def test_dropout_keeps_the_expectation_and_p0_is_the_identity(file):
     torch.testing.assert_close(dropped[kept], torch.full_like(dropped[kept], 65536 / (65536 - 6554)))
 
 
-def test_dropout_has_a_second_derivative_and_spares_its_argument():
+def test_dropout_has_a_second_derivative_and_leaves_its_argument_alone():
     x = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
     run = lambda x: dropout.dropout(x.transpose(0, 1), 0.4, torch.tensor([7]), 4)  # noqa: E731
     before = x.detach().clone()

@@ -103,7 +103,7 @@ def test_repeated_ids_over_several_levels(T, words, device, small_chunks):
     check(make(T, 8, device, types=3, words=words))
 
 
-def test_sums_of_halves_are_rounded_once(device, small_chunks):
+def test_half_precision_sums_are_rounded_once(device, small_chunks):
     """Between the levels they are fp32: the result is half a unit in the last place off, not one for each level."""
     rows, ids = torch.rand(70, 96).to(device, torch.float16), torch.arange(70, device=device) % 2
     (got,) = segment_sums(rows, ids.int(), [torch.zeros(2, 96, device=device, dtype=torch.float16)], -1)

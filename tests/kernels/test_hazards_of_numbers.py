@@ -238,7 +238,7 @@ def test_cross_entropy_of_large_logits(dtype, impl, device):
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_contrast_of_large_scores(symmetric, device):
+def test_contrastive_cross_entropy_of_large_scores(symmetric, device):
     """Scores of 10,000 and -10,000."""
     query, document = torch.zeros(4, 8, device=device), torch.zeros(6, 8, device=device)
     query[:, 0] = torch.tensor([100.0, -100, 1, 0])

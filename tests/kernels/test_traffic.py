@@ -178,7 +178,7 @@ def test_attention_multiplies_tiles_that_exist(lengths, dropout_p):
         assert floor <= rows_moved([kernel], sum(lengths) * row) <= 1.05 * floor, kernel.name
 
 
-def test_a_window_visits_the_tiles_inside_it_alone():
+def test_a_window_visits_only_the_tiles_inside_it():
     """Of 8 x 8 tiles of 64 and a window of 40 positions, those beside the diagonal: less work, forward and backward."""
     wide, narrow = (passes(lambda w=w: attention([512], 1, 32, window=w)) for w in (None, 40))
     for all_tiles, some in zip(wide, narrow):
@@ -196,7 +196,7 @@ def test_every_kernel_is_counted_above():
         assert kernels <= launched, f"{path.name}: {sorted(kernels - launched)}"
 
 
-def test_the_counter_sees_too_much_and_what_lies_outside():
+def test_the_counter_sees_repeated_and_outside_accesses():
     """Bytes asked for twice count twice, elements once; an access outside all arguments is an error."""
     import triton
     import triton.language as tl
