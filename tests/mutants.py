@@ -1,4 +1,4 @@
-"""Planted faults: each must turn the tests of its wing red. `make mutants` runs them; no part of the suite.
+"""Planted faults: each must turn the tests of its wing red. `make mutants` runs them; they are no part of the suite.
 
     python tests/mutants.py                     # all
     python tests/mutants.py pair-labels         # those named
@@ -277,7 +277,7 @@ def copy_tree(place):
 
 def run_tests(place, tests, **options):
     """pytest on `tests` in the copy."""
-    # compiled files are told apart by seconds and sizes, which a fault may leave as they were
+    # Python recognises a stale compiled file by time in seconds and size, which a fault may not change
     environment = os.environ | {"PYTHONPATH": str(place), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *tests]
     return subprocess.run(command, cwd=place, env=environment, text=True, check=False, **options)
