@@ -62,17 +62,17 @@ def cases(device, models=MODELS, dtypes=tuple(DTYPES)):
 
 def compile_all(todo, device):
     """Compile every setting of every case, many at a time: one after the other they take longer than to be timed."""
-    timed, _launch._microseconds = _launch._microseconds, lambda call: call() or 0.0
+    timed, _launch.microseconds = _launch.microseconds, lambda call: call() or 0.0
     with precompile.compiling():
         for case in todo:
             try:
                 op_cases.results(op_cases.run_of(getattr(ops, case.op), case.arguments(device)))
             except Exception as failure:  # told where it is timed
                 print(f"{case.name}: not compiled: {record.line_of(failure)}", flush=True)
-    _launch._microseconds = timed
+    _launch.microseconds = timed
     # what was chosen was chosen by nothing
     _launch.timings.clear()
-    _launch._profile.cache_clear()
+    _launch.profile_of.cache_clear()
 
 
 def profile(old, facts):
