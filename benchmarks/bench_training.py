@@ -129,8 +129,14 @@ def in_order(loader, steps):
     return list(islice(chain.from_iterable(map(loader.epoch, count())), steps))
 
 
-class InOrder(torch.utils.data.IterableDataset, list):
-    """What the Trainer takes for examples: batches that are whole already, in their order."""
+class InOrder(torch.utils.data.IterableDataset):
+    """What the Trainer takes for examples: batches that are whole already, in their order, and have no length."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
 
 
 def run_trainer(work, options, swapped):
@@ -190,7 +196,7 @@ def run_trainer(work, options, swapped):
             logging_steps=options["logging_steps"], save_strategy="no", report_to="none", disable_tqdm=True,
             dataloader_pin_memory=device.type == "cuda", remove_unused_columns=False,
         ),
-        train_dataset=InOrder(map(padded, train)),
+        train_dataset=InOrder([padded(batch) for batch in train]),
         data_collator=lambda batches: batches[0],
         optimizers=(optimizer, schedule),
         callbacks=[Clock()],
