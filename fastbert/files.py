@@ -40,6 +40,22 @@ def lock(directory):
         held.release()
 
 
+@contextlib.contextmanager
+def unused(directory):
+    """Hold the lock of `directory` and of those above it, where they have one. Raises ValueError while a run goes on.
+
+    For a command that writes into a directory of the user's choice, and leaves no lock of its own.
+    """
+    path = Path(directory).absolute()
+    with contextlib.ExitStack() as held:
+        for folder in (path, *path.parents):
+            if (folder / ".lock").exists():
+                # a directory that cannot be written has no run
+                with contextlib.suppress(OSError):
+                    held.enter_context(lock(folder))
+        yield
+
+
 def write(path, data):
     """Replace the content of `path` by text or bytes. A crash leaves either the old content or the new.
 
@@ -137,7 +153,8 @@ def verify_manifest(directory, required=()):
         raise ValueError(f"{path} does not list {missing[0]}")
     for name, (size, digest) in expected.items():
         file = inside(directory, name)
-        if not file.is_file():
+        # False for a name that no file can have
+        if not os.path.isfile(file):
             raise ValueError(f"{file} is missing")
         if file.stat().st_size != size:
             raise ValueError(f"{file} has {file.stat().st_size} bytes: {size} were written")
