@@ -24,14 +24,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..data.tokenizer import save_tokenizer
-from ..files import MANIFEST, all_files, read_json, sync, verify_manifest, write_manifest
+from ..files import all_files, read_json, sync, verify_manifest, write_manifest
 from .options import flag
 
 CONFIG, MODEL, OPTIMIZER, STATE = "config.json", "model.safetensors", "optimizer.safetensors", "trainer_state.json"
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 # the square root of the largest float32
 MAX_PARAMETER = 1.8e19
-_BUILDING, _REPLACED = ".building-", ".replaced-"
+_BUILDING, _REPLACED, _DELETED = ".building-", ".replaced-", ".deleted-"
 _EXACT = "parameter"
 
 
@@ -89,9 +89,8 @@ def prune(newest, keep):
         if older and _fault(path) is None:
             kept += 1
             if kept > keep:
-                # the manifest first: a half-deleted checkpoint must not pass for a whole one
-                (path / MANIFEST).unlink(missing_ok=True)
-                shutil.rmtree(path, ignore_errors=True)
+                # a half-deleted checkpoint must not pass for a whole one, and must be found again
+                shutil.rmtree(path.rename(path.with_name(f"{_DELETED}{path.name}")), ignore_errors=True)
         older = older or path == newest
 
 
@@ -235,7 +234,7 @@ def clear_unfinished(directory):
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.rename(final)
-    for path in directory.glob(f"{_BUILDING}*"):
+    for path in (*directory.glob(f"{_BUILDING}*"), *directory.glob(f"{_DELETED}*")):
         shutil.rmtree(path, ignore_errors=True)
 
 

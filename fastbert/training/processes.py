@@ -15,12 +15,14 @@ def device_of(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device is {name!r}: expected auto, cpu, cuda or cuda:1") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device is {name!r}: PyTorch finds no GPU")
+    except (RuntimeError, ValueError, OverflowError):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device is {name!r}: expected auto, cpu, cuda or cuda:1")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if device.type == "cuda" and (not torch.cuda.is_available() or device.index >= max(torch.cuda.device_count(), 1)):
+        raise ValueError(f"--device is {name!r}: PyTorch finds no such GPU")
     return device
 
 
