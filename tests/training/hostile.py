@@ -17,10 +17,10 @@ NUMBERS = (
     "nan", "inf", "-inf", "-1", "1e400", "-1e400", "1e308", "99999999999999999999", "-99999999999999999999", "", " ",
     "0", "-0.0", "1e-400", "0x10", "1,5", "1 2", "true", "None", "½", "٣", "9" * 5000, "\x00", "\udcff", "[1]",
 )  # fmt: skip
-# what stands where a name or a path should
+# what stands where a name or a path should; no folder that holds anything
 NAMES = (
-    "", " ", ".", "..", "/", "~", "nowhere", "nowhere/", "/dev/null", "nul\x00l", "\udcff", "a\nb", "*", "**/*", "[",
-    "{}", "-", "--", "x" * 5000, "é" * 300, "%s%n", "http://nowhere/x",
+    "", " ", ".", "nowhere", "nowhere/", "/dev/null", "nul\x00l", "\udcff", "a\nb", "*", "[", "{}", "-", "--", "x" * 5000,
+    "é" * 300, "%s%n", "http://nowhere/x",
 )  # fmt: skip
 # so that whatever the parser accepts ends before any work
 NOTHING = {
@@ -60,21 +60,8 @@ def option_files(draw, names):
     """Texts of a file for --config, JSON or YAML, in which something is always wrong. names: of the numeric options."""
     wrong = [None, True, [], [1], {}, {"a": 1}, "five", "", "nan", float("nan"), float("inf"), 10**400, -1e400, "\x00"]
     shapes = [
-        "",
-        "[",
-        "[" * 200_000,
-        "{" * 3,
-        "[]",
-        "3",
-        "null",
-        '"x"',
-        "{}}",
-        "\x00",
-        "- a\n- b",
-        "a: b: c",
-        "&a [*a]",
-        "!!x y",
-    ]
+        "", "[", "[" * 200_000, "{" * 3, "[]", "3", "null", '"x"', "{}}", "\x00", "- a\n- b", "a: b: c", "&a [*a]", "!!x y",
+    ]  # fmt: skip
     while True:
         if draw.random() < 0.3:
             yield draw.choice(shapes)
@@ -95,20 +82,8 @@ def manifests(draw, directory):
     whole = (directory / MANIFEST).read_text(encoding="utf-8")
     files = json.loads(whole)
     shapes = [
-        "",
-        " ",
-        "[",
-        "[" * 200_000,
-        '{"a":' * 100_000,
-        "[]",
-        "null",
-        "3",
-        '"x"',
-        "{}",
-        "NaN",
-        "\ufeff{}",
-        "{" + "9" * 5000,
-    ]
+        "", " ", "[", "[" * 200_000, '{"a":' * 100_000, "[]", "null", "3", '"x"', "{}", "NaN", "\ufeff{}", "{" + "9" * 5000,
+    ]  # fmt: skip
     while True:
         changed = copy.deepcopy(files)
         name = draw.choice([*files])
