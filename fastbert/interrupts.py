@@ -16,6 +16,9 @@ def install():
     """SIGINT and SIGTERM raise Interrupted in the main thread. A second one, and one in an import, end the process."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _raise)
+        # MKL ends the process when a call of the system is interrupted while it is loaded. Not on Windows
+        if hasattr(signal, "siginterrupt"):
+            signal.siginterrupt(number, False)
 
 
 def finish(number):

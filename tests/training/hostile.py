@@ -19,8 +19,8 @@ NUMBERS = (
 )  # fmt: skip
 # what stands where a name or a path should; no folder that holds anything
 NAMES = (
-    "", " ", ".", "nowhere", "nowhere/", "/dev/null", "nul\x00l", "\udcff", "a\nb", "*", "[", "{}", "-", "--", "x" * 5000,
-    "é" * 300, "%s%n", "http://nowhere/x",
+    "", " ", ".", "nowhere", "nowhere/", "/dev/null", "nul\x00l", "\udcff", "a\nb", "*", "[", "{}", "-", "--",
+    "x" * 5000, "é" * 300, "%s%n", "http://nowhere/x",
 )  # fmt: skip
 # so that whatever the parser accepts ends before any work
 NOTHING = {
@@ -60,7 +60,8 @@ def option_files(draw, names):
     """Texts of a file for --config, JSON or YAML, in which something is always wrong. names: of the numeric options."""
     wrong = [None, True, [], [1], {}, {"a": 1}, "five", "", "nan", float("nan"), float("inf"), 10**400, -1e400, "\x00"]
     shapes = [
-        "", "[", "[" * 200_000, "{" * 3, "[]", "3", "null", '"x"', "{}}", "\x00", "- a\n- b", "a: b: c", "&a [*a]", "!!x y",
+        "", "[", "[" * 200_000, "{" * 3, "[]", "3", "null", '"x"', "{}}", "\x00", "- a\n- b", "a: b: c",
+        "&a [*a]", "!!x y",
     ]  # fmt: skip
     while True:
         if draw.random() < 0.3:
@@ -82,7 +83,8 @@ def manifests(draw, directory):
     whole = (directory / MANIFEST).read_text(encoding="utf-8")
     files = json.loads(whole)
     shapes = [
-        "", " ", "[", "[" * 200_000, '{"a":' * 100_000, "[]", "null", "3", '"x"', "{}", "NaN", "\ufeff{}", "{" + "9" * 5000,
+        "", " ", "[", "[" * 200_000, '{"a":' * 100_000, "[]", "null", "3", '"x"', "{}", "NaN", "\ufeff{}",
+        "{" + "9" * 5000,
     ]  # fmt: skip
     while True:
         changed = copy.deepcopy(files)
