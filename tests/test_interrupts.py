@@ -32,3 +32,26 @@ def test_a_signal_in_an_import_is_one_line(module, number):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 128 + number, done.stderr
     assert done.stderr == f"fastbert: error: stopped by {number.name}\n" and not done.stdout
+
+
+# waits in a call of the system that goes on after a signal, as calls into Rust do
+BLOCKED = """
+import os, threading
+from fastbert import interrupts
+interrupts.PATIENCE = 0.1
+interrupts.install()
+read, write = os.pipe()
+threading.Timer(30, os.write, (write, b"x")).start()
+print("waiting", flush=True)
+os.read(read, 1)
+"""
+
+
+def test_a_signal_during_a_long_call_into_a_library_is_one_line():
+    process = subprocess.Popen(
+        [sys.executable, "-c", BLOCKED], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "waiting\n"
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 143 and errors == "fastbert: error: stopped by SIGTERM\n"

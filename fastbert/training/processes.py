@@ -65,7 +65,7 @@ def first_process_first(rank):
 @contextlib.contextmanager
 def signals():
     """Yields a list that collects SIGTERM and SIGINT. A second signal has its usual effect."""
-    caught = []
+    caught, before, wakeup = [], {}, -1
 
     def note(number, frame):
         caught.append(number)
@@ -74,10 +74,13 @@ def signals():
     def restore():
         for number, handler in before.items():
             signal.signal(number, handler)
+        if before:
+            signal.set_wakeup_fd(wakeup)
 
-    before = {}
     # only the main thread may set handlers; in other threads the caller handles signals
     if threading.current_thread() is threading.main_thread():
+        # a step may take long: nobody else is told of a signal meanwhile
+        wakeup = signal.set_wakeup_fd(-1)
         before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield caught
