@@ -3,7 +3,6 @@
 import os
 import signal
 import threading
-import time
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # seconds that a call into a library may go on after a signal
