@@ -297,6 +297,6 @@ def bench(**options):
 
 if __name__ == "__main__":
     # without this, `python -m fastbert.cli` does nothing and exits with 0
-    from fastbert.__main__ import run
+    import runpy
 
-    run()
+    runpy.run_module("fastbert", run_name="__main__")

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from filelock import FileLock, Timeout
@@ -96,6 +97,11 @@ def sha256(path):
     return digest.hexdigest()
 
 
+def is_sha256(value):
+    """Whether a value read from a file is a sha256 in hexadecimal digits."""
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
 def read_json(path):
     """The JSON object in a file. Raises ValueError with the file's name for anything else."""
     try:
@@ -153,6 +159,8 @@ def verify_manifest(directory, required=()):
         raise ValueError(f"{path} does not list {missing[0]}")
     for name, (size, digest) in expected.items():
         file = inside(directory, name)
+        if type(size) is not int or not is_sha256(digest):
+            raise ValueError(f"{path} has no size or no sha256 for {name}: it is damaged")
         # False for a name that no file can have
         if not os.path.isfile(file):
             raise ValueError(f"{file} is missing")
