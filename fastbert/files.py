@@ -106,7 +106,7 @@ def read_json(path):
     """The JSON object in a file. Raises ValueError with the file's name for anything else."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds no JSON object")
