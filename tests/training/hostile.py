@@ -116,7 +116,7 @@ def states(draw, state):
         changed = copy.deepcopy(state)
         part = draw.choice(["config", "tokenizer", "data", "progress", "inside", "option"])
         if part == "option":
-            changed["config"][draw.choice(["learning_rate", "seed", "objective"])] = draw.choice(wrong)
+            changed["config"][draw.choice(["weight_decay", "seed", "objective"])] = draw.choice(wrong)
         elif part == "inside":
             name = draw.choice([name for name in changed["progress"] if name not in ("elapsed", "window")])
             changed["progress"][draw.choice([name, "unknown"])] = draw.choice(wrong)
