@@ -135,7 +135,9 @@ class Run:
                 row = self.log.last_evaluation
                 lost = row.get("step") == progress.step and None in (row[name] for name in row if name.endswith("loss"))
                 # a resume repeats an evaluation that was interrupted here, unless a step comes first
-                stop, lost = processes.total(len(self.caught), lost)
+                interrupted = rank == 0 and progress.step > progress.evaluated
+                stop, lost, interrupted = processes.total(len(self.caught), lost, interrupted)
+                self.finished = self.finished and not interrupted
             if self.finished and lost:
                 raise self._diverged(f"the held-out loss after step {progress.step} is not finite")
             if self.finished and self.nonfinite:
