@@ -115,6 +115,8 @@ class Run:
         """
         config, progress, self.unproven = self.config, self.progress, self.resumed
         rank, world_size = processes.join()
+        # an evaluation after the last checkpoint
+        progress.evaluated = max(progress.evaluated, self.log.last_evaluation.get("step", 0))
         stream = micro_batches(loader, progress.epoch, progress.batch)
         saved, save_due = progress.step, False
         earlier, began = progress.elapsed, time.monotonic()
