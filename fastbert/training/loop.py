@@ -127,8 +127,8 @@ class Run:
             self.finished = position >= self.total
 
             # between steps: evaluate, save, end
-            due, lost = progress.step > progress.evaluated and progress.step % config.eval_steps == 0, False
-            if evaluates and (due or self.finished):
+            lost = False
+            if evaluates and (self.finished or progress.step % config.eval_steps == 0):
                 if rank == 0 and progress.step > progress.evaluated:
                     yield (step := Step(position))
                     if step.row is not None:
