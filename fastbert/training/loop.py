@@ -114,7 +114,7 @@ class Run:
         gradient or held-out loss. The last checkpoint is then from before.
         """
         config, progress, self.unproven = self.config, self.progress, self.resumed
-        rank, world_size = processes.join()
+        rank, _ = processes.join()
         # an evaluation after the last checkpoint
         progress.evaluated = max(progress.evaluated, self.log.last_evaluation.get("step", 0))
         stream = micro_batches(loader, progress.epoch, progress.batch)
