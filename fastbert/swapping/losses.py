@@ -135,8 +135,10 @@ def _cross_entropy(scores, labels):
 def _has_own_loss(model):
     """Whether a user has set a loss: `loss_function`, the type of the loss, DistilBERT's module for it."""
     loss = model._modules.get("mlm_loss_fct")
+    owner = next(cls for cls in type(model).__mro__ if "loss_function" in vars(cls))
     return (
         "_loss_function" in vars(model)
+        or owner.__module__ != "transformers.modeling_utils"
         or getattr(model, "loss_type", None) not in (None, "ForMaskedLM")
         or (loss is not None and not _is_usual(loss))
     )

@@ -171,7 +171,7 @@ def _keep_stacks_with_own_code(found):
                 row.reason = "keeps its padding: " + " ".join(own)
     for module, row in found.items():
         if isinstance(module, Attention) and module not in inside:
-            row.reason = "no stack around it runs unpadded"
+            row.reason = "it needs a stack around it that runs fastbert"
         if row.reason:
             row.became = ""
             _give_back(module)
