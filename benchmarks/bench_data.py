@@ -40,7 +40,7 @@ from fastbert.model.heads import MaskedLM
 from fastbert.training import optim
 from fastbert.training.loop import accumulate
 
-# lines that the tokenizers library gets at a time: faster than 5,000 and than all
+# lines in a batch for the tokenizers library: faster than 5,000, and than all at once
 BATCH = 1000
 
 
@@ -62,14 +62,14 @@ def timed(call):
 
 
 def prepare_row(files, tokenizer, work, rounds):
-    """`prepare` against `encode_batch_fast` of the lines, which stand in memory."""
+    """`prepare` against `encode_batch_fast` on the same lines in memory."""
     lines = [line for file in files for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
 
     def alone():
-        # what a program does that wants token ids, all cores at work inside the library; all lines at once take longer
+        # the library uses all cores by itself; all lines in one batch take longer
         return [
             encoding.ids
             for start in range(0, len(lines), BATCH)
@@ -96,7 +96,7 @@ def prepare_row(files, tokenizer, work, rounds):
     return row | {"text_mb": round(sum(file.stat().st_size for file in files) / 1e6, 2)}, shards
 
 
-class Eater:
+class Trainee:
     """A model that trains on packed batches, as `pretrain` does."""
 
     def __init__(self, config, device, bf16):
@@ -107,7 +107,7 @@ class Eater:
             self.model, learning_rate=1e-4, weight_decay=0.01, betas=(0.9, 0.98), epsilon=1e-6
         )  # fmt: skip
 
-    def eat(self, batches):
+    def train(self, batches):
         """Steps over batches; how many tokens they had. Ends when the device has done them."""
         tokens = 0
         for batch in batches:
@@ -143,31 +143,31 @@ def loader_rows(shards, device, rounds, quick):
     if quick:
         preset, tokens, count = "bert-tiny", 1024, 2
     config = fastbert.preset(preset).replace(vocab_size=shards.tokenizer.get_vocab_size())
-    eater = Eater(config, device, bf16)
+    trainee = Trainee(config, device, bf16)
     what = f"{preset}, training in {'bf16' if bf16 else 'fp32'}"
     loader = loader_of(shards, length, tokens)
     count = min(count, loader.num_batches(0), loader.num_batches(1))
     kept = list(islice(loader.epoch(0), count))
-    eater.eat(kept[:2])
+    trainee.train(kept[:2])
     kinds = {"loader, mlm": {}, "loader, mlm, whole words": {"whole_word_mask": True}}
     kinds |= {f"loader, {objective}": {"objective": objective} for objective in OBJECTIVES if objective != "mlm"}
     loaders = {name: loader_of(shards, length, tokens, **options) for name, options in kinds.items()}
     for one in loaders.values():
-        # plans its epoch, and warms up
+        # plans the epoch, and warms up
         drained(one, 1)
-    eaten, beside, made = [], [], {name: [] for name in loaders}
+    trained, beside, made = [], [], {name: [] for name in loaders}
     made_tokens = {}
     for _ in range(rounds):
-        eaten.append(timed(lambda: eater.eat(kept))[0])
-        beside.append(timed(lambda: eater.eat(islice(loader.epoch(0), count)))[0])
+        trained.append(timed(lambda: trainee.train(kept))[0])
+        beside.append(timed(lambda: trainee.train(islice(loader.epoch(0), count)))[0])
         for name, one in loaders.items():
-            # many batches: the first ones come before the thread is at work
+            # many batches, because the loader's thread is slow to start
             number = min(4 * count, one.num_batches(1))
             seconds, made_tokens[name] = drained(one, number)
             made[name].append(seconds)
     real = sum(int(batch.cu_seqlens[-1]) for batch in kept)
-    rows = [row_of(name, made_tokens[name], made[name], what, real, eaten) for name in loaders]
-    rows.append(row_of(f"{what}, with the loader beside it", real, beside, "batches in memory", real, eaten))
+    rows = [row_of(name, made_tokens[name], made[name], what, real, trained) for name in loaders]
+    rows.append(row_of(f"{what}, with the loader beside it", real, beside, "batches in memory", real, trained))
     return rows
 
 
