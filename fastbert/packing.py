@@ -267,8 +267,8 @@ def pack_inputs(config, input_ids, attention_mask=None, token_type_ids=None, pos
                 raise ValueError(f"{name} holds {outside}: the model's table has rows 0 to {rows - 1}")
     if config.position_offset:
         if position_ids is None:
-            # RoBERTa's rule: only what is not the padding token counts
-            counted = input_ids != config.pad_token_id
+            # RoBERTa's rule: the token whose id is the row before the first counts for nothing, usually padding
+            counted = input_ids != config.position_offset - 1
             position_ids = counted.cumsum(1) * counted - 1
         else:
             position_ids = position_ids - config.position_offset

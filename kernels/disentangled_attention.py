@@ -74,8 +74,9 @@ def _place(B, tiles):
 
     Programs of one head are adjacent, since they read the same rows of the tables.
     """
-    pid = tl.program_id(0)
-    return pid // tiles % B, pid // tiles // B, pid % tiles, pid % (B * tiles), B * tiles
+    tile = tl.program_id(0) % tiles
+    b = tl.program_id(0) // tiles % B
+    return b, tl.program_id(0) // tiles // B, tile, b * tiles + tile, B * tiles
 
 
 @triton.jit
@@ -96,7 +97,7 @@ def _disentangled_attention_fwd_kernel(
 
     end = tl.load(cu_seqlens_ptr + B)
     zero_slack(out_ptr, stride_ot, h, stride_oh, end, T, program, programs, K, BLOCK_M, BLOCK_K)
-    zero_slack_of_lse(lse_ptr, H, T, h, end, program, programs, IS_FP32, BLOCK_M)
+    zero_slack_of_lse(at(lse_ptr, 0, 1, h, T), H, T, end, program, programs, IS_FP32, BLOCK_M)
 
     start, length = sequence(cu_seqlens_ptr, b)
     start_q = start + tile * BLOCK_M
