@@ -96,7 +96,7 @@ def prepare_row(files, tokenizer, work, rounds):
     return row | {"text_mb": round(sum(file.stat().st_size for file in files) / 1e6, 2)}, shards
 
 
-class Trainee:
+class Eater:
     """A model that trains on packed batches, as `pretrain` does."""
 
     def __init__(self, config, device, bf16):
@@ -107,7 +107,7 @@ class Trainee:
             self.model, learning_rate=1e-4, weight_decay=0.01, betas=(0.9, 0.98), epsilon=1e-6
         )  # fmt: skip
 
-    def train(self, batches):
+    def eat(self, batches):
         """Steps over batches; how many tokens they had. Ends when the device has done them."""
         tokens = 0
         for batch in batches:
@@ -143,12 +143,12 @@ def loader_rows(shards, device, rounds, quick):
     if quick:
         preset, tokens, count = "bert-tiny", 1024, 2
     config = fastbert.preset(preset).replace(vocab_size=shards.tokenizer.get_vocab_size())
-    trainee = Trainee(config, device, bf16)
+    eater = Eater(config, device, bf16)
     what = f"{preset}, training in {'bf16' if bf16 else 'fp32'}"
     loader = loader_of(shards, length, tokens)
     count = min(count, loader.num_batches(0), loader.num_batches(1))
     kept = list(islice(loader.epoch(0), count))
-    trainee.train(kept[:2])
+    eater.eat(kept[:2])
     kinds = {"loader, mlm": {}, "loader, mlm, whole words": {"whole_word_mask": True}}
     kinds |= {f"loader, {objective}": {"objective": objective} for objective in OBJECTIVES if objective != "mlm"}
     loaders = {name: loader_of(shards, length, tokens, **options) for name, options in kinds.items()}
@@ -158,8 +158,8 @@ def loader_rows(shards, device, rounds, quick):
     trained, beside, made = [], [], {name: [] for name in loaders}
     made_tokens = {}
     for _ in range(rounds):
-        trained.append(timed(lambda: trainee.train(kept))[0])
-        beside.append(timed(lambda: trainee.train(islice(loader.epoch(0), count)))[0])
+        trained.append(timed(lambda: eater.eat(kept))[0])
+        beside.append(timed(lambda: eater.eat(islice(loader.epoch(0), count)))[0])
         for name, one in loaders.items():
             # many batches, because the loader's thread is slow to start
             number = min(4 * count, one.num_batches(1))
