@@ -12,6 +12,7 @@ the same name in `reference.py`. On a CPU, torch.func's transforms and second de
 """
 
 import importlib.util
+import itertools
 import os
 from collections.abc import Sequence
 
@@ -19,7 +20,7 @@ import torch
 
 from . import reference
 from .cpu import ops as cpu
-from .cpu.dropout import in_memory as in_memory
+from .cpu.autograd import in_memory, is_transformed
 
 IMPLEMENTATIONS = ("auto", "triton", "cpu", "reference")
 IMPL = os.environ.get("FASTBERT_IMPL", "auto")
@@ -89,7 +90,10 @@ def uses_triton(device: torch.device, impl: str | None = None) -> bool:
 def _run(op, impl, x, *arguments, **options):
     """Run the chosen implementation of an op on x and the other arguments, without autocast."""
     chosen = implementation(x.device, impl)
-    function = _kernel(op) if chosen == "triton" else _on_cpu(op) if chosen == "cpu" else getattr(reference, op)
+    if chosen == "reference" or any(map(_is_wrapper, arguments)):
+        function = getattr(reference, op)
+    else:
+        function = _kernel(op) if chosen == "triton" else _on_cpu(op)
     # on a small batch, entering an autocast that changes nothing takes longer than some ops
     if not _autocasts(x):
         return function(x, *arguments, **options)
@@ -98,9 +102,13 @@ def _run(op, impl, x, *arguments, **options):
 
 
 def _on_cpu(op):
-    # torch.func can only differentiate plain PyTorch
-    is_transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-    return getattr(reference if is_transformed else cpu, op)
+    return getattr(reference if is_transformed() else cpu, op)
+
+
+def _is_wrapper(x):
+    """Whether x is a tensor subclass that computes in its own way, such as a quantised weight: it has no memory of the
+    kind that a kernel reads."""
+    return type(x) not in (torch.Tensor, torch.nn.Parameter) and hasattr(type(x), "__tensor_flatten__")
 
 
 def _library(op, x):
@@ -145,6 +153,52 @@ def _check_dropout(dropout_p, seed):
         raise ValueError(f"dropout_p is {dropout_p} and seed is None: expected an int64 tensor [1]")
 
 
+def _check_shape(name, x, *shape):
+    # a kernel would read past the end of a smaller tensor, where PyTorch raises or broadcasts
+    if x is not None and tuple(x.shape) != shape:
+        raise ValueError(f"{name} has shape {list(x.shape)}: expected {list(shape)}")
+
+
+def check_ids(name: str, ids: torch.Tensor, rows: int, ignore_index: int | None = None) -> None:
+    """Raise ValueError if `ids` are no integers, or if one is neither 0 .. rows - 1 nor `ignore_index`.
+
+    On a GPU and in compiled code the device asserts it, so that nothing waits for the values.
+    """
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"{name} are of {ids.dtype}: expected integers")
+    expected = f"expected 0 to {rows - 1}" + ("" if ignore_index is None else f", or {ignore_index} for none")
+    if not ids.numel() or ids.device.type == "meta" or is_transformed():
+        return
+    is_known = ids.clamp(0, rows - 1) == ids
+    if ignore_index is not None:
+        is_known |= ids == ignore_index
+    if in_memory(ids):
+        if not is_known.all():
+            raise ValueError(f"{name} hold {int(ids[~is_known][0])}: {expected}")
+    elif ids.is_cuda or torch.compiler.is_compiling():
+        torch._assert_async(is_known.all(), f"{name}: {expected}")
+
+
+def _check_sequences(cu_seqlens, rows, max_seqlen, name="cu_seqlens"):
+    """Raises ValueError unless the sequences follow one another within the rows and none is longer than max_seqlen.
+
+    On a CPU only: on a GPU the host would have to wait for the values.
+    """
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
+        raise ValueError(f"{name} has shape {tuple(cu_seqlens.shape)}: expected [B + 1]")
+    if not in_memory(cu_seqlens):
+        return
+    starts = cu_seqlens.tolist()
+    lengths = [end - start for start, end in itertools.pairwise(starts)]
+    if starts[0] != 0 or starts[-1] > rows or min(lengths, default=0) < 0:
+        raise ValueError(f"{name} runs from {starts[0]} to {starts[-1]}: expected 0 to at most {rows} rows, ascending")
+    if max_seqlen is not None and max(lengths, default=0) > max_seqlen:
+        name = name.replace("cu_seqlens", "max_seqlen")
+        raise ValueError(
+            f"{name} is {max_seqlen}: expected at least {max(lengths)}, the length of the longest sequence"
+        )
+
+
 def dropout(x: torch.Tensor, dropout_p: float, seed: torch.Tensor | None, offset: int = 0) -> torch.Tensor:
     """Dropout of x [T, D] where no kernel includes it: see `reference.dropout`."""
     _check_dropout(dropout_p, seed)
@@ -158,6 +212,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 def linears(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> torch.Tensor:
     """Several linear layers of x [T, D], with their results concatenated: see `reference.linears`."""
+    if any(map(_is_wrapper, weights)):
+        return torch.cat([linear(x, weight, bias) for weight, bias in zip(weights, biases)], 1)
     return _library("linears", x)(x, weights, biases)
 
 
@@ -183,7 +239,7 @@ def attention(
 ) -> torch.Tensor:  # fmt: skip
     """Packed bidirectional softmax attention, also within a window, with dropout: see `reference.attention`."""
     _check_dropout(dropout_p, seed)
-    _check_attention(q, k, v, cu_seqlens, cu_seqlens_q, scale, window)
+    _check_attention(q, k, v, cu_seqlens, max_seqlen, scale, cu_seqlens_q, max_seqlen_q, window)
     q, k, v = _autocast(q, k, v)
     return _run(
         "attention", impl, q, k, v, cu_seqlens, max_seqlen, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
@@ -191,7 +247,7 @@ def attention(
     )  # fmt: skip
 
 
-def _check_attention(q, k, v, cu_seqlens, cu_seqlens_q, scale, window):
+def _check_attention(q, k, v, cu_seqlens, max_seqlen, scale, cu_seqlens_q=None, max_seqlen_q=None, window=None):
     shapes = [tuple(x.shape) for x in (q, k, v) if x is not None]
     if k is None:
         is_right = v is None and q.dim() == 4 and q.shape[1] == 3
@@ -204,8 +260,7 @@ def _check_attention(q, k, v, cu_seqlens, cu_seqlens_q, scale, window):
             f"q, k, v have shapes {', '.join(map(str, shapes))}: expected q [T, 3, H, K] alone, or q [M, H, K] with "
             "k [T, 2, H, K], or with k and v [T, H, K]"
         )
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
-        raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}: expected [B + 1]")
+    _check_sequences(cu_seqlens, len(q if k is None else k), max_seqlen)
     if cu_seqlens_q is None:
         if k is not None and len(k) != len(q):
             raise ValueError(f"q has {len(q)} rows and k {len(k)}: expected equal numbers, or cu_seqlens_q")
@@ -213,6 +268,8 @@ def _check_attention(q, k, v, cu_seqlens, cu_seqlens_q, scale, window):
         raise ValueError("cu_seqlens_q is given with q [T, 3, H, K]: expected q [M, H, K] with k and v")
     elif cu_seqlens_q.shape != cu_seqlens.shape:
         raise ValueError(f"cu_seqlens_q has shape {tuple(cu_seqlens_q.shape)}: expected {tuple(cu_seqlens.shape)}")
+    else:
+        _check_sequences(cu_seqlens_q, len(q), max_seqlen_q, "cu_seqlens_q")
     if scale is not None and not scale > 0:
         raise ValueError(f"scale is {scale}: expected a number above 0")
     if window is not None and not (isinstance(window, int) and window >= 0):
@@ -231,6 +288,7 @@ def biased_attention(
     Raises ValueError if the bias has too few rows for `max_seqlen`.
     """
     _check_dropout(dropout_p, seed)
+    _check_attention(q, k, v, cu_seqlens, max_seqlen, scale)
     if bias.shape[0] < 2 * max_seqlen:
         raise ValueError(
             f"bias has {bias.shape[0]} rows: expected at least {2 * max_seqlen} for max_seqlen {max_seqlen}"
@@ -248,7 +306,7 @@ def disentangled_attention(
 ) -> torch.Tensor:  # fmt: skip
     """DeBERTa's attention, with scores of relative positions: see `reference.disentangled_attention`."""
     _check_dropout(dropout_p, seed)
-    _check_attention(q, k, v, cu_seqlens, None, scale, None)
+    _check_attention(q, k, v, cu_seqlens, max_seqlen, scale)
     _check_positions(q, pos_key, pos_query, position_buckets, max_relative_positions)
     q, k, v, pos_key, pos_query = _autocast(q, k, v, pos_key, pos_query)
     return _run(
@@ -282,6 +340,9 @@ def layer_norm(
 ) -> torch.Tensor:  # fmt: skip
     """LayerNorm(dropout(x) + residual) in one pass: see `reference.layer_norm`."""
     _check_dropout(dropout_p, seed)
+    _check_shape("weight", weight, x.shape[-1])
+    _check_shape("bias", bias, x.shape[-1])
+    _check_shape("residual", residual, *x.shape)
     dtype = dtype or _wide_under_autocast(x, residual)
     return _run(
         "layer_norm", impl, x, weight, bias, residual=residual, dropout_p=dropout_p, seed=seed, offset=offset, eps=eps,
@@ -293,6 +354,7 @@ def bias_gelu(
     x: torch.Tensor, bias: torch.Tensor | None, *, approximate: str = "none", impl: str | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """GELU(x + bias) in one pass: see `reference.bias_gelu`."""
+    _check_shape("bias", bias, x.shape[-1])
     return _run("bias_gelu", impl, x, bias, approximate=approximate)
 
 
@@ -301,6 +363,8 @@ def gelu_layer_norm(
     approximate: str = "none", eps: float = 1e-12, dtype: torch.dtype | None = None, impl: str | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """LayerNorm(GELU(x + bias)) in one pass: see `reference.gelu_layer_norm`."""
+    for name, parameter in (("bias", bias), ("weight", weight), ("ln_bias", ln_bias)):
+        _check_shape(name, parameter, x.shape[-1])
     dtype = dtype or _wide_under_autocast(x)
     return _run("gelu_layer_norm", impl, x, bias, weight, ln_bias, approximate=approximate, eps=eps, dtype=dtype)
 
@@ -313,6 +377,16 @@ def embedding(
 ) -> torch.Tensor:  # fmt: skip
     """Three lookups, their sum, LayerNorm and dropout in one pass: see `reference.embedding`."""
     _check_dropout(dropout_p, seed)
+    given = (("input", input_ids, word), ("position", position_ids, position))
+    for name, ids, table in (*given, ("token_type", token_type_ids, token_type)):
+        if table is not None:
+            if ids is None:
+                raise ValueError(f"{name}_ids is None: expected ids, as there is a table")
+            _check_shape(name, table, len(table), word.shape[1])
+            _check_shape(f"{name}_ids", ids, *input_ids.shape)
+            check_ids(f"{name}_ids", ids, len(table))
+    _check_shape("weight", weight, word.shape[1])
+    _check_shape("bias", bias, word.shape[1])
     dtype = dtype or _wide_under_autocast(word, position, token_type)
     return _run(
         "embedding", impl, input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias,
@@ -325,6 +399,7 @@ def pooling(
     dtype: torch.dtype | None = None, impl: str | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """One vector for each packed sequence, with L2 normalisation, in one pass: see `reference.pooling`."""
+    _check_sequences(cu_seqlens, len(hidden), None)
     if normalize or mode in ("mean", "mean_sqrt_len_tokens", "weightedmean"):
         dtype = dtype or _wide_under_autocast(hidden)
     return _run("pooling", impl, hidden, cu_seqlens, mode=mode, normalize=normalize, eps=eps, dtype=dtype)
@@ -335,6 +410,10 @@ def masked_cross_entropy(
     ignore_index: int = -100, label_smoothing: float = 0.0, impl: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Projection to the vocabulary and cross-entropy without the logits: see `reference.masked_cross_entropy`."""
+    _check_shape("weight", weight, len(weight), hidden.shape[1])
+    _check_shape("bias", bias, len(weight))
+    _check_shape("labels", labels, len(hidden))
+    check_ids("labels", labels, len(weight), ignore_index)
     hidden, weight, bias = _autocast(hidden, weight, bias)
     options = dict(ignore_index=ignore_index, label_smoothing=label_smoothing)
     return _run("masked_cross_entropy", impl, hidden, weight, bias, labels, **options)
@@ -356,6 +435,8 @@ def contrastive_cross_entropy(
         raise ValueError(f"{shapes}: expected a document for each query, or labels with the document of each query")
     if labels is not None and labels.shape != query.shape[:1]:
         raise ValueError(f"{shapes}, labels {list(labels.shape)}: expected labels [B], one for each query")
+    if labels is not None:
+        check_ids("labels", labels, len(document), ignore_index)
     query, document = _autocast(query, document)
     options = dict(scale=scale, symmetric=symmetric, ignore_index=ignore_index)
     return _run("contrastive_cross_entropy", impl, query, document, labels, **options)
