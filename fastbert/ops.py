@@ -20,7 +20,8 @@ import torch
 
 from . import reference
 from .cpu import ops as cpu
-from .cpu.autograd import in_memory, is_transformed
+from .cpu.autograd import in_memory as in_memory
+from .cpu.autograd import is_transformed
 
 IMPLEMENTATIONS = ("auto", "triton", "cpu", "reference")
 IMPL = os.environ.get("FASTBERT_IMPL", "auto")
@@ -167,16 +168,21 @@ def check_ids(name: str, ids: torch.Tensor, rows: int, ignore_index: int | None 
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(f"{name} are of {ids.dtype}: expected integers")
     expected = f"expected 0 to {rows - 1}" + ("" if ignore_index is None else f", or {ignore_index} for none")
-    if not ids.numel() or ids.device.type == "meta" or is_transformed():
+    is_asserted = torch.compiler.is_compiling() or ids.is_cuda
+    if not ids.numel() or not (is_asserted or _is_readable(ids)):
         return
     is_known = ids.clamp(0, rows - 1) == ids
     if ignore_index is not None:
         is_known |= ids == ignore_index
-    if in_memory(ids):
-        if not is_known.all():
-            raise ValueError(f"{name} hold {int(ids[~is_known][0])}: {expected}")
-    elif ids.is_cuda or torch.compiler.is_compiling():
+    if is_asserted:
         torch._assert_async(is_known.all(), f"{name}: {expected}")
+    elif not is_known.all():
+        raise ValueError(f"{name} hold {int(ids[~is_known][0])}: {expected}")
+
+
+def _is_readable(x):
+    """Whether the host can read the values of x at once: in its memory, neither fake nor batched by torch.func."""
+    return x.device.type == "cpu" and type(x) is torch.Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def _check_sequences(cu_seqlens, rows, max_seqlen, name="cu_seqlens"):
@@ -186,7 +192,7 @@ def _check_sequences(cu_seqlens, rows, max_seqlen, name="cu_seqlens"):
     """
     if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
         raise ValueError(f"{name} has shape {tuple(cu_seqlens.shape)}: expected [B + 1]")
-    if not in_memory(cu_seqlens):
+    if torch.compiler.is_compiling() or not _is_readable(cu_seqlens):
         return
     starts = cu_seqlens.tolist()
     lengths = [end - start for start, end in itertools.pairwise(starts)]

@@ -81,6 +81,9 @@ def test_an_id_outside_its_table_is_named(name, argument, number, impl):
     arguments[argument][2] = number
     with pytest.raises(ValueError, match=f"{argument} hold {number}: expected 0 to "):
         call(arguments, impl)
+    x = next(x for x in arguments.values() if is_floating(x))
+    with pytest.raises(ValueError, match=f"{argument} hold {number}"):
+        torch.func.grad(lambda x: x.sum() + call(arguments, "reference")[0].sum())(x)
 
 
 @pytest.mark.parametrize(("name", "argument"), [("masked_cross_entropy", "labels"), ("embedding", "input_ids")])
