@@ -33,3 +33,13 @@ def small_tokenizer(directory, vocab_size=150):
     """A WordPiece tokenizer for the words above, most of which it has to take apart."""
     path = write_text(directory / "corpus.txt", make_documents(60))
     return train_wordpiece([path], vocab_size, progress=False)
+
+
+def document_of(shards, number):
+    """The token ids of a document, a list of one list per sentence."""
+    for tokens, sentences, documents in zip(shards.tokens, shards.sentences, shards.documents, strict=True):
+        if number < len(documents) - 1:
+            borders = sentences[documents[number] : documents[number + 1] + 1]
+            return [tokens[a:b].tolist() for a, b in zip(borders, borders[1:])]
+        number -= len(documents) - 1
+    raise IndexError("no such document")

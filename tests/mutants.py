@@ -66,8 +66,8 @@ MUTANTS = [
     Mutant(
         "disentangled-attention-dk-of-the-wrong-rows",
         "kernels/disentangled_attention.py",
-        "tl.dot(_shift_keys(ds, BLOCK), query_band, dk,",
-        "tl.dot(tl.trans(_shift_queries(ds, BLOCK)), query_band, dk,",
+        "tl.dot(shift_keys(ds, BLOCK), query_band, dk,",
+        "tl.dot(tl.trans(shift_queries(ds, BLOCK)), query_band, dk,",
         "tests/kernels/test_disentangled_attention.py::test_lengths_at_the_edges_of_tiles",
     ),
     Mutant(

@@ -234,7 +234,7 @@ def test_no_drawer_for_everything():
     assert not [path for path in LIBRARY + KERNELS + OTHERS if path.stem in {"utils", "util", "common", "misc"}]
 
 
-@pytest.mark.parametrize("op", ops_with_kernels())
+@pytest.mark.parametrize("op", sorted(ops_with_kernels()))
 def test_op_has_one_signature(op):
     """In ops.py, reference.py, its one kernel file and, unless it is the reference's own there, in one file of cpu/."""
     public = signature(ROOT / "fastbert" / "ops.py", op)

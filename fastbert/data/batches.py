@@ -4,9 +4,6 @@ Every choice (order, masks, pairs) is a draw of draws.py. So it does not depend 
 on ranks, and an epoch can start in its middle.
 """
 
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 import torch
 
@@ -14,6 +11,7 @@ from ..packing import Batch, best_fit
 from .draws import CUT, ORDER, PAIR, PARTNER, WORD, draw, sequence_keys, uniform
 from .masking import BERT_FATES, ELECTRA_FATES, IGNORED, mask_tokens
 from .sequences import PAIRS, cut_sequences
+from .threads import ordered_map
 from .tokenizer import special_ids, word_starts
 
 
@@ -105,7 +103,8 @@ class MaskedBatches:
         if not 0 <= start <= count:
             raise ValueError(f"start is {start}: epoch {epoch} has {count} batches")
         numbers = range(self.rank + start * self.world_size, count * self.world_size, self.world_size)
-        return self._batches(epoch, [order[offsets[b] : offsets[b + 1]] for b in numbers])
+        batches = [order[offsets[b] : offsets[b + 1]] for b in numbers]
+        return ordered_map(lambda ids: self._build(epoch, ids), batches, self.num_workers)
 
     def _planned(self, epoch):
         """(sequence ids in the order of the batches, the offset of each batch in them and the end) of an epoch."""
@@ -119,23 +118,6 @@ class MaskedBatches:
                 )
             self._plan = epoch, self.ids[order[placed]], offsets
         return self._plan[1:]
-
-    def _batches(self, epoch, batches):
-        if self.num_workers == 0:
-            for ids in batches:
-                yield self._build(epoch, ids)
-            return
-        pool = ThreadPoolExecutor(self.num_workers)
-        try:
-            waiting = deque()
-            for ids in batches:
-                waiting.append(pool.submit(self._build, epoch, ids))
-                if len(waiting) > 2 * self.num_workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
 
     def _build(self, epoch, ids):
         keys = sequence_keys(self.seed, epoch, ids)
@@ -178,33 +160,27 @@ class MaskedBatches:
             draws = uniform(draw(keys[owner], WORD, position_ids[picks]))
         max_seqlen = int(np.diff(cu_seqlens).max())
         if self.max_sequences is not None:
-            slack = self.tokens_per_batch - T
-            masked = np.pad(masked, (0, slack), constant_values=self.special.pad)
-            position_ids, token_type_ids = np.pad(position_ids, (0, slack)), np.pad(token_type_ids, (0, slack))
-            cu_seqlens = np.pad(cu_seqlens, (0, self.max_sequences - B), constant_values=T)
             beyond = picks[self.max_picks :]
             masked[beyond], labels[beyond] = input_ids[beyond], IGNORED
-            labels = np.pad(labels, (0, slack), constant_values=IGNORED)
-            picks = picks[: self.max_picks]
+            rows, sequences, max_seqlen = self.tokens_per_batch, self.max_sequences, self.max_seq_length
+            masked, labels = _resized(masked, rows, self.special.pad), _resized(labels, rows, IGNORED)
+            position_ids, token_type_ids = _resized(position_ids, rows, 0), _resized(token_type_ids, rows, 0)
+            cu_seqlens = _resized(cu_seqlens, sequences + 1, T)
+            pair_labels = _resized(pair_labels, sequences, IGNORED)
             # unused picks point at the last row, a [PAD] or [SEP], which has no label
-            picks = np.pad(picks, (0, self.max_picks - len(picks)), constant_values=self.tokens_per_batch - 1)
-            if draws is not None:
-                draws = draws[: self.max_picks]
-                draws = np.pad(draws, (0, self.max_picks - len(draws)))
-            if pair_labels is not None:
-                pair_labels = np.pad(pair_labels, (0, self.max_sequences - B), constant_values=IGNORED)
-            max_seqlen = self.max_seq_length
-        return Batch(
-            input_ids=torch.from_numpy(masked),
-            position_ids=torch.from_numpy(position_ids),
-            token_type_ids=torch.from_numpy(token_type_ids),
-            cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
-            max_seqlen=max_seqlen,
-            labels=torch.from_numpy(labels),
-            picks=torch.from_numpy(picks),
-            pair_labels=None if pair_labels is None else torch.from_numpy(pair_labels),
-            draws=None if draws is None else torch.from_numpy(draws),
-        )
+            picks, draws = _resized(picks, self.max_picks, rows - 1), _resized(draws, self.max_picks, 0)
+        arrays = {
+            "input_ids": masked,
+            "position_ids": position_ids,
+            "token_type_ids": token_type_ids,
+            "cu_seqlens": cu_seqlens.astype(np.int32),
+            "labels": labels,
+            "picks": picks,
+            "pair_labels": pair_labels,
+            "draws": draws,
+        }
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items() if array is not None}
+        return Batch(max_seqlen=max_seqlen, **tensors)
 
     def _segments(self, ids, keys):
         """(first tokens [B, S], lengths [B, S], pair labels [B] or None) of each sequence's segments."""
@@ -257,3 +233,11 @@ class MaskedBatches:
             here = shard == s
             tokens[here] = self.shards.tokens[s][sources[here]]
         return tokens
+
+
+def _resized(array, size, value):
+    """The array cut or filled up with `value` to `size` entries; None stays None."""
+    if array is None:
+        return None
+    array = array[:size]
+    return np.pad(array, (0, size - len(array)), constant_values=value)

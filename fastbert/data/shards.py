@@ -16,8 +16,7 @@ import itertools
 import json
 import os
 import re
-from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +24,7 @@ from tokenizers import Tokenizer
 
 from ..files import inside, lock, read_json, sha256, write
 from .text import LAYOUTS, check_columns, expand, read_documents
+from .threads import ordered_map
 from .tokenizer import load_tokenizer, save_tokenizer, special_ids, tokenizer_hash
 
 FORMAT = 1
@@ -116,11 +116,12 @@ def _prepare(files, tokenizer, directory, work, num_workers, progress):
     shards = _finished_shards(directory)
     skipped = shards[-1]["units"] if shards else 0
     tokens = sum(shard["tokens"] for shard in shards)
-    with _progress_bar(sum(size for _, size, _ in work["files"]), progress) as update:
+    total = sum(size for _, size, _ in work["files"])
+    with _without_more_threads(), _progress_bar(total, progress) as update:
         for _ in itertools.islice(units, skipped):
             update(stats["bytes"], tokens)
         encoded, done, open_tokens = [], skipped, 0
-        for unit in _ordered_map(encoder, units, max(num_workers, 1)):
+        for unit in ordered_map(encoder, units, num_workers):
             encoded.append(unit)
             done += 1
             open_tokens += len(unit[0])
@@ -182,22 +183,14 @@ def _units(documents, letters):
         yield unit
 
 
-def _ordered_map(function, items, threads):
-    """map(function, items) on threads, in order, reading only a few items ahead."""
-    # these threads use all cores already; the tokenizers library must not start more in each of them
+@contextlib.contextmanager
+def _without_more_threads():
+    """Our threads use all cores already: the tokenizers library must not start more in each of them."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    pool = ThreadPoolExecutor(threads)
     try:
-        waiting = deque()
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > 2 * threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        yield
     finally:
-        pool.shutdown(cancel_futures=True)
         if before is None:
             del os.environ["TOKENIZERS_PARALLELISM"]
         else:
@@ -327,27 +320,10 @@ class Shards:
             raise ValueError(f"{path} has {len(array)} entries, not as many as the manifest says: it is damaged")
         return array
 
-    @property
-    def num_documents(self):
-        return self.manifest["documents"]
-
-    @property
-    def num_tokens(self):
-        return self.manifest["tokens"]
-
     def document_starts(self):
-        """int64 [num_documents + 1]: the index of each document's first token, and the end."""
+        """int64 [documents + 1]: the index of each document's first token, and the end."""
         starts = [
             first + np.asarray(sentences)[documents[:-1]]
             for first, sentences, documents in zip(self.first_token, self.sentences, self.documents, strict=False)
         ]
         return np.concatenate([*starts, self.first_token[-1:]])
-
-    def document(self, number):
-        """The token ids of a document, a list of one array per sentence."""
-        for sentences, documents, tokens in zip(self.sentences, self.documents, self.tokens, strict=True):
-            if number < len(documents) - 1:
-                borders = sentences[documents[number] : documents[number + 1] + 1]
-                return [tokens[a:b] for a, b in itertools.pairwise(borders)]
-            number -= len(documents) - 1
-        raise IndexError("no such document")

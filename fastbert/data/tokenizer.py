@@ -4,8 +4,8 @@ import hashlib
 import json
 import re
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -21,8 +21,7 @@ _TOO_LONG = re.compile(rf"[^\W\u3400-\u9fff\uf900-\ufaff]{{{LONGEST_WORD + 1},}}
 MAX_ALPHABET = 1000
 
 
-@dataclass(frozen=True)
-class SpecialIds:
+class SpecialIds(NamedTuple):
     """The ids of [PAD], [UNK], [CLS], [SEP] and [MASK], or of <pad>, <unk>, <s>, </s> and <mask>."""
 
     pad: int
@@ -30,9 +29,6 @@ class SpecialIds:
     cls: int
     sep: int
     mask: int
-
-    def __iter__(self):
-        return iter((self.pad, self.unk, self.cls, self.sep, self.mask))
 
 
 def train_wordpiece(
@@ -51,15 +47,11 @@ def train_wordpiece(
     specials = list(SPECIALS)
     if vocab_size >= 1000:
         specials[1:1] = [f"[unused{i}]" for i in range(99)]
-
-    def batches():
-        return _batches(files, text_column, layout)
-
     # The trainer numbers letters in the order of a hash table, which differs between runs, and breaks ties between
     # merges by these numbers. With the alphabet as "special tokens" the numbers are fixed, and so is the vocabulary.
     blank = _wordpiece({token: i for i, token in enumerate(specials)}, lowercase)
     letters = Counter()
-    for batch in batches():
+    for batch in _batches(files, text_column, layout):
         letters.update(blank.normalizer.normalize_str("\n".join(batch)))
     letters = {letter: count for letter, count in letters.items() if not letter.isspace()}
     alphabet = sorted(sorted(letters, key=lambda letter: (-letters[letter], letter))[:MAX_ALPHABET])
@@ -77,7 +69,7 @@ def train_wordpiece(
         limit_alphabet=len(alphabet),
         show_progress=progress,
     )
-    blank.train_from_iterator(batches(), trainer)
+    blank.train_from_iterator(_batches(files, text_column, layout), trainer)
     vocab = blank.get_vocab()
     _check_size(vocab, vocab_size, min_frequency)
     return _wordpiece(vocab, lowercase)
@@ -168,7 +160,7 @@ def save_tokenizer(tokenizer, directory):
     try:
         directory.mkdir(parents=True, exist_ok=True)
         tokenizer.save(str(directory / "tokenizer.json"))
-        config = {f"{name}_token": tokenizer.id_to_token(i) for name, i in vars(special_ids(tokenizer)).items()}
+        config = {f"{name}_token": tokenizer.id_to_token(i) for name, i in special_ids(tokenizer)._asdict().items()}
         if isinstance(tokenizer.model, models.WordPiece):
             vocab = tokenizer.get_vocab()
             pieces = sorted(vocab, key=vocab.get)

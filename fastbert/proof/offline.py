@@ -188,7 +188,7 @@ def _compile_case(arch, dtype, op, case, models, candidates):
     # not the profile of a GPU that happens to be here
     _launch.device_name = lambda: "none"
     if candidates:
-        _launch.AUTOTUNE, _launch._microseconds = True, functools.partial(_compile_candidate, offline_driver(arch))
+        _launch.AUTOTUNE, _launch.microseconds = True, functools.partial(_compile_candidate, offline_driver(arch))
 
     def call(model):
         arguments = op_cases.without_data(op, model, DTYPES[dtype], **TABLE[op].compiled[case])
@@ -198,7 +198,7 @@ def _compile_case(arch, dtype, op, case, models, candidates):
 
     rows = []
     for model in models:
-        _launch._profile.cache_clear()
+        _launch.profile_of.cache_clear()
         try:
             found = compile_launches(arch, lambda: call(model))  # noqa: B023
         except Exception as error:  # one kernel that does not compile must not hide the others

