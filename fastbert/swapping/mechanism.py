@@ -20,6 +20,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrize
 
+from .. import ops
 from . import table, torch_nn
 from .steps import Options
 
@@ -204,7 +205,7 @@ def _class_of(replacement, original):
     # keeps the signature: HuggingFace's Trainer reads from it what to pass
     @functools.wraps(original.forward)
     def forward(self, *args, **kwargs):
-        if replacement.yields(args, kwargs) or _is_dry(args, kwargs):
+        if replacement.yields(args, kwargs) or _is_dry(args, kwargs) or ops.is_transformed():
             return replacement.call_original(self, *args, **kwargs)
         return replacement.forward(self, *args, **kwargs)
 
