@@ -20,7 +20,13 @@ from .feed_forward import (
     MPNetAttention,
     TransformerBlock,
 )
-from .losses import AlbertForPreTraining, BertForMaskedLM, BertForPreTraining, BertForSequenceClassification
+from .losses import (
+    AlbertForPreTraining,
+    BertForMaskedLM,
+    BertForPreTraining,
+    BertForSequenceClassification,
+    ElectraForPreTraining,
+)
 from .stacks import BertEncoder, DebertaEncoder, ModernBertModel, MPNetEncoder
 
 # what most families copy from BERT, by the name without the family's
@@ -44,7 +50,7 @@ _OWN = {
     },
     ("roberta", "Roberta"): {},
     ("xlm_roberta", "XLMRoberta"): {},
-    ("electra", "Electra"): {"ElectraForPreTraining": BertForSequenceClassification},
+    ("electra", "Electra"): {"ElectraForPreTraining": ElectraForPreTraining},
     ("albert", "Albert"): {
         "AlbertAttention": AlbertAttention,
         "AlbertForPreTraining": AlbertForPreTraining,
