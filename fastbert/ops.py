@@ -8,7 +8,8 @@
     reference   plain PyTorch on any device
 
 If the requested implementation cannot run, the call raises. Arguments, shapes and results are those of the function of
-the same name in `reference.py`. On a CPU, torch.func's transforms and second derivatives use the reference.
+the same name in `reference.py`, which runs under torch.func's transforms, too. Second derivatives use it on a CPU;
+kernels have none.
 """
 
 import importlib.util
@@ -21,7 +22,7 @@ import torch
 from . import reference
 from .cpu import ops as cpu
 from .cpu.autograd import in_memory as in_memory
-from .cpu.autograd import is_transformed
+from .cpu.autograd import is_transformed as is_transformed
 
 IMPLEMENTATIONS = ("auto", "triton", "cpu", "reference")
 IMPL = os.environ.get("FASTBERT_IMPL", "auto")
@@ -91,19 +92,21 @@ def uses_triton(device: torch.device, impl: str | None = None) -> bool:
 def _run(op, impl, x, *arguments, **options):
     """Run the chosen implementation of an op on x and the other arguments, without autocast."""
     chosen = implementation(x.device, impl)
+    if is_transformed():
+        if chosen == "triton" and (impl or IMPL) == "triton":
+            raise RuntimeError(
+                f"{op}: torch.func and forward mode need plain PyTorch: expected impl='auto' or 'reference'"
+            )
+        chosen = "reference"
     if chosen == "reference" or any(map(_is_wrapper, arguments)):
         function = getattr(reference, op)
     else:
-        function = _kernel(op) if chosen == "triton" else _on_cpu(op)
+        function = _kernel(op) if chosen == "triton" else getattr(cpu, op)
     # on a small batch, entering an autocast that changes nothing takes longer than some ops
     if not _autocasts(x):
         return function(x, *arguments, **options)
     with torch.autocast(x.device.type, enabled=False):
         return function(x, *arguments, **options)
-
-
-def _on_cpu(op):
-    return getattr(reference if is_transformed() else cpu, op)
 
 
 def _is_wrapper(x):
@@ -114,9 +117,8 @@ def _is_wrapper(x):
 
 def _library(op, x):
     """An op without a kernel: a GPU runs it with its own library."""
-    if implementation(x.device) == "reference" or x.device.type != "cpu" or _autocasts(x):
-        return getattr(reference, op)
-    return _on_cpu(op)
+    is_plain = implementation(x.device) == "reference" or x.device.type != "cpu" or _autocasts(x) or is_transformed()
+    return getattr(reference if is_plain else cpu, op)
 
 
 def _autocasts(x):
@@ -161,23 +163,30 @@ def _check_shape(name, x, *shape):
 
 
 def check_ids(name: str, ids: torch.Tensor, rows: int, ignore_index: int | None = None) -> None:
-    """Raise ValueError if `ids` are no integers, or if one is neither 0 .. rows - 1 nor `ignore_index`.
-
-    On a GPU and in compiled code the device asserts it, so that nothing waits for the values.
-    """
+    """Raise ValueError if `ids` are no integers, or if one is neither 0 .. rows - 1 nor `ignore_index`; see `check`."""
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(f"{name} are of {ids.dtype}: expected integers")
     expected = f"expected 0 to {rows - 1}" + ("" if ignore_index is None else f", or {ignore_index} for none")
-    is_asserted = torch.compiler.is_compiling() or ids.is_cuda
-    if not ids.numel() or not (is_asserted or _is_readable(ids)):
+    if ids.is_meta or not ids.numel():
         return
     is_known = ids.clamp(0, rows - 1) == ids
     if ignore_index is not None:
         is_known |= ids == ignore_index
-    if is_asserted:
-        torch._assert_async(is_known.all(), f"{name}: {expected}")
+    if torch.compiler.is_compiling() or not _is_readable(ids):
+        check(is_known, f"{name} outside [0, {rows}): {expected}")
     elif not is_known.all():
         raise ValueError(f"{name} hold {int(ids[~is_known][0])}: {expected}")
+
+
+def check(is_right: torch.Tensor, error: str) -> None:
+    """Raise ValueError(error) unless all of `is_right` is true.
+
+    On a GPU and in compiled code the device asserts it, so that nothing waits for the values.
+    """
+    if torch.compiler.is_compiling() or is_right.is_cuda:
+        torch._assert_async(is_right.all(), error)
+    elif _is_readable(is_right) and not is_right.all():
+        raise ValueError(error)
 
 
 def _is_readable(x):
@@ -230,8 +239,8 @@ def linear_gelu(
     """GELU(linear(x)) for x [T, D], weight [F, D]. The bias is added for free: in the GELU's kernel, or on a CPU in the
     product."""
     chosen = implementation(x.device, impl)
-    if chosen == "cpu" and not _autocasts(x):
-        return _on_cpu("linear_gelu")(x, weight, bias, approximate=approximate)
+    if chosen == "cpu" and not _autocasts(x) and not is_transformed():
+        return cpu.linear_gelu(x, weight, bias, approximate=approximate)
     if chosen == "triton":
         return bias_gelu(linear(x, weight), bias, approximate=approximate, impl=impl)
     return bias_gelu(linear(x, weight, bias), None, approximate=approximate, impl=impl)

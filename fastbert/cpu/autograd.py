@@ -23,7 +23,9 @@ def in_memory(*tensors):
 def runs_by_autograd(cotangent):
     """Whether a backward must be plain PyTorch: it is differentiated itself (create_graph=True), or there are several
     cotangents at once (vmap)."""
-    return torch.is_grad_enabled() or is_transformed() or torch._C._functorch.is_legacy_batchedtensor(cotangent)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return torch.is_grad_enabled()
+    return is_transformed() or torch._C._functorch.is_legacy_batchedtensor(cotangent)
 
 
 def derivatives(function, inputs, cotangents):
