@@ -423,10 +423,12 @@ def _attention_tiled_dkdv_kernel(
 
     dout_ptr = at(dout_ptr, start_q, stride_dom, h, stride_doh)
     q_ptr = at(q_ptr, start_q, stride_qm, h, stride_qh)
+    k_ptr = at(k_ptr, start, stride_kt, h, stride_kh)
+    v_ptr = at(v_ptr, start, stride_vt, h, stride_vh)
     lse_ptr = at(lse_ptr, start_q, 1, h, M)
     delta_ptr = at(delta_ptr, start_q, 1, h, M)
-    k = load_tile(k_ptr, start, stride_kt, h, stride_kh, length, K, BLOCK_N, BLOCK_K, UPCAST)
-    v = load_tile(v_ptr, start, stride_vt, h, stride_vh, length, K, BLOCK_N, BLOCK_K, UPCAST)
+    k = load_tile(k_ptr, 0, stride_kt, 0, 0, length, K, BLOCK_N, BLOCK_K, UPCAST)
+    v = load_tile(v_ptr, 0, stride_vt, 0, 0, length, K, BLOCK_N, BLOCK_K, UPCAST)
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     dk = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)

@@ -140,6 +140,14 @@ MUTANTS = [
         "range(tl.maximum(start, last) + 1, stop_chunk, BLOCK_T)",
         "tests/kernels/test_pooling.py::test_many_slack_rows",
     ),
+    # ops
+    Mutant(
+        "ids-outside-their-table-pass",
+        "fastbert/ops.py",
+        "is_known = ids.clamp(0, rows - 1) == ids",
+        "is_known = ids.clamp(0, rows) == ids",
+        "tests/test_ops.py::test_an_id_outside_its_table_is_named",
+    ),
     # cpu: its functions are tested beside the kernels of the same ops
     Mutant(
         "cpu-attention-dk-off-by-1-percent",

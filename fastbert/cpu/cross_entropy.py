@@ -3,7 +3,7 @@
 import torch
 
 from .. import reference
-from .derivatives import derivatives
+from .autograd import derivatives, runs_by_autograd
 from .matmul import matmul
 
 # rows whose logits are held at once
@@ -64,7 +64,7 @@ class MaskedCrossEntropyFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dloss, dcount, dcorrect):
         hidden, weight, bias, labels, picked, drows, dbias, earlier, dlogits, rows = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if runs_by_autograd(dloss):
             loss = lambda *inputs: reference.masked_cross_entropy(*inputs, labels, **ctx.options)[0]  # noqa: E731
             return *derivatives(loss, (hidden, weight, bias), dloss), None, None, None, None
         # one dimension: a 0-dimensional tensor would be rounded to half precision in a product with it

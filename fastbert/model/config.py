@@ -184,8 +184,8 @@ class EncoderConfig:
         rules = [
             # field, whether its value is right, what would be
             ("hidden_size", self.hidden_size % heads == 0, f"a multiple of num_attention_heads, {heads}"),
-            ("hidden_size", self.rope_thetas is None or self.head_size % 2 == 0,
-             f"heads of an even size for rotary positions, {heads} of them"),
+            ("num_attention_heads", self.rope_thetas is None or self.head_size % 2 == 0,
+             f"hidden_size, {self.hidden_size}, in heads of an even size for rotary positions"),
             ("pad_token_id", 0 <= self.pad_token_id < self.vocab_size, f"0 to {self.vocab_size - 1}"),
             ("hidden_act", self.hidden_act in ACTIVATIONS, f"one of {activations}"),
             ("head_act", self.head_act is None or self.head_act in ACTIVATIONS, f"one of {activations}"),

@@ -156,7 +156,7 @@ def _read_modernbert(values):
             raise ValueError(f"rope_parameters of {kind} are {shown(rope)}: expected rope_type 'default'")
         thetas[kind] = _given(rope, "rope_theta", _given(values, old, default, float, (1, 1e12)), float, (1, 1e12))
     if len(kinds) != layers or not all(kind in [*thetas] for kind in kinds):
-        raise ValueError(f"layer_types is {shown(kinds)}: expected {layers} times {' or '.join(thetas)}")
+        raise ValueError(f"layer_types is {shown(kinds)}: expected {' or '.join(thetas)}, num_hidden_layers times")
     # transformers reads either, the second last
     window = _given(values, "local_attention", 128, limits=(0, 2**31 - 1)) // 2
     window = _given(values, "sliding_window", window, limits=(0, 2**30))

@@ -45,6 +45,24 @@ class BertForSequenceClassification(Replacement):
         return out
 
 
+class ElectraForPreTraining(BertForSequenceClassification):
+    """The discriminator. Its loss is the mean over real tokens, whatever the labels of padding say."""
+
+    def forward(self, *args, **kwargs):
+        kwargs = by_name(self, args, kwargs)
+        labels, mask, number = (kwargs.get(name) for name in ("labels", "attention_mask", "num_items_in_batch"))
+        if number is not None and labels is not None and mask is not None and mask.shape == labels.shape:
+            is_labelled = labels != -100
+            # in a step of one batch the number counts padding as `count` does, and both cancel
+            is_whole = torch.as_tensor(number, device=labels.device) == is_labelled.sum()
+            ops.check(
+                ~is_labelled | (mask == 1) | is_whole,
+                "labels hold numbers at padding, in a step of several batches: expected -100 there, since "
+                "num_items_in_batch counts labels",
+            )
+        return super().forward(**kwargs)
+
+
 class BertForMaskedLM(Replacement):
     """Head and loss on labelled tokens alone; in training no scores are kept."""
 
@@ -129,14 +147,17 @@ class AlbertForPreTraining(BertForPreTraining):
 
 def _cross_entropy(scores, labels):
     """The sum, in fp32 or wider."""
+    ops.check_ids("labels", labels, scores.shape[-1], -100)
     return F.cross_entropy(scores.to(torch.promote_types(scores.dtype, torch.float32)), labels, reduction="sum")
 
 
 def _has_own_loss(model):
     """Whether a user has set a loss: `loss_function`, the type of the loss, DistilBERT's module for it."""
     loss = model._modules.get("mlm_loss_fct")
+    owner = next(cls for cls in type(model).__mro__ if "loss_function" in vars(cls))
     return (
         "_loss_function" in vars(model)
+        or owner.__module__ != "transformers.modeling_utils"
         or getattr(model, "loss_type", None) not in (None, "ForMaskedLM")
         or (loss is not None and not _is_usual(loss))
     )

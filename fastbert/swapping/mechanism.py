@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from .. import ops
 from . import table, torch_nn
 from .attention import Attention
 from .stacks import BertEncoder
@@ -171,7 +172,7 @@ def _keep_stacks_with_own_code(found):
                 row.reason = "keeps its padding: " + " ".join(own)
     for module, row in found.items():
         if isinstance(module, Attention) and module not in inside:
-            row.reason = "no stack around it runs unpadded"
+            row.reason = "it needs a stack around it that runs fastbert"
         if row.reason:
             row.became = ""
             _give_back(module)
@@ -219,7 +220,7 @@ def _class_of(replacement, original):
     # keeps the signature: HuggingFace's Trainer reads from it what to pass
     @functools.wraps(original.forward)
     def forward(self, *args, **kwargs):
-        if replacement.yields(args, kwargs) or _is_dry_run(args, kwargs):
+        if replacement.yields(args, kwargs) or _is_dry_run(args, kwargs) or ops.is_transformed():
             return replacement.call_original(self, *args, **kwargs)
         return replacement.forward(self, *args, **kwargs)
 

@@ -54,8 +54,8 @@ class Replacement:
     @staticmethod
     def yields(args, kwargs):
         """Whether a call is left to the original forward. A graph that leaves this process must hold for all lengths,
-        and torch.func cannot look inside our ops, so both see the original modules."""
-        return torch.jit.is_tracing() or torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active()
+        so it is made of the original modules."""
+        return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
     def call_original(self, *args, **kwargs):
         return super().forward(*args, **kwargs)

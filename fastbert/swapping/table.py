@@ -21,7 +21,13 @@ from .feed_forward import (
     MPNetAttention,
     TransformerBlock,
 )
-from .losses import AlbertForPreTraining, BertForMaskedLM, BertForPreTraining, BertForSequenceClassification
+from .losses import (
+    AlbertForPreTraining,
+    BertForMaskedLM,
+    BertForPreTraining,
+    BertForSequenceClassification,
+    ElectraForPreTraining,
+)
 from .stacks import BertEncoder, DebertaEncoder, ModernBertModel, MPNetEncoder, MPNetModel, RobertaModel
 from .tokenwise import KNOWN
 
@@ -46,7 +52,7 @@ _OWN = {
     },
     ("roberta", "Roberta"): {"RobertaModel": RobertaModel},
     ("xlm_roberta", "XLMRoberta"): {"XLMRobertaModel": RobertaModel},
-    ("electra", "Electra"): {"ElectraForPreTraining": BertForSequenceClassification},
+    ("electra", "Electra"): {"ElectraForPreTraining": ElectraForPreTraining},
     ("albert", "Albert"): {
         "AlbertAttention": AlbertAttention,
         "AlbertForPreTraining": AlbertForPreTraining,

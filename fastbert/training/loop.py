@@ -114,7 +114,9 @@ class Run:
         gradient or held-out loss. The last checkpoint is then from before.
         """
         config, progress, self.unproven = self.config, self.progress, self.resumed
-        rank, world_size = processes.join()
+        rank, _ = processes.join()
+        # an evaluation after the last checkpoint
+        progress.evaluated = max(progress.evaluated, self.log.last_evaluation.get("step", 0))
         stream = micro_batches(loader, progress.epoch, progress.batch)
         saved, save_due = progress.step, False
         earlier, began = progress.elapsed, time.monotonic()
@@ -125,8 +127,8 @@ class Run:
             self.finished = position >= self.total
 
             # between steps: evaluate, save, end
-            due, lost = progress.step > progress.evaluated and progress.step % config.eval_steps == 0, False
-            if evaluates and (due or self.finished):
+            lost = False
+            if evaluates and (self.finished or progress.step % config.eval_steps == 0):
                 if rank == 0 and progress.step > progress.evaluated:
                     yield (step := Step(position))
                     if step.row is not None:
@@ -135,7 +137,9 @@ class Run:
                 row = self.log.last_evaluation
                 lost = row.get("step") == progress.step and None in (row[name] for name in row if name.endswith("loss"))
                 # a resume repeats an evaluation that was interrupted here, unless a step comes first
-                stop, lost = processes.total(len(self.caught), lost)
+                interrupted = rank == 0 and progress.step > progress.evaluated
+                stop, lost, interrupted = processes.total(len(self.caught), lost, interrupted)
+                self.finished = self.finished and not interrupted
             if self.finished and lost:
                 raise self._diverged(f"the held-out loss after step {progress.step} is not finite")
             if self.finished and self.nonfinite:

@@ -60,6 +60,7 @@ WALKED = [
 ]  # fmt: skip
 
 
+OF_HEADS = re.compile("classif|pool|label|problem|summary|dropout|act|eps|bias|tie")
 READ = r'config\.([a-z]\w+)|getattr\((?:self\.)?config, "(\w+)"|kwargs\.(?:get|pop)\("(\w+)"'
 
 
@@ -103,7 +104,9 @@ def test_every_key_is_obeyed_or_refused_by_name(case, tmp_path):
         del inputs["labels"]
         if head == "ForMultipleChoice":
             inputs = {name: x[:, None] for name, x in inputs.items()}
-        for key in keys_of(case):
+        # the encoder's keys are walked with the first head
+        keys = [key for key in keys_of(case) if head == "ForMaskedLM" or OF_HEADS.search(key)]
+        for key in keys:
             for value in values_for(key, own.get(key, theirs.config.to_dict().get(key))):
                 path.write_text(json.dumps(own | {key: value}))
                 try:

@@ -260,7 +260,7 @@ def test_dropout_is_replayed_by_its_seed():
 
 @pytest.mark.parametrize(
     "values",
-    [dict(position_biased_input=True), dict(model_type="deberta-v2", relative_attention=False)],
+    [dict(position_biased_input=True), dict(model_type="deberta-v2", relative_attention=False, pos_att_type=[])],
     ids=["positions in the input", "plain attention"],
 )
 def test_where_it_has_no_place(values):

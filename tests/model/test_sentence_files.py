@@ -61,7 +61,7 @@ KEYS = {
         "module_input_name": ["sentence_embedding"], "module_output_name": ["sentence_embedding", "token_embeddings"],
     },
     "3_Dense/config.json": {
-        "in_features": [20, -1], "out_features": [36, None], "bias": [False, None], "use_residual": [True, 1],
+        "in_features": [20, -1], "out_features": [20, 36, None], "bias": [False, None], "use_residual": [True, 1],
         "activation_function": ["torch.nn.modules.linear.Identity", "torch.nn.GELU", "torch.nn.SiLU", "my.Tanh", 5],
         "module_input_name": ["token_embeddings"], "module_output_name": ["other"], "new_key": [1],
     },
@@ -72,6 +72,11 @@ KEYS = {
         "truncate_dim": [5, 0, "5"], "model_type": ["SentenceTransformer", "SparseEncoder"],
         "__version__": [{"sentence_transformers": "2.0.0"}], "requirements": [{}], "new_key": [1],
     },
+}  # fmt: skip
+# keys of which every value in the table is refused; of all others at least one is obeyed
+REFUSED_KEYS = {
+    "model_args", "module_input_name", "module_output_name", "query_length", "document_length", "query_expansion",
+    "tokenizer_name_or_path", "in_features", "bias", "use_residual", "new_key",
 }  # fmt: skip
 # these change no vector
 KEPT = {"similarity_fn_name"}
@@ -133,6 +138,7 @@ def same(got, expected):
 
 @pytest.mark.parametrize("file, key", [(file, key) for file in KEYS for key in KEYS[file]])
 def test_every_key_is_obeyed_or_refused_by_name(file, key, whole, tmp_path):
+    obeyed = 0
     for i, value in enumerate(KEYS[file][key]):
         place = shutil.copytree(whole, tmp_path / str(i))
         # one mode of pooling in place of the other
@@ -153,6 +159,8 @@ def test_every_key_is_obeyed_or_refused_by_name(file, key, whole, tmp_path):
         assert same(vectors_of(tmp_path / f"{i} again"), expected), (key, value)
         again = json.loads((tmp_path / f"{i} again" / file).read_text()) if file.startswith("config") else {}
         assert key not in KEPT or again[key] == value
+        obeyed += 1
+    assert obeyed or key in REFUSED_KEYS
 
 
 def pooling(mode="mean", **options):

@@ -90,7 +90,7 @@ def test_a_module_that_mixes_tokens_keeps_its_shapes_and_is_named(family):
     (row,) = [row for row in report.stayed if row.name == stack]
     assert row.reason == f"keeps its padding: {spot.removeprefix(f'{stack}.')} (Mixing) may look at other tokens"
     attention = [row for row in report.rows if "Attention" in row.module and not row.became]
-    assert attention and {row.reason for row in attention} == {"no stack around it runs unpadded"}
+    assert attention and {row.reason for row in attention} == {"it needs a stack around it that runs fastbert"}
     with pytest.raises(RuntimeError, match=r"\(Mixing\) may look at other tokens"):
         report.raise_if_incomplete()
     # and the texts beside it do not matter

@@ -20,8 +20,15 @@ from fastbert.training import checkpoint, log
 
 @pytest.mark.parametrize(
     ("where", "call", "step"),
-    [("accumulate", 1, 1), ("accumulate", 6, 6), ("accumulate", 8, 8), ("evaluate", 1, 4), ("accumulate", 10, 10)],
-    ids=["first-step", "mid-epoch", "at-an-evaluation", "in-an-evaluation", "second-epoch-at-a-row-of-the-log"],
+    [
+        ("accumulate", 1, 1),
+        ("accumulate", 6, 6),
+        ("accumulate", 8, 8),
+        ("evaluate", 1, 4),
+        ("evaluate", 3, 12),
+        ("accumulate", 10, 10),
+    ],
+    ids=["first-step", "mid-epoch", "at-an-evaluation", "in-an-evaluation", "in-the-last", "second-epoch-at-a-row"],
 )
 def test_a_stopped_run_resumes_to_the_bit(where, call, step, options, whole, monkeypatch, capsys):
     handler = signal.getsignal(signal.SIGTERM)
