@@ -101,17 +101,17 @@ def settings():
     # A BERT of this size gets 17 % right, by word frequency and copying, for its first 2 million tokens, and only then
     # learns to look at a word's neighbours. With rotary positions and norms before each layer it does so at 0.1 million
     model = presets.preset("modernbert-base").replace(
-        hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024, vocab_size=4096,
+        hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512, vocab_size=4096,
         max_position_embeddings=32, windows=(None,) * 4, rope_thetas=(10000.0,) * 4, pad_token_id=0,
         initializer_range=0.04,
     )  # fmt: skip
-    options = {"tokens_per_batch": 1024, "max_steps": 2500, "learning_rate": 2e-3}
+    options = {"tokens_per_batch": 1024, "max_steps": 2700, "learning_rate": 2e-3}
     if torch.cuda.is_available():
         # it reads the text many times: with dropout
         model = model.replace(
             hidden_size=512, num_hidden_layers=8, num_attention_heads=8, intermediate_size=1536, vocab_size=8192,
             max_position_embeddings=128, windows=(None,) * 8, rope_thetas=(10000.0,) * 8, initializer_range=0.02,
-            hidden_dropout_prob=0.1, mlp_dropout=0.1, output_dropout=0.1,
+            hidden_dropout_prob=0.1, mlp_dropout=0.1, attention_probs_dropout_prob=0.1, output_dropout=0.1,
         )  # fmt: skip
         options = {"tokens_per_batch": 16384, "max_steps": 2000, "learning_rate": 1e-3, "bf16": True}
         how = "the fused Triton kernels" if ops.uses_triton(torch.device("cuda")) else "plain PyTorch"

@@ -1,13 +1,17 @@
 """The demo: its length goes by tokens, it says how long it will take, and the verses it got right come first."""
 
+import contextlib
 import json
 import re
 
 import demo
 import pytest
+from pretend_cuda import pretending
 from rich.console import Console
 
+from fastbert.model.hf_files import config_from_hf, config_to_hf
 from fastbert.model.presets import preset
+from fastbert.training.pretrain import PretrainConfig
 
 
 @pytest.fixture
@@ -22,9 +26,14 @@ def row(**changes):
     return {"step": 50, "tokens": 51_200, "loss": 6.0, "elapsed": 4.0, "tokens_per_second": 12_800} | changes
 
 
-def test_its_length_goes_by_tokens_alone():
-    _, options, _ = demo.settings()
+@pytest.mark.parametrize("on_gpu", [False, True], ids=["cpu", "gpu"])
+def test_its_length_goes_by_tokens_alone(on_gpu):
+    with pretending() if on_gpu else contextlib.nullcontext():
+        model, options, _ = demo.settings()
     assert options["max_steps"] and not {"max_minutes", "epochs"} & options.keys()
+    PretrainConfig(train_file="x", output_dir="y", max_seq_length=model.max_position_embeddings, **options)
+    # what `pretrain` reads from the file
+    assert config_from_hf(config_to_hf(model)) == model
 
 
 @pytest.mark.parametrize(
