@@ -22,7 +22,9 @@ def test_pack_and_unpack(mask):
     assert torch.equal(unpack(batch.input_ids, indices, 2, 4), ids * mask)
 
 
-@pytest.mark.parametrize("picks, ends", [([1, 3, 8, 8, 8, 8, 8], [0, 1, 2, 3]), ([1, 8], [0, 1, 1, 2]), ([], [0, 0, 0, 0])])
+@pytest.mark.parametrize(
+    "picks, ends", [([1, 3, 8, 8, 8, 8, 8], [0, 1, 2, 3]), ([1, 8], [0, 1, 1, 2]), ([], [0, 0, 0, 0])]
+)
 def test_picks_that_fill_up_a_batch_belong_to_no_sequence(picks, ends):
     layout = Layout(torch.tensor([0, 3, 6, 9], dtype=torch.int32), 3)
     queries = layout.with_queries(torch.tensor(picks, dtype=torch.int64))
