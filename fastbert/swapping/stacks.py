@@ -313,7 +313,7 @@ class ModernBertModel(BertEncoder):
 
     @staticmethod
     def refuses(module):
-        kinds = {kind for kind in module.rotary_emb.rope_type.values() if kind in ("dynamic", "longrope")}
+        kinds = {"dynamic", "longrope"}.intersection(getattr(module.rotary_emb, "rope_type", {}).values())
         if kinds:
             return f"its rotary embedding, {kinds.pop()}, depends on the padded length"
         return BertEncoder.refuses(module)

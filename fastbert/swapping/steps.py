@@ -129,7 +129,8 @@ def _eps(norm):
         return norm.eps if len(norm.normalized_shape) == 1 and norm.weight is not None else None
     # DeBERTa v1 has a class of its own that computes the same
     kind = original(norm)
-    return norm.variance_epsilon if kind.__name__ == "DebertaLayerNorm" and is_plain(norm, kind) else None
+    is_debertas = kind.__name__ == "DebertaLayerNorm" and kind.__module__.startswith("transformers.models.")
+    return norm.variance_epsilon if is_debertas and is_plain(norm, kind) else None
 
 
 _GELUS = {

@@ -24,16 +24,17 @@ _TORCH = {
     "normalization": "LayerNorm RMSNorm",
     "sparse": "Embedding",
 }
+# DeBERTa's stack calls this one with padded hidden states: its convolution may look at several tokens
+CONVOLVES = "transformers.models.deberta_v2.modeling_deberta_v2.ConvLayer"
 # full names of classes that act on each token alone if the modules inside them do; `table.py` adds transformers'
 KNOWN = {f"torch.nn.modules.{file}.{name}" for file, names in _TORCH.items() for name in names.split()} | {
     "peft.tuners.lora.dora.DoraLinearLayer",
     "peft.tuners.lora.layer.Linear",
     "peft.utils.other.ModulesToSaveWrapper",
+    CONVOLVES,
     "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper",
     "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel",
 }
-# a stack calls these with padded hidden states, so what is inside does not matter
-APART = {"transformers.models.deberta_v2.modeling_deberta_v2.ConvLayer"}
 # classes that torch derives from a module's at run time come from here (fully_shard, parametrize)
 _DERIVING = ("torch.distributed.", "torch.nn.utils.parametrize")
 # hooks from here do not look at shapes
@@ -78,7 +79,7 @@ def own_code(module, hooks=True, parts=None):
             _CLASSES[cls] = _learned(cls)
         if _CLASSES[cls] is None:
             return name, f"({cls.__name__}) may look at other tokens"
-        methods, check, is_apart = _CLASSES[cls]
+        methods, check, convolves = _CLASSES[cls]
         for method in methods:
             if method in attributes and not _is_harmless(inner, method):
                 return name, f"({cls.__name__}) has a {method} of its own"
@@ -90,21 +91,22 @@ def own_code(module, hooks=True, parts=None):
             return name, f"({cls.__name__}) has a hook"
         if check is not None and (reason := check(inner)):
             return name, f"({cls.__name__}) {reason}"
-        if inner._modules and not is_apart:
-            found = own_code(inner, hooks)
+        if inner._modules:
+            rest = [part for part, x in inner._modules.items() if type(x) is not nn.Conv1d] if convolves else None
+            found = own_code(inner, hooks, rest)
             if found is not None:
                 return f"{name}.{found[0]}", found[1]
     return None
 
 
-# class -> (names of its methods, a check of each module, whether it is `APART`); None: not known
+# class -> (names of its methods, a check of each module, whether it is `CONVOLVES`); None: not known
 _CLASSES = {}
 
 
 def _learned(cls):
     for base in cls.__mro__:
         replacement, name = vars(base).get("replacement"), full_name(base)
-        if replacement is not None or name in KNOWN or name in APART or base.__module__ == "transformers.activations":
+        if replacement is not None or name in KNOWN or base.__module__ == "transformers.activations":
             break
     else:
         return None
@@ -118,7 +120,7 @@ def _learned(cls):
     methods = {name for name in methods if not name.startswith(("__", "get_", "set_", "extra_repr", "reset_"))}
     if name.startswith("transformers.") or isinstance(replacement, type):
         methods.update(_ACTIVATIONS)
-    return tuple(methods), check, name in APART
+    return tuple(methods), check, name == CONVOLVES
 
 
 def _normalizes_more(norm):

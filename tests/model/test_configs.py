@@ -38,7 +38,7 @@ TELLING = {
         {"full_attention": {"rope_type": "default", "rope_theta": 30.0}},
         {"full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 30.0}},
         {"sliding_attention": {"type": "linear", "factor": 2.0}},
-        {"sliding_attention": {"rope_theta": 20.0}, "full_attention": None},
+        {"sliding_attention": {"rope_theta": 20.0}},
     ],
     "rope_scaling": [{"rope_type": "linear", "factor": 2.0}], "head_dim": [6, 12], "conv_groups": [2],
     "conv_kernel_size": [0, 3, 4], "embedding_size": [13, 18, 36], "attention_head_size": [6, 12],

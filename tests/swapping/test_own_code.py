@@ -50,7 +50,9 @@ def mixed(x):
 
 
 def mix_output(module, args, out):
-    return (mixed(out[0]), *out[1:]) if isinstance(out, tuple) else mixed(out)
+    if isinstance(out, tuple):
+        return (mix_output(module, args, out[0]), *out[1:])
+    return mixed(out) if torch.is_tensor(out) and out.dim() == 3 else out
 
 
 def put(model, name, module):
@@ -200,6 +202,47 @@ HOOKED = {
 )
 def test_hooks_that_mix_tokens(name, hook):
     assert_unchanged(lambda model: HOOKED[hook](model.get_submodule(f"encoder.layer.0.{name}")))
+
+
+class Around(nn.Module):
+    """Any module, and the mean of its sequence."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.p = inner, getattr(inner, "p", 0.0)
+
+    def forward(self, *args, **kwargs):
+        return mix_output(self, args, self.inner(*args, **kwargs))
+
+
+WAYS = [
+    lambda model, name: put(model, name, Around(model.get_submodule(name))),
+    lambda model, name: HOOKED["forward"](model.get_submodule(name)),
+    lambda model, name: with_method(name, "forward", lambda out: mix_output(None, (), out))(model),
+]
+
+
+@pytest.mark.parametrize("family", SPOTS)
+def test_each_module_in_turn(family):
+    kind, options = f"{family}Model", dict(conv_kernel_size=3) if family == "DebertaV2" else {}
+    stack = "" if family == "ModernBert" else SPOTS[family].partition(".")[0]
+    modules = tiny(kind, **options).named_modules()
+    names = [n for n, module in modules if n.startswith(stack) and n != stack and not isinstance(module, nn.ModuleList)]
+    for i, name in enumerate(names):
+        change = WAYS[i % 3]
+        plain, model = tiny(kind, **options), tiny(kind, **options)
+        change(plain, name)
+        try:
+            expected = hidden(plain)
+        except (AttributeError, RuntimeError):
+            # the original reads an attribute of it, or it gets another shape
+            continue
+        if i % 2:
+            fastbert.swap(model)
+        change(model, name)
+        if not i % 2:
+            fastbert.swap(model)
+        assert_close(hidden(model), expected)
 
 
 @pytest.mark.parametrize("kind", ["BertModel", "MPNetModel", "DebertaV2Model", "ModernBertModel"])
