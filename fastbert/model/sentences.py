@@ -122,7 +122,7 @@ class SentenceEmbedder(Model):
         self.tokenizer, self.pooling, self.normalize = tokenizer, pooling, normalize
         self.prompts = {name: checked(f"prompt {name!r}", text or "", str) for name, text in (prompts or {}).items()}
         self.default_prompt_name = default_prompt_name
-        if default_prompt_name is not None and default_prompt_name not in self.prompts:
+        if default_prompt_name is not None and str(default_prompt_name) not in self.prompts:
             raise ValueError(f"default_prompt_name is {default_prompt_name!r}: expected one of {list(self.prompts)}")
         self.include_prompt = include_prompt
         self.max_length = min(config.max_length, 512 if max_length is None else max_length)

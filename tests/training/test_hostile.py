@@ -1,4 +1,4 @@
-"""Some of the hostile inputs of hostile.py: each is refused with one line."""
+"""Some of the hostile inputs of hostile_runs.py: each is refused with one line."""
 
 import dataclasses
 import json
@@ -6,7 +6,7 @@ import random
 import shutil
 from itertools import islice
 
-import hostile
+import hostile_runs
 import pytest
 from click.testing import CliRunner
 from runs import run
@@ -40,7 +40,7 @@ def test_absurd_numbers_are_refused_by_every_option(name):
 
 def test_hostile_command_lines(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for arguments in islice(hostile.command_lines(random.Random(0)), 150):
+    for arguments in islice(hostile_runs.command_lines(random.Random(0)), 150):
         assert_refused(arguments)
     assert not list(tmp_path.iterdir())
 
@@ -48,14 +48,14 @@ def test_hostile_command_lines(tmp_path, monkeypatch):
 @pytest.mark.parametrize("suffix", [".json", ".yaml"])
 def test_hostile_option_files(suffix, tmp_path):
     file = tmp_path / f"options{suffix}"
-    for text in islice(hostile.option_files(random.Random(0), NUMERIC), 60):
+    for text in islice(hostile_runs.option_files(random.Random(0), NUMERIC), 60):
         file.write_text(text, encoding="utf-8")
         assert_refused(["pretrain", "--train-file", "nowhere", "--output-dir", "nowhere", "--config", str(file)])
 
 
 def test_hostile_manifests(whole, tmp_path):
     directory = shutil.copytree(whole / "checkpoint-12", tmp_path / "checkpoint-12")
-    for text in islice(hostile.manifests(random.Random(0), whole / "checkpoint-12"), 100):
+    for text in islice(hostile_runs.manifests(random.Random(0), whole / "checkpoint-12"), 100):
         (directory / MANIFEST).write_text(text, encoding="utf-8")
         with pytest.raises(ValueError) as error:
             checkpoint.verify(directory)
@@ -65,7 +65,7 @@ def test_hostile_manifests(whole, tmp_path):
 def test_hostile_states(options, whole):
     directory = shutil.copytree(whole, options["output_dir"])
     state = checkpoint.read_state(directory / "checkpoint-12")
-    for changed in islice(hostile.states(random.Random(0), state), 30):
+    for changed in islice(hostile_runs.states(random.Random(0), state), 30):
         (directory / "checkpoint-12" / checkpoint.STATE).write_text(json.dumps(changed))
         checkpoint.write_manifest(directory / "checkpoint-12")
         with pytest.raises(ValueError) as error:
