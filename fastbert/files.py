@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from filelock import FileLock, Timeout
@@ -55,6 +56,8 @@ def write(path, data):
         building.replace(path)
         sync(path.parent)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            building.unlink(missing_ok=True)
         raise OSError(f"{path} cannot be written: {error.strerror}") from None
 
 
@@ -80,11 +83,16 @@ def sha256(path):
     return digest.hexdigest()
 
 
+def is_sha256(value):
+    """Whether a value read from a file is a sha256 in hexadecimal digits."""
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
 def read_json(path):
     """The JSON object in a file. Raises ValueError with the file's name for anything else."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds no JSON object")
@@ -137,6 +145,8 @@ def verify_manifest(directory, required=()):
         raise ValueError(f"{path} does not list {missing[0]}")
     for name, (size, digest) in expected.items():
         file = inside(directory, name)
+        if type(size) is not int or not is_sha256(digest):
+            raise ValueError(f"{path} has no size or no sha256 for {name}: it is damaged")
         if not file.is_file():
             raise ValueError(f"{file} is missing")
         if file.stat().st_size != size:

@@ -14,6 +14,9 @@ from .sequences import PAIRS, cut_sequences
 from .threads import ordered_map
 from .tokenizer import special_ids, word_starts
 
+# tokens of a batch: no GPU holds the activations of more, and indices stay in 32 bits
+MAX_TOKENS = 1 << 24
+
 
 class MaskedBatches:
     """Masked, packed batches of prepared text.
@@ -49,9 +52,9 @@ class MaskedBatches:
         capacity=False,
     ):
         self.index = cut_sequences(shards, max_seq_length, objective)
-        if tokens_per_batch < max_seq_length:
+        if not max_seq_length <= tokens_per_batch <= MAX_TOKENS:
             raise ValueError(
-                f"tokens_per_batch is {tokens_per_batch}: expected at least max_seq_length, {max_seq_length}"
+                f"tokens_per_batch is {tokens_per_batch}: expected max_seq_length, {max_seq_length}, to {MAX_TOKENS}"
             )
         if not 0 < mlm_probability <= 1:
             raise ValueError(f"mlm_probability is {mlm_probability}: expected more than 0 and at most 1")

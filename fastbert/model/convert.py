@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ..data.tokenizer import check_vocabulary, load_tokenizer
+from ..files import lock
 from . import families, heads, hf_files
 from .sentences import SentenceEmbedder
 
@@ -47,6 +48,8 @@ def convert(source, destination, *, allow_pickle=False):
     model = load_by_architecture(source, allow_pickle=allow_pickle)
     if (Path(source) / "tokenizer.json").exists():
         check_vocabulary(load_tokenizer(source), model.config)
-    model.save_pretrained(destination)
-    hf_files.copy_tokenizer(source, destination)
+    # no run may be at work there
+    with lock(destination):
+        model.save_pretrained(destination)
+        hf_files.copy_tokenizer(source, destination)
     return model

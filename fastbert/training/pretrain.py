@@ -20,16 +20,25 @@ import hashlib
 import json
 import math
 import signal
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ..data.batches import MaskedBatches
+from ..data.batches import MAX_TOKENS, MaskedBatches
 from ..data.sequences import OBJECTIVES, PAIRS, held_out_split
 from ..data.shards import Shards, prepare
 from ..data.text import LAYOUTS, check_columns, expand
-from ..data.tokenizer import load_tokenizer, save_tokenizer, special_ids, tokenizer_hash, train_bpe, train_wordpiece
+from ..data.tokenizer import (
+    load_tokenizer,
+    save_tokenizer,
+    special_ids,
+    tokenizer_hash,
+    train_bpe,
+    train_wordpiece,
+    vocabulary_size,
+)  # fmt: skip
 from ..files import lock
 from ..model import families, hf_files, presets
 from ..model.heads import MaskedLM, Pretraining
@@ -97,7 +106,8 @@ class PretrainConfig:
     save_total_limit: int = option(2, "Checkpoints to keep.")
     eval_steps: int = option(500, "Steps between evaluations.")
     logging_steps: int = option(10, "Steps between rows of the log.")
-    num_workers: int | None = option(None, "Processes that prepare text. One per core by default.")
+    num_workers: int | None = option(None, "Threads that prepare text. One per core by default.")
+    verify: bool = option(True, "Compare token shards with their sha256 at the start.")
     device: str = option("auto", "auto, cpu, cuda or cuda:1.")
 
     def __post_init__(self):
@@ -116,6 +126,7 @@ class PretrainConfig:
         need(self, "more than 0, and below 1", lambda value: 0 < value < 1, "mlm_probability")
         need(self, "from 0 to 1", lambda value: 0 <= value <= 1, "warmup_ratio")
         need(self, f"at least --max-seq-length, {self.max_seq_length}", self.max_seq_length.__le__, "tokens_per_batch")
+        need(self, f"at most {MAX_TOKENS}", MAX_TOKENS.__ge__, "tokens_per_batch")
         if sum(length is not None for length in (self.max_steps, self.epochs, self.max_minutes)) > 1:
             raise ValueError("more than one of --max-steps, --epochs and --max-minutes is given: expected one")
         if self.embedding_sharing is not None and self.objective != "rtd":
@@ -127,7 +138,7 @@ class PretrainConfig:
 # A resumed run may change these options. The text and the tokenizer are compared by content.
 MAY_DIFFER = {
     "train_file", "eval_file", "output_dir", "tokenizer", "max_steps", "epochs", "max_minutes", "resume", "save_steps",
-    "save_total_limit", "eval_steps", "logging_steps", "num_workers", "device",
+    "save_total_limit", "eval_steps", "logging_steps", "num_workers", "verify", "device",
 }  # fmt: skip
 
 
@@ -146,7 +157,10 @@ def pretrain(config: PretrainConfig) -> dict:
     output_dir = Path(config.output_dir)
     device = processes.device_of(config.device)
     model_config = _model_config(config)
-    sources = [_source(paths, config) for paths in (config.train_file, config.eval_file)]
+    sources = [
+        _source(config.train_file, config, output_dir / "data", rank),
+        _source(config.eval_file, config, output_dir / "data-eval", rank),
+    ]
 
     with lock(output_dir) if rank == 0 else contextlib.nullcontext(), Log(output_dir, rank) as log:
         resumed = checkpoint.to_resume(output_dir, config.resume)
@@ -170,7 +184,7 @@ def pretrain(config: PretrainConfig) -> dict:
                 else:
                     tokenizer = train_wordpiece(sources[0], config.vocab_size, lowercase=not config.cased, **reading)
             elif tokenizer is None:
-                tokenizer = load_tokenizer(output_dir)
+                tokenizer = load_tokenizer(output_dir, as_saved=True)
             if rank == 0:
                 save_tokenizer(tokenizer, output_dir)
             train, evaluation = (
@@ -180,7 +194,7 @@ def pretrain(config: PretrainConfig) -> dict:
         for shards in (train, evaluation):
             if shards is not None and shards.manifest["skipped_lines"]:
                 log.say(
-                    f"{shards.directory}: {shards.manifest['skipped_lines']:,} lines skipped that are not UTF-8 text"
+                    f"{shards.directory}: {shards.manifest['skipped_lines']:,} lines skipped that are not valid text"
                 )
         loader, held_out = _loaders(config, train, evaluation, rank, world_size)
         fingerprint = _fingerprint(train, evaluation)
@@ -190,7 +204,7 @@ def pretrain(config: PretrainConfig) -> dict:
         # model and optimizer
         if config.model in presets.PRESETS:
             ids = special_ids(tokenizer)
-            model_config = families.with_vocabulary(model_config, tokenizer.get_vocab_size(), ids.pad)
+            model_config = families.with_vocabulary(model_config, vocabulary_size(tokenizer), ids.pad)
         model = _model(config, model_config).to(device).train()
         optimizer = optim.adamw(
             model, learning_rate=config.learning_rate, weight_decay=config.weight_decay,
@@ -287,18 +301,28 @@ def _model_config(config):
     return found
 
 
-def _source(paths, config):
-    """The source that --train-file or --eval-file names: Shards of a prepared directory, text files, or None."""
+def _source(paths, config, directory, rank):
+    """The source that --train-file or --eval-file names: Shards of a prepared directory, text files, or None.
+
+    A run that is resumed goes on with its own shards, in `directory`, when the text is gone.
+    """
     if not paths:
         return None
+    verify = config.verify and rank == 0
     prepared = [path for path in paths if (Path(path) / "manifest.json").is_file()]
     if len(prepared) == 1 and len(paths) == 1:
-        return Shards.open(paths[0])
+        return Shards.open(paths[0], verify=verify, progress=True)
     if prepared:
         raise ValueError(f"{prepared[0]} is a prepared directory: it cannot be combined with other files")
-    files = expand(paths)
-    check_columns(files, config.text_column)
-    return files
+    try:
+        files = expand(paths)
+        check_columns(files, config.text_column)
+        return files
+    except (ValueError, OSError) as error:
+        if not (config.resume and (directory / "manifest.json").is_file()):
+            raise
+        warnings.warn(f"{error}: resuming with the shards in {directory}", stacklevel=2)
+        return Shards.open(directory, verify=verify, progress=True)
 
 
 def _known_tokenizer(config, source, resumed):
@@ -311,7 +335,7 @@ def _known_tokenizer(config, source, resumed):
             )
         return source.tokenizer
     if given is None and (resumed or (Path(config.model) / "tokenizer.json").is_file()):
-        given = load_tokenizer(resumed or config.model)
+        given = load_tokenizer(resumed or config.model, as_saved=bool(resumed))
     return given
 
 
@@ -319,7 +343,7 @@ def _check_vocabulary(config, model_config, tokenizer):
     """Raises ValueError when the tokenizer does not fit the model. A preset takes the tokenizer's size."""
     if config.model in presets.PRESETS:
         return
-    size = config.vocab_size if tokenizer is None else tokenizer.get_vocab_size()
+    size = config.vocab_size if tokenizer is None else vocabulary_size(tokenizer)
     if size > model_config.vocab_size:
         raise ValueError(
             f"the tokenizer has {size} pieces: {config.model} has a vocab_size of {model_config.vocab_size}"
@@ -339,6 +363,7 @@ def _shards(source, tokenizer, directory, config, rank):
         prepare(
             source, tokenizer, directory,
             text_column=config.text_column, layout=config.layout, num_workers=config.num_workers,
+            verify=config.verify,
         )  # fmt: skip
     return Shards.open(directory)
 
