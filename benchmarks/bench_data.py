@@ -1,39 +1,35 @@
-"""The data path: text to tokens against the tokenizers library alone, and the loader against what a model eats.
+"""The data path: text to tokens against the tokenizers library alone, and the loader against what a model consumes.
 
     python benchmarks/bench_data.py                         under a minute on two cores
     python benchmarks/bench_data.py --quick                 less text, a small model: does it run?
 
 prepare     text files to shards on disk, against the tokenizers library alone on the same lines in memory, on all
-            cores, in batches. `prepare` reads, cuts sentences, checks and writes within its time. Both give the same
-            tokens, which is checked. A ratio of 1 is all that there is to have.
-loader      masked, packed batches for each objective, one thread, against the training step of a model: the one that
-            eats fastest here, as it computes nothing else than the loader has made. The loader must never be the limit.
+            cores, in batches. `prepare` also reads, splits sentences, checks and writes. Both must give the same
+            tokens. The ratio can be 1 at best.
+loader      masked, packed batches for each objective, one thread, against the training step of a model. The loader must
+            never be the bottleneck.
 in a run    steps with the loader working beside them, against the same steps on batches that are in memory.
 
-The text is that of benchmarks/demo.py. On a CPU the model is a small one, which eats more than a large one, and on a
-GPU BERT-base in bfloat16. Rounds take turns. Writes data.json; benchmarks/report.py shows it.
+The text is that of benchmarks/demo.py. On a CPU the model is small, so it consumes tokens fast; on a GPU it is
+BERT-base in bfloat16. Rounds take turns. Writes data.json; benchmarks/report.py shows it.
 """
 
-import argparse
 import functools
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from itertools import islice
 from pathlib import Path
-
-import numpy as np
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+from unittest import mock
 
 import demo
 import machine
+import numpy as np
 import record
 import tables
+import torch
 
 import fastbert
 from fastbert.data.batches import MaskedBatches
@@ -48,23 +44,15 @@ from fastbert.training.loop import accumulate
 BATCH = 1000
 
 
-def median_rate(tokens, seconds):
-    return round(tokens / statistics.median(seconds))
-
-
 def row_of(name, tokens, seconds, against, other_tokens, other_seconds):
-    """A row: the median rates of both, and the first's over the second's. The same tokens: the same work, a race."""
-    ours, theirs = median_rate(tokens, seconds), median_rate(other_tokens, other_seconds)
+    """A row: the median rates of both, and the first's over the second's."""
+    ours, theirs = (round(n / statistics.median(s)) for n, s in ((tokens, seconds), (other_tokens, other_seconds)))
     who = "fastbert" if name == "prepare" else name
     return {
         "name": name, "tokens": tokens, "tokens_per_s": ours, "against": against, "against_tokens": other_tokens,
         "against_tokens_per_s": theirs, "ratio": round(ours / theirs, 3),
-        "seconds": {who: _rounded(seconds), against: _rounded(other_seconds)},
+        "seconds": record.rounded({who: seconds, against: other_seconds}, 5),
     }  # fmt: skip
-
-
-def _rounded(seconds):
-    return [round(s, 5) for s in seconds]
 
 
 def timed(call):
@@ -91,9 +79,7 @@ def prepare_row(files, tokenizer, work, rounds):
     def ours(round_):
         return prepare(files, tokenizer, work / f"shards-{round_}", progress=False)
 
-    before = os.environ.pop("TOKENIZERS_PARALLELISM", None)
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    try:
+    with mock.patch.dict(os.environ, TOKENIZERS_PARALLELISM="true"):
         ids, manifest = alone(), ours("first")
         shards = Shards.open(work / "shards-first")
         if not np.array_equal(np.concatenate(shards.tokens), np.concatenate(ids)):
@@ -105,10 +91,6 @@ def prepare_row(files, tokenizer, work, rounds):
             for times, call in calls[:: -1 if i % 2 else 1]:
                 times.append(timed(call)[0])
             shutil.rmtree(work / f"shards-{i}")
-    finally:
-        del os.environ["TOKENIZERS_PARALLELISM"]
-        if before is not None:
-            os.environ["TOKENIZERS_PARALLELISM"] = before
     tokens = manifest["tokens"]
     row = row_of("prepare", tokens, seconds, "tokenizers alone", tokens, other)
     return row | {"text_mb": round(sum(file.stat().st_size for file in files) / 1e6, 2)}, shards
@@ -160,7 +142,7 @@ def loader_rows(shards, device, rounds, quick):
         preset, length, tokens, count, bf16 = "bert-mini", 128, 8192, 4, demo.bf16_is_faster()
     if quick:
         preset, tokens, count = "bert-tiny", 1024, 2
-    config = fastbert.preset(preset).replace(vocab_size=shards.tokenizer.get_vocab_size())
+    config = fastbert.preset(preset).replace(vocab_size=shards.manifest["vocab_size"])
     eater = Eater(config, device, bf16)
     what = f"{preset}, training in {'bf16' if bf16 else 'fp32'}"
     loader = loader_of(shards, length, tokens)
@@ -184,23 +166,20 @@ def loader_rows(shards, device, rounds, quick):
             seconds, made_tokens[name] = drained(one, number)
             made[name].append(seconds)
     real = sum(int(batch.cu_seqlens[-1]) for batch in kept)
-    rows = [
-        row_of(name, made_tokens[name], made[name], what, real, eaten) for name in loaders
-    ]  # fmt: skip
+    rows = [row_of(name, made_tokens[name], made[name], what, real, eaten) for name in loaders]
     rows.append(row_of(f"{what}, with the loader beside it", real, beside, "batches in memory", real, eaten))
     return rows
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = machine.parser(__doc__)
     parser.add_argument("--rounds", type=int, help="default: 5, with --quick 2")
     parser.add_argument("--quick", action="store_true", help="little text, a small model: does it run?")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/<device>")
     options = parser.parse_args(arguments)
     device = machine.device()
     file = (options.output or machine.folder(device)) / "data.json"
     rounds = options.rounds or (2 if options.quick else 5)
-    pieces = 1000 if options.quick else 16000
+    pieces = 500 if options.quick else 16000
     result = record.new(device, {"rounds": rounds, "quick": options.quick, "pieces": pieces})
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory)

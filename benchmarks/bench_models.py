@@ -8,35 +8,16 @@
     python benchmarks/bench_models.py step --own                      fastbert's alone, on packed batches; needs a GPU
     python benchmarks/bench_models.py families                        every family, and a sentence embedder; on a CPU
 
-The sweeps write models.json, in the dtype fp32 on a CPU and bf16 on a GPU:
-
-fill        padded rectangles filled to 40, 60, 80 and 100 %: inference and training step
-length      no padding, as many tokens in sequences of 64 to 512, both passes; every family at 512, which is as far as
-            tables of positions go; ModernBERT to its 8192 (a training step on a CPU to 2048); DeBERTa-v3, whose
-            positions are relative and know no end, to 2048
-batch       inference of 1 sequence (latency) and more (throughput)
-picked      training step with 5, 15 and 30 % of the tokens picked (on a GPU to all of them)
-families    every family at 40, 60, 80 and 100 % fill
-sentences   texts to vectors with all-MiniLM-L6-v2: one verse, and 300
+The sweeps (fill, length, batch, picked, families, sentences) write models.json, in fp32 on a CPU and bf16 on a GPU;
+README.md says what each of them measures, and what all of them hold to.
 
 `step` writes training_step.json. On a CPU: 8 sequences of at most 128 tokens, fp32, without dropout. There fastbert's
-products go through oneDNN, torch's through MKL, which keeps to AVX2 on processors that are not Intel's: a further row
-runs fastbert on MKL. Peak memory is that of a process of its own for each library. On a GPU: 65,536 tokens of padding
-and text, bf16 autocast, dropout 0.1; with --own own_step.json, with the time of each kernel.
+products go through oneDNN and torch's through MKL, which uses at most AVX2 on processors that are not Intel's: a
+further row runs fastbert on MKL. Peak memory is that of one process per library. On a GPU: 65,536 tokens of padding and
+text, bf16 autocast, dropout 0.1; --own writes own_step.json, with the time of each kernel.
 
 `families` writes families.json: base sizes with 4 layers, fp32, 8 sequences as above; a training step without the
-optimizer, which is the same for all; one text of 8 tokens, where there is little to win; 300 verses to vectors.
-
-inference is the encoder's hidden states without gradients, the weights in the dtype named; train is forward, backward
-and AdamW of the masked language model, under autocast in bfloat16. All get the same weights and the same padded batch;
-where nothing is padded, nobody gets a mask. Before any clock starts, hidden states at real tokens, losses and gradient
-norms are compared with transformers' in float32, without dropout; who disagrees is not timed. Calls take turns, and a
-row whose spread is wide gets more rounds (rounds.py). On a CPU the process keeps the memory that it frees
-(machine.keep_memory), for all alike.
-
-Tokens per second count real tokens; beside them stand those of the padded rectangle, as a padded library says. MFU: the
-FLOPs that the result depends on (`model_flops`) over the time, as a share of the measured rate of a large product
-in the same dtype. Padding, logits of tokens that are not picked, and recomputation do not count.
+optimizer, which is the same for all; one text of 8 tokens, where there is little to gain; 300 verses to vectors.
 """
 
 import argparse
@@ -60,6 +41,7 @@ from rounds import take_turns
 import fastbert
 from fastbert.proof import op_cases
 
+# what is measured first comes first
 SWEEPS = ("fill", "batch", "picked", "length", "families", "sentences")
 FILES = {"sweeps": "models", "step": "training_step", "families": "families"}
 # (least, most) timed calls on a CPU; on a GPU they agree more, and a number is enough
@@ -158,7 +140,7 @@ def cases(device, models, only, quick):
             for passes in both if width == 512 or on_gpu else ("inference",):
                 around = max(tokens, width)
                 add("length", model, (width,) * (around // width), passes, few, layers=of_families)
-    found = [case for sweep in SWEEPS for case in found if case.sweep == sweep and sweep in only]
+    found = sorted((case for case in found if case.sweep in only), key=lambda case: SWEEPS.index(case.sweep))
     # cases of one model together, as loading it takes longer than a case
     models = list(dict.fromkeys((case.model, case.layers) for case in found))
     return sorted(found, key=lambda case: models.index((case.model, case.layers)))
@@ -168,9 +150,9 @@ def most_telling_first(cases):
     """The order of a run that may be cut: text at 60 % fill, then every family at it, one sequence, and the rest."""
 
     def place(case):
-        is_text = 0.55 < case.fill < 0.65 and max(case.lengths) <= 128
-        kinds = [case.sweep == "fill" and is_text, case.sweep == "families" and is_text]
-        return [*kinds, case.sweep == "batch" and len(case.lengths) == 1, True].index(True)
+        if case.sweep in ("fill", "families") and 0.55 < case.fill < 0.65 and max(case.lengths) <= 128:
+            return ("fill", "families").index(case.sweep)
+        return 2 if case.sweep == "batch" and len(case.lengths) == 1 else 3
 
     # stable: cases of one model stay together
     return sorted(cases, key=place)
@@ -198,13 +180,13 @@ def step_cases(device, is_own=False):
 
 def family_cases(models, layers):
     lengths = LENGTHS["text, 60 % fill"]
+    same = dict(layers=layers, implementations=OF_FAMILIES, updates=False)
     found = [
-        Case(
-            "family", model, lengths, passes, layers=layers, implementations=OF_FAMILIES, title=family, updates=False
-        )
-        for family, model in FAMILIES.items() if model in models or not models
+        Case("family", model, lengths, passes, title=family, **same)
+        for family, model in FAMILIES.items()
         for passes in ("train", "inference")
-    ]  # fmt: skip
+        if model in models or not models
+    ]
     return [*found, Case("single", "bert-base", (8,), "inference", implementations=OF_FAMILIES[:2])]
 
 
@@ -222,21 +204,20 @@ def row_of(facts, lengths, padded, flops, seconds, rate, gib=None, difference=0.
     return {
         **facts, "sequences": len(lengths), "length": max(lengths), "fill": round(sum(lengths) / padded, 3),
         "tokens_real": sum(lengths), "tokens_padded": padded, "flops": flops, "difference": difference,
-        "seconds": {name: [round(s, 6) for s in times] for name, times in seconds.items()},
+        "seconds": record.rounded(seconds),
         "summary": summary(seconds, sum(lengths), padded, flops, rate, gib or {}),
     }  # fmt: skip
 
 
 def summary(seconds, real, padded, flops, rate, gib):
-    """{implementation: figures} of raw seconds, as record.summary's, with what a model's are worth."""
+    """record.summary of raw seconds, with the figures of a model."""
     found = record.summary(seconds, real)
     for name, figures in found.items():
         median = figures["median_s"]
-        figures |= {
-            "padded_tokens_per_s": round(padded / median), "tflop_per_s": round(flops / median / 1e12, 4),
-            "mfu": round(flops / median / rate, 4),
-            **({"peak_gib": round(gib[name], 3)} if gib.get(name) is not None else {}),
-        }  # fmt: skip
+        figures["padded_tokens_per_s"] = round(padded / median)
+        figures |= {"tflop_per_s": round(flops / median / 1e12, 4), "mfu": round(flops / median / rate, 4)}
+        if gib.get(name) is not None:
+            figures["peak_gib"] = round(gib[name], 3)
     return found
 
 
@@ -257,7 +238,7 @@ def run_case(case, model, device, rates, rounds, not_measured, seconds=20.0):
     times = take_turns(calls, rounds, seconds, device=device, prepare=prepare, on_failure=failed)
     gib = {}
     # on a CPU a profiler counts, which takes its time
-    is_counted = device.type == "cuda" or (case.sweep == "fill" and (case.fill == 1 or 0.55 < case.fill < 0.75))
+    is_counted = device.type == "cuda" or (case.sweep == "fill" and record.is_usual(case.fill))
     for name, call in list(calls.items()) if is_counted else ():
         try:
             prepare(name)
@@ -266,12 +247,12 @@ def run_case(case, model, device, rates, rounds, not_measured, seconds=20.0):
             leave_out(name, failure, case, device, not_measured)
     is_train, layers = case.passes == "train", model.config.num_hidden_layers
     picked = int((batches(model.config, case, device)[0]["labels"] != -100).sum())
-    facts = {
-        "sweep": case.sweep, **names_of(case, layers), "model": case.model, "layers": layers, "pass": case.passes,
-        "dtype": case.dtype, "picked_share": case.picked if is_train else None, "picked": picked if is_train else None,
-    }  # fmt: skip
-    if case.sweep == "single":
-        del facts["pass"]
+    facts = {"sweep": case.sweep, **names_of(case, layers), "model": case.model, "layers": layers}
+    if case.sweep != "single":
+        facts["pass"] = case.passes
+    facts |= {"dtype": case.dtype, "picked_share": None, "picked": None}
+    if is_train:
+        facts |= {"picked_share": case.picked, "picked": picked}
     flops = model_flops(model.config, case.lengths, picked, case.passes)
     padded = len(case.lengths) * max(case.lengths)
     row = row_of(facts, case.lengths, padded, flops, times, rates[case.dtype], gib, difference)
@@ -279,7 +260,7 @@ def run_case(case, model, device, rates, rounds, not_measured, seconds=20.0):
         try:
             row["summary"][OWN]["kernels"] = machine.kernel_times(calls[OWN])
         except Exception as failure:  # the times of the step stay
-            not_measured[f"times of kernels: {case.title}"] = f"{type(failure).__name__}: {failure}"[:160]
+            not_measured[f"times of kernels: {case.title}"] = record.line_of(failure)
     if case.implementations == ON_A_CPU:
         for name, figures in row["summary"].items():
             figures |= memory_of_a_process(name, case, model)
@@ -297,7 +278,7 @@ def compile_kernels(case, model, device):
         with precompile.compiling():
             model_pairs.train_step(model.module(OWN, case), {"input_ids": packed}, autocast=model.autocast(case))
     except Exception as failure:  # told again where it is timed
-        print(f"not compiled: {failure}".partition("\n")[0][:200], flush=True)
+        print(f"not compiled: {record.line_of(failure)}", flush=True)
 
 
 def memory_of_a_process(implementation, case, model):
@@ -308,12 +289,17 @@ def memory_of_a_process(implementation, case, model):
 
 
 def measure_memory(directory, title, implementation):
-    before, module = machine.high_water_mib(), model_pairs.load(implementation, directory)
+    def peak_mib():
+        # not resource.getrusage: its maximum begins with that of the process that started this one
+        status = Path("/proc/self/status").read_text()
+        return round(int(status.partition("VmHWM:")[2].split()[0]) / 1024)
+
+    before, module = peak_mib(), model_pairs.load(implementation, directory)
     batch = model_pairs.padded_batch(model_pairs.config_of("bert-base"), LENGTHS[title])
     step = functools.partial(model_pairs.train_step, module, batch, model_pairs.optimizer_of(module))
     for _ in range(3):
         (model_pairs.on_mkl(step) if implementation.endswith("on MKL") else step)()
-    print(json.dumps({"peak_memory_mib": machine.high_water_mib(), "memory_before_model_mib": before}))
+    print(json.dumps({"peak_memory_mib": peak_mib(), "memory_before_model_mib": before}))
 
 
 def sentence_rows(device, rates, rounds, counts, not_measured, of_sweep=True):
@@ -365,18 +351,16 @@ def line_of(row):
 
 def warm(case, model, device):
     """Call once what a case calls, so that what is compiled lies in the caches on disk; time nothing."""
-    for name in case.implementations:
-        if name == "transformers":
-            # it compiles nothing, and takes most of the memory
-            continue
+    # transformers compiles nothing, and takes most of the memory
+    for name in (name for name in case.implementations if name != "transformers"):
         try:
             model.call(name, case, *batches(model.config, case, device))()
         except Exception as failure:
-            print(f"{name}, {case.name}: {failure}".partition("\n")[0][:200], flush=True)
+            print(f"{name}, {case.name}: {record.line_of(failure)}", flush=True)
 
 
 def options_of(arguments):
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = machine.parser(__doc__)
     parser.add_argument("what", nargs="?", choices=FILES, default="sweeps", help="default: sweeps")
     parser.add_argument("--models", nargs="+", default=[], metavar="NAME", help="these alone; default: see above")
     parser.add_argument("--only", nargs="+", choices=SWEEPS, default=list(SWEEPS), help="these sweeps")
@@ -386,7 +370,6 @@ def options_of(arguments):
     parser.add_argument("--warm", action="store_true", help="only compile, and time nothing")
     parser.add_argument("--quick", action="store_true", help="small shapes: whether it runs, not how fast")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="families: the CPU always")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/<device>")
     # how it calls itself for memory
     for name in ("--memory", "--case", "--weights"):
         parser.add_argument(name, help=argparse.SUPPRESS)
@@ -443,7 +426,7 @@ def main(arguments=None):
 
     def failed(name, failure):
         failures.append(name)
-        print(f"{name}: FAILED: {type(failure).__name__}: {str(failure)[:2000]}", flush=True)
+        print(f"{name}: FAILED: {record.line_of(failure)}", flush=True)
 
     for case in todo:
         if time.monotonic() > end:
@@ -462,10 +445,10 @@ def main(arguments=None):
             kept(run_case(case, model, device, rates, rounds[case.passes], missing, seconds))
         except Exception as failure:  # the other cases want their turn
             failed(case.title or case.name, failure)
-    model = None
-    gc.collect()
     if options.warm:
         return
+    model = None
+    gc.collect()
     if what != "step" and "sentences" in options.only and not options.models and time.monotonic() < end:
         many = 20 if options.quick else model_pairs.VERSES
         counts = (1, many) if what == "sweeps" else (many,)

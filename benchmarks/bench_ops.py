@@ -5,21 +5,10 @@
     python benchmarks/bench_ops.py --ops attention pooling
     pytest benchmarks/bench_ops.py --benchmark-json new.json      by pytest-benchmark, variant after variant
 
-On a GPU it is 65,536 real tokens in bf16; on a CPU 1,024 or 2,048 in fp32, where fastbert is `fastbert/cpu`. A
-peer that needs padding gets the rectangle, which is what it computes in a real model, already padded; rates count real
-tokens only. Variants take turns, round after round, in alternating order, each from a cold cache; on a GPU they are
-timed on the device's own stream without the host's time.
-
-Each variant must agree with the reference, in fp32 (in fp64 where fp32 is timed), before it is timed. Under dropout
-masks differ between libraries: there only fastbert, whose mask the reference draws too, is checked again, and the rest
-must have passed without dropout.
-
-Writes ops.json, ops.csv and ops.md. With TRITON_INTERPRET=1 FASTBERT_IMPL=triton and no GPU it rehearses on tiny shapes
-in Triton's interpreter.
+README.md says at which shapes, how they are timed and what is checked before. Writes ops.json, ops.csv and ops.md. With
+TRITON_INTERPRET=1 FASTBERT_IMPL=triton and no GPU it rehearses on tiny shapes in Triton's interpreter.
 """
 
-import argparse
-import collections
 import itertools
 import logging
 import statistics
@@ -40,6 +29,7 @@ import record
 from op_pages import PASSES, told, write
 from op_peers import build, installed, variants
 from peers import NotApplicable, Unavailable
+from rounds import quartiles
 
 from fastbert.proof import op_cases
 from fastbert.proof.op_cases import TABLE, Case, results
@@ -63,7 +53,7 @@ def test_op(benchmark, device, op, variant):
     except RuntimeError as failure:
         if variant == "fastbert":
             raise
-        pytest.skip(line_of(failure))
+        pytest.skip(record.line_of(failure))
     assert error < TOLERANCE[case.dtype]
     gradient = op_cases.cotangent(run)
 
@@ -77,10 +67,6 @@ def test_op(benchmark, device, op, variant):
     benchmark.pedantic(both, rounds=5, warmup_rounds=1)
 
 
-def line_of(failure):
-    return f"{type(failure).__name__}: {failure}".partition("\n")[0][:200]
-
-
 def cases(device, quick=False):
     """The cases of a run, the ones that matter most first."""
     if machine.rehearsing(device):
@@ -92,12 +78,9 @@ def cases(device, quick=False):
         found = _on_a_gpu(device)
     if quick:
         # ragged at the first shape of each op
-        first = {}
-        for case in found:
-            first.setdefault(case.op, case)
-        return list(first.values())
+        return [next(case for case in found if case.op == op) for op in op_cases.OPS]
     # with dropout right after without: what passed the one is timed in the other. Once for each op on a CPU, where
-    # drawing it is most of the time
+    # drawing the mask is most of the time
     dropped, with_dropout = set(), []
     for case in found:
         with_dropout.append(case)
@@ -122,12 +105,8 @@ def _on_a_gpu(device):
         for op in ("attention", "layer_norm", "bias_gelu", "masked_cross_entropy"):
             found.append(Case(op, model, tuple(ragged(tokens, 128))))
     # the first of every op, then the second: time may end before the list does
-    places = collections.Counter()
-    ranks = []
-    for case in found:
-        ranks.append(places[case.op])
-        places[case.op] += 1
-    return [case for _, case in sorted(zip(ranks, found), key=lambda pair: pair[0])]
+    by_op = [[case for case in found if case.op == op] for op in TABLE]
+    return [case for turn in itertools.zip_longest(*by_op) for case in turn if case]
 
 
 def _on_a_cpu():
@@ -163,27 +142,27 @@ def agreeing(case, device, passed, compiles=True):
         # the reference's masks of every score would take most of the memory
         few = replace(case, lengths=tuple(itertools.islice(case.lengths, 8)))
         few_arguments = few.arguments(device)
-        wanted = _truth(few, few_arguments)
+        wanted = truth(few, few_arguments)
     else:
-        wanted = _truth(case, arguments)
+        wanted = truth(case, arguments)
     runs, errors, refused = {}, {}, {}
     for name, make in variants(case.op).items():
         if name in COMPILING and not compiles:
             refused[name] = "takes its time to compile: left out of quick runs and rehearsals"
             continue
         try:
+            run, error = build(make, arguments), None
             if not case.dropout_p:
-                run = build(make, arguments)
                 error = op_cases.disagreement(results(run), wanted)
             elif name == "fastbert":
                 error = op_cases.disagreement(results(build(make, few_arguments)), wanted)
-                run = build(make, arguments)
+            elif name not in passed:
+                raise Unavailable("did not agree with the reference without dropout")
             else:
-                error, run = None, build(make, arguments)
-                if name not in passed:
-                    refused[name] = "did not agree with the reference without dropout"
-                    continue
                 results(run)
+            if error is not None and error >= TOLERANCE[case.dtype]:
+                raise Unavailable(f"wrong: differs from the reference by {error:.1e}")
+            runs[name], errors[name] = run, error
         except NotApplicable:
             continue
         except Unavailable as reason:
@@ -191,16 +170,11 @@ def agreeing(case, device, passed, compiles=True):
         except Exception as failure:
             if name == "fastbert":
                 raise
-            refused[name] = line_of(failure)
-        else:
-            if error is None or error < TOLERANCE[case.dtype]:
-                runs[name], errors[name] = run, error
-            else:
-                refused[name] = f"wrong: differs from the reference by {error:.1e}"
+            refused[name] = record.line_of(failure)
     return runs, errors, refused
 
 
-def _truth(case, arguments):
+def truth(case, arguments):
     return op_cases.truth(case, arguments, torch.float64 if case.dtype == torch.float32 else torch.float32)
 
 
@@ -217,16 +191,14 @@ def in_turns(runs, clock, rounds, budget, refused):
             gradients[name] = op_cases.cotangent(runs[name])
         places[name] = rotation(runs[name], gradients.get(name), clock)
 
-    for name in list(runs):
-        attempt(name, runs, refused, clock.device, lambda: prepare(name))  # noqa: B023
-
-    def calls(name):
-        run = runs[name]
+    def calls_of(name, run):
         if run.forward_only:
             return (run.forward,)
         return run.forward, lambda output: torch.autograd.grad(output, run.leaves, gradients[name])
 
-    calls = {name: calls(name) for name in runs}
+    for name in list(runs):
+        attempt(name, runs, refused, clock.device, lambda: prepare(name))  # noqa: B023
+    calls = {name: calls_of(name, run) for name, run in runs.items()}
     seconds = {name: {"forward": [], "backward": []} for name in runs}
     late = dict.fromkeys(runs, 0)
     warm_up = 2 if clock.device.type == "cuda" else 1
@@ -254,7 +226,7 @@ def attempt(name, runs, refused, device, call):
         if name == "fastbert":
             raise
         del runs[name]
-        refused[name] = line_of(failure)
+        refused[name] = record.line_of(failure)
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return None
@@ -266,9 +238,8 @@ def rotation(run, gradient, clock):
     The tensors stay the same objects with the same numbers, so nothing is compiled again. Indices stay where they are.
     """
     tensors = [*run.leaves, *([] if gradient is None else [gradient])]
-    places = [[x.data for x in tensors]]
-    for _ in range(1, clock.copies(sum(x.nbytes for x in tensors))):
-        places.append([x.detach().clone() for x in tensors])
+    copies = clock.copies(sum(x.nbytes for x in tensors))
+    places = [[x.data for x in tensors]] + [[x.detach().clone() for x in tensors] for _ in range(1, copies)]
 
     def turn(i):
         for x, place in zip(tensors, places[i % len(places)]):
@@ -292,54 +263,43 @@ def measure(case, runs, errors, refused, clock, ceilings, rounds, budget):
 
     for name, run in list(runs.items()):
         attempt(name, runs, refused, clock.device, lambda: count(name, run))  # noqa: B023
+    for passes in seconds.values():
+        passes["both"] = [sum(pair) for pair in zip(passes["forward"], passes["backward"])]
     # such a call waits for the device, and then the device for the host: that is in its time
     waiting = [name for name in runs if 2 * late[name] > len(seconds[name]["forward"])]
     floor = case.floor()
-    floor["both"] = tuple(map(sum, zip(*floor.values())))
+    least = {x: max(size / ceilings["copy"], flops / ceilings["product"]) for x, (size, flops) in floor.items()}
+    # one pass after the other: "both" waits for each of them
+    floor["both"], least["both"] = tuple(map(sum, zip(*floor.values()))), sum(least.values())
     rows = []
     for what in PASSES:
         size, flops = floor[what]
-        # a pass after the other: "both" waits for each of them
-        least = {
-            x: max(floor[x][0] / ceilings["copy"], floor[x][1] / ceilings["product"]) for x in ("forward", "backward")
-        }
-        least["both"] = sum(least.values())
-        taken, missing = {}, dict(refused)
-        for name, run in runs.items():
-            if run.forward_only and what != "forward":
-                missing[name] = run.forward_only
-            elif what == "both":
-                taken[name] = [sum(pair) for pair in zip(seconds[name]["forward"], seconds[name]["backward"])]
-            else:
-                taken[name] = seconds[name][what]
-        rows.append(
-            {
-                "op": case.op, "case": case.name, "pass": what, "model": case.model, "dtype": str(case.dtype)[6:],
-                "length": max(case.lengths), "tokens": sum(case.lengths), "padded_tokens": case.padded_tokens,
-                "dropout_p": case.dropout_p, "bytes": size, "flops": flops, "floor_us": round(least[what] * 1e6, 1),
-                "bound_by": "bytes" if size / ceilings["copy"] > flops / ceilings["product"] else "flops",
-                "seconds": {name: [round(s, 9) for s in times] for name, times in taken.items()},
-                "summary": {
-                    name: _summary(times, taken["fastbert"], size, flops, least[what], memory.get((what, name)))
-                    for name, times in taken.items()
-                },
-                "waiting": [name for name in waiting if name in taken], "disagreement": errors, "not_measured": missing,
-            }
-        )  # fmt: skip
+        missing = {name: run.forward_only for name, run in runs.items() if run.forward_only and what != "forward"}
+        taken = {name: seconds[name][what] for name in runs if name not in missing}
+        rows.append({
+            "op": case.op, "case": case.name, "pass": what, "model": case.model, "dtype": str(case.dtype)[6:],
+            "length": max(case.lengths), "tokens": sum(case.lengths), "padded_tokens": case.padded_tokens,
+            "dropout_p": case.dropout_p, "bytes": size, "flops": flops, "floor_us": round(least[what] * 1e6, 1),
+            "bound_by": "bytes" if size / ceilings["copy"] > flops / ceilings["product"] else "flops",
+            "seconds": record.rounded(taken, 9),
+            "summary": {
+                name: summary(times, taken["fastbert"], size, flops, least[what], memory.get((what, name)))
+                for name, times in taken.items()
+            },
+            "waiting": [name for name in waiting if name in taken], "disagreement": errors,
+            "not_measured": refused | missing,
+        })  # fmt: skip
     return rows
 
 
-def _quartiles(values):
-    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * [values[0]]
-
-
-def _summary(times, ours, size, flops, least, gib):
-    low, median, high = _quartiles(times)
-    slower = _quartiles([a / b for a, b in zip(times, ours)])
+def summary(times, ours, size, flops, least, gib):
+    """The figures of a variant in a row. times_fastbert: how many times fastbert's time, round by round."""
+    slower = [a / b for a, b in zip(times, ours)]
+    median = statistics.median(times)
     return {
-        "median_us": round(median * 1e6, 1), "quartiles_us": [round(low * 1e6, 1), round(high * 1e6, 1)],
-        # how many times fastbert's time, round by round
-        "times_fastbert": round(slower[1], 3), "times_fastbert_quartiles": [round(slower[0], 3), round(slower[2], 3)],
+        "median_us": round(median * 1e6, 1), "quartiles_us": [round(x * 1e6, 1) for x in quartiles(times)],
+        "times_fastbert": round(statistics.median(slower), 3),
+        "times_fastbert_quartiles": [round(x, 3) for x in quartiles(slower)],
         "gb_per_s": round(size / median / 1e9, 1), "tflop_per_s": round(flops / median / 1e12, 3),
         "percent_of_ceiling": round(100 * least / median, 1), "peak_gib": None if gib is None else round(gib, 6),
     }  # fmt: skip
@@ -357,16 +317,15 @@ def warm(todo, device):
             try:
                 results(build(make, arguments))
             except Exception as failure:
-                print(f"{case.name}: {failure}".partition("\n")[0][:200])
+                print(f"{case.name}: {record.line_of(failure)}")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = machine.parser(__doc__)
     parser.add_argument("--ops", nargs="+", choices=op_cases.OPS, default=op_cases.OPS)
     parser.add_argument("--quick", action="store_true", help="one shape of each op, and nothing that compiles")
     parser.add_argument("--rounds", type=int, help="timed calls of each variant; default: 20, with --quick 7")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no further case after this time")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/<device>")
     parser.add_argument("--warm", action="store_true", help="only compile, and time nothing")
     options = parser.parse_args()
     warnings.simplefilter("ignore")  # torch explains at length why a backend does not take a call
@@ -403,7 +362,7 @@ def main():
             rows = measure(case, runs, errors, refused, clock, ceilings, rounds, budget)
         except Exception as failure:
             failures.append(case.name)
-            print(f"[{number}/{len(todo)}] {case.name}: FAILED: {line_of(failure)[:2000]}", flush=True)
+            print(f"[{number}/{len(todo)}] {case.name}: FAILED: {record.line_of(failure)}", flush=True)
             continue
         finally:
             runs = None

@@ -3,34 +3,30 @@
     python benchmarks/bench_training.py                     under five minutes on two cores
     python benchmarks/bench_training.py --steps 200         shorter
 
-The same initial weights, text (that of benchmarks/demo.py), sequences, masks and order of batches, the same AdamW,
-learning rate and clipping, no dropout: what differs is the library alone, so the losses agree against tokens, and the
-time tells them apart. The text is cut into full sequences, as one does for transformers too, so hardly anything is
-padding. transformers gets each batch padded to its longest sequence and made before the clock starts; fastbert makes
-its batches in the run. Both multiply in bfloat16 where that is faster on this machine. On a CPU the model is small: two
-layers of 256, so that the head over the vocabulary, of which fastbert computes the picked rows alone, is two fifths of
-the dense products, where it is a fifth in BERT-base.
+All runs have the same initial weights, text (that of benchmarks/demo.py), sequences, masks, order of batches, AdamW,
+learning rate and clipping, and no dropout. Only the library differs, so losses agree by tokens and differ by time.
+transformers gets each batch padded to its longest sequence, made before the clock starts; fastbert makes its batches in
+the run. Hardly anything is padding: the text is cut into full sequences. Both multiply in bfloat16 where that is faster
+on this machine. On a CPU the model has two layers of 256, so the vocabulary's head, of which fastbert computes only the
+picked rows, is two fifths of the dense products; in BERT-base it is one fifth.
 
-On a CPU the process keeps the memory that it frees (machine.keep_memory), in all three runs. Time is that of training
-alone: held-out text is read beside the clock, by each library with its own model. Results: loss against time and
-against tokens, and the time to a given held-out masked accuracy, the same for all: --accuracy, or what the run that
-ends worst has reached twice. The Trainer needs accelerate; where it is not installed its runs are listed as not
+On a CPU all three runs keep the memory that they free (machine.keep_memory). Time is that of training alone, without
+evaluation. Results: loss against time and tokens, and the time to a held-out masked accuracy: --accuracy, or the
+highest that every run holds at its last two evaluations. Without accelerate the Trainer's runs are listed as not
 measured. Writes training.json; benchmarks/report.py draws it.
 """
 
-import argparse
 import importlib.util
 import math
 import os
-import sys
 import tempfile
 import time
-from itertools import islice
+from functools import partial
+from itertools import chain, count, islice
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import demo
@@ -55,13 +51,13 @@ def settings(quick):
     """(EncoderConfig, options of pretrain) for the machine at hand: the demo's, the model on a CPU with two layers."""
     model, options, _ = demo.settings()
     model = model.replace(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    options = {name: value for name, value in options.items() if name != "max_minutes"}
+    del options["max_minutes"]
     if not torch.cuda.is_available():
         # half of the demo's: in the minutes of three runs four layers do not leave the plateau that the demo tells of
         model = model.replace(num_hidden_layers=2)
     if quick:
         model = model.replace(
-            hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, vocab_size=1000
+            hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, vocab_size=500
         )
         options |= {"tokens_per_batch": 256}
     return model, options
@@ -95,13 +91,13 @@ def run_fastbert(work, options):
     for row in read_metrics(work / "fastbert"):
         if "loss" in row:
             seconds += (row["tokens"] - tokens) / row["tokens_per_second"]
-            tokens = row["tokens"]
-            curve.append({"step": row["step"], "tokens": tokens, "seconds": seconds, "loss": row["loss"]})
+        tokens = row["tokens"]
+        place = {"step": row["step"], "tokens": tokens, "seconds": seconds}
+        if "loss" in row:
+            curve.append(place | {"loss": row["loss"]})
         else:
-            held_out.append({
-                "step": row["step"], "tokens": row["tokens"], "seconds": seconds, "loss": row["eval_loss"],
-                "accuracy": row["eval_masked_accuracy"], "baseline": row["eval_baseline_accuracy"],
-            })  # fmt: skip
+            figures = {x: row[f"eval_{y}_accuracy"] for x, y in (("accuracy", "masked"), ("baseline", "baseline"))}
+            held_out.append(place | {"loss": row["eval_loss"]} | figures)
     return curve, held_out
 
 
@@ -130,24 +126,11 @@ def batches_of(shards, options, seed):
 
 def in_order(loader, steps):
     """The first `steps` batches, epoch after epoch."""
-
-    def endless():
-        epoch = 0
-        while True:
-            yield from loader.epoch(epoch)
-            epoch += 1
-
-    return list(islice(endless(), steps))
+    return list(islice(chain.from_iterable(map(loader.epoch, count())), steps))
 
 
-class Batches(torch.utils.data.IterableDataset):
+class InOrder(torch.utils.data.IterableDataset, list):
     """What the Trainer takes for examples: batches that are whole already, in their order."""
-
-    def __init__(self, batches):
-        self.batches = batches
-
-    def __iter__(self):
-        return iter(self.batches)
 
 
 def run_trainer(work, options, swapped):
@@ -176,28 +159,26 @@ def run_trainer(work, options, swapped):
     class Clock(TrainerCallback):
         """Notes losses with the time of training, and stops while the held-out text is read."""
 
-        def __init__(self):
-            self.seconds, self.since = 0.0, None
+        seconds = 0.0
 
-        def lap(self):
+        def on_train_begin(self, *_, **__):
+            self.since = time.perf_counter()
+
+        def place(self, step):
             if device.type == "cuda":
                 torch.cuda.synchronize()
             now = time.perf_counter()
             self.seconds += now - self.since
             self.since = now
-            return self.seconds
-
-        def on_train_begin(self, *_, **__):
-            self.since = time.perf_counter()
+            return {"step": step, "tokens": tokens[step - 1], "seconds": self.seconds}
 
         def on_log(self, args, state, control, logs=None, **_):
             if "loss" in (logs or {}):
-                place = {"step": state.global_step, "tokens": tokens[state.global_step - 1]}
-                curve.append({**place, "seconds": self.lap(), "loss": float(logs["loss"])})
+                curve.append(self.place(state.global_step) | {"loss": float(logs["loss"])})
 
         def on_step_end(self, args, state, control, **_):
             if state.global_step % options["eval_steps"] == 0 or state.global_step == steps:
-                place = {"step": state.global_step, "tokens": tokens[state.global_step - 1], "seconds": self.lap()}
+                place = self.place(state.global_step)
                 seen.append(place | held_out_figures(model, held_out, options["bf16"], device))
                 self.since = time.perf_counter()
 
@@ -209,7 +190,7 @@ def run_trainer(work, options, swapped):
             logging_steps=options["logging_steps"], save_strategy="no", report_to="none", disable_tqdm=True,
             dataloader_pin_memory=device.type == "cuda", remove_unused_columns=False,
         ),
-        train_dataset=Batches([padded(batch) for batch in train]),
+        train_dataset=InOrder(map(padded, train)),
         data_collator=lambda batches: batches[0],
         optimizers=(optimizer, schedule),
         callbacks=[Clock()],
@@ -222,7 +203,7 @@ def run_trainer(work, options, swapped):
 @torch.no_grad()
 def held_out_figures(model, batches, bf16, device):
     """Loss and accuracy over the picks of the held-out batches, counted as `fastbert pretrain` does."""
-    loss = correct = count = 0
+    loss = correct = picked = 0
     model.eval()
     for batch in batches:
         batch = {name: x.to(device) for name, x in batch.items()}
@@ -232,9 +213,9 @@ def held_out_figures(model, batches, bf16, device):
         logits, labels = logits[labels != -100].float(), labels[labels != -100]
         loss += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
         correct += int((logits.argmax(-1) == labels).sum())
-        count += len(labels)
+        picked += len(labels)
     model.train()
-    return {"loss": loss / count, "accuracy": correct / count}
+    return {"loss": loss / picked, "accuracy": correct / picked}
 
 
 def row_of(name, curve, held_out):
@@ -274,11 +255,10 @@ def largest_difference(rows, upto=20):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = machine.parser(__doc__)
     parser.add_argument("--steps", type=int, default=1200, help="optimizer steps of each run")
     parser.add_argument("--accuracy", type=float, help="time to this held-out masked accuracy, such as 0.3")
     parser.add_argument("--quick", action="store_true", help="a tiny model and little text: does it run?")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/<device>")
     options = parser.parse_args(arguments)
     if options.steps < 20:
         parser.error(f"--steps is {options.steps}: expected at least 20")
@@ -295,13 +275,9 @@ def main(arguments=None):
         model = write_data(work, model, 40_000 if options.quick else None)
         runs = {"fastbert": lambda: run_fastbert(work, how)}
         if importlib.util.find_spec("accelerate") is None:
-            result["not_measured"] |= {TRAINER: "accelerate is not installed", SWAPPED: "accelerate is not installed"}
+            result["not_measured"] |= dict.fromkeys((TRAINER, SWAPPED), "accelerate is not installed")
         else:
-            runs[TRAINER] = lambda: run_trainer(work, how, swapped=False)
-            if hasattr(fastbert, "swap"):
-                runs[SWAPPED] = lambda: run_trainer(work, how, swapped=True)
-            else:
-                result["not_measured"][SWAPPED] = "this fastbert has no swap"
+            runs |= {name: partial(run_trainer, work, how, name == SWAPPED) for name in (TRAINER, SWAPPED)}
         for name, run in runs.items():
             row = row_of(name, *run())
             result["rows"].append(row)
@@ -314,9 +290,7 @@ def main(arguments=None):
     apart = largest_difference(result["rows"])
     allowed = 0.02 if how["bf16"] else 1e-3
     if apart > allowed * result["rows"][0]["curve"][0]["loss"]:
-        raise AssertionError(
-            f"the losses of the same batches are {apart:.3f} apart: the runs are not the same training"
-        )
+        raise AssertionError(f"losses of the same batches are {apart:.3f} apart: the runs are not the same training")
     accuracy = options.accuracy or common_accuracy(result["rows"])
     result["settings"] |= {
         "accuracy": accuracy, "largest_loss_difference": apart, "model": model.to_dict(),

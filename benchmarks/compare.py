@@ -1,19 +1,13 @@
-"""The regression gate: which ratios fell between two runs of a benchmark.
+"""The regression gate: which ratios fell between two runs of a benchmark. README.md says how it judges.
 
     python benchmarks/compare.py old.json new.json               or two folders of results
     python benchmarks/compare.py --false-alarms FOLDER           how often it flags what has not changed
-
-Only ratios are compared, never times: another implementation's time over fastbert's, round by round, which is how many
-times faster fastbert is. A machine that is faster, or busy, moves both. Of each ratio the median over the rounds
-counts, and its spread: the interquartile range, wider where it is of few rounds (1 + 4 / (rounds - 1) times), as they
-know little of it, and at least 3 % of the median, as the rounds of one run know nothing of what differs from run to
-run. A ratio FELL when the new median is below the old one by more than both spreads together. It is out of reach of the
-gate when a run has fewer than three rounds of it.
 
 Exit code 1 when something fell, 2 when nothing could be compared.
 """
 
 import argparse
+import itertools
 import json
 import random
 import statistics
@@ -21,8 +15,6 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import record
 
@@ -71,12 +63,9 @@ def read(*paths):
     """
     found = {}
     for path in map(Path, paths):
-        if path.is_dir():
-            inside = {file.stem: _result(file) for file in sorted(path.glob("*.json"))}
-            results = {name: result for name, result in inside.items() if ratios({name: result})}
-        else:
-            result = _result(path)
-            results = {path.stem: result} if ratios({path.stem: result}) else {}
+        files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+        results = {file.stem: _result(file) for file in files}
+        results = {name: result for name, result in results.items() if ratios({name: result})}
         if not results:
             raise ValueError(
                 f"{path} holds nothing to compare: expected results of a benchmark, with the seconds of fastbert and "
@@ -98,11 +87,10 @@ def rounds_of(results):
     """{(what was measured, another implementation, ours): its time over ours in each round} of results."""
     found = {}
     for name, seconds in record.comparisons(results):
-        ours = [x for x in seconds if record.is_ours(x)]
-        for own in ours:
-            for other in seconds:
-                if other not in ours and min(len(seconds[own]), len(seconds[other])) >= LEAST_ROUNDS:
-                    found[name, other, own] = [a / b for a, b in zip(seconds[other], seconds[own])]
+        counted = {x: times for x, times in seconds.items() if len(times) >= LEAST_ROUNDS}
+        for own, other in itertools.product(filter(record.is_ours, counted), counted):
+            if not record.is_ours(other):
+                found[name, other, own] = [a / b for a, b in zip(counted[other], counted[own])]
     return found
 
 
@@ -120,15 +108,16 @@ def changes(old, new):
 def table(found):
     """The changes that matter, and a line that counts all: lines of text. What fell comes first, the deepest first."""
     lines = []
-    for word, chosen in (("FELL", [c for c in found if c.fell]), ("rose", [c for c in found if c.rose])):
+    fell, rose = [c for c in found if c.fell], [c for c in found if c.rose]
+    for word, chosen in (("FELL", fell), ("rose", rose)):
         for change in sorted(chosen, key=lambda c: c.new.median / c.old.median, reverse=word == "rose"):
             what, other, own = change.name
             lines.append(
                 f"{word}  {change.old.median:7.2f}x -> {change.new.median:7.2f}x  (margin {change.margin:.2f})  "
                 f"{other} / {own}: {what}"
             )
-    fell, rose = sum(c.fell for c in found), sum(c.rose for c in found)
-    lines.append(f"{len(found)} ratios compared: {fell} fell, {rose} rose, the others are within their spreads")
+    counts = f"{len(fell)} fell, {len(rose)} rose"
+    lines.append(f"{len(found)} ratios compared: {counts}, the others are within their spreads")
     # who takes 1.25 times as long has a ratio 20 % lower
     seen = sum(c.margin < 0.2 * c.old.median for c in found)
     return [*lines, f"a ratio that is 20 % lower would be seen in {seen} of them; the others spread too widely"]
@@ -147,13 +136,13 @@ def absent(old, new):
 
 def differences(old, new):
     """Lines on what else differs: a ratio also falls when a peer becomes faster, and other devices have others."""
-    found = {}
+    lines = []
     for name in ("device", "threads", "torch", "triton", "transformers"):
         pair = [{(result.get("machine") or {}).get(name) for result in results.values()} for results in (old, new)]
         was, now = (", ".join(sorted(map(str, values - {None}))) for values in pair)
         if was and now and was != now:
-            found[name] = f"note: {name} was {was}, is {now}"
-    return list(found.values())
+            lines.append(f"note: {name} was {was}, is {now}")
+    return lines
 
 
 def told(old, new):
@@ -195,17 +184,12 @@ def main():
         old = read(options.old)
         new = old if options.false_alarms else read(options.new)
     except (ValueError, OSError) as error:
-        sys.exit(_refuse(error))
+        parser.exit(2, f"compare.py: error: {error}\n")
     if options.false_alarms:
         count, share, runs = false_alarms(old)
         print(f"{count} ratios, halves of their rounds: {share:.2%} are flagged, in {runs:.0%} of the runs any")
         return
     sys.exit(told(old, new))
-
-
-def _refuse(error):
-    print(f"compare.py: error: {error}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

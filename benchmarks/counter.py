@@ -13,8 +13,10 @@
 
 import contextlib
 import importlib
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -132,15 +134,11 @@ def _named_tensors(arguments):
 
 def _size(tensors):
     """Bytes of the elements of tensors that share a storage; one that strides of 0 repeat counts once."""
-    views = {(x.storage_offset(), x.shape, x.stride()): x for x in tensors}
-    return sum(distinct(x) for x in views.values())
+    return sum(map(distinct, {(x.storage_offset(), x.shape, x.stride()): x for x in tensors}.values()))
 
 
 def distinct(x):
-    elements = 1
-    for size, stride in zip(x.shape, x.stride()):
-        elements *= size if stride or size == 0 else 1
-    return elements * x.element_size()
+    return math.prod(size for size, stride in zip(x.shape, x.stride()) if stride or size == 0) * x.element_size()
 
 
 @contextlib.contextmanager
@@ -150,9 +148,8 @@ def _interpreter_counts(kernels):
 
     current, memory = [], {}
     call = GridExecutor.__call__
-    load, store, dot = (
-        getattr(InterpreterBuilder, f"create_{what}") for what in ("masked_load", "masked_store", "dot")
-    )
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    dot = InterpreterBuilder.create_dot
 
     def launch(self, *args, **kwargs):
         arguments = dict(zip(self.arg_names, args), **{k: v for k, v in kwargs.items() if k in self.arg_names})
@@ -203,16 +200,9 @@ def _interpreter_counts(kernels):
         current[-1].flops += 2 * a.data.size * b.data.shape[-1]
         return dot(self, a, b, *rest, **options)
 
-    patches = {"create_masked_load": masked_load, "create_masked_store": masked_store, "create_dot": product}
-    try:
-        GridExecutor.__call__ = launch
-        for name, function in patches.items():
-            setattr(InterpreterBuilder, name, function)
+    counted = {"create_masked_load": masked_load, "create_masked_store": masked_store, "create_dot": product}
+    with mock.patch.multiple(InterpreterBuilder, **counted), mock.patch.object(GridExecutor, "__call__", launch):
         yield
-    finally:
-        GridExecutor.__call__ = call
-        for name, function in zip(patches, (load, store, dot)):
-            setattr(InterpreterBuilder, name, function)
 
 
 # kernels of PyTorch that move less than their arguments: allocations; what only writes; what picks rows
@@ -236,8 +226,7 @@ def _aten_kernel(function, args, kwargs, result):
     kernel = Kernel(name)
     if name in _FREE:
         return kernel
-    outputs = [x for x in _tensors([result])]
-    kernel.stored["outputs"] = sum(distinct(x) for x in outputs)
+    kernel.stored["outputs"] = sum(map(distinct, _tensors([result])))
     if name in _WRITES:
         return kernel
     inputs = list(_tensors([*args, *kwargs.values()]))
@@ -253,19 +242,17 @@ def _aten_kernel(function, args, kwargs, result):
         kernel.loaded["inputs"] = sum(distinct(x) for x in inputs if x.dim() < 2)
     elif name in _PICKS:
         picked = min(distinct(inputs[0]), kernel.stored["outputs"])
-        kernel.loaded["inputs"] = picked + sum(distinct(x) for x in inputs[1:])
+        kernel.loaded["inputs"] = picked + sum(map(distinct, inputs[1:]))
     else:
-        kernel.loaded["inputs"] = sum(distinct(x) for x in inputs)
+        kernel.loaded["inputs"] = sum(map(distinct, inputs))
     kernel.flops = _aten_flops(name, inputs)
     return kernel
 
 
 def _aten_flops(name, inputs):
-    if name in ("mm", "bmm"):
-        a, b = inputs[:2]
-        return 2 * a.numel() * b.shape[-1]
-    if name in ("addmm", "baddbmm"):
-        a, b = inputs[1:3]
+    if name in ("mm", "bmm", "addmm", "baddbmm"):
+        # behind what is added
+        a, b = inputs[-2:]
         return 2 * a.numel() * b.shape[-1]
     if name.startswith("_scaled_dot_product"):
         # scores and weighted values; backward the scores again and four gradients

@@ -5,14 +5,9 @@
     python3 benchmarks/gpu.py --import DIR/gpu.tar.gz      put an archive's results where they are committed
     python3 benchmarks/gpu.py --can-run                    exit code 0 where this Python sees a GPU and can run this
 
-It needs no network, installs nothing, and runs from the repository with any Python that has torch, triton and pytest.
-The steps that matter most come first; where time is short, the last are left out. A step that fails or takes too long
-does not stop the next; the exit code says whether all passed. After every step the archive is replaced in one piece, so
-a run that is killed leaves all that its finished steps measured. Without --output the archive goes to runs/gpu, and is
-imported at the end.
-
-Without a GPU it rehearses: the same steps in Triton's interpreter on tiny shapes. No time of a rehearsal means
-anything, and its results go to benchmarks/results/rehearsal alone, which git ignores.
+README.md lists the steps. Without --output the archive goes to runs/gpu and is imported at the end. Without a GPU it
+rehearses: the same steps in Triton's interpreter on tiny shapes. No time of a rehearsal means anything, and its results
+go to benchmarks/results/rehearsal, which git ignores.
 """
 
 import argparse
@@ -21,6 +16,7 @@ import ctypes
 import gzip
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -61,10 +57,6 @@ class Step:
     rehearsed: tuple = ()  # and in a rehearsal
 
 
-def missing():
-    return [name for name in NEEDED if importlib.util.find_spec(name) is None]
-
-
 def sees_gpu():
     import torch
 
@@ -74,47 +66,43 @@ def sees_gpu():
 def tests_on_a_device():
     """The test files that take the `device` fixture, which is the GPU where there is one."""
     takes = re.compile(r"^def \w+\([^)]*\bdevice\b", re.MULTILINE)
-    files = (ROOT / "tests").rglob("test_*.py")
-    return [file_of(path) for path in sorted(files) if takes.search(path.read_text(encoding="utf-8"))]
-
-
-def file_of(path):
-    return str(path.relative_to(ROOT))
-
-
-def gpu_tests():
-    return file_of(next((ROOT / "tests").rglob("test_gpu.py")))
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    return [str(path.relative_to(ROOT)) for path in files if takes.search(path.read_text(encoding="utf-8"))]
 
 
 def plan(on_gpu):
     """The steps in their order: what the project most needs to know first, so that a short run has it too."""
-    own, others = gpu_tests(), [file for file in tests_on_a_device() if file != gpu_tests()]
+    others = tests_on_a_device()
+    own = next(file for file in others if Path(file).name == "test_gpu.py")
+    others.remove(own)
     # a worker of xdist that is lost to a CUDA error is replaced, so even one is better than none
     has_workers = on_gpu and importlib.util.find_spec("xdist")
     together, one_process = (("-n", str(workers())), ("-n", "1")) if has_workers else ((), ())
-    few, alone, shared = ("--rounds", "2"), f"({ALONE})", f"not ({ALONE})"
-    of_own = shared
+    few, alone, shared, only = ("--rounds", "2"), f"({ALONE})", f"not ({ALONE})", ""
     settings = ("--op", "attention", "layer_norm", "bias_gelu", "--model", "bert-base", "--dtype", "bfloat16")
+    # in a rehearsal starting Python is most of a step
+    seconds = iter((15, 35, 90, 60, 90, 60, 70, 50, 10) if on_gpu else (70, 50, 60, 60, 70, 60, 60, 40, 10))
     if not on_gpu:
         # one op and one file: the tests of all have their own place in the suite
-        alone, of_own = f"{alone} and pooling", f"{shared} and pooling"
-        others = [file for file in others if "dropout_mask" in file]
-    steps = [
-        Step("device", 15, "machine.py"),
-        Step("own step", 35, "bench_models.py", None, (), ("step", "--own"), ("step", "--own", *few)),
-        Step("tests", 90, None, "tests.json", (own, "-k", of_own, *together)),
-        Step("tuning", 60, "tune.py", None, (), settings, ("--op", "layer_norm", "bias_gelu")),
-        Step("ops", 90, "bench_ops.py", None, (), ("--ops", *OPS), ("--ops", "layer_norm", "bias_gelu", *few)),
-        Step("races", 60, None, "races.json", (own, "-k", alone, *one_process)),
-        Step("training step", 70, "bench_models.py", None, (), ("step",), ("step", *few)),
-        Step("other tests", 50, None, "other_tests.json", (*others, "-k", shared, *together)),
-        Step("page", 10, "report.py"),
+        only, others = " and pooling", [file for file in others if "dropout_mask" in file]
+
+    def script(name, file, arguments=(), rehearsed=()):
+        return Step(name, next(seconds), file, arguments=arguments, rehearsed=rehearsed)
+
+    def tests(name, *arguments):
+        return Step(name, next(seconds), result=f"{name.replace(' ', '_')}.json", pytest=arguments)
+
+    return [
+        script("device", "machine.py"),
+        script("own step", "bench_models.py", ("step", "--own"), ("step", "--own", *few)),
+        tests("tests", own, "-k", shared + only, *together),
+        script("tuning", "tune.py", settings, ("--op", "layer_norm", "bias_gelu")),
+        script("ops", "bench_ops.py", ("--ops", *OPS), ("--ops", "layer_norm", "bias_gelu", *few)),
+        tests("races", own, "-k", alone + only, *one_process),
+        script("training step", "bench_models.py", ("step",), ("step", *few)),
+        tests("other tests", *others, "-k", shared, *together),
+        script("page", "report.py"),
     ]
-    if not on_gpu:
-        # there, starting Python is most of a step
-        for step, seconds in zip(steps, (70, 50, 60, 60, 70, 60, 60, 40, 10), strict=True):
-            step.seconds = seconds
-    return steps
 
 
 def workers():
@@ -220,15 +208,12 @@ def counts(last, xml, file):
     """Write how many tests passed, by the last line that pytest said, and which did not."""
     content = {what: 0 for what in ("passed", "failed", "skipped")}
     content |= {what: int(number) for number, what in re.findall(r"(\d+) (passed|failed|skipped|error)", last)}
-    cases = ()
+    content["failures"] = []
     # a pytest that had to be killed leaves none, or a part
     with contextlib.suppress(FileNotFoundError, ElementTree.ParseError):
-        cases = ElementTree.parse(xml).iter("testcase")
-    content["failures"] = [
-        f"{case.get('classname')}::{case.get('name')}"
-        for case in cases
-        if case.find("failure") is not None or case.find("error") is not None
-    ]
+        for case in ElementTree.parse(xml).iter("testcase"):
+            if case.find("failure") is not None or case.find("error") is not None:
+                content["failures"].append(f"{case.get('classname')}::{case.get('name')}")
     file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
@@ -280,17 +265,13 @@ def put_in_place(archive, root=ROOT):
         results = root / "benchmarks" / "results" / device
         places = {"results": results, "profiles": root / "kernels" / "profiles", "logs": root / "runs" / "gpu" / "logs"}
         for name, place in places.items():
-            # the page and its pictures are made anew, from these results and those that were here
-            files = [file for file in sorted((folder / name).glob("*")) if not is_of_the_page(file)]
-            for file in files:
-                place.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, place / file.name)
+            for file in sorted((folder / name).glob("*")):
+                # the page and its pictures are made anew, from these results and those that were here
+                if file.name != "README.md" and file.suffix not in (".png", ".jsonl"):
+                    place.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(file, place / file.name)
     report.write(results)
     return results
-
-
-def is_of_the_page(file):
-    return file.name == "README.md" or file.suffix in (".png", ".jsonl")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -304,29 +285,23 @@ def highlights(results):
         file = results / name
         return json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
 
-    lines, cases = [], {}
+    def rates_of(figures):
+        return f"{figures['real_tokens_per_s']:,} real tokens/s, {figures['mfu']:.0%} of the product's rate"
+
+    import op_pages
+
+    lines = []
     for row in rows_of("own_step.json"):
         ours = row["summary"]["fastbert, packed"]
-        lines.append(
-            f"own training step, {row['case']}: {1e3 * ours['median_s']:.1f} ms, {ours['real_tokens_per_s']:,} real "
-            f"tokens/s, {ours['mfu']:.0%} of the product's rate"
-        )
-    for row in rows_of("ops.json"):
-        cases.setdefault(row["case"], []).append(row)
-    if cases:
-        import op_pages
-
-        lines += [op_pages.told(rows) for rows in cases.values()]
+        lines.append(f"own training step, {row['case']}: {1e3 * ours['median_s']:.1f} ms, {rates_of(ours)}")
+    for _, rows in itertools.groupby(rows_of("ops.json"), key=lambda row: row["case"]):
+        lines.append(op_pages.told(list(rows)))
     for row in rows_of("training_step.json"):
-        figures = row["summary"]
-        packed = figures.get("fastbert, packed")
-        others = [figures[library] for library in ("transformers", "transformers compiled") if library in figures]
+        packed = row["summary"].get("fastbert, packed")
+        others = [x["median_s"] for name, x in row["summary"].items() if name.startswith("transformers")]
         if packed and others:
-            times = min(other["median_s"] for other in others) / packed["median_s"]
-            lines.append(
-                f"training step, {row['case']}: {packed['real_tokens_per_s']:,} real tokens/s, "
-                f"{packed['mfu']:.0%} of the product's rate, {times:.2f}x transformers"
-            )
+            times = min(others) / packed["median_s"]
+            lines.append(f"training step, {row['case']}: {rates_of(packed)}, {times:.2f}x transformers")
     return lines
 
 
@@ -368,7 +343,7 @@ def options_of(arguments):
         except ValueError as error:
             parser.error(str(error))
         sys.exit(0)
-    lacking = missing()
+    lacking = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if options.can_run:
         sys.exit(bool(lacking) or not sees_gpu())
     if lacking:

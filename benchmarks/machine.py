@@ -5,6 +5,7 @@ python benchmarks/machine.py          writes machine.json to benchmarks/results/
 
 import argparse
 import ctypes
+import itertools
 import json
 import os
 import platform
@@ -23,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fastbert import ops
 from fastbert.training.card import versions
 
-# sizes by the device's type: a copy many times any cache, a product that keeps every multiprocessor or core busy, and
-# what is read to empty the caches: ten times that of an H200, four times a B200's, twice an MI300X's; on a CPU 64 MiB
+# sizes by the device's type: elements of a copy, many times any cache; the side of a product that keeps every
+# multiprocessor or core busy; fp32 numbers that are read to empty the caches, twice an MI300X's, the largest
 COPIED = {"cuda": 2**31, "cpu": 2**27}
 SIDE = {"cuda": 8192, "cpu": 2048}
 COLD = {"cuda": 2**27, "cpu": 2**24}
@@ -46,7 +47,7 @@ def folder(device):
     """Where results of this device belong; those of a rehearsal are not kept."""
     results = Path(__file__).resolve().parent / "results"
     if device.type != "cuda":
-        return results / ("rehearsal" if rehearsing(device) else cpu_folder(_processor(), os.cpu_count()))
+        return results / ("rehearsal" if rehearsing(device) else cpu_folder(processor(), os.cpu_count()))
     from fastbert.kernels._launch import device_name
 
     return results / device_name()
@@ -59,22 +60,29 @@ def cpu_folder(processor, cores):
     return "-".join(["cpu", *re.findall(r"[a-z0-9]+", said), str(cores), "core" if cores == 1 else "cores"])
 
 
+def parser(doc):
+    """The parser of a benchmark's options, of which --output is one; its description is the docstring's first line."""
+    found = argparse.ArgumentParser(description=doc.partition("\n")[0])
+    found.add_argument("--output", type=Path, help="default: benchmarks/results/<device>")
+    return found
+
+
 def describe(device):
     """{what: ...} of the device and the software, to stand beside every result."""
-    facts = {"device": _processor(), **versions()}
+    facts = {"device": processor(), **versions()}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        facts["device"] = properties.name
-        facts["memory_gib"] = round(properties.total_memory / 2**30)
-        facts["multiprocessors"] = properties.multi_processor_count
-        facts["l2_mib"] = round(getattr(properties, "L2_cache_size", 0) / 2**20)
-        facts["capability"] = f"{properties.major}.{properties.minor}"
-        facts["cuda"] = torch.version.cuda or f"hip {torch.version.hip}"
-        facts["driver"] = _driver()
+        facts |= {
+            "device": properties.name, "memory_gib": round(properties.total_memory / 2**30),
+            "multiprocessors": properties.multi_processor_count,
+            "l2_mib": round(getattr(properties, "L2_cache_size", 0) / 2**20),
+            "capability": f"{properties.major}.{properties.minor}",
+            "cuda": torch.version.cuda or f"hip {torch.version.hip}", "driver": _driver(),
+        }  # fmt: skip
     else:
-        facts["cores"], facts["threads"] = os.cpu_count(), torch.get_num_threads()
         # a figure taken beside other work is worth less
-        facts["load_average"] = round(os.getloadavg()[0], 2)
+        load = round(os.getloadavg()[0], 2)
+        facts |= {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "load_average": load}
     # switches that change what compiled peers are
     switches = {name: value for name, value in sorted(os.environ.items()) if name.startswith("TORCHINDUCTOR_MAX")}
     if switches:
@@ -90,12 +98,7 @@ def memory(device):
 
 
 def keep_memory():
-    """Have this process keep what it frees, with glibc; whether that was possible.
-
-    glibc gives blocks above 32 MB back to the kernel and takes them anew, page by page: gradients of a vocabulary in
-    every training step. That is a fifth of the step, and on a virtual machine now little and now much. PyTorch's guide
-    to CPUs says to use another allocator for this reason. For all libraries alike.
-    """
+    """Have this process keep the memory that it frees, with glibc; whether that was possible. README.md says why."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
@@ -104,7 +107,7 @@ def keep_memory():
     return bool(mallopt(trim_threshold, -1) and mallopt(mmap_max, 0))
 
 
-def _processor(cpuinfo=Path("/proc/cpuinfo")):
+def processor(cpuinfo=Path("/proc/cpuinfo")):
     """The processor's name with the numbers that tell it from others: a virtual machine may call all "AMD EPYC"."""
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     # of the first core
@@ -159,11 +162,7 @@ def _median_seconds(clock, call, rounds=10):
 
 
 class Clock:
-    """Times calls on a device: on a GPU what its stream takes, without the time of the host that feeds it.
-
-    Before each call a large tensor is read, so that no cache holds anything of the call's arguments. It is read and not
-    written: lines that a write leaves in the cache would be brought to memory at the expense of the call.
-    """
+    """Times calls on a device, each from a cold cache; on a GPU without the time of the host. README.md says how."""
 
     def __init__(self, device):
         self.device = device
@@ -171,13 +170,12 @@ class Clock:
         self.cold = torch.ones(1 if rehearsing(device) else COLD[device.type], device=device)
         # whether the last calls waited for the host: then their time is not the device's alone
         self.was_late = False
+        self.cache = 2**25
         if device.type == "cuda":
             self.cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 2**26
             self.cycles_per_second = _cycles_per_second()
             # {sequence of calls: seconds for which the device is kept busy while they are queued}
             self.waits = {}
-        else:
-            self.cache = 2**25
 
     def seconds(self, *calls):
         """Seconds of each call, one after the other, each from a cold cache. A call gets what the one before returned.
@@ -263,12 +261,9 @@ def _gib_on_a_cpu(call):
     os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler would tell of its own steps
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
-    held = highest = 0
     changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(changes, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        highest = max(highest, held)
-    return highest / 2**30
+    changes.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in changes), initial=0)) / 2**30
 
 
 def kernel_times(call):
@@ -284,17 +279,8 @@ def kernel_times(call):
     ]
 
 
-def high_water_mib():
-    """The most memory that this process has had, in MiB. Linux only."""
-    # not resource.getrusage: its maximum begins with that of the process that started this one
-    status = Path("/proc/self/status").read_text()
-    return round(int(status.partition("VmHWM:")[2].split()[0]) / 1024)
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/<device>")
-    options = parser.parse_args()
+    options = parser(__doc__).parse_args()
     here = device()
     output = options.output or folder(here)
     facts, rates = describe(here), ceilings(here)

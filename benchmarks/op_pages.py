@@ -18,17 +18,20 @@ def title(result):
 
 def markdown(result):
     """The result as tables, one for each case."""
-    ceilings = result["settings"]["ceilings"]
+    settings = result["settings"]
+    ceilings, empty = settings["ceilings"], settings.get("empty_call_us")
+    of_the_clock = "" if empty is None else f" An empty call takes {empty} µs: so much of every pass is the clock's."
+    named = [f"{name} {version}" for name, version in settings.get("peers", {}).items()]
     lines = [
         "# Ops",
         "",
         f"{title(result)}. `{result['command']}`. Measured ceilings: copy {ceilings['copy'] / 1e9:.0f} GB/s, matrix "
         f"product {ceilings['product'] / 1e12:.2f} TFLOP/s. Times are medians in µs, quartiles those of both passes; "
         "% is of the ceiling that binds: the least bytes over the copy's rate or the FLOPs over the product's. Rates "
-        f"count real tokens.{_of_the_clock(result)}",
-        *_peers(result),
+        f"count real tokens.{of_the_clock}",
+        *(["", f"Installed beside: {', '.join(named)}."] if named else []),
         "",
-        *_losses(result["rows"]),
+        *losses(result["rows"]),
     ]
     for name, rows in itertools.groupby(result["rows"], key=lambda row: row["case"]):
         rows = {row["pass"]: row for row in rows}
@@ -48,36 +51,23 @@ def markdown(result):
             backward, whole = (rows[what]["summary"].get(variant) for what in PASSES[1:])
             if whole is None:
                 cells = [forward["median_us"], "", "", "", f"{forward['times_fastbert']}x (forward)", "", ""]
-                cells += [forward["percent_of_ceiling"], "", _mib(forward)]
+                cells += [forward["percent_of_ceiling"], ""]
             else:
                 cells = [forward["median_us"], backward["median_us"], whole["median_us"]]
                 cells += [" to ".join(map(str, whole["quartiles_us"])), f"{whole['times_fastbert']}x"]
                 cells += [whole["gb_per_s"], whole["tflop_per_s"]]
-                cells += [forward["percent_of_ceiling"], backward["percent_of_ceiling"], _mib(whole)]
-            lines.append(f"| {variant} | " + " | ".join("" if cell is None else str(cell) for cell in cells) + " |")
+                cells += [forward["percent_of_ceiling"], backward["percent_of_ceiling"]]
+            gib = (whole or forward)["peak_gib"]
+            cells.append("" if gib is None else round(1024 * gib, 1))
+            lines.append(f"| {variant} | {' | '.join(map(str, cells))} |")
         if both.get("waiting"):
             lines += ["", f"Waiting for the device within, so with the host's time: {', '.join(both['waiting'])}."]
         if both["not_measured"]:
             lines += ["", "Not measured:", ""]
             lines += [f"- {variant}: {reason}" for variant, reason in both["not_measured"].items()]
-    if result["settings"]["left_out"]:
-        lines += ["", "Left out, for want of time:", ""]
-        lines += [f"- {name}" for name in result["settings"]["left_out"]]
+    if settings["left_out"]:
+        lines += ["", "Left out, for want of time:", "", *(f"- {name}" for name in settings["left_out"])]
     return "\n".join(lines) + "\n"
-
-
-def _of_the_clock(result):
-    empty = result["settings"].get("empty_call_us")
-    return "" if empty is None else f" An empty call takes {empty} µs: so much of every pass is the clock's."
-
-
-def _peers(result):
-    named = [f"{name} {version}" for name, version in result["settings"].get("peers", {}).items()]
-    return ["", f"Installed beside: {', '.join(named)}."] if named else []
-
-
-def _mib(part):
-    return None if part["peak_gib"] is None else round(1024 * part["peak_gib"], 1)
 
 
 def lost(row):
@@ -89,16 +79,17 @@ def lost(row):
     }
 
 
-def _losses(rows):
-    found = [(row, lost(row)) for row in rows]
-    found = [(row, others) for row, others in found if others]
-    if not found:
+def losses(rows):
+    """Lines on what is lost in these rows."""
+    lines = []
+    for row in rows:
+        others = sorted(lost(row).items(), key=lambda pair: pair[1])
+        if others:
+            times = ", ".join(f"{name} ({times:.2f}x of its time)" for name, times in others)
+            lines.append(f"- {row['case']}, {row['pass']}: {times}")
+    if not lines:
         return ["Nothing here is faster than fastbert beyond the spread of the rounds."]
-    return ["Faster than fastbert, beyond the spread of the rounds:", ""] + [
-        f"- {row['case']}, {row['pass']}: "
-        + ", ".join(f"{name} ({times:.2f}x of its time)" for name, times in sorted(others.items(), key=lambda x: x[1]))
-        for row, others in found
-    ]
+    return ["Faster than fastbert, beyond the spread of the rounds:", "", *lines]
 
 
 def write(result, folder):
@@ -109,11 +100,8 @@ def write(result, folder):
     record.save(result, folder / "ops.json")
     (folder / "ops.md").write_text(markdown(result), encoding="utf-8")
     if result["rows"]:
-        names = [
-            name
-            for name in result["rows"][0]
-            if name not in ("seconds", "summary", "waiting", "disagreement", "not_measured")
-        ]
+        left_out = ("seconds", "summary", "waiting", "disagreement", "not_measured")
+        names = [name for name in result["rows"][0] if name not in left_out]
         with open(folder / "ops.csv", "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             figures = list(result["rows"][0]["summary"]["fastbert"])

@@ -12,6 +12,7 @@ import peers
 import peers_attention
 import peers_cross_entropy
 import peers_rows
+import record
 
 from fastbert import ops
 from fastbert.proof.op_cases import TABLE, run_of
@@ -54,4 +55,4 @@ def build(make, arguments):
     except ImportError as error:
         raise peers.Unavailable(f"not installed ({error})") from error
     except (RuntimeError, AttributeError, TypeError) as error:
-        raise peers.Unavailable(f"{type(error).__name__}: {error}".partition("\n")[0][:200]) from error
+        raise peers.Unavailable(record.line_of(error)) from error

@@ -20,12 +20,18 @@ def device_of(arguments):
 
 
 def gpu_library(name, arguments):
-    """Raises Unavailable where the package `name`, whose kernels run on GPUs only, is not installed or has no GPU."""
+    """The module `name`, whose kernels run on GPUs only. Raises Unavailable where it is not installed or has no GPU."""
     try:
-        importlib.import_module(name)
+        module = importlib.import_module(name)
     except ImportError as error:
         raise Unavailable(f"not installed ({error})") from error
     gpu_only(arguments)
+    return module
+
+
+def no_dropout(who, arguments):
+    if arguments.get("dropout_p"):
+        raise Unavailable(f"{who} has no dropout")
 
 
 def gpu_only(arguments, why="runs on GPUs only"):
@@ -68,7 +74,7 @@ class Padded:
 
     def heads_first(self, qkv):
         """q, k, v, each [B, H, S, K], of the packed projection [T, 3, H, K]."""
-        return [self.rectangle(x).transpose(1, 2).contiguous() for x in qkv.unbind(1)]
+        return [self.unpacked(x) for x in qkv.unbind(1)]
 
     def unpacked(self, cotangent):
         return self.rectangle(cotangent).transpose(1, 2).contiguous()

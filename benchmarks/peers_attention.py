@@ -1,5 +1,7 @@
 """What a user could call instead of the attentions. See op_peers.py."""
 
+from functools import partial
+
 import peers
 import torch
 import torch.nn.functional as F
@@ -46,8 +48,7 @@ def _flex(arguments):
     """FlexAttention, compiled, on the rectangle; blocks whose queries or keys are padding only are skipped."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    if arguments.get("dropout_p"):
-        raise peers.Unavailable("FlexAttention has no dropout")
+    peers.no_dropout("FlexAttention", arguments)
     padded = peers.Padded(arguments)
     bias, block_mask, score_mod = arguments.get("bias"), None, None
     if not padded.is_full:
@@ -89,8 +90,7 @@ def _varlen(arguments):
     from torch.nn.attention.varlen import varlen_attn
 
     peers.gpu_only(arguments)
-    if arguments.get("dropout_p"):
-        raise peers.Unavailable("torch's varlen_attn has no dropout")
+    peers.no_dropout("torch's varlen_attn", arguments)
     cu_seqlens, S = arguments["cu_seqlens"], arguments["max_seqlen"]
     return lambda q, k, v: varlen_attn(q, k, v, cu_seqlens, cu_seqlens, S, S)
 
@@ -110,33 +110,24 @@ def _nested(arguments):
     return attend
 
 
-def _flash_attn_3(arguments):
-    peers.gpu_library("flash_attn_interface", arguments)
-    from flash_attn_interface import flash_attn_varlen_func
+def _newer_flash_attn(module):
+    """FlashAttention of the third and the fourth version."""
 
-    return _newer_flash_attn(flash_attn_varlen_func, arguments)
+    def make_attend(arguments):
+        function = peers.gpu_library(module, arguments).flash_attn_varlen_func
+        peers.no_dropout("FlashAttention from its third version on", arguments)
+        cu_seqlens, S = arguments["cu_seqlens"], arguments["max_seqlen"]
+        # by name: the fourth has other arguments among these
+        places = dict(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=S, max_seqlen_k=S)
 
+        def attend(q, k, v):
+            out = function(q, k, v, **places)
+            # some versions return the softmax's statistics too
+            return out[0] if isinstance(out, tuple) else out
 
-def _flash_attn_4(arguments):
-    peers.gpu_library("flash_attn.cute", arguments)
-    from flash_attn.cute import flash_attn_varlen_func
+        return attend
 
-    return _newer_flash_attn(flash_attn_varlen_func, arguments)
-
-
-def _newer_flash_attn(function, arguments):
-    if arguments.get("dropout_p"):
-        raise peers.Unavailable("FlashAttention has no dropout from its third version on")
-    cu_seqlens, S = arguments["cu_seqlens"], arguments["max_seqlen"]
-    # by name: the fourth has other arguments among these
-    places = dict(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=S, max_seqlen_k=S)
-
-    def attend(q, k, v):
-        out = function(q, k, v, **places)
-        # some versions return the softmax's statistics too
-        return out[0] if isinstance(out, tuple) else out
-
-    return attend
+    return make_attend
 
 
 def _xformers(arguments):
@@ -154,16 +145,10 @@ def _xformers(arguments):
 
 
 def _flash_attn(arguments):
-    peers.gpu_library("flash_attn", arguments)
-    from flash_attn import flash_attn_varlen_qkvpacked_func
-
-    def attend(qkv):
-        return flash_attn_varlen_qkvpacked_func(
-            qkv, arguments["cu_seqlens"], arguments["max_seqlen"], dropout_p=arguments.get("dropout_p", 0.0)
-        )
-
+    function = peers.gpu_library("flash_attn", arguments).flash_attn_varlen_qkvpacked_func
+    cu_seqlens, S, p = arguments["cu_seqlens"], arguments["max_seqlen"], arguments.get("dropout_p", 0.0)
     run = Run(None, [arguments["q"]])
-    run.forward = lambda: attend(*run.leaves)
+    run.forward = lambda: function(*run.leaves, cu_seqlens, S, dropout_p=p)
     return run
 
 
@@ -171,8 +156,7 @@ def _flashdeberta(arguments):
     peers.gpu_library("flashdeberta", arguments)
     from flashdeberta.ops.flash_attention_varlen import flash_attention_with_disentangled_varlen
 
-    if arguments.get("dropout_p"):
-        raise peers.Unavailable("flashdeberta has no dropout")
+    peers.no_dropout("flashdeberta", arguments)
     positions = [arguments[name].transpose(0, 1)[None].contiguous() for name in ("pos_key", "pos_query")]
     cu_seqlens, S, K = arguments["cu_seqlens"], arguments["max_seqlen"], arguments["q"].shape[-1]
     run = Run(None, [*(x.contiguous() for x in arguments["q"].unbind(1)), *positions])
@@ -241,47 +225,38 @@ def _disentangled_flash(arguments):
     run.packed = packed
     run.unpacked = lambda cotangent: cotangent.flatten(1) if on_gpu else padded.rectangle(cotangent.flatten(1))
     if on_gpu:
-        info = theirs.validate_cu_seqlens(arguments["cu_seqlens"], len(rows[0]), arguments["max_seqlen"])
-
-        def forward():
-            return module.forward_packed(
-                run.leaves[0], arguments["cu_seqlens"], rel_embeddings=tables[0], packed_info=info
-            )[0]
+        cu_seqlens = arguments["cu_seqlens"]
+        info = theirs.validate_cu_seqlens(cu_seqlens, len(rows[0]), arguments["max_seqlen"])
+        call = partial(module.forward_packed, rel_embeddings=tables[0], packed_info=info)
+        run.forward = lambda: call(run.leaves[0], cu_seqlens)[0]
     else:
+        run.forward = lambda: module(run.leaves[0], padded.mask, rel_embeddings=tables[0])[0]
+    return run
+
+
+def _with_bias(attend):
+    """A variant of MPNet's attention as transformers writes it: the table's entries are added to the scores."""
+
+    def make(arguments):
+        padded = peers.Padded(arguments)
+        table = arguments["bias"]
+        position = torch.arange(padded.S, device=table.device)
+        distance = position[:, None] - position + table.shape[0] // 2
+        run = Run(None, [*padded.heads_first(arguments["q"]), table], padded.packed, padded.unpacked)
 
         def forward():
-            return module(run.leaves[0], padded.mask, rel_embeddings=tables[0])[0]
+            bias = run.leaves[3][distance].permute(2, 0, 1)
+            return attend(*run.leaves[:3], padded.key_mask, arguments.get("dropout_p", 0.0), bias)
 
-    run.forward = forward
-    return run
+        run.forward = forward
+        return run
 
-
-def _biased_eager(arguments):
-    """MPNet's attention as transformers writes it: the table's entries as a matrix that is added to the scores."""
-    return _with_bias(arguments, TABLE["attention"].plain)
+    return make
 
 
-def _biased_sdpa(arguments):
-    def attend(q, k, v, mask, dropout_p, bias):
-        bias = bias[None] if mask is None else bias.masked_fill(~mask, float("-inf"))
-        return F.scaled_dot_product_attention(q, k, v, bias, dropout_p)
-
-    return _with_bias(arguments, attend)
-
-
-def _with_bias(arguments, attend):
-    padded = peers.Padded(arguments)
-    table = arguments["bias"]
-    position = torch.arange(padded.S, device=table.device)
-    distance = position[:, None] - position + table.shape[0] // 2
-    run = Run(None, [*padded.heads_first(arguments["q"]), table], padded.packed, padded.unpacked)
-
-    def forward():
-        bias = run.leaves[3][distance].permute(2, 0, 1)
-        return attend(*run.leaves[:3], padded.key_mask, arguments.get("dropout_p", 0.0), bias)
-
-    run.forward = forward
-    return run
+def _biased_sdpa(q, k, v, mask, dropout_p, bias):
+    bias = bias[None] if mask is None else bias.masked_fill(~mask, float("-inf"))
+    return F.scaled_dot_product_attention(q, k, v, bias, dropout_p)
 
 
 BACKENDS = {
@@ -301,14 +276,14 @@ PEERS = {
         "torch varlen": _packed_attention(_varlen),
         "torch nested": _packed_attention(_nested),
         "flash_attn": _flash_attn,
-        "flash_attn 3": _packed_attention(_flash_attn_3),
-        "flash_attn 4": _packed_attention(_flash_attn_4),
+        "flash_attn 3": _packed_attention(_newer_flash_attn("flash_attn_interface")),
+        "flash_attn 4": _packed_attention(_newer_flash_attn("flash_attn.cute")),
         "xformers": _packed_attention(_xformers),
     },
     "biased_attention": {
-        "eager": _biased_eager,
-        "compiled": peers.compiled_forward(_biased_eager),
-        "sdpa": _biased_sdpa,
+        "eager": _with_bias(TABLE["attention"].plain),
+        "compiled": peers.compiled_forward(_with_bias(TABLE["attention"].plain)),
+        "sdpa": _with_bias(_biased_sdpa),
         "flex": _flex,
     },
     "disentangled_attention": {

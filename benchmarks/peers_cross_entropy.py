@@ -7,27 +7,18 @@ import peers
 import torch
 import torch.nn.functional as F
 
-from fastbert.proof.op_cases import TABLE, Arguments, Run, floating, run_of
+from fastbert.proof.op_cases import TABLE, Arguments, Run, run_of
 
 
-def _in_half_precision(function):
-    """A variant that leaves numbers in the dtype that they come in."""
+def _unwidened_cross_entropy(arguments):
+    """In half precision: logits stay in the dtype that they come in."""
+    if arguments["hidden"].dtype == torch.float32:
+        raise peers.NotApplicable
 
-    def make(arguments):
-        if next(iter(floating(arguments).values())).dtype == torch.float32:
-            raise peers.NotApplicable
-        return run_of(function, arguments)
+    def call(hidden, weight, bias, labels):
+        return F.cross_entropy(F.linear(hidden, weight, bias), labels, reduction="sum")
 
-    return make
-
-
-def _unwidened_cross_entropy(hidden, weight, bias, labels):
-    return F.cross_entropy(F.linear(hidden, weight, bias), labels, reduction="sum")
-
-
-def _own_document(query, document, scale):
-    """(hidden, weight, labels) that make a vocabulary's cross-entropy of the contrastive one."""
-    return query * scale, document, torch.arange(len(query), device=query.device)
+    return run_of(call, arguments)
 
 
 def _vocabulary_or_documents(cross_entropy):
@@ -38,8 +29,8 @@ def _vocabulary_or_documents(cross_entropy):
             return run_of(cross_entropy, arguments)
 
         def call(query, document, scale):
-            hidden, weight, labels = _own_document(query, document, scale)
-            return cross_entropy(hidden, weight, None, labels)
+            # each query's own document is its label
+            return cross_entropy(query * scale, document, None, torch.arange(len(query), device=query.device))
 
         return run_of(call, arguments)
 
@@ -142,10 +133,11 @@ def _quack_cross_entropy(arguments):
     peers.gpu_library("quack", arguments)
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
+    def call(hidden, weight, bias, labels):
+        return chunked_linear_cross_entropy(hidden, weight, labels, reduction="sum")
+
     if "query" in arguments:
-        return _vocabulary_or_documents(
-            lambda hidden, weight, bias, labels: chunked_linear_cross_entropy(hidden, weight, labels, reduction="sum")
-        )(arguments)
+        return _vocabulary_or_documents(call)(arguments)
     hidden, weight, bias, labels = (arguments[name] for name in ("hidden", "weight", "bias", "labels"))
     (M, D), V = hidden.shape, len(weight)
     # what is filled up: rows without a label, words that no softmax sees
@@ -153,11 +145,8 @@ def _quack_cross_entropy(arguments):
     weight[V:, D] = _NEVER
     run = Run(None, [_with_rows(_and_columns(hidden, torch.ones_like(hidden[:, 0])), -M % 8), weight])
     labels = F.pad(labels, (0, -M % 8), value=-100)
-    run.packed = lambda output, gradients: (
-        output,
-        [gradients[0][:M, :D], gradients[1][:V, :D], gradients[1][:V, D]],
-    )
-    run.forward = lambda: chunked_linear_cross_entropy(*run.leaves, labels, reduction="sum")
+    run.packed = lambda output, grads: (output, [grads[0][:M, :D], grads[1][:V, :D], grads[1][:V, D]])
+    run.forward = lambda: call(*run.leaves, None, labels)
     return run
 
 
@@ -169,7 +158,7 @@ def _with_rows(x, count):
     return torch.cat((x, x.new_zeros(count, *x.shape[1:])))
 
 
-def _whole_64s(make):
+def whole_64s(make):
     """The variant with the vocabulary filled up to a multiple of 64 words, as one does for tensor cores.
 
     BERT's 30,522 are no multiple of 8: rows of logits are not aligned then, and libraries fall back to slower products.
@@ -181,11 +170,8 @@ def _whole_64s(make):
         more = -V % 64
         if not more:
             raise peers.NotApplicable
-        filled = {
-            "weight": _with_rows(arguments["weight"], more),
-            "bias": F.pad(arguments["bias"], (0, more), value=_NEVER),
-        }
-        run = make(Arguments({**arguments, **filled}, arguments.lengths))
+        weight, bias = _with_rows(arguments["weight"], more), F.pad(arguments["bias"], (0, more), value=_NEVER)
+        run = make(Arguments({**arguments, "weight": weight, "bias": bias}, arguments.lengths))
         run.packed = lambda output, gradients: (output, [gradients[0], *(x[:V] for x in gradients[1:])])
         return run
 
@@ -204,11 +190,11 @@ CROSS_ENTROPIES = {
 PEERS = {
     "masked_cross_entropy": {
         "eager, every token": peers.every_token(TABLE["masked_cross_entropy"].plain, "hidden"),
-        "eager, not widened": _in_half_precision(_unwidened_cross_entropy),
-        "eager, whole 64s": _whole_64s(lambda arguments: run_of(TABLE["masked_cross_entropy"].plain, arguments)),
+        "eager, not widened": _unwidened_cross_entropy,
+        "eager, whole 64s": whole_64s(lambda arguments: run_of(TABLE["masked_cross_entropy"].plain, arguments)),
         **CROSS_ENTROPIES,
         **{
-            f"{name}, whole 64s": _whole_64s(CROSS_ENTROPIES[name])
+            f"{name}, whole 64s": whole_64s(CROSS_ENTROPIES[name])
             for name in ("torch linear_cross_entropy, chunked", "liger, large chunks")
         },
     },

@@ -7,6 +7,9 @@ import itertools
 import statistics
 import textwrap
 
+import record
+
+PASSES = {"inference": "inference", "train": "training step"}
 # ours in blue, others in greys and in Okabe and Ito's colours, told apart with every kind of colour vision
 OURS, OURS_TOO, SWAPPED = "#2563eb", "#93c5fd", "#009E73"
 OTHERS = ("#9aa5b1", "#52606d", "#E69F00", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
@@ -14,7 +17,7 @@ OTHERS = ("#9aa5b1", "#52606d", "#E69F00", "#CC79A7", "#56B4E9", "#D55E00", "#F0
 OF_OPS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#52606d", "#8c564b", "#17becf", "#bcbd22", "#7F3C8D")
 
 
-def _figure(columns, lines=1, size=(5.2, 3.9), **settings):
+def figure_of(columns, lines=1, size=(5.2, 3.9), **settings):
     """(figure, axes as a flat list)."""
     import matplotlib
 
@@ -30,13 +33,18 @@ def _figure(columns, lines=1, size=(5.2, 3.9), **settings):
     return figure, list(axes.flat)
 
 
-def _save(figure, path, title, labelled=None):
-    """Write the picture. labelled: an axis whose bars or lines the legend names."""
+def _labelled(*axes):
+    """{label: bar or line} of these axes, each label once."""
+    return {label: drawn for axis in axes for drawn, label in zip(*axis.get_legend_handles_labels())}
+
+
+def save(figure, path, title, handles=None, columns=4):
+    """Write the picture. handles: {label: bar or line} of its legend, in so many columns."""
     import matplotlib.pyplot as plt
 
-    if labelled:
-        handles, labels = labelled.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    if handles:
+        place = dict(loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
+        figure.legend(handles.values(), handles.keys(), **place)
     # so many letters of this size go into a line
     title = textwrap.fill(title, int(14 * figure.get_figwidth()))
     figure.suptitle(title, fontsize=8, color="#52606d")
@@ -58,27 +66,24 @@ def _log_ticks(axis):
 def _colours(names):
     """{implementation: colour}, the same in every plot."""
     fixed = {
-        "fastbert": OURS, "fastbert, packed": "#1e3a8a", "fastbert on MKL": OURS_TOO, "swapped": SWAPPED,
-        "transformers, swapped": SWAPPED, "sentence-transformers, swapped": SWAPPED, "transformers sdpa": OTHERS[0],
+        "fastbert": OURS, "fastbert, packed": "#1e3a8a", "fastbert on MKL": OURS_TOO, "transformers sdpa": OTHERS[0],
         "transformers": OTHERS[0], "transformers + Trainer": OTHERS[0], "transformers eager": OTHERS[2],
         "transformers compiled": OTHERS[1], "transformers flash_attention_2": OTHERS[3],
         "sentence-transformers": OTHERS[1],
     }  # fmt: skip
     rest = itertools.cycle(OTHERS[3:])
-    return {name: fixed.get(name) or next(rest) for name in names}
+    return {name: SWAPPED if name.endswith("swapped") else fixed.get(name) or next(rest) for name in names}
 
 
 def plot_speed(rows, caption, path):
     """Bars: how many times fastbert's time the others take, at 60 % fill and without padding. rows: of models.json."""
-    rows = [row for row in rows if row["sweep"] in ("fill", "families") and is_usual(row)]
-    panels = [("inference", "inference"), ("train", "training step")]
-    panels = [(key, title) for key, title in panels if any(row["pass"] == key for row in rows)]
-    longest = max(sum(row["pass"] == key for row in rows) for key, _ in panels)
-    figure, axes = _figure(len(panels), size=(6.4, 0.55 * longest + 1.4))
+    rows = [row for row in rows if row["sweep"] in ("fill", "families") and record.is_usual(row["fill"])]
+    panels = {title: [row for row in rows if row["pass"] == key][::-1] for key, title in PASSES.items()}
+    panels = {title: shown for title, shown in panels.items() if shown}
+    figure, axes = figure_of(len(panels), size=(6.4, 0.55 * max(map(len, panels.values())) + 1.4))
     names = list(dict.fromkeys(name for row in rows for name in row["summary"] if name != "fastbert"))
     colours = _colours(names)
-    for axis, (key, title) in zip(axes, panels):
-        shown = [row for row in rows if row["pass"] == key][::-1]
+    for axis, (title, shown) in zip(axes, panels.items()):
         ticks, height = [], 0.0
         for row in shown:
             present = [name for name in names if name in row["summary"]][::-1]
@@ -94,10 +99,9 @@ def plot_speed(rows, caption, path):
             height += 0.8
         labels = [
             f"{row['model']}, {row['layers']} layers\n{row['sequences']} x {row['length']}, {row['fill']:.0%} fill, "
-            f"{row['dtype'].replace('bfloat', 'bf')}"
-            .replace("float32", "fp32")
+            f"{short(row['dtype'])}"
             for row in shown
-        ]  # fmt: skip
+        ]
         axis.set_yticks(ticks, labels, fontsize=7)
         axis.axvline(1, color=OURS, linewidth=1.8)
         axis.set_xlim(left=0)
@@ -105,27 +109,25 @@ def plot_speed(rows, caption, path):
         axis.set_title(f"{title}: times fastbert's time", loc="left", fontsize=10)
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], color=OURS, linewidth=1.8), *(_patch(colours[name]) for name in names)]
-    figure.legend(handles, ["fastbert", *names], loc="outside lower center", ncols=5, frameon=False, fontsize=8)
-    _save(figure, path, f"Whole models: a bar beyond the blue line is slower than fastbert. {caption}")
+    handles = {"fastbert": Line2D([], [], color=OURS, linewidth=1.8)} | {name: _patch(colours[name]) for name in names}
+    save(figure, path, f"Whole models: a bar beyond the blue line is slower than fastbert. {caption}", handles, 5)
 
 
-def is_usual(row):
-    """Whether a row is of text at 60 % fill, or of no padding: what pictures show of the fills."""
-    return row["fill"] == 1 or 0.55 < row["fill"] < 0.75
+def short(dtype):
+    return dtype.replace("bfloat16", "bf16").replace("float32", "fp32")
 
 
-def _patch(colour):
+def _patch(edge, face=None):
     from matplotlib.patches import Patch
 
-    return Patch(color=colour)
+    return Patch(edgecolor=edge, facecolor=face or edge)
 
 
 def plot_memory(panels, caption, path):
     """Bars of peak memory. panels: {title: [(group, {implementation: value})]}; a title ends with the unit."""
     bars = max(sum(len(values) for _, values in groups) for groups in panels.values())
     across, down = (1, len(panels)) if bars > 18 else (len(panels), 1)
-    figure, axes = _figure(across, down, size=(max(5.2, 0.32 * bars), 3.8))
+    figure, axes = figure_of(across, down, size=(max(5.2, 0.32 * bars), 3.8))
     names = dict.fromkeys(name for groups in panels.values() for _, values in groups for name in values)
     # ours last in each group, as in the tables
     names = sorted(names, key=lambda name: (name.startswith("fastbert"), name.endswith("swapped")))
@@ -143,9 +145,8 @@ def plot_memory(panels, caption, path):
         axis.set_title(title, loc="left", fontsize=9)
         axis.set_ylabel(title.rpartition(", ")[2], fontsize=8)
         axis.margins(y=0.12)
-    handles = [_patch(colours[name]) for name in names]
-    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 6), frameon=False, fontsize=8)
-    _save(figure, path, f"Peak memory, less is better. {caption}")
+    handles = {name: _patch(colours[name]) for name in names}
+    save(figure, path, f"Peak memory, less is better. {caption}", handles, min(len(names), 6))
 
 
 # sweep -> (what its axis shows, the axis's label, what is drawn against it)
@@ -177,7 +178,7 @@ def plot_scaling(rows, caption, path):
         return False
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
-    figure, axes = _figure(columns, lines, size=(4.9, 3.5))
+    figure, axes = figure_of(columns, lines, size=(4.9, 3.5))
     names = list(dict.fromkeys(name for *_, found in panels for row in found for name in row["summary"]))
     colours = _colours(names)
     for axis in axes[len(panels) :]:
@@ -186,17 +187,11 @@ def plot_scaling(rows, caption, path):
         own = {name for row in found if row["sweep"] == sweep for name in row["summary"]}
         _curves(axis, sweep, what, found, [name for name in names if name in own], colours)
         model, layers, pass_, dtype, length = kind
-        pass_ = {"train": "training step", "inference": "inference"}[pass_]
-        if sweep == "batch":
-            pass_ += ", latency" if what == "median_s" else ", throughput"
-        short = dtype.replace("bfloat16", "bf16").replace("float32", "fp32")
-        of_length = f", S = {length}" if length else ""
-        axis.set_title(f"{model} ({layers} layers), {pass_}, {short}{of_length}", loc="left", fontsize=9)
-    handles = {}
-    for axis in axes:
-        handles |= dict(zip(*axis.get_legend_handles_labels()[::-1]))
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8)
-    _save(figure, path, f"How cost grows. {caption}")
+        kind = {"median_s": ", latency", "real_tokens_per_s": ", throughput"}[what] if sweep == "batch" else ""
+        kind += f", {short(dtype)}" + (f", S = {length}" if length else "")
+        axis.set_title(f"{model} ({layers} layers), {PASSES[pass_]}{kind}", loc="left", fontsize=9)
+    handles = _labelled(*axes)
+    save(figure, path, f"How cost grows. {caption}", handles, len(handles))
     return True
 
 
@@ -230,14 +225,13 @@ def _curves(axis, sweep, what, rows, names, colours):
 
 def _like_picked(row, rows):
     """Whether a row of the fill sweep belongs to the curve over picked shares too."""
-    others = [other for other in rows if other["sweep"] == "picked"]
     keys = ("model", "pass", "dtype", "layers", "sequences", "length", "fill")
-    return any(all(row[key] == other[key] for key in keys) for other in others)
+    return any(all(row[x] == other[x] for x in keys) for other in rows if other["sweep"] == "picked")
 
 
 def plot_training(result, caption, path):
     """Loss against time and against tokens, and held-out accuracy against time, all runs on one picture."""
-    figure, axes = _figure(3, size=(4.7, 3.7))
+    figure, axes = figure_of(3, size=(4.7, 3.7))
     colours = _colours([row["implementation"] for row in result["rows"]])
     panels = (
         ("seconds", "training time, seconds", "loss", "loss of picked tokens, nats, against time"),
@@ -246,14 +240,12 @@ def plot_training(result, caption, path):
     )
     for axis, (x, label, y, title) in zip(axes, panels):
         for i, row in enumerate(result["rows"]):
-            colour, name = colours[row["implementation"]], row["implementation"]
-            points = row["held_out"] if y == "accuracy" else row["curve"]
+            name, points = row["implementation"], row["held_out"] if y == "accuracy" else row["curve"]
             # the curves of the middle panel lie on each other: the first is the widest, so that all can be seen
             width = 1.2 + (1.6 * (len(result["rows"]) - 1 - i) if x == "tokens" else 0.6)
             marker = dict(marker="o", markersize=3.5) if y == "accuracy" else {}
-            axis.plot(
-                [p[x] for p in points], [p[y] for p in points], color=colour, label=name, linewidth=width, **marker
-            )
+            points = zip(*((point[x], point[y]) for point in points))
+            axis.plot(*points, color=colours[name], label=name, linewidth=width, **marker)
         axis.set_xlabel(label, fontsize=8)
         axis.set_title(title, loc="left", fontsize=9)
         axis.set_xlim(left=0)
@@ -270,7 +262,7 @@ def plot_training(result, caption, path):
     if baseline:
         axes[2].axhline(baseline, color="#bbbbbb", linewidth=1, linestyle=":")
         axes[2].text(0, baseline, " always the most frequent token", fontsize=7, va="bottom", color="#777777")
-    _save(figure, path, f"The same model, text, masks and order. {caption}", axes[0])
+    save(figure, path, f"The same model, text, masks and order. {caption}", _labelled(axes[0]))
 
 
 def plot_roofline(points, ceilings, caption, path):
@@ -282,7 +274,7 @@ def plot_roofline(points, ceilings, caption, path):
     groups = list(dict.fromkeys((point["op"], point["shape"]) for point in rest))[::-1]
     shapes = list(dict.fromkeys((point["op"], point["shape"]) for point in under))
     panels = bool(under) + bool(rest)
-    figure, axes = _figure(panels, size=(6.9, max(4.8, 0.42 * len(groups) + 1.2)))
+    figure, axes = figure_of(panels, size=(6.9, max(4.8, 0.42 * len(groups) + 1.2)))
     copy, product = ceilings["copy"], ceilings["product"]
     unit, per = ("T", 1e12) if product > 1e13 else ("G", 1e9)
     if under:
@@ -293,20 +285,16 @@ def plot_roofline(points, ceilings, caption, path):
         left.plot([low, ridge, high], [low * copy / per, product / per, product / per], color="#333333", zorder=1)
         left.text(high, 1.04 * product / per, f"{product / per:,.3g} {unit}FLOP/s", ha="right", va="bottom", fontsize=8)
         left.text(low, 1.9 * low * copy / per, f"{copy / per:,.3g} {unit}B/s", fontsize=8, va="bottom")
-        # too many shapes for a legend: then it names the ops alone
-        is_long, named = len(shapes) > 10, set()
-        marks = dict(zip(shapes, itertools.cycle("o" if is_long else "osD^vP*X<>")))
-        for (op, shape), mark in marks.items():
+        for op, shape in shapes:
             two = [point for point in under if (point["op"], point["shape"]) == (op, shape)]
             places = [(p["flops"] / p["bytes"], p["useful flops"] / p["seconds"] / per) for p in two]
             left.plot(*zip(*places), color=palette[op], linewidth=0.8, alpha=0.5, zorder=2)
             for point, (x, y) in zip(two, places):
-                ours, label = point["which"] == "fastbert", op if is_long else f"{op}, {shape}"
+                ours = point["which"] == "fastbert"
                 left.scatter(
-                    x, y, s=52, marker=mark, facecolor=palette[op] if ours else "white", edgecolor=palette[op],
-                    linewidth=1.3, zorder=3, label=label if ours and label not in named else None,
+                    x, y, s=52, facecolor=palette[op] if ours else "white", edgecolor=palette[op], linewidth=1.3,
+                    zorder=3, label=op if ours else None,
                 )  # fmt: skip
-                named |= {label} if ours else set()
         left.set_xscale("log")
         left.set_yscale("log")
         left.set_ylim(top=1.8 * product / per)
@@ -318,45 +306,30 @@ def plot_roofline(points, ceilings, caption, path):
         left.grid(color="#eeeeee", linewidth=0.6)
     if rest:
         right = axes[-1]
-        for y, (op, shape) in enumerate(groups):
-            for point in rest:
-                if (point["op"], point["shape"]) == (op, shape):
-                    ours = point["which"] == "fastbert"
-                    right.barh(
-                        y + (0.2 if ours else -0.2), point["useful bytes"] / point["seconds"] / per, 0.36,
-                        color=palette[op] if ours else "white", edgecolor=palette[op], linewidth=1,
-                    )  # fmt: skip
+        for point in rest:
+            ours, colour = point["which"] == "fastbert", palette[point["op"]]
+            y = groups.index((point["op"], point["shape"])) + (0.2 if ours else -0.2)
+            rate, fill = point["useful bytes"] / point["seconds"] / per, colour if ours else "white"
+            right.barh(y, rate, 0.36, color=fill, edgecolor=colour, linewidth=1)
         right.set_yticks(range(len(groups)), [f"{op}\n{shape}" for op, shape in groups], fontsize=7)
         right.axvline(copy / per, color="#333333")
         right.set_xlabel(f"{unit}B/s of the bytes that are needed", fontsize=8)
         right.set_title("ops without: memory alone is the roof", loc="left", fontsize=9)
-    handles, labels = axes[0].get_legend_handles_labels() if under else ([], [])
-    figure.legend(
-        [_patch("#555555"), _outline("#555555"), *handles], ["fastbert", "plain PyTorch", *labels],
-        loc="outside lower center", ncols=2 * panels, frameon=False, fontsize=8,
-    )  # fmt: skip
-    _save(figure, path, f"Roofline: {caption}")
-
-
-def _outline(colour):
-    from matplotlib.patches import Patch
-
-    return Patch(facecolor="white", edgecolor=colour)
+    handles = {"fastbert": _patch("#555555"), "plain PyTorch": _patch("#555555", "white")} | _labelled(axes[0])
+    save(figure, path, f"Roofline: {caption}", handles, 2 * panels)
 
 
 def plot_history(lines, caption, path):
     """Every ratio over the runs that have it, and their geometric mean."""
-    figure, (axis,) = _figure(1, size=(8, 4))
-    names = {name for line in lines for name in line["ratios"]}
-    for name in sorted(names):
+    figure, (axis,) = figure_of(1, size=(8, 4))
+    names = sorted({name for line in lines for name in line["ratios"]})
+    for name in names:
         points = [(i, line["ratios"][name]) for i, line in enumerate(lines) if name in line["ratios"]]
-        axis.plot([x for x, _ in points], [y for _, y in points], color=OTHERS[0], linewidth=0.8, alpha=0.6)
+        axis.plot(*zip(*points), color=OTHERS[0], linewidth=0.8, alpha=0.6)
     in_all = [name for name in names if all(name in line["ratios"] for line in lines)]
     if in_all:
         means = [statistics.geometric_mean(line["ratios"][name] for name in in_all) for line in lines]
-        axis.plot(
-            means, color=OURS, linewidth=2.5, marker="o", label=f"geometric mean of the {len(in_all)} in all runs"
-        )
+        axis.plot(means, color=OURS, linewidth=2.5, marker="o", label=f"geometric mean of {len(in_all)} in all runs")
         axis.legend(frameon=False, fontsize=8)
     axis.axhline(1, color="#333333", linewidth=1)
     axis.set_yscale("log")
@@ -364,34 +337,33 @@ def plot_history(lines, caption, path):
     axis.set_xticks(range(len(lines)), labels, fontsize=8)
     axis.set_ylabel("best peer's time over fastbert's")
     _log_ticks(axis.yaxis)
-    _save(figure, path, f"History: above 1 fastbert is faster than every peer. {caption}")
+    save(figure, path, f"History: above 1 fastbert is faster than every peer. {caption}")
 
 
 def plot_families(rows, caption, path):
     """Bars for each family: how many times faster fastbert is than transformers. rows: of tables.speeds."""
-    panels = [("train", "training step"), ("inference", "inference")]
-    figure, axes = _figure(len(panels), size=(6, 3.8), sharey=True)
+    figure, axes = figure_of(2, size=(6, 3.8), sharey=True)
     shown = {"fastbert": "fastbert", "swapped": "transformers, swapped", "fastbert on MKL": "fastbert on MKL"}
-    for axis, (pass_, title) in zip(axes, panels):
+    for axis, pass_ in zip(axes, ("train", "inference")):
         here = [row for row in rows if row["pass"] == pass_]
         bars = {label: [row["speedup"][name] for row in here] for name, label in shown.items()}
         _bars(axis, [row["family"] for row in here], bars, "%.1f", 6, rotation=35, ha="right")
         axis.axhline(1, color="#333333", linewidth=1)
-        axis.set_title(f"{title}: times as fast as transformers", loc="left", fontsize=10)
-    _save(figure, path, f"Every family, base size with fewer layers, 60 % fill. {caption}", axes[0])
+        axis.set_title(f"{PASSES[pass_]}: times as fast as transformers", loc="left", fontsize=10)
+    save(figure, path, f"Every family, base size with fewer layers, 60 % fill. {caption}", _labelled(axes[0]))
 
 
 def plot_training_step(rows, caption, path):
     """Bars: speed and peak memory of BERT-base's training step. rows: of training_step.json, measured on a CPU."""
     panels = (("real_tokens_per_s", "real tokens per second (more is better)"),
               ("peak_memory_mib", "peak memory of the process, MiB (less is better)"))  # fmt: skip
-    figure, axes = _figure(len(panels), size=(4.7, 3.6))
+    figure, axes = figure_of(len(panels), size=(4.7, 3.6))
     for axis, (key, title) in zip(axes, panels):
         bars = {name: [row["summary"][name][key] for row in rows] for name in rows[0]["summary"]}
         _bars(axis, [row["case"] for row in rows], bars, "%.0f", 8)
         axis.set_title(title, loc="left", fontsize=10)
         axis.margins(y=0.12)
-    _save(figure, path, f"BERT-base's training step. {caption}", axes[0])
+    save(figure, path, f"BERT-base's training step. {caption}", _labelled(axes[0]))
 
 
 def _bars(axis, groups, bars, form, fontsize, **ticks):

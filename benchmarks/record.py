@@ -1,13 +1,6 @@
-"""A result: what every benchmark of this folder writes, and what pages, the gate and tests read.
+"""A result: what every benchmark writes, and what pages, the gate and tests read. README.md has the form of the file.
 
-A file of results is
-
-    {"machine": {...}, "date": "2026-11-23", "command": "python ...", "settings": {...},
-     "rows": [{names and sizes, "seconds": {implementation: [one for each round]}, "summary": {...}}],
-     "not_measured": {implementation: why}}
-
-The raw seconds are kept, so that every figure can be made again. Implementations whose names begin with "fastbert" or
-end in "swapped" are ours. Ratios are medians, over rounds, of another's time over fastbert's: below 1 it is slower.
+Ratios are medians over rounds of another's time over fastbert's. Below 1 fastbert is slower.
 """
 
 import datetime
@@ -17,8 +10,6 @@ import shlex
 import statistics
 import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import machine
 import rounds
@@ -55,6 +46,20 @@ def save(result, file):
     temporary = file.with_suffix(".tmp")
     temporary.write_text(text + "\n", encoding="utf-8")
     temporary.replace(file)
+
+
+def is_usual(fill):
+    """Whether a batch is text at 60 % fill, or has no padding: what pictures and memory show of the fills."""
+    return fill == 1 or 0.55 < fill < 0.75
+
+
+def rounded(seconds, digits=6):
+    return {name: [round(s, digits) for s in times] for name, times in seconds.items()}
+
+
+def line_of(failure):
+    """An exception in one line, which may be cut."""
+    return f"{type(failure).__name__}: {failure}".partition("\n")[0][:200]
 
 
 def summary(seconds, tokens=None):
@@ -107,14 +112,12 @@ def name_of(row):
     """What a row of the common form measures, in words."""
     for key in ("name", "case"):
         if isinstance(row.get(key), str):
-            parts = [row[key]] + ([row["pass"]] if "pass" in row and row["pass"] not in row[key] else [])
-            return " ".join(parts)
+            return row[key] if row.get("pass", "") in row[key] else f"{row[key]} {row['pass']}"
     if "sweep" in row:
         shape = f"{row['sequences']} x {row['length']}, {row['fill']:.0%} fill"
         share = f", {row['picked_share']:.0%} picked" if row.get("picked_share") is not None else ""
         return f"{row['model']} ({row['layers']} layers) {row['pass']}, {shape}{share}, {row['dtype']}"
-    left_out = ("seconds", "summary")
-    return ", ".join(str(value) for key, value in row.items() if key not in left_out and isinstance(value, str | int))
+    return ", ".join(str(value) for value in row.values() if isinstance(value, str | int))
 
 
 def ratio(times, ours):
@@ -130,6 +133,16 @@ def ratios(results):
     for name, seconds in comparisons(results):
         ours = ours_of(seconds)
         found[name] = {x: round(ratio(t, seconds[ours]), 3) for x, t in seconds.items() if x != ours and t}
+    return found
+
+
+def best_ratios(results):
+    """{name: the fastest peer's time over fastbert's} of rows that have a peer that is not ours."""
+    found = {}
+    for name, others in ratios(results).items():
+        peers = [times for other, times in others.items() if not is_ours(other)]
+        if peers:
+            found[name] = min(peers)
     return found
 
 

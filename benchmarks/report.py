@@ -4,40 +4,32 @@
     python benchmarks/report.py --device FOLDER          one of them
     python benchmarks/report.py --readme                 the README's figures too
 
-It reads benchmarks/results/<device>/*.json and writes README.md and plots beside them. It times nothing, so what it
-writes follows from the committed results alone. See record.py for the form of a file of results.
-
-Ratios are medians, over rounds, of another's time over fastbert's: below 1 fastbert is slower, and the page says so.
-Each run with other ratios than the last adds a line to history.jsonl, from which the history is drawn.
-
-In README.md what stands between <!-- figures: NAME --> and <!-- end --> is written by --readme: see `FIGURES`.
+It reads benchmarks/results/<device>/*.json and writes README.md and plots beside them. It times nothing. A run whose
+ratios differ from the last adds a line to history.jsonl, from which the history is drawn. In the project's README
+--readme writes what stands between <!-- figures: NAME --> and <!-- end -->: see `FIGURES`.
 """
 
 import argparse
 import datetime
 import importlib.util
+import itertools
 import json
 import re
 import statistics
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-for place in (str(ROOT / "benchmarks"), str(ROOT)):
-    if place not in sys.path:
-        sys.path.insert(0, place)
-
-import plots  # noqa: E402
-import tables  # noqa: E402
-from record import (  # noqa: E402
+import plots
+import tables
+from record import (
     RESULTS,
+    ROOT,
     about,
+    best_ratios,
     command_of,
     facts_of,
-    is_ours,
+    is_usual,
     losses,
     not_measured,
-    ratios,
     read,
     rows_of,
 )
@@ -57,16 +49,15 @@ def memory_panels(results):
             values = {name: figures[figure] for name, figures in row["summary"].items() if figures.get(figure)}
             # by the name that it has among the models
             values = {"transformers sdpa" if name == "transformers" else name: x for name, x in values.items()}
-            panels.setdefault(title, []).append((row["case"], values))
+            if values:
+                panels.setdefault(title, []).append((row["case"], values))
     for row in rows_of(results.get("models", {})):
         values = {name: 1024 * figures["peak_gib"] for name, figures in row["summary"].items() if "peak_gib" in figures}
-        if row["sweep"] == "fill" and plots.is_usual(row) and values:
+        if row["sweep"] == "fill" and is_usual(row["fill"]) and values:
             kind = {"train": "a training step", "inference": "inference"}[row["pass"]]
-            short = row["dtype"].replace("bfloat16", "bf16").replace("float32", "fp32")
-            place = f"{row['sequences']} x {row['length']}\n{row['fill']:.0%} fill, {short}"
+            place = f"{row['sequences']} x {row['length']}\n{row['fill']:.0%} fill, {plots.short(row['dtype'])}"
             panels.setdefault(f"{kind} of {row['model']} beyond the weights, MiB", []).append((place, values))
-    panels = {title: [group for group in groups if group[1]] for title, groups in panels.items()}
-    return {title: groups for title, groups in panels.items() if groups}
+    return panels
 
 
 def measured_points(ops):
@@ -92,40 +83,23 @@ def measured_points(ops):
 def counted_points():
     """The same from the counted traffic of the kernels, at the ceilings of the GPU that it states."""
     counted = json.loads((RESULTS / "traffic.json").read_text(encoding="utf-8"))
-    points, groups = [], {}
-    for row in counted["rows"]:
-        groups.setdefault((row["op"], row["shape"]), []).append(row)
-    for (op, shape), rows in groups.items():
+    points, figures = [], ("bytes", "flops", "seconds")
+    for (op, shape), rows in itertools.groupby(counted["rows"], key=lambda row: (row["op"], row["shape"])):
+        rows = list(rows)
         # of several ways to write it in plain PyTorch the first is the usual one; the least is the least of all
-        ways = [("fastbert", rows[0]["fastbert"]), *(("plain PyTorch", row["plain"]) for row in rows)]
-        sums = [(which, *(_both(passes, x) for x in ("bytes", "flops", "seconds"))) for which, passes in ways]
-        least = {f"useful {x}": min(way[i] for way in sums) for i, x in ((1, "bytes"), (2, "flops"))}
-        for which, size, flops, seconds in sums[:2]:
-            points.append(
-                {"op": op, "shape": shape, "which": which, "bytes": size, "flops": flops, "seconds": seconds, **least}
-            )
+        ways = [rows[0]["fastbert"], *(row["plain"] for row in rows)]
+        sums = [{x: sum(one[x] for one in passes.values()) for x in figures} for passes in ways]
+        least = {f"useful {x}": min(way[x] for way in sums) for x in ("bytes", "flops")}
+        for which, way in zip(("fastbert", "plain PyTorch"), sums):
+            points.append({"op": op, "shape": shape, "which": which, **way, **least})
     ceilings = {"copy": counted["ceilings"]["bytes_per_second"], "product": counted["ceilings"]["flops_per_second"]}
     return points, ceilings, "counted traffic at an H200's measured ceilings, not timed"
-
-
-def _both(passes, what):
-    return sum(figures[what] for figures in passes.values())
-
-
-def headline(results):
-    """{name: the best peer's time over fastbert's} of what stands for the whole, for the history."""
-    found = {}
-    for name, others in ratios(results).items():
-        peers = [times for other, times in others.items() if not is_ours(other)]
-        if peers:
-            found[name] = min(peers)
-    return found
 
 
 def record_history(results, file):
     """Add a line to history.jsonl when the ratios are others than in its last; all lines."""
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
-    now = headline(results)
+    now = best_ratios(results)
     if now and (not lines or lines[-1]["ratios"] != now):
         dates = [result["date"] for result in results.values() if result.get("date")]
         facts = next((fact for fact in map(facts_of, results.values()) if "fastbert" in fact), {})
@@ -184,11 +158,8 @@ def page(folder, results, pictures, history):
     lines += without_a_device()
     missing = not_measured(results)
     if missing:
-        lines += [
-            "## Not measured",
-            "",
-            tables.table(("what", "why"), [(a, b.replace("|", "/")) for a, b in missing.items()]),
-        ]
+        whys = [(what, why.replace("|", "/")) for what, why in missing.items()]
+        lines += ["## Not measured", "", tables.table(("what", "why"), whys)]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -197,19 +168,15 @@ def without_a_device():
     lines, file = [], RESULTS / "compile.json"
     if file.exists():
         result = json.loads(file.read_text(encoding="utf-8"))
-        rows, by_arch = [], {}
-        for kernel in result["kernels"]:
-            by_arch.setdefault(kernel["arch"], []).append(kernel)
-        for arch, kernels in by_arch.items():
+        rows = []
+        for arch in dict.fromkeys(kernel["arch"] for kernel in result["kernels"]):
+            kernels = [kernel for kernel in result["kernels"] if kernel["arch"] == arch]
             whole = [kernel for kernel in kernels if "error" not in kernel]
-            products = [kernel for kernel in whole if kernel["dots"]]
-            rows.append(
-                (
-                    arch, len(kernels), len(kernels) - len(whole), sum(bool(kernel["spills"]) for kernel in whole),
-                    f"{sum(bool(kernel['tensor']) for kernel in products)} of {len(products)}",
-                    sum(bool(kernel["atomics"]) for kernel in whole), max(kernel["registers"] for kernel in whole),
-                )
-            )  # fmt: skip
+            on_cores = [bool(kernel["tensor"]) for kernel in whole if kernel["dots"]]
+            spill, atomics = (sum(bool(kernel[x]) for kernel in whole) for x in ("spills", "atomics"))
+            most = max(kernel["registers"] for kernel in whole)
+            products = f"{sum(on_cores)} of {len(on_cores)}"
+            rows.append((arch, len(kernels), len(kernels) - len(whole), spill, products, atomics, most))
         head = ("for", "kernels", "do not compile", "spill", "products on tensor cores", "atomics", "most registers")
         made = ", ".join([f"Triton {result['versions']['triton']}", *filter(None, [result.get("date")])])
         lines += ["## What the compiler makes of the kernels", "", tables.table(head, rows), ""]
@@ -225,8 +192,8 @@ def section(name, result, pictures):
         lines = [tables.step_table(result), "", f"{about(result)}."]
         return [*lines, "", "![Speed and memory](training_step.png)"] if tables.is_of_processes(result) else lines
     if name == "families":
-        lines = [tables.families_table(result), "", f"{about(result)}."]
-        lines += ["", f"{tables.sentences_line(result)}."] if tables.sentences_line(result) else []
+        sentences = tables.sentences_line(result)
+        lines = [tables.families_table(result), "", f"{about(result)}.", *(["", f"{sentences}."] if sentences else [])]
         return [*lines, "", "![Every family](families.png)"]
     if name == "models":
         shown = [f"![{pictures[x]}]({x}.png)\n" for x in ("speed", "scaling") if x in pictures]
@@ -309,7 +276,6 @@ def draw(folder, results, history):
 # ---------------------------------------------------------------------------------------------------------------------
 # the figures of the project's README
 
-
 # the folder of results that they come from
 FEATURED = RESULTS / "cpu-amd-epyc-2-cores"
 
@@ -364,9 +330,7 @@ def with_figures(text):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--device", help="a folder of benchmarks/results, or any folder; default: all that hold results"
-    )
+    parser.add_argument("--device", help="a folder of benchmarks/results, or any folder; default: every one of them")
     parser.add_argument("--readme", action="store_true", help="write the figures of README.md too")
     options = parser.parse_args(arguments)
     folders = [place for place in sorted(RESULTS.iterdir()) if place.is_dir() and place.name != "rehearsal"]

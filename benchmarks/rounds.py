@@ -65,17 +65,17 @@ def take_turns(calls, rounds, seconds=20.0, device=None, prepare=lambda name: No
 
     names, may_warm_up = list(calls), 3 if least > 2 and not on_gpu else 0
     while not is_enough():
-        before = _pages()
+        before = pages_taken()
         turn(names)
         names.reverse()
-        if may_warm_up and _pages() - before >= NEW_PAGES and time.perf_counter() - began < seconds / 2:
+        if may_warm_up and pages_taken() - before >= NEW_PAGES and time.perf_counter() - began < seconds / 2:
             may_warm_up -= 1
             for found in times.values():
                 found.pop()
     return times
 
 
-def _pages():
+def pages_taken():
     """How many pages of memory this process has taken so far; 0 where nothing counts them."""
     try:
         import resource

@@ -7,7 +7,7 @@ import itertools
 import statistics
 
 import rounds
-from record import below_one, is_ours, name_of, ours_of, ratio, ratios, rows_of
+from record import below_one, best_ratios, is_ours, name_of, ours_of, ratio, rows_of
 
 OURS = ("swapped", "fastbert", "fastbert on MKL")
 PASSES = {"train": "training step", "inference": "inference", "encode": "encode"}
@@ -43,17 +43,12 @@ def models_table(rows):
         picked = f", {row['picked_share']:.0%} picked" if row["picked_share"] is not None else ""
         shape = f"{row['sequences']} x {row['length']}, {row['fill']:.0%} fill{picked}, {row['dtype']}"
         for name, figures in row["summary"].items():
-            memory = figures.get("peak_gib", "")
-            against = "" if name == "fastbert" else times_of(figures["times_fastbert"])
-            if is_ours(name) and name != "fastbert":
-                against = f"{figures['times_fastbert']:.2f}x"
-            lines.append(
-                (
-                    names, shape, name, duration(figures["median_s"]) + spread(row["seconds"][name]),
-                    f"{figures['real_tokens_per_s']:,}", f"{figures['padded_tokens_per_s']:,}",
-                    f"{figures['tflop_per_s']:.3g}", f"{figures['mfu']:.0%}", memory, against,
-                )
-            )  # fmt: skip
+            times = figures["times_fastbert"]
+            against = "" if name == "fastbert" else f"{times:.2f}x" if is_ours(name) else times_of(times)
+            median = duration(figures["median_s"]) + spread(row["seconds"][name])
+            rates = (f"{figures[x]:,}" for x in ("real_tokens_per_s", "padded_tokens_per_s"))
+            worth = f"{figures['tflop_per_s']:.3g}", f"{figures['mfu']:.0%}", figures.get("peak_gib", "")
+            lines.append((names, shape, name, median, *rates, *worth, against))
             names = shape = ""
     head = ("model, pass", "batch", "library", "median", "real tokens/s", "padded tokens/s", "TFLOP/s", "MFU", "GiB",
             "of fastbert's time")  # fmt: skip
@@ -64,20 +59,17 @@ def models_summary(result):
     """models.json in a few lines: against the fastest of transformers' ways at each place, by pass and dtype."""
     lines = []
     for row in result["rows"]:
-        if row["sweep"] != "fill":
-            continue
         others = {x: f for x, f in row["summary"].items() if not is_ours(x)}
-        if not others:
+        if row["sweep"] != "fill" or not others:
             continue
         best = min(others, key=lambda name: others[name]["times_fastbert"])
         ours, swapped = row["summary"]["fastbert"], row["summary"].get("swapped")
         times = others[best]["times_fastbert"]
         of_swapped = f"{times / swapped['times_fastbert']:.2f}x" if swapped else ""
-        lines.append(
-            (f"{row['model']}, {row['pass']}, {row['dtype']}", f"{row['fill']:.0%}",
-             f"{best.removeprefix('transformers ')}: {duration(others[best]['median_s'])}", duration(ours["median_s"]),
-             f"{ours['real_tokens_per_s']:,}", times_of(times), of_swapped)
-        )  # fmt: skip
+        names = f"{row['model']}, {row['pass']}, {row['dtype']}", f"{row['fill']:.0%}"
+        fastest = f"{best.removeprefix('transformers ')}: {duration(others[best]['median_s'])}"
+        rate = f"{ours['real_tokens_per_s']:,}"
+        lines.append((*names, fastest, duration(ours["median_s"]), rate, times_of(times), of_swapped))
     head = ("model", "fill", "transformers' fastest", "fastbert", "real tokens/s", "speed", "swapped")
     return table(head, lines)
 
@@ -87,18 +79,12 @@ def training_table(result):
     lines = []
     ours = next(row for row in result["rows"] if row["implementation"] == "fastbert")
     for row in result["rows"]:
-        reached = row["seconds_to_accuracy"]
-        against = ""
+        last, reached, against = row["held_out"][-1], row["seconds_to_accuracy"], ""
         if row is not ours and reached and ours["seconds_to_accuracy"]:
             against = times_of(reached / ours["seconds_to_accuracy"])
-        lines.append(
-            (
-                row["implementation"], f"{row['steps']:,}", f"{row['tokens']:,}", f"{row['training_seconds']:.0f} s",
-                f"{row['tokens_per_s']:,}", f"{row['held_out'][-1]['loss']:.3f}",
-                f"{row['held_out'][-1]['accuracy']:.1%}", "not reached" if reached is None else f"{reached:.0f} s",
-                against,
-            )
-        )  # fmt: skip
+        run = row["implementation"], f"{row['steps']:,}", f"{row['tokens']:,}", f"{row['training_seconds']:.0f} s"
+        ended = f"{row['tokens_per_s']:,}", f"{last['loss']:.3f}", f"{last['accuracy']:.1%}"
+        lines.append((*run, *ended, "not reached" if reached is None else f"{reached:.0f} s", against))
     goal = f"to {result['settings']['accuracy']:.0%} held-out accuracy"
     head = ("run", "steps", "tokens", "training", "real tokens/s", "held-out loss", "accuracy", goal, "of fastbert's")
     return table(head, lines)
@@ -123,11 +109,9 @@ def ops_table(rows):
         figures, ours = row["summary"]["fastbert"], row["seconds"]["fastbert"]
         others = {name: ratio(times, ours) for name, times in row["seconds"].items() if name != "fastbert" and times}
         best = min(others, key=others.get, default=None)
-        lines.append(
-            (row["case"], duration(statistics.median(ours)) + spread(ours), figures.get("gb_per_s", ""),
-             figures.get("tflop_per_s", ""), figures.get("percent_of_ceiling", ""), best or "none here",
-             times_of(others[best]) if best else "")
-        )  # fmt: skip
+        worth = (figures.get(x, "") for x in ("gb_per_s", "tflop_per_s", "percent_of_ceiling"))
+        fastest = (best, times_of(others[best])) if best else ("none here", "")
+        lines.append((row["case"], duration(statistics.median(ours)) + spread(ours), *worth, *fastest))
     head = ("op, forward and backward", "fastbert", "GB/s", "TFLOP/s", "% of ceiling", "fastest other", "its time")
     return table(head, lines)
 
@@ -138,18 +122,12 @@ def latency_table(result):
     rows = [row for row in result["rows"] if row["sweep"] == "batch"]
     for (model, dtype), found in itertools.groupby(rows, key=lambda row: (row["model"], row["dtype"])):
         found = list(found)
-        alone = next((row for row in found if row["sequences"] == 1), None)
         for name in found[-1]["summary"]:
-            latency = alone["summary"][name]["median_s"] if alone and name in alone["summary"] else None
-            most = max(
-                (row for row in found if name in row["summary"]),
-                key=lambda row: row["summary"][name]["real_tokens_per_s"] * (row["sequences"] > 1),
-            )
-            lines.append(
-                (f"{model}, {dtype}", name, duration(latency) if latency else "",
-                 f"{most['summary'][name]['real_tokens_per_s']:,}",
-                 f"{most['sequences'] / most['summary'][name]['median_s']:,.1f}", f"{most['sequences']}")
-            )  # fmt: skip
+            have = [(row["sequences"], row["summary"][name]) for row in found if name in row["summary"]]
+            alone = next((duration(figures["median_s"]) for sequences, figures in have if sequences == 1), "")
+            sequences, most = max(have, key=lambda pair: pair[1]["real_tokens_per_s"] * (pair[0] > 1))
+            rates = f"{most['real_tokens_per_s']:,}", f"{sequences / most['median_s']:,.1f}"
+            lines.append((f"{model}, {dtype}", name, alone, *rates, sequences))
     if not lines:
         return []
     length, fill = max(row["length"] for row in rows), rows[-1]["fill"]
@@ -162,16 +140,14 @@ def sweep_table(result, sweep, key, shown):
     """A line for each model and pass: the time of the fastest of transformers' ways over fastbert's, by `key`."""
     rows = [row for row in result["rows"] if row["sweep"] == sweep]
     places = sorted({round(row[key], 1) for row in rows})
-    kinds = dict.fromkeys((row["model"], row["layers"], row["pass"], row["dtype"]) for row in rows)
-    lines = []
-    for kind in kinds:
-        model, layers, pass_, dtype = kind
-        cells = dict.fromkeys(places, "")
-        for row in rows:
-            others = [f["times_fastbert"] for name, f in row["summary"].items() if not is_ours(name)]
-            if (row["model"], row["layers"], row["pass"], row["dtype"]) == kind and others:
-                cells[round(row[key], 1)] = times_of(min(others))
-        lines.append((f"{model} ({layers} layers)", f"{PASSES[pass_]}, {dtype}", *cells.values()))
+    lines = {}
+    for row in rows:
+        kind = f"{row['model']} ({row['layers']} layers)", f"{PASSES[row['pass']]}, {row['dtype']}"
+        cells = lines.setdefault(kind, dict.fromkeys(places, ""))
+        others = [f["times_fastbert"] for name, f in row["summary"].items() if not is_ours(name)]
+        if others:
+            cells[round(row[key], 1)] = times_of(min(others))
+    lines = [(*kind, *cells.values()) for kind, cells in lines.items()]
     return [table(("model", "pass", *map(shown, places)), lines), ""] if lines else []
 
 
@@ -199,20 +175,14 @@ def step_table(result):
     """training_step.json: on a CPU with the memory of the processes, on a GPU as any model's rows."""
     if not is_of_processes(result):
         return models_table(result["rows"])
-    rows = [
-        "| batch | transformers | fastbert | speed | the same on MKL | peak memory |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = []
     for row in result["rows"]:
-        seconds, figures = row["seconds"], row["summary"]
-        theirs, ours = (figures[library] for library in ("transformers", "fastbert"))
-        on_mkl = ratio(seconds["transformers"], seconds["fastbert on MKL"])
-        rows.append(
-            f"| {row['case']} | {theirs['median_s']:.2f} s | {ours['median_s']:.2f} s "
-            f"| **{theirs['times_fastbert']:.2f}x** | {on_mkl:.2f}x "
-            f"| {theirs['peak_memory_mib']} -> {ours['peak_memory_mib']} MiB |"
-        )
-    return "\n".join(rows)
+        theirs, ours = (row["summary"][library] for library in ("transformers", "fastbert"))
+        on_mkl = ratio(row["seconds"]["transformers"], row["seconds"]["fastbert on MKL"])
+        medians = f"{theirs['median_s']:.2f} s", f"{ours['median_s']:.2f} s"
+        memory = f"{theirs['peak_memory_mib']} -> {ours['peak_memory_mib']} MiB"
+        lines.append((row["case"], *medians, f"**{theirs['times_fastbert']:.2f}x**", f"{on_mkl:.2f}x", memory))
+    return table(("batch", "transformers", "fastbert", "speed", "the same on MKL", "peak memory"), lines)
 
 
 def speeds(result):
@@ -228,22 +198,15 @@ def speeds(result):
 
 def families_table(result):
     """families.json: every family's two passes in a line."""
-    rows = [
-        "| family | training step | | swapped | on MKL | inference | | swapped | on MKL |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    found = {(row["family"], row["pass"]): row for row in result["rows"] if "family" in row}
-    speedups = {(row["family"], row["pass"]): row["speedup"] for row in speeds(result)}
-    for family in dict.fromkeys(family for family, _ in found):
-        cells = []
-        for pass_ in ("train", "inference"):
-            figures, times = found[family, pass_]["summary"], speedups[family, pass_]
-            cells += [
-                f"{1000 * figures['transformers']['median_s']:.0f} -> {1000 * figures['fastbert']['median_s']:.0f} ms",
-                f"**{times['fastbert']:.2f}x**", f"{times['swapped']:.2f}x", f"{times['fastbert on MKL']:.2f}x",
-            ]  # fmt: skip
-        rows.append(f"| {family} | {' | '.join(cells)} |")
-    return "\n".join(rows)
+    head = ["| family | training step | | swapped | on MKL | inference | | swapped | on MKL |", f"|{'---|' * 9}"]
+    lines = {}
+    # both passes of a family follow each other
+    for row, speed in zip((row for row in result["rows"] if "family" in row), speeds(result)):
+        times, medians = speed["speedup"], (1000 * row["summary"][x]["median_s"] for x in ("transformers", "fastbert"))
+        cells = lines.setdefault(row["family"], [row["family"]])
+        cells += ["{:.0f} -> {:.0f} ms".format(*medians), f"**{times['fastbert']:.2f}x**"]
+        cells += [f"{times[name]:.2f}x" for name in ("swapped", "fastbert on MKL")]
+    return "\n".join(head + [f"| {' | '.join(cells)} |" for cells in lines.values()])
 
 
 def sentences_line(result):
@@ -282,11 +245,7 @@ def data_line(result):
 
 def span_line(result):
     """The worst and the best ratio of a file to the fastest of the others, row by row, and how many are losses."""
-    fastest = {}
-    for name, others in ratios({"": result}).items():
-        peers = [times for other, times in others.items() if not is_ours(other)]
-        if peers:
-            fastest[name] = min(peers)
+    fastest = best_ratios({"": result})
     low, high, lost = min(fastest, key=fastest.get), max(fastest, key=fastest.get), sum(x < 1 for x in fastest.values())
     return (
         f"from **{fastest[low]:.2f}x** ({low}) to **{fastest[high]:.2f}x** ({high}), and slower in "

@@ -2,11 +2,9 @@
 
     python benchmarks/traffic.py      writes benchmarks/results/traffic.{json,md,png}, and the table in kernels/NOTES.md
 
-Nothing here is timed, and no GPU is needed: counter.py says how it counts.
-
-A kernel takes at least its bytes over the bandwidth of memory and its FLOPs over that of matrix products, whichever is
-longer; an op takes the sum over its kernels. The two ceilings are what others measured on an H200. What a kernel takes
-is more: `make gpu` measures it.
+Nothing is timed, and no GPU is needed: counter.py says how it counts. A kernel takes at least its bytes over the
+bandwidth of memory or its FLOPs over the rate of matrix products, whichever is longer; an op takes the sum over its
+kernels. Both ceilings are what others measured on an H200.
 """
 
 import argparse
@@ -17,12 +15,14 @@ import os
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from unittest import mock
 
 # before anything imports triton
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import plots
 import torch
 import torch.nn.functional as F
 from counter import BANDWIDTH, PRODUCTS, ROOT, Kernel, counting, distinct
@@ -119,7 +119,7 @@ def masked_mean(z):
 
 @dataclass(eq=False)
 class Case:
-    """One line of the table: an op at a size, and what plain PyTorch would run instead.
+    """A line of the table: an op at a size, and what plain PyTorch would run instead.
 
     plain: {name: function of the sizes that gives (function to call, the tensors that want gradients)}. small: sizes
     at which the interpreter counts. full: what differs from FULL.
@@ -178,17 +178,13 @@ def _dropout_on_a_gpu(x, dropout_p):
 
 def count(make, sizes, fake=False):
     """(kernels of the forward, kernels of the backward) of one call."""
-    dropout, F.dropout = F.dropout, _dropout_on_a_gpu
-    try:
-        with FakeTensorMode() if fake else contextlib.nullcontext():
-            function, leaves = make(sizes)
-            with counting() as forward:
-                out = function()
-            dout = torch.empty_like(out).fill_(1)
-            with counting() as backward:
-                torch.autograd.grad(out, leaves, dout)
-    finally:
-        F.dropout = dropout
+    with mock.patch.object(F, "dropout", _dropout_on_a_gpu), FakeTensorMode() if fake else contextlib.nullcontext():
+        function, leaves = make(sizes)
+        with counting() as forward:
+            out = function()
+        dout = torch.empty_like(out).fill_(1)
+        with counting() as backward:
+            torch.autograd.grad(out, leaves, dout)
     return forward, backward
 
 
@@ -210,17 +206,13 @@ def as_on_device():
         counting.active[-1].append(kernel)
         return out
 
-    modules = [sys.modules[name] for name in list(sys.modules) if name.startswith("fastbert.kernels.")]
-    replaced = [(module, "multiprocessors") for module in modules if hasattr(module, "multiprocessors")]
-    replaced.append((cross_entropy, "_product"))
-    kept = [getattr(*place) for place in replaced]
-    try:
-        for place in replaced:
-            setattr(*place, product if place[1] == "_product" else lambda: MULTIPROCESSORS)
+    modules = [module for name, module in list(sys.modules.items()) if name.startswith("fastbert.kernels.")]
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            if hasattr(module, "multiprocessors"):
+                stack.enter_context(mock.patch.object(module, "multiprocessors", lambda: MULTIPROCESSORS))
+        stack.enter_context(mock.patch.object(cross_entropy, "_product", product))
         yield
-    finally:
-        for place, function in zip(replaced, kept):
-            setattr(*place, function)
 
 
 def fused(case, sizes):
@@ -244,12 +236,8 @@ def fused(case, sizes):
 
 
 def summary(kernels):
-    return {
-        "bytes": sum(kernel.bytes for kernel in kernels),
-        "flops": sum(kernel.flops for kernel in kernels),
-        "seconds": sum(kernel.seconds for kernel in kernels),
-        "kernels": len(kernels),
-    }
+    sums = {what: sum(getattr(kernel, what) for kernel in kernels) for what in ("bytes", "flops", "seconds")}
+    return {**sums, "kernels": len(kernels)}
 
 
 def measure():
@@ -300,43 +288,33 @@ def markdown(result):
 
 
 def plot(result, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     rows = result["rows"][::-1]
-    figure, axes = pyplot.subplots(figsize=(9, 0.45 * len(rows) + 1.2))
-    for shift, which, color in ((0.2, "fastbert", "tab:blue"), (-0.2, "plain", "tab:gray")):
+    figure, (axis,) = plots.figure_of(1, size=(9, 0.45 * len(rows) + 1.2))
+    for shift, which, name, colour in (
+        (0.2, "fastbert", "fastbert", plots.OURS),
+        (-0.2, "plain", "plain PyTorch, eager", plots.OTHERS[0]),
+    ):
         microseconds = [both(row[which], "seconds") * 1e6 for row in rows]
-        places = [i + shift for i in range(len(rows))]
-        bars = axes.barh(
-            places, microseconds, 0.4, color=color, label={"plain": "plain PyTorch, eager"}.get(which, which)
-        )
-        axes.bar_label(bars, [f"{x:.0f}" for x in microseconds], padding=2, fontsize=7)
-    axes.set_yticks(
-        range(len(rows)), [f"{row['op']} ({row['shape']})\nagainst {row['against']}" for row in rows], fontsize=7
-    )
-    axes.set_xscale("log")
-    axes.set_xlabel("µs, forward and backward: the least that an H200 needs. Counted, not timed")
-    axes.set_title(
-        f"Floors from counted traffic: BERT-base, {result['sizes']['T']:,} tokens, {result['dtype']}", fontsize=9
-    )
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+        bars = axis.barh([i + shift for i in range(len(rows))], microseconds, 0.4, color=colour, label=name)
+        axis.bar_label(bars, [f"{x:.0f}" for x in microseconds], padding=2, fontsize=7)
+    labels = [f"{row['op']} ({row['shape']})\nagainst {row['against']}" for row in rows]
+    axis.set_yticks(range(len(rows)), labels, fontsize=7)
+    axis.set_xscale("log")
+    axis.set_xlabel("µs, forward and backward: the least that an H200 needs. Counted, not timed")
+    axis.legend(fontsize=8)
+    title = f"Floors from counted traffic: BERT-base, {result['sizes']['T']:,} tokens, {result['dtype']}"
+    plots.save(figure, path, title)
 
 
-def report(result):
+def page(result):
     """The same table as a page of the benchmarks' results, with its plot."""
-    page = (
+    return (
         "# Floors from counted traffic\n\n"
         "**Counted, not timed**: the least time that an H200 needs for each op (4.3 TB/s, 788 TFLOP/s), beside plain\n"
         f"PyTorch's: BERT-base, {result['dtype']}, {result['sizes']['T']:,} tokens. How it is counted stands in "
         "[the notes](../../kernels/NOTES.md#floors).\n\n"
         f"{markdown(result)}\n![the same as bars](traffic.png)\n"
     )
-    RESULT.with_suffix(".md").write_text(page, encoding="utf-8")
 
 
 BEGIN, END = "<!-- traffic.py writes this table -->\n", "<!-- until here -->\n"
@@ -350,7 +328,7 @@ def main():
     notes = NOTES.read_text(encoding="utf-8")
     before, rest = notes.split(BEGIN)
     NOTES.write_text(before + BEGIN + markdown(result) + END + rest.split(END)[1], encoding="utf-8")
-    report(result)
+    RESULT.with_suffix(".md").write_text(page(result), encoding="utf-8")
     print(markdown(result), end="")
 
 

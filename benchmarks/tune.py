@@ -9,6 +9,7 @@ no entry, so that a better default takes effect. Without a GPU it rehearses on t
 """
 
 import argparse
+import copy
 import json
 import os
 import sys
@@ -27,6 +28,7 @@ if __name__ == "__main__" and not torch.cuda.is_available():
 
 import machine
 import precompile
+import record
 
 from fastbert import ops
 from fastbert.kernels import _launch
@@ -60,31 +62,28 @@ def cases(device, models=MODELS, dtypes=tuple(DTYPES)):
 
 def compile_all(todo, device):
     """Compile every setting of every case, many at a time: one after the other they take longer than to be timed."""
-    timed, _launch._microseconds = _launch._microseconds, lambda call: call() or 0.0
+    timed, _launch.microseconds = _launch.microseconds, lambda call: call() or 0.0
     with precompile.compiling():
         for case in todo:
             try:
                 op_cases.results(op_cases.run_of(getattr(ops, case.op), case.arguments(device)))
             except Exception as failure:  # told where it is timed
-                print(f"{case.name}: not compiled: {failure}".partition("\n")[0][:200], flush=True)
-    _launch._microseconds = timed
+                print(f"{case.name}: not compiled: {record.line_of(failure)}", flush=True)
+    _launch.microseconds = timed
     # what was chosen was chosen by nothing
     _launch.timings.clear()
-    _launch._profile.cache_clear()
+    _launch.profile_of.cache_clear()
 
 
 def profile(old, facts):
     """The profile's content: what was timed now, and what `old` knows of other classes of shapes."""
-    settings = {kernel: dict(classes) for kernel, classes in old.get("settings", {}).items()}
-    microseconds = {kernel: dict(classes) for kernel, classes in old.get("microseconds", {}).items()}
+    settings, microseconds = (copy.deepcopy(old.get(name, {})) for name in ("settings", "microseconds"))
     for kernel, classes in _launch.timings.items():
         for key, timed in classes.items():
-            chosen = _launch.measured()[kernel][key]
-            default = timed[0][0]
-            times = dict((json.dumps(s), us) for s, us in timed)
-            microseconds.setdefault(kernel, {})[key] = [
-                None if us is None else round(us, 2) for us in (times[json.dumps(chosen)], timed[0][1])
-            ]
+            chosen, (default, default_us) = _launch.measured()[kernel][key], timed[0]
+            chosen_us = next(us for setting, us in timed if setting == chosen)
+            pair = [None if us is None else round(us, 2) for us in (chosen_us, default_us)]
+            microseconds.setdefault(kernel, {})[key] = pair
             settings.setdefault(kernel, {}).pop(key, None)
             if chosen != default:
                 settings[kernel][key] = chosen
@@ -130,7 +129,7 @@ def main():
             op_cases.results(op_cases.run_of(getattr(ops, case.op), arguments))
         except Exception as failure:  # the other classes want their turn
             failures += 1
-            print(f"{case.name}: FAILED: {type(failure).__name__}: {failure}", flush=True)
+            print(f"{case.name}: FAILED: {record.line_of(failure)}", flush=True)
             continue
         new = sum(map(len, _launch.timings.values())) - before
         print(f"{case.name}: {new} classes of shapes", flush=True)
@@ -143,9 +142,11 @@ def main():
     nothing.cleanup()
     pairs = [pair for classes in profile(old, facts)["microseconds"].values() for pair in classes.values()]
     faster = [default / chosen for chosen, default in pairs if chosen and default and chosen < default]
-    print(f"{len(pairs)} classes measured, {len(faster)} faster than by default", end="")
-    print(f", the most {max(faster):.2f}x" if faster else "", end="")
-    print(f"; cases left out for want of time: {left_out}. Written to {output}")
+    most = f", the most {max(faster):.2f}x" if faster else ""
+    print(
+        f"{len(pairs)} classes measured, {len(faster)} faster than by default{most}; cases left out for want of time: "
+        f"{left_out}. Written to {output}"
+    )
     sys.exit(bool(failures))
 
 

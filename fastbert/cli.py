@@ -51,10 +51,19 @@ def spread(args, several):
 
 
 class Command(click.Command):
+    """A command that takes several values after one option."""
+
     def parse_args(self, ctx, args):
         several = {name for param in self.get_params(ctx) if param.multiple for name in param.opts}
+        return super().parse_args(ctx, spread(args, several))
+
+
+class Main(click.Group):
+    """The whole command line: whatever goes wrong in a command is one line."""
+
+    def make_context(self, *args, **kwargs):
         with one_line_errors():
-            return super().parse_args(ctx, spread(args, several))
+            return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx):
         warnings.showwarning = lambda message, *_, **__: click.echo(f"fastbert: warning: {message}", err=True)
@@ -62,14 +71,11 @@ class Command(click.Command):
             return super().invoke(ctx)
 
 
-class Group(click.Group):
-    def resolve_command(self, ctx, args):
-        with one_line_errors():
-            return super().resolve_command(ctx, args)
-
-
 class ScriptCommand(Command):
-    """A command whose options are the fields of a script's dataclass. They are read when needed."""
+    """A command whose options are the fields of a script's dataclass. They are read when needed.
+
+    The option --config names a file with values for the others; the command line wins.
+    """
 
     def __init__(self, *args, options, **kwargs):
         super().__init__(*args, **kwargs)
@@ -79,6 +85,20 @@ class ScriptCommand(Command):
         if len(self.params) == 1:
             self.params += [_option(field) for field in dataclasses.fields(self.options())]
         return super().get_params(ctx)
+
+    def parse_args(self, ctx, args):
+        from .training.options import read_file
+
+        rest = super().parse_args(ctx, args)
+        if file := ctx.params.pop("config_file"):
+            try:
+                stored = self.make_context(self.name, read_file(file, self.options())).params
+            except click.UsageError as error:
+                raise ValueError(f"--config {file}: {error.format_message()}") from None
+            except (ValueError, OSError) as error:
+                raise ValueError(f"--config {file}: {error}") from None
+            ctx.params = stored | {name: value for name, value in ctx.params.items() if value not in (None, ())}
+        return rest
 
 
 def _option(field):
@@ -103,7 +123,7 @@ def _pretrain_config():
 
 # --max_steps and --max-steps are the same
 @click.group(
-    cls=Group, context_settings={"token_normalize_func": lambda name: name.replace("_", "-"), "max_content_width": 120}
+    cls=Main, context_settings={"token_normalize_func": lambda name: name.replace("_", "-"), "max_content_width": 120}
 )
 @click.version_option(__version__, message="fastbert %(version)s")
 def main():
@@ -116,23 +136,21 @@ def main():
 
 @main.command(cls=ScriptCommand, options=_pretrain_config)
 @click.option("--config", "config_file", metavar="FILE", help="YAML or JSON file of options; the command line wins.")
-def pretrain(config_file, **options):
+def pretrain(**options):
     """Pretrain a model on raw text.
 
     Writes the tokenizer, the token shards, a model that transformers can load, its learning curve and a model card to
     --output-dir. Ctrl-C saves a checkpoint, and --resume continues from it.
     """
     from .training import pretrain as script
-    from .training.options import read_file
 
     given = {name: value for name, value in options.items() if value not in (None, ())}
-    stored = read_file(config_file, script.PretrainConfig) if config_file else {}
-    result = script.pretrain(script.PretrainConfig(**stored | given))
+    result = script.pretrain(script.PretrainConfig(**given))
     if result["signal"]:
         sys.exit(128 + result["signal"])
 
 
-@main.group(cls=Group)
+@main.group()
 def tokenizer():
     """Train a tokenizer."""
 

@@ -11,7 +11,6 @@ If the requested implementation cannot run, the call raises. Arguments, shapes a
 the same name in `reference.py`. On a CPU, torch.func's transforms and second derivatives use the reference.
 """
 
-import contextlib
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -40,16 +39,16 @@ def has_triton() -> bool:
     return _TRITON_FOUND
 
 
-def _kernel(file, name):
+def _kernel(op):
     # one statement per file: torch.compile traces import statements, but neither importlib nor functools.cache
-    match file:
+    match op:
         case "attention":
             from .kernels import attention as module
         case "bias_gelu":
             from .kernels import bias_gelu as module
         case "biased_attention":
             from .kernels import biased_attention as module
-        case "cross_entropy":
+        case "contrastive_cross_entropy" | "masked_cross_entropy":
             from .kernels import cross_entropy as module
         case "disentangled_attention":
             from .kernels import disentangled_attention as module
@@ -61,7 +60,7 @@ def _kernel(file, name):
             from .kernels import layer_norm as module
         case "pooling":
             from .kernels import pooling as module
-    return getattr(module, name)
+    return getattr(module, op)
 
 
 def implementation(device: torch.device, impl: str | None = None) -> str:
@@ -87,26 +86,28 @@ def uses_triton(device: torch.device, impl: str | None = None) -> bool:
     return implementation(device, impl) == "triton"
 
 
-def _choose(file, name, x, impl):
-    match implementation(x.device, impl):
-        case "triton":
-            return _kernel(file, name)
-        case "cpu":
-            return _on_cpu(name)
-    return getattr(reference, name)
+def _run(op, impl, x, *arguments, **options):
+    """Run the chosen implementation of an op on x and the other arguments, without autocast."""
+    chosen = implementation(x.device, impl)
+    function = _kernel(op) if chosen == "triton" else _on_cpu(op) if chosen == "cpu" else getattr(reference, op)
+    # on a small batch, entering an autocast that changes nothing takes longer than some ops
+    if not _autocasts(x):
+        return function(x, *arguments, **options)
+    with torch.autocast(x.device.type, enabled=False):
+        return function(x, *arguments, **options)
 
 
-def _on_cpu(name):
+def _on_cpu(op):
     # torch.func can only differentiate plain PyTorch
     is_transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-    return getattr(reference if is_transformed else cpu, name)
+    return getattr(reference if is_transformed else cpu, op)
 
 
-def _library(name, x):
+def _library(op, x):
     """An op without a kernel: a GPU runs it with its own library."""
     if implementation(x.device) == "reference" or x.device.type != "cpu" or _autocasts(x):
-        return getattr(reference, name)
-    return _on_cpu(name)
+        return getattr(reference, op)
+    return _on_cpu(op)
 
 
 def _autocasts(x):
@@ -134,13 +135,6 @@ def _wide_under_autocast(x, *others):
     for other in others:
         dtype = dtype if other is None else torch.promote_types(dtype, other.dtype)
     return dtype
-
-
-def _no_autocast(x):
-    # on a small batch, entering an autocast that changes nothing takes longer than some ops
-    if not _autocasts(x):
-        return contextlib.nullcontext()
-    return torch.autocast(x.device.type, enabled=False)
 
 
 def _check_dropout(dropout_p, seed):
@@ -191,11 +185,10 @@ def attention(
     _check_dropout(dropout_p, seed)
     _check_attention(q, k, v, cu_seqlens, cu_seqlens_q, scale, window)
     q, k, v = _autocast(q, k, v)
-    with _no_autocast(q):
-        return _choose("attention", "attention", q, impl)(
-            q, k, v, cu_seqlens, max_seqlen, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
-            scale=scale, dropout_p=dropout_p, window=window, seed=seed, offset=offset,
-        )  # fmt: skip
+    return _run(
+        "attention", impl, q, k, v, cu_seqlens, max_seqlen, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
+        scale=scale, dropout_p=dropout_p, window=window, seed=seed, offset=offset,
+    )  # fmt: skip
 
 
 def _check_attention(q, k, v, cu_seqlens, cu_seqlens_q, scale, window):
@@ -243,10 +236,8 @@ def biased_attention(
             f"bias has {bias.shape[0]} rows: expected at least {2 * max_seqlen} for max_seqlen {max_seqlen}"
         )
     q, k, v = _autocast(q, k, v)
-    with _no_autocast(q):
-        return _choose("biased_attention", "biased_attention", q, impl)(
-            q, k, v, bias, cu_seqlens, max_seqlen, scale=scale, dropout_p=dropout_p, seed=seed, offset=offset
-        )
+    options = dict(scale=scale, dropout_p=dropout_p, seed=seed, offset=offset)
+    return _run("biased_attention", impl, q, k, v, bias, cu_seqlens, max_seqlen, **options)
 
 
 def disentangled_attention(
@@ -260,11 +251,11 @@ def disentangled_attention(
     _check_attention(q, k, v, cu_seqlens, None, scale, None)
     _check_positions(q, pos_key, pos_query, position_buckets, max_relative_positions)
     q, k, v, pos_key, pos_query = _autocast(q, k, v, pos_key, pos_query)
-    with _no_autocast(q):
-        return _choose("disentangled_attention", "disentangled_attention", q, impl)(
-            q, k, v, pos_key, pos_query, cu_seqlens, max_seqlen, position_buckets=position_buckets,
-            max_relative_positions=max_relative_positions, scale=scale, dropout_p=dropout_p, seed=seed, offset=offset,
-        )  # fmt: skip
+    return _run(
+        "disentangled_attention", impl, q, k, v, pos_key, pos_query, cu_seqlens, max_seqlen,
+        position_buckets=position_buckets, max_relative_positions=max_relative_positions,
+        scale=scale, dropout_p=dropout_p, seed=seed, offset=offset,
+    )  # fmt: skip
 
 
 def _check_positions(q, pos_key, pos_query, position_buckets, max_relative_positions):
@@ -292,18 +283,17 @@ def layer_norm(
     """LayerNorm(dropout(x) + residual) in one pass: see `reference.layer_norm`."""
     _check_dropout(dropout_p, seed)
     dtype = dtype or _wide_under_autocast(x, residual)
-    with _no_autocast(x):
-        return _choose("layer_norm", "layer_norm", x, impl)(
-            x, weight, bias, residual=residual, dropout_p=dropout_p, seed=seed, offset=offset, eps=eps, dtype=dtype
-        )
+    return _run(
+        "layer_norm", impl, x, weight, bias, residual=residual, dropout_p=dropout_p, seed=seed, offset=offset, eps=eps,
+        dtype=dtype,
+    )  # fmt: skip
 
 
 def bias_gelu(
     x: torch.Tensor, bias: torch.Tensor | None, *, approximate: str = "none", impl: str | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """GELU(x + bias) in one pass: see `reference.bias_gelu`."""
-    with _no_autocast(x):
-        return _choose("bias_gelu", "bias_gelu", x, impl)(x, bias, approximate=approximate)
+    return _run("bias_gelu", impl, x, bias, approximate=approximate)
 
 
 def gelu_layer_norm(
@@ -312,10 +302,7 @@ def gelu_layer_norm(
 ) -> torch.Tensor:  # fmt: skip
     """LayerNorm(GELU(x + bias)) in one pass: see `reference.gelu_layer_norm`."""
     dtype = dtype or _wide_under_autocast(x)
-    with _no_autocast(x):
-        return _choose("gelu_layer_norm", "gelu_layer_norm", x, impl)(
-            x, bias, weight, ln_bias, approximate=approximate, eps=eps, dtype=dtype
-        )
+    return _run("gelu_layer_norm", impl, x, bias, weight, ln_bias, approximate=approximate, eps=eps, dtype=dtype)
 
 
 def embedding(
@@ -327,11 +314,10 @@ def embedding(
     """Three lookups, their sum, LayerNorm and dropout in one pass: see `reference.embedding`."""
     _check_dropout(dropout_p, seed)
     dtype = dtype or _wide_under_autocast(word, position, token_type)
-    with _no_autocast(word):
-        return _choose("embedding", "embedding", word, impl)(
-            input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias,
-            padding_idx=padding_idx, eps=eps, dropout_p=dropout_p, seed=seed, offset=offset, dtype=dtype,
-        )  # fmt: skip
+    return _run(
+        "embedding", impl, input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias,
+        padding_idx=padding_idx, eps=eps, dropout_p=dropout_p, seed=seed, offset=offset, dtype=dtype,
+    )  # fmt: skip
 
 
 def pooling(
@@ -341,10 +327,7 @@ def pooling(
     """One vector for each packed sequence, with L2 normalisation, in one pass: see `reference.pooling`."""
     if normalize or mode in ("mean", "mean_sqrt_len_tokens", "weightedmean"):
         dtype = dtype or _wide_under_autocast(hidden)
-    with _no_autocast(hidden):
-        return _choose("pooling", "pooling", hidden, impl)(
-            hidden, cu_seqlens, mode=mode, normalize=normalize, eps=eps, dtype=dtype
-        )
+    return _run("pooling", impl, hidden, cu_seqlens, mode=mode, normalize=normalize, eps=eps, dtype=dtype)
 
 
 def masked_cross_entropy(
@@ -353,10 +336,8 @@ def masked_cross_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Projection to the vocabulary and cross-entropy without the logits: see `reference.masked_cross_entropy`."""
     hidden, weight, bias = _autocast(hidden, weight, bias)
-    with _no_autocast(hidden):
-        return _choose("cross_entropy", "masked_cross_entropy", hidden, impl)(
-            hidden, weight, bias, labels, ignore_index=ignore_index, label_smoothing=label_smoothing
-        )
+    options = dict(ignore_index=ignore_index, label_smoothing=label_smoothing)
+    return _run("masked_cross_entropy", impl, hidden, weight, bias, labels, **options)
 
 
 def contrastive_cross_entropy(
@@ -376,7 +357,5 @@ def contrastive_cross_entropy(
     if labels is not None and labels.shape != query.shape[:1]:
         raise ValueError(f"{shapes}, labels {list(labels.shape)}: expected labels [B], one for each query")
     query, document = _autocast(query, document)
-    with _no_autocast(query):
-        return _choose("cross_entropy", "contrastive_cross_entropy", query, impl)(
-            query, document, labels, scale=scale, symmetric=symmetric, ignore_index=ignore_index
-        )
+    options = dict(scale=scale, symmetric=symmetric, ignore_index=ignore_index)
+    return _run("contrastive_cross_entropy", impl, query, document, labels, **options)

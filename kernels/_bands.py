@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._attention import _probabilities, _zero
+from ._attention import opaque_zero, probabilities
 from ._math import attention_keep_mask
 
 
@@ -27,7 +27,7 @@ def _load_band(
 
 
 @triton.jit
-def _load_bands(
+def load_bands(
     pos_key_ptr, stride_pkp, pos_query_ptr, stride_pqp, index_ptr, first,
     HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, UPCAST: tl.constexpr,
     K: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -76,7 +76,7 @@ def _pick(x, row, low, high, R: tl.constexpr, C: tl.constexpr, M: tl.constexpr, 
 
 
 @triton.jit
-def _scores(
+def scores(
     q, k, key_band, query_band,
     HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
@@ -103,25 +103,25 @@ def _scores(
 
 
 @triton.jit
-def _gradients(
+def score_gradients(
     s, v, dout, highest, log_total, delta, row, rows_k, h, column, seed, scale_log2, offset, threshold, keep_scale,
     HAS_DROPOUT: tl.constexpr, IS_FP32: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """(kept, ds) [BLOCK, BLOCK] in v's dtype: unscaled probabilities after dropout, and the gradient of the scores."""
-    p = _probabilities(s, scale_log2, highest, log_total, IS_FP32)
+    p = probabilities(s, scale_log2, highest, log_total, IS_FP32)
     p = tl.where(tl.arange(0, BLOCK)[None, :] < rows_k, p, 0.0)
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     if HAS_DROPOUT:
         keep = attention_keep_mask(row, h, column, seed, offset, threshold, BLOCK)
         dp = tl.where(keep, dp * keep_scale, 0.0)
-        kept = tl.where(keep, p, _zero(keep_scale))
+        kept = tl.where(keep, p, opaque_zero(keep_scale))
     else:
         kept = p
     return kept.to(v.dtype), (p * (dp - delta[:, None])).to(v.dtype)
 
 
 @triton.jit
-def _shift_queries(ds, BLOCK: tl.constexpr):
+def shift_queries(ds, BLOCK: tl.constexpr):
     """[BLOCK, 2 BLOCK] of queries and distances from the gradient of scores [BLOCK, BLOCK]; 0 without a key."""
     i = tl.arange(0, BLOCK)[:, None, None]
     n = tl.arange(0, BLOCK // 8)[None, :, None]
@@ -134,7 +134,7 @@ def _shift_queries(ds, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _shift_keys(ds, BLOCK: tl.constexpr):
+def shift_keys(ds, BLOCK: tl.constexpr):
     """[BLOCK, 2 BLOCK] of keys and distances from the gradient of scores [BLOCK, BLOCK]; 0 without a query."""
     j = tl.arange(0, BLOCK)[:, None, None]
     w = 8 * tl.arange(0, BLOCK // 8)[None, :, None] + tl.arange(0, 8)[None, None, :]
@@ -144,7 +144,7 @@ def _shift_keys(ds, BLOCK: tl.constexpr):
     return _beside(first, second, BLOCK)
 
 
-def _distance_rows(furthest, position_buckets, max_relative_positions):
+def distance_rows(furthest, position_buckets, max_relative_positions):
     """int32 [2 * furthest + 1]: the row of a position table for i - j = -furthest, ..., furthest."""
     r = torch.arange(-furthest, furthest + 1)
     span = max_relative_positions
@@ -157,25 +157,25 @@ def _distance_rows(furthest, position_buckets, max_relative_positions):
     return (r + span).clamp(0, 2 * span - 1).to(torch.int32)
 
 
-def _bounds(reach, BLOCK, rows, position_buckets, max_relative_positions):
+def row_bounds(reach, BLOCK, rows, position_buckets, max_relative_positions):
     """int32 [rows + 1]: the first distance of each table row, among the distances in tiles of `reach` tokens.
 
     Distances are counted from i - j = 1 - reach - BLOCK, the first of diagonal 0.
     """
-    index = _distance_rows(reach - 1, position_buckets, max_relative_positions)
+    index = distance_rows(reach - 1, position_buckets, max_relative_positions)
     bounds = torch.searchsorted(index, torch.arange(rows + 1, dtype=torch.int32)) + BLOCK
     return bounds.to(torch.int32)
 
 
 # {(function, its arguments, device): table}. Nothing is ever removed: a CUDA graph refers to a table by its address
-_tables = {}
+TABLES = {}
 
 
-def _table(device, make, *sizes):
+def device_table(device, make, *sizes):
     """make(*sizes), sorted, on `device`. Made once, or in each call that a CUDA graph records before the first."""
     key = make, sizes, device
-    if key in _tables:
-        return _tables[key]
+    if key in TABLES:
+        return TABLES[key]
     table = make(*sizes)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         # a graph cannot copy from the host, and its memory must not be cached: fill in each run of equal numbers
@@ -183,4 +183,4 @@ def _table(device, make, *sizes):
         return torch.cat([torch.full((n,), value, dtype=table.dtype, device=device) for value, n in runs])
     # in a new thread: the warm-up of torch.compile allocates from the graph's pool in its own thread
     with ThreadPoolExecutor(1) as thread:
-        return _tables.setdefault(key, thread.submit(table.to, device).result())
+        return TABLES.setdefault(key, thread.submit(table.to, device).result())

@@ -74,13 +74,13 @@ AUTOTUNE = os.environ.get("FASTBERT_AUTOTUNE", "0") == "1"
 # what this process has timed: {kernel: {key: [(settings, microseconds, or None if they do not fit), ...]}}
 timings = {}
 # raised for too much shared memory or too many registers
-_DO_NOT_FIT = (errors.OutOfResources, errors.PTXASError, CompilationError)
+DO_NOT_FIT = (errors.OutOfResources, errors.PTXASError, CompilationError)
 # settings that are closer than this differ by noise only: keep the default
 MARGIN = 0.97
 
 
 @functools.cache
-def _profile(device):
+def profile_of(device):
     file = PROFILES / f"{device}.json"
     return json.loads(file.read_text(encoding="utf-8"))["settings"] if file.exists() else {}
 
@@ -89,7 +89,7 @@ def device_name():
     """The name of the current device's profile: "nvidia_h200"; "interpreter"; "none" if kernels only compile."""
     if INTERPRET:
         return "interpreter"
-    return _device_name(torch.cuda.current_device()) if _has_gpu() else "none"
+    return device_name_of(torch.cuda.current_device()) if _has_gpu() else "none"
 
 
 # cached: every launch calls it, and it asks the driver
@@ -97,7 +97,7 @@ _has_gpu = functools.cache(torch.cuda.is_available)
 
 
 @functools.cache
-def _device_name(index):
+def device_name_of(index):
     return torch.cuda.get_device_name(index).lower().replace(" ", "_").replace("/", "_")
 
 
@@ -109,16 +109,16 @@ def launch(run, kernel, key, default, candidates=(), overwrites=()):
     With FASTBERT_AUTOTUNE=1 they are timed on the first call, else nothing is searched. overwrites: tensors that the
     kernel changes and that the search must restore.
     """
-    profile = _profile(device_name())
+    profile = profile_of(device_name())
     settings = profile.get(kernel, {}).get(key)
     if settings is None and AUTOTUNE and candidates:
-        settings = _fastest(run, kernel, key, [default, *(c for c in candidates if c != default)], overwrites)
+        settings = fastest(run, kernel, key, [default, *(c for c in candidates if c != default)], overwrites)
         profile.setdefault(kernel, {})[key] = settings
     # an old profile may hold settings that the kernel no longer offers
     if settings in candidates:
         try:
             return run(settings)
-        except _DO_NOT_FIT:
+        except DO_NOT_FIT:
             # the profile was measured with another version of Triton
             profile[kernel][key] = default
     run(default)
@@ -126,16 +126,16 @@ def launch(run, kernel, key, default, candidates=(), overwrites=()):
 
 def measured():
     """{kernel: {key: settings}} of the current device: its profile, and what autotuning has found since."""
-    return _profile(device_name())
+    return profile_of(device_name())
 
 
-def _fastest(run, kernel, key, candidates, overwrites):
+def fastest(run, kernel, key, candidates, overwrites):
     kept = [x.clone() for x in overwrites]
     times = []
     for settings in candidates:
         try:
-            times.append(_microseconds(lambda: run(settings)))  # noqa: B023
-        except _DO_NOT_FIT:
+            times.append(microseconds(lambda: run(settings)))  # noqa: B023
+        except DO_NOT_FIT:
             times.append(float("inf"))
     for x, old in zip(overwrites, kept):
         x.copy_(old)
@@ -144,7 +144,7 @@ def _fastest(run, kernel, key, candidates, overwrites):
     return candidates[best if times[best] < MARGIN * times[0] else 0]
 
 
-def _microseconds(call):
+def microseconds(call):
     if INTERPRET:
         start = time.perf_counter()
         call()

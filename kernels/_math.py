@@ -72,6 +72,12 @@ def row_start(row, stride, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def load_rows(ptr, row, stride, offs_d, mask, ALIGN: tl.constexpr, other=0.0):
+    """Columns `offs_d` [1, BLOCK_D] of rows [R, 1] in fp32, `other` outside the mask."""
+    return tl.load(ptr + row_start(row, stride, ALIGN) + offs_d, mask=mask, other=other).to(tl.float32)
+
+
+@triton.jit
 def parameter(ptr, offs_d, mask):
     """Columns `offs_d` of a parameter as a whole tile [R, BLOCK_D], fp32.
 

@@ -22,36 +22,37 @@ Letters: B sequences, M query rows, T rows of k and v, H heads, K head size. Til
 keys.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 
 from ._attention import (
-    _DTYPES,
-    _at,
-    _exponent,
-    _load_lse,
-    _load_tile,
-    _lse_parts,
-    _probabilities,
-    _store_lse,
-    _store_tile,
-    _unpacked,
-    _zero,
-    _zero_slack,
+    at,
+    exponent,
+    load_lse,
+    load_tile,
+    opaque_zero,
+    probabilities,
+    sequence,
+    store_lse,
+    store_tile,
+    zero_slack,
+    zero_slack_of_lse,
 )
-from ._attention_settings import _short, _tiled, _tiles
-from ._launch import (
-    INTERPRET,
-    differentiable_once,
-    dropout_constants,
-    launch,
-    product_precision,
-    register,
-    unit_columns,
+from ._attention_host import (
+    check_operands,
+    constants_of,
+    empty_gradients,
+    empty_results,
+    key_of,
+    query_tiles,
+    scalars_of,
+    short_settings,
+    strides,
+    tiled_settings,
+    unpacked,
 )
+from ._launch import differentiable_once, launch, register, unit_columns
 from ._math import attention_keep_mask
 
 
@@ -81,40 +82,32 @@ def _attention_short_fwd_kernel(
 ):  # fmt: skip
     b = tl.program_id(0) // H
     h = tl.program_id(0) % H
-    lse_ptr = _at(lse_ptr, 0, 1, h, M)
 
     end = tl.load(cu_seqlens_q_ptr + B)
-    _zero_slack(out_ptr, stride_om, h, stride_oh, end, M, b, B, K, BLOCK_M, BLOCK_K)
-    _zero_slack(lse_ptr, 1, 0, 0, end, M, b, B, 1, BLOCK_M, 1)
-    if IS_FP32:
-        _zero_slack(_at(lse_ptr, H, M, 0, 0), 1, 0, 0, end, M, b, B, 1, BLOCK_M, 1)
+    zero_slack(out_ptr, stride_om, h, stride_oh, end, M, b, B, K, BLOCK_M, BLOCK_K)
+    zero_slack_of_lse(lse_ptr, H, M, h, end, b, B, IS_FP32, BLOCK_M)
 
-    start_q = tl.load(cu_seqlens_q_ptr + b)
-    rows = tl.load(cu_seqlens_q_ptr + b + 1) - start_q
-    start = tl.load(cu_seqlens_ptr + b)
-    length = tl.load(cu_seqlens_ptr + b + 1) - start
+    start_q, rows = sequence(cu_seqlens_q_ptr, b)
+    start, length = sequence(cu_seqlens_ptr, b)
     if rows == 0:
         return
 
-    q_ptr = _at(q_ptr, start_q, stride_qm, h, stride_qh)
-    k_ptr = _at(k_ptr, start, stride_kt, h, stride_kh)
-    v_ptr = _at(v_ptr, start, stride_vt, h, stride_vh)
-    q = _load_tile(q_ptr, stride_qm, rows, K, BLOCK_M, BLOCK_K, False, UPCAST)
-    k = _load_tile(k_ptr, stride_kt, length, K, BLOCK_N, BLOCK_K, False, UPCAST)
-    v = _load_tile(v_ptr, stride_vt, length, K, BLOCK_N, BLOCK_K, False, UPCAST)
+    q = load_tile(q_ptr, start_q, stride_qm, h, stride_qh, rows, K, BLOCK_M, BLOCK_K, UPCAST)
+    k = load_tile(k_ptr, start, stride_kt, h, stride_kh, length, K, BLOCK_N, BLOCK_K, UPCAST)
+    v = load_tile(v_ptr, start, stride_vt, h, stride_vh, length, K, BLOCK_N, BLOCK_K, UPCAST)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     s = tl.where(_visible(0, 0, length, window, HAS_WINDOW, BLOCK_M, BLOCK_N), s, float("-inf"))
     # the two finite bounds only matter for a sequence without keys, whose rows give 0
     highest = tl.maximum(tl.max(s, 1), -1e30) * (1.0 if IS_FP32 else scale_log2)
-    p = tl.exp2(_exponent(s, scale_log2, highest, IS_FP32))
+    p = tl.exp2(exponent(s, scale_log2, highest, IS_FP32))
     total = tl.maximum(tl.sum(p, 1), 1e-30)
-    _store_lse(lse_ptr + start_q, rows, H, M, highest, total, IS_FP32, BLOCK_M)
+    store_lse(at(lse_ptr, start_q, 1, h, M), rows, H, M, highest, total, IS_FP32, BLOCK_M)
     if HAS_DROPOUT:
         row = start_q + tl.arange(0, BLOCK_M)
         keep = attention_keep_mask(row, h, 0, tl.load(seed_ptr), offset, threshold, BLOCK_N)
-        p = tl.where(keep, p, _zero(keep_scale))
+        p = tl.where(keep, p, opaque_zero(keep_scale))
     out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) * (keep_scale / total)[:, None]
-    _store_tile(_at(out_ptr, start_q, stride_om, h, stride_oh), stride_om, rows, out, K, BLOCK_M, BLOCK_K)
+    store_tile(out_ptr, start_q, stride_om, h, stride_oh, rows, out, K, BLOCK_M, BLOCK_K)
 
 
 @triton.jit
@@ -180,17 +173,17 @@ def _attend(
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, IS_WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Update the running maximum, sum and weighted values of the query rows from `m` with the keys from `n` on."""
-    k = _load_tile(_at(k_ptr, n, stride_kt, 0, 0), stride_kt, length - n, K, BLOCK_N, BLOCK_K, IS_WHOLE, UPCAST)
+    k = load_tile(k_ptr, n, stride_kt, 0, 0, length - n, K, BLOCK_N, BLOCK_K, UPCAST, IS_WHOLE)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if not IS_WHOLE:
         s = tl.where(_visible(m, n, length, window, HAS_WINDOW, BLOCK_M, BLOCK_N), s, float("-inf"))
     higher = tl.maximum(highest, tl.max(s, 1) * (1.0 if IS_FP32 else scale_log2))
     alpha = tl.exp2((highest - higher) * scale_log2 if IS_FP32 else highest - higher)
-    p = tl.exp2(_exponent(s, scale_log2, higher, IS_FP32))
+    p = tl.exp2(exponent(s, scale_log2, higher, IS_FP32))
     total = total * alpha + tl.sum(p, 1)
     if HAS_DROPOUT:
-        p = tl.where(attention_keep_mask(row, h, n, seed, offset, threshold, BLOCK_N), p, _zero(keep_scale))
-    v = _load_tile(_at(v_ptr, n, stride_vt, 0, 0), stride_vt, length - n, K, BLOCK_N, BLOCK_K, IS_WHOLE, UPCAST)
+        p = tl.where(attention_keep_mask(row, h, n, seed, offset, threshold, BLOCK_N), p, opaque_zero(keep_scale))
+    v = load_tile(v_ptr, n, stride_vt, 0, 0, length - n, K, BLOCK_N, BLOCK_K, UPCAST, IS_WHOLE)
     acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
     return higher, total, acc
 
@@ -207,28 +200,22 @@ def _attention_tiled_fwd_kernel(
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PEEL: tl.constexpr,
 ):  # fmt: skip
     b, h, tile, program, programs = _sequence_of_program(cu_seqlens_q_ptr, B, H, tiles, BLOCK_M, IS_BOUNDED)
-    lse_ptr = _at(lse_ptr, 0, 1, h, M)
 
     end = tl.load(cu_seqlens_q_ptr + B)
-    _zero_slack(out_ptr, stride_om, h, stride_oh, end, M, program, programs, K, BLOCK_M, BLOCK_K)
-    _zero_slack(lse_ptr, 1, 0, 0, end, M, program, programs, 1, BLOCK_M, 1)
-    if IS_FP32:
-        _zero_slack(_at(lse_ptr, H, M, 0, 0), 1, 0, 0, end, M, program, programs, 1, BLOCK_M, 1)
+    zero_slack(out_ptr, stride_om, h, stride_oh, end, M, program, programs, K, BLOCK_M, BLOCK_K)
+    zero_slack_of_lse(lse_ptr, H, M, h, end, program, programs, IS_FP32, BLOCK_M)
 
     m = tile * BLOCK_M
-    start_q = tl.load(cu_seqlens_q_ptr + b) + m
-    rows = tl.load(cu_seqlens_q_ptr + b + 1) - start_q
-    start = tl.load(cu_seqlens_ptr + b)
-    length = tl.load(cu_seqlens_ptr + b + 1) - start
+    start_q, rows = sequence(cu_seqlens_q_ptr, b, m)
+    start, length = sequence(cu_seqlens_ptr, b)
     if rows <= 0:
         return
 
-    q_ptr = _at(q_ptr, start_q, stride_qm, h, stride_qh)
-    k_ptr = _at(k_ptr, start, stride_kt, h, stride_kh)
-    v_ptr = _at(v_ptr, start, stride_vt, h, stride_vh)
+    k_ptr = at(k_ptr, start, stride_kt, h, stride_kh)
+    v_ptr = at(v_ptr, start, stride_vt, h, stride_vh)
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     row = start_q + tl.arange(0, BLOCK_M)
-    q = _load_tile(q_ptr, stride_qm, rows, K, BLOCK_M, BLOCK_K, False, UPCAST)
+    q = load_tile(q_ptr, start_q, stride_qm, h, stride_qh, rows, K, BLOCK_M, BLOCK_K, UPCAST)
     # finite, so that query rows of a sequence without keys give 0
     highest = tl.full([BLOCK_M], -1e30, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -257,9 +244,9 @@ def _attention_tiled_fwd_kernel(
                 HAS_DROPOUT, HAS_WINDOW, IS_FP32, PRECISION, UPCAST, K, BLOCK_M, BLOCK_N, BLOCK_K, False,
             )  # fmt: skip
     total = tl.maximum(total, 1e-30)
-    _store_lse(lse_ptr + start_q, rows, H, M, highest, total, IS_FP32, BLOCK_M)
+    store_lse(at(lse_ptr, start_q, 1, h, M), rows, H, M, highest, total, IS_FP32, BLOCK_M)
     out = acc * (keep_scale / total)[:, None]
-    _store_tile(_at(out_ptr, start_q, stride_om, h, stride_oh), stride_om, rows, out, K, BLOCK_M, BLOCK_K)
+    store_tile(out_ptr, start_q, stride_om, h, stride_oh, rows, out, K, BLOCK_M, BLOCK_K)
 
 
 @triton.jit
@@ -278,36 +265,30 @@ def _attention_short_bwd_kernel(
     h = tl.program_id(0) % H
 
     end = tl.load(cu_seqlens_ptr + B)
-    _zero_slack(dk_ptr, stride_dkt, h, stride_dkh, end, T, b, B, K, BLOCK_N, BLOCK_K)
-    _zero_slack(dv_ptr, stride_dvt, h, stride_dvh, end, T, b, B, K, BLOCK_N, BLOCK_K)
-    _zero_slack(dq_ptr, stride_dqm, h, stride_dqh, tl.load(cu_seqlens_q_ptr + B), M, b, B, K, BLOCK_M, BLOCK_K)
+    zero_slack(dk_ptr, stride_dkt, h, stride_dkh, end, T, b, B, K, BLOCK_N, BLOCK_K)
+    zero_slack(dv_ptr, stride_dvt, h, stride_dvh, end, T, b, B, K, BLOCK_N, BLOCK_K)
+    zero_slack(dq_ptr, stride_dqm, h, stride_dqh, tl.load(cu_seqlens_q_ptr + B), M, b, B, K, BLOCK_M, BLOCK_K)
 
-    start_q = tl.load(cu_seqlens_q_ptr + b)
-    rows = tl.load(cu_seqlens_q_ptr + b + 1) - start_q
-    start = tl.load(cu_seqlens_ptr + b)
-    length = tl.load(cu_seqlens_ptr + b + 1) - start
+    start_q, rows = sequence(cu_seqlens_q_ptr, b)
+    start, length = sequence(cu_seqlens_ptr, b)
     if rows + length == 0:
         return
 
-    dout_ptr = _at(dout_ptr, start_q, stride_dom, h, stride_doh)
-    q_ptr = _at(q_ptr, start_q, stride_qm, h, stride_qh)
-    k_ptr = _at(k_ptr, start, stride_kt, h, stride_kh)
-    v_ptr = _at(v_ptr, start, stride_vt, h, stride_vh)
-    q = _load_tile(q_ptr, stride_qm, rows, K, BLOCK_M, BLOCK_K, False, UPCAST)
-    k = _load_tile(k_ptr, stride_kt, length, K, BLOCK_N, BLOCK_K, False, UPCAST)
-    v = _load_tile(v_ptr, stride_vt, length, K, BLOCK_N, BLOCK_K, False, UPCAST)
-    dout = _load_tile(dout_ptr, stride_dom, rows, K, BLOCK_M, BLOCK_K, False, UPCAST)
-    highest, log_total = _load_lse(_at(lse_ptr, start_q, 1, h, M), rows, H, M, IS_FP32, BLOCK_M)
+    q = load_tile(q_ptr, start_q, stride_qm, h, stride_qh, rows, K, BLOCK_M, BLOCK_K, UPCAST)
+    k = load_tile(k_ptr, start, stride_kt, h, stride_kh, length, K, BLOCK_N, BLOCK_K, UPCAST)
+    v = load_tile(v_ptr, start, stride_vt, h, stride_vh, length, K, BLOCK_N, BLOCK_K, UPCAST)
+    dout = load_tile(dout_ptr, start_q, stride_dom, h, stride_doh, rows, K, BLOCK_M, BLOCK_K, UPCAST)
+    highest, log_total = load_lse(at(lse_ptr, start_q, 1, h, M), rows, H, M, IS_FP32, BLOCK_M)
 
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    p = _probabilities(s, scale_log2, highest, log_total, IS_FP32)
+    p = probabilities(s, scale_log2, highest, log_total, IS_FP32)
     p = tl.where(_visible(0, 0, length, window, HAS_WINDOW, BLOCK_M, BLOCK_N), p, 0.0)
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     if HAS_DROPOUT:
         row = start_q + tl.arange(0, BLOCK_M)
         keep = attention_keep_mask(row, h, 0, tl.load(seed_ptr), offset, threshold, BLOCK_N)
         dp = tl.where(keep, dp, 0.0)
-        kept = tl.where(keep, p, _zero(keep_scale)).to(dout.dtype)
+        kept = tl.where(keep, p, opaque_zero(keep_scale)).to(dout.dtype)
     else:
         kept = p.to(dout.dtype)
     # rowsum(dout * out) / keep_scale, without reading out
@@ -315,11 +296,11 @@ def _attention_short_bwd_kernel(
     ds = (p * (dp - delta[:, None])).to(q.dtype)
     # dq first: after it p and ds are needed in 16 bits only, which saves 60 registers at S = 128
     dq = tl.dot(ds, k, input_precision=PRECISION) * (scale * keep_scale)
-    _store_tile(_at(dq_ptr, start_q, stride_dqm, h, stride_dqh), stride_dqm, rows, dq, K, BLOCK_M, BLOCK_K)
+    store_tile(dq_ptr, start_q, stride_dqm, h, stride_dqh, rows, dq, K, BLOCK_M, BLOCK_K)
     dv = tl.dot(tl.trans(kept), dout, input_precision=PRECISION) * keep_scale
-    _store_tile(_at(dv_ptr, start, stride_dvt, h, stride_dvh), stride_dvt, length, dv, K, BLOCK_N, BLOCK_K)
+    store_tile(dv_ptr, start, stride_dvt, h, stride_dvh, length, dv, K, BLOCK_N, BLOCK_K)
     dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION) * (scale * keep_scale)
-    _store_tile(_at(dk_ptr, start, stride_dkt, h, stride_dkh), stride_dkt, length, dk, K, BLOCK_N, BLOCK_K)
+    store_tile(dk_ptr, start, stride_dkt, h, stride_dkh, length, dk, K, BLOCK_N, BLOCK_K)
 
 
 @triton.jit
@@ -331,10 +312,10 @@ def _add_dq(
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, IS_WHOLE: tl.constexpr,
 ):  # fmt: skip
     """dq / (scale * keep_scale) plus the contribution of the keys from `n` on."""
-    k = _load_tile(_at(k_ptr, n, stride_kt, 0, 0), stride_kt, length - n, K, BLOCK_N, BLOCK_K, IS_WHOLE, UPCAST)
-    v = _load_tile(_at(v_ptr, n, stride_vt, 0, 0), stride_vt, length - n, K, BLOCK_N, BLOCK_K, IS_WHOLE, UPCAST)
+    k = load_tile(k_ptr, n, stride_kt, 0, 0, length - n, K, BLOCK_N, BLOCK_K, UPCAST, IS_WHOLE)
+    v = load_tile(v_ptr, n, stride_vt, 0, 0, length - n, K, BLOCK_N, BLOCK_K, UPCAST, IS_WHOLE)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    p = _probabilities(s, scale_log2, highest, log_total, IS_FP32)
+    p = probabilities(s, scale_log2, highest, log_total, IS_FP32)
     if not IS_WHOLE:
         p = tl.where(_visible(m, n, length, window, HAS_WINDOW, BLOCK_M, BLOCK_N), p, 0.0)
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
@@ -361,27 +342,22 @@ def _attention_tiled_dq_kernel(
     offs_m = tl.arange(0, BLOCK_M)
 
     end = tl.load(cu_seqlens_q_ptr + B)
-    _zero_slack(dq_ptr, stride_dqm, h, stride_dqh, end, M, program, programs, K, BLOCK_M, BLOCK_K)
+    zero_slack(dq_ptr, stride_dqm, h, stride_dqh, end, M, program, programs, K, BLOCK_M, BLOCK_K)
 
     m = tile * BLOCK_M
-    start_q = tl.load(cu_seqlens_q_ptr + b) + m
-    rows = tl.load(cu_seqlens_q_ptr + b + 1) - start_q
-    start = tl.load(cu_seqlens_ptr + b)
-    length = tl.load(cu_seqlens_ptr + b + 1) - start
+    start_q, rows = sequence(cu_seqlens_q_ptr, b, m)
+    start, length = sequence(cu_seqlens_ptr, b)
     if rows <= 0:
         return
 
-    dout_ptr = _at(dout_ptr, start_q, stride_dom, h, stride_doh)
-    q_ptr = _at(q_ptr, start_q, stride_qm, h, stride_qh)
-    k_ptr = _at(k_ptr, start, stride_kt, h, stride_kh)
-    v_ptr = _at(v_ptr, start, stride_vt, h, stride_vh)
-    out_ptr = _at(out_ptr, start_q, stride_om, h, stride_oh)
-    q = _load_tile(q_ptr, stride_qm, rows, K, BLOCK_M, BLOCK_K, False, UPCAST)
-    dout = _load_tile(dout_ptr, stride_dom, rows, K, BLOCK_M, BLOCK_K, False, UPCAST)
-    out = _load_tile(out_ptr, stride_om, rows, K, BLOCK_M, BLOCK_K, False, UPCAST)
+    k_ptr = at(k_ptr, start, stride_kt, h, stride_kh)
+    v_ptr = at(v_ptr, start, stride_vt, h, stride_vh)
+    q = load_tile(q_ptr, start_q, stride_qm, h, stride_qh, rows, K, BLOCK_M, BLOCK_K, UPCAST)
+    dout = load_tile(dout_ptr, start_q, stride_dom, h, stride_doh, rows, K, BLOCK_M, BLOCK_K, UPCAST)
+    out = load_tile(out_ptr, start_q, stride_om, h, stride_oh, rows, K, BLOCK_M, BLOCK_K, UPCAST)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1) / keep_scale
-    tl.store(_at(delta_ptr, start_q, 1, h, M) + offs_m, delta, mask=offs_m < rows)
-    highest, log_total = _load_lse(_at(lse_ptr, start_q, 1, h, M), rows, H, M, IS_FP32, BLOCK_M)
+    tl.store(at(delta_ptr, start_q, 1, h, M) + offs_m, delta, mask=offs_m < rows)
+    highest, log_total = load_lse(at(lse_ptr, start_q, 1, h, M), rows, H, M, IS_FP32, BLOCK_M)
 
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     row = start_q + offs_m
@@ -410,7 +386,7 @@ def _attention_tiled_dq_kernel(
                 HAS_DROPOUT, HAS_WINDOW, IS_FP32, PRECISION, UPCAST, K, BLOCK_M, BLOCK_N, BLOCK_K, False,
             )  # fmt: skip
     dq *= scale * keep_scale
-    _store_tile(_at(dq_ptr, start_q, stride_dqm, h, stride_dqh), stride_dqm, rows, dq, K, BLOCK_M, BLOCK_K)
+    store_tile(dq_ptr, start_q, stride_dqm, h, stride_dqh, rows, dq, K, BLOCK_M, BLOCK_K)
 
 
 @triton.jit
@@ -434,42 +410,38 @@ def _attention_tiled_dkdv_kernel(
     offs_m = tl.arange(0, BLOCK_M)
 
     end = tl.load(cu_seqlens_ptr + B)
-    _zero_slack(dk_ptr, stride_dkt, h, stride_dkh, end, T, b * tiles + tile, B * tiles, K, BLOCK_N, BLOCK_K)
-    _zero_slack(dv_ptr, stride_dvt, h, stride_dvh, end, T, b * tiles + tile, B * tiles, K, BLOCK_N, BLOCK_K)
+    zero_slack(dk_ptr, stride_dkt, h, stride_dkh, end, T, b * tiles + tile, B * tiles, K, BLOCK_N, BLOCK_K)
+    zero_slack(dv_ptr, stride_dvt, h, stride_dvh, end, T, b * tiles + tile, B * tiles, K, BLOCK_N, BLOCK_K)
 
     n = tile * BLOCK_N
-    start_q = tl.load(cu_seqlens_q_ptr + b)
-    rows = tl.load(cu_seqlens_q_ptr + b + 1) - start_q
-    start = tl.load(cu_seqlens_ptr + b) + n
-    length = tl.load(cu_seqlens_ptr + b + 1) - start
+    start_q, rows = sequence(cu_seqlens_q_ptr, b)
+    start, length = sequence(cu_seqlens_ptr, b, n)
     if length <= 0:
         return
 
-    dout_ptr = _at(dout_ptr, start_q, stride_dom, h, stride_doh)
-    q_ptr = _at(q_ptr, start_q, stride_qm, h, stride_qh)
-    k_ptr = _at(k_ptr, start, stride_kt, h, stride_kh)
-    v_ptr = _at(v_ptr, start, stride_vt, h, stride_vh)
-    lse_ptr = _at(lse_ptr, start_q, 1, h, M)
-    delta_ptr = _at(delta_ptr, start_q, 1, h, M)
-    k = _load_tile(k_ptr, stride_kt, length, K, BLOCK_N, BLOCK_K, False, UPCAST)
-    v = _load_tile(v_ptr, stride_vt, length, K, BLOCK_N, BLOCK_K, False, UPCAST)
+    dout_ptr = at(dout_ptr, start_q, stride_dom, h, stride_doh)
+    q_ptr = at(q_ptr, start_q, stride_qm, h, stride_qh)
+    lse_ptr = at(lse_ptr, start_q, 1, h, M)
+    delta_ptr = at(delta_ptr, start_q, 1, h, M)
+    k = load_tile(k_ptr, start, stride_kt, h, stride_kh, length, K, BLOCK_N, BLOCK_K, UPCAST)
+    v = load_tile(v_ptr, start, stride_vt, h, stride_vh, length, K, BLOCK_N, BLOCK_K, UPCAST)
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     dk = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     first, _, _, last = _range(n, BLOCK_N, rows, window, HAS_WINDOW, BLOCK_M)
     for m in range(first, last, BLOCK_M):
         if WAIT_DK:
-            # multiply by a 1 that the compiler does not know, so that Triton waits for dk. With the products of dv and
+            # multiply by a 1 that the compiler cannot see, so that Triton waits for dk. With the products of dv and
             # dk both in flight at the start of an iteration, ptxas on Hopper serialises all products
-            dk *= 1.0 + _zero(keep_scale)
-        q = _load_tile(_at(q_ptr, m, stride_qm, 0, 0), stride_qm, rows - m, K, BLOCK_M, BLOCK_K, False, UPCAST)
-        dout = _load_tile(_at(dout_ptr, m, stride_dom, 0, 0), stride_dom, rows - m, K, BLOCK_M, BLOCK_K, False, UPCAST)
-        highest, log_total = _load_lse(lse_ptr + m, rows - m, H, M, IS_FP32, BLOCK_M)
+            dk *= 1.0 + opaque_zero(keep_scale)
+        q = load_tile(q_ptr, m, stride_qm, 0, 0, rows - m, K, BLOCK_M, BLOCK_K, UPCAST)
+        dout = load_tile(dout_ptr, m, stride_dom, 0, 0, rows - m, K, BLOCK_M, BLOCK_K, UPCAST)
+        highest, log_total = load_lse(lse_ptr + m, rows - m, H, M, IS_FP32, BLOCK_M)
         delta = tl.load(delta_ptr + m + offs_m, mask=m + offs_m < rows, other=0.0)
         if IS_TRANSPOSED:
             tl.static_assert(not HAS_DROPOUT)
             s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-            p = _probabilities(s, scale_log2, highest, log_total, IS_FP32, 0)
+            p = probabilities(s, scale_log2, highest, log_total, IS_FP32, 0)
             if HAS_WINDOW:
                 # keys and query rows swapped: the window is symmetric, and rows that do not exist have p = 0
                 p = tl.where(_visible(n, m, rows, window, True, BLOCK_N, BLOCK_M), p, 0.0)
@@ -478,7 +450,7 @@ def _attention_tiled_dkdv_kernel(
             dk = tl.dot((p * (dp - delta[None, :])).to(q.dtype), q, dk, input_precision=PRECISION)
         else:
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            p = _probabilities(s, scale_log2, highest, log_total, IS_FP32)
+            p = probabilities(s, scale_log2, highest, log_total, IS_FP32)
             if HAS_WINDOW:
                 p = tl.where(_visible(m, n, n + length, window, True, BLOCK_M, BLOCK_N), p, 0.0)
             # else no mask: keys that do not exist only affect their own rows of dk and dv, which are not stored
@@ -486,7 +458,7 @@ def _attention_tiled_dkdv_kernel(
             if HAS_DROPOUT:
                 keep = attention_keep_mask(start_q + m + offs_m, h, n, seed, offset, threshold, BLOCK_N)
                 dp = tl.where(keep, dp, 0.0)
-                kept = tl.where(keep, p, _zero(keep_scale)).to(dout.dtype)
+                kept = tl.where(keep, p, opaque_zero(keep_scale)).to(dout.dtype)
             else:
                 kept = p.to(dout.dtype)
             dv = tl.dot(tl.trans(kept), dout, dv, input_precision=PRECISION)
@@ -494,34 +466,21 @@ def _attention_tiled_dkdv_kernel(
             dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
     dk *= scale * keep_scale
     dv *= keep_scale
-    _store_tile(_at(dk_ptr, start, stride_dkt, h, stride_dkh), stride_dkt, length, dk, K, BLOCK_N, BLOCK_K)
-    _store_tile(_at(dv_ptr, start, stride_dvt, h, stride_dvh), stride_dvt, length, dv, K, BLOCK_N, BLOCK_K)
+    store_tile(dk_ptr, start, stride_dkt, h, stride_dkh, length, dk, K, BLOCK_N, BLOCK_K)
+    store_tile(dv_ptr, start, stride_dvt, h, stride_dvh, length, dv, K, BLOCK_N, BLOCK_K)
 
 
 def _arguments(q, max_seqlen, scale, dropout_p, window, offset):
     """(scalar arguments after the strides, compile-time constants of every kernel except its block sizes)."""
-    K = q.shape[-1]
     has_window = 0 <= window < max_seqlen - 1
-    threshold, keep_scale = dropout_constants(dropout_p)
-    scalars = (scale, scale * math.log2(math.e), window if has_window else 0, offset, threshold, keep_scale)
-    constants = dict(
-        HAS_DROPOUT=threshold > 0,
-        HAS_WINDOW=has_window,
-        IS_FP32=q.dtype == torch.float32,
-        PRECISION=product_precision(q.dtype),
-        # Triton's interpreter computes wrong results in bfloat16: convert to fp32 after loading
-        UPCAST=INTERPRET and q.dtype == torch.bfloat16,
-        K=K,
-        BLOCK_K=max(triton.next_power_of_2(K), 16),
-    )
-    return scalars, constants
+    scale, scale_log2, *rest = scalars_of(scale, dropout_p, offset)
+    scalars = (scale, scale_log2, window if has_window else 0, *rest)
+    return scalars, dict(HAS_WINDOW=has_window) | constants_of(q, dropout_p)
 
 
 def _key(q, constants, longest, *more):
-    """The key for `launch`, shared by similar shapes: "bf16 K64 S512 dropout window"."""
-    names = [_DTYPES[q.dtype], f"K{constants['BLOCK_K']}", f"S{min(triton.next_power_of_2(longest), 1024)}", *more]
-    names += [name for name in ("dropout", "window") if constants[f"HAS_{name.upper()}"]]
-    return " ".join(names)
+    """The key for `launch`: "bf16 K64 S512 dropout window"."""
+    return key_of(q, longest, *more, *(name for name in ("dropout", "window") if constants[f"HAS_{name.upper()}"]))
 
 
 def attention_fwd(
@@ -529,37 +488,36 @@ def attention_fwd(
 ):
     """(out [M, H, K], lse fp32 [1 or 2, H, M]): in 16 bits lse[0] is log2 of the sum of exp(scaled scores); in fp32 lse
     is (unscaled maximum, log2 of the sum relative to it)."""
-    q, k, v = _unpacked(q, k, v)
+    q, k, v = unpacked(q, k, v)
     cu_seqlens = unit_columns(cu_seqlens)
     cu_seqlens_q = cu_seqlens if cu_seqlens_q is None else unit_columns(cu_seqlens_q)
-    M, H, K = q.shape
+    M, H, _ = q.shape
     B = cu_seqlens.shape[0] - 1
-    out = torch.empty(M, H, K, dtype=q.dtype, device=q.device)
-    lse = torch.empty(_lse_parts(q), H, M, dtype=torch.float32, device=q.device)
+    out, lse = empty_results(q)
     if B * H == 0:
         return out.zero_(), lse.zero_()
     (_, *scalars), constants = _arguments(q, max_seqlen, scale, dropout_p, window, offset)
     arguments = (q, k, v, cu_seqlens_q, cu_seqlens, seed, out, lse, B, M, H)
-    strides = [x.stride(d) for x in (q, k, v, out) for d in (0, 1)]
+    operands = strides(q, k, v, out)
     most_rows = M if max_seqlen_q < 0 else max_seqlen_q
-    short = _short(q, most_rows, max_seqlen, True)
+    short = short_settings(q, most_rows, max_seqlen, True)
     if short:
 
         def run(settings):
-            _attention_short_fwd_kernel[(B * H,)](*arguments, *strides, *scalars, **constants, **settings)
+            _attention_short_fwd_kernel[(B * H,)](*arguments, *operands, *scalars, **constants, **settings)
 
         launch(run, "attention_short_fwd", _key(q, constants, max(most_rows, max_seqlen)), *short)
         return out, lse
 
     def run(settings):
-        tiles, is_bounded = _tiles(M, B, max_seqlen_q, settings["BLOCK_M"])
+        tiles, is_bounded = query_tiles(M, B, max_seqlen_q, settings["BLOCK_M"])
         grid = (H * tiles * (B if is_bounded else 1),)
         _attention_tiled_fwd_kernel[grid](
-            *arguments, tiles, *strides, *scalars, **constants, IS_BOUNDED=is_bounded, **settings
+            *arguments, tiles, *operands, *scalars, **constants, IS_BOUNDED=is_bounded, **settings
         )
 
     key = _key(q, constants, max_seqlen, *["few rows"] * (most_rows <= 64))
-    launch(run, "attention_tiled_fwd", key, *_tiled("fwd", q, most_rows, constants))
+    launch(run, "attention_tiled_fwd", key, *tiled_settings("fwd", q, most_rows, constants))
     return out, lse
 
 
@@ -568,9 +526,8 @@ def attention_bwd(
     window=-1,
 ):  # fmt: skip
     """The gradients of q, k, v, packed as the arguments: a list of one if q has all three, of two if k has two."""
-    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v) if x is not None]
-    dq, dk, dv = _unpacked(*grads, *[None] * (3 - len(grads)))
-    q, k, v = _unpacked(q, k, v)
+    grads, (dq, dk, dv) = empty_gradients(q, k, v)
+    q, k, v = unpacked(q, k, v)
     dout = unit_columns(dout)
     cu_seqlens = unit_columns(cu_seqlens)
     cu_seqlens_q = cu_seqlens if cu_seqlens_q is None else unit_columns(cu_seqlens_q)
@@ -579,17 +536,15 @@ def attention_bwd(
     if B * H == 0:
         return [grad.zero_() for grad in grads]
     scalars, constants = _arguments(q, max_seqlen, scale, dropout_p, window, offset)
-    strides = [x.stride(d) for x in (dout, q, k, v) for d in (0, 1)]
-    strides_dq = [dq.stride(d) for d in (0, 1)]
-    strides_dkdv = [x.stride(d) for x in (dk, dv) for d in (0, 1)]
+    operands = strides(dout, q, k, v)
     most_rows = M if max_seqlen_q < 0 else max_seqlen_q
-    short = _short(q, most_rows, max_seqlen, False)
+    short = short_settings(q, most_rows, max_seqlen, False)
     if short:
 
         def run(settings):
             _attention_short_bwd_kernel[(B * H,)](
                 dout, q, k, v, lse, cu_seqlens_q, cu_seqlens, seed, dq, dk, dv, B, M, T, H,
-                *strides, *strides_dq, *strides_dkdv, *scalars, **constants, **settings,
+                *operands, *strides(dq, dk, dv), *scalars, **constants, **settings,
             )  # fmt: skip
 
         launch(run, "attention_short_bwd", _key(q, constants, max(most_rows, max_seqlen)), *short)
@@ -597,11 +552,11 @@ def attention_bwd(
     delta = torch.empty(H, M, dtype=torch.float32, device=q.device)
 
     def run_dq(settings):
-        tiles, is_bounded = _tiles(M, B, max_seqlen_q, settings["BLOCK_M"])
+        tiles, is_bounded = query_tiles(M, B, max_seqlen_q, settings["BLOCK_M"])
         grid = (H * tiles * (B if is_bounded else 1),)
         _attention_tiled_dq_kernel[grid](
             dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens, seed, dq, delta, B, M, H, tiles,
-            *strides, out.stride(0), out.stride(1), *strides_dq, *scalars, **constants,
+            *operands, *strides(out, dq), *scalars, **constants,
             IS_BOUNDED=is_bounded, **settings,
         )  # fmt: skip
 
@@ -609,20 +564,19 @@ def attention_bwd(
         tiles = max(triton.cdiv(max_seqlen, settings["BLOCK_N"]), 1)
         _attention_tiled_dkdv_kernel[(B * H * tiles,)](
             dout, q, k, v, lse, delta, cu_seqlens_q, cu_seqlens, seed, dk, dv, B, M, T, H, tiles,
-            *strides, *strides_dkdv, *scalars, **constants, **settings,
+            *operands, *strides(dk, dv), *scalars, **constants, **settings,
         )  # fmt: skip
 
     key = _key(q, constants, max_seqlen)
-    launch(run_dq, "attention_dq", key, *_tiled("dq", q, most_rows, constants))
-    launch(run_dkdv, "attention_dkdv", key, *_tiled("dkdv", q, most_rows, constants))
+    launch(run_dq, "attention_dq", key, *tiled_settings("dq", q, most_rows, constants))
+    launch(run_dkdv, "attention_dkdv", key, *tiled_settings("dkdv", q, most_rows, constants))
     return grads
 
 
 def _attention_fwd_fake(
     q, k, v, cu_seqlens_q, cu_seqlens, max_seqlen_q, max_seqlen, scale, dropout_p, seed, offset, window=-1
 ):
-    M, H, K = q.shape[0], *q.shape[-2:]
-    return q.new_empty(M, H, K), q.new_empty(_lse_parts(q), H, M, dtype=torch.float32)
+    return empty_results(q)
 
 
 def _attention_bwd_fake(dout, q, k, v, *_):
@@ -673,11 +627,7 @@ def attention(
     float16, bfloat16 or float32; head sizes up to 128. Without `max_seqlen_q`, a sequence may have all rows of q.
     Raises TypeError and ValueError; `ops.attention` checks the other arguments.
     """
-    if q.dtype not in _DTYPES or any(x is not None and x.dtype != q.dtype for x in (k, v)):
-        dtypes = ", ".join(str(x.dtype) for x in (q, k, v) if x is not None)
-        raise TypeError(f"q, k, v are {dtypes}: expected one of float16, bfloat16, float32 for all")
-    if q.shape[-1] > 128:
-        raise ValueError(f"the head size is {q.shape[-1]}: expected at most 128")
+    check_operands("q, k, v", q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if cu_seqlens_q is None:
         max_seqlen_q = max_seqlen

@@ -28,7 +28,7 @@ from ._launch import (
     shape_key,
     unit_columns,
 )
-from ._math import gelu, gelu_derivative, parameter, row_start
+from ._math import gelu, gelu_derivative, load_rows, parameter
 
 # eight elements of a tile per thread
 FORWARD = dict(BLOCK_T=4, BLOCK_F=256, num_warps=4)
@@ -65,7 +65,7 @@ def _bias_gelu_fwd_kernel(
     offs_f = (pid % TILES).to(tl.int32) * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
     mask = (row < T) & (offs_f < F)
 
-    x = tl.load(x_ptr + row_start(row, stride_xt, ALIGN) + offs_f, mask=mask, other=0.0).to(tl.float32)
+    x = load_rows(x_ptr, row, stride_xt, offs_f, mask, ALIGN)
     if HAS_BIAS:
         x += parameter(bias_ptr, offs_f, mask)
     tl.store(y_ptr + row * F + offs_f, gelu(x, TANH), mask=mask)
@@ -90,8 +90,8 @@ def _bias_gelu_bwd_kernel(
     for start in tl.range(pid * BLOCK_T, T, tl.num_programs(1) * BLOCK_T, num_stages=STAGES):
         row = (start + tl.arange(0, BLOCK_T))[:, None]
         mask = (row < T) & mask_f
-        x = tl.load(x_ptr + row_start(row, stride_xt, ALIGN) + offs_f, mask=mask, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + row_start(row, stride_dyt, ALIGN) + offs_f, mask=mask, other=0.0).to(tl.float32)
+        x = load_rows(x_ptr, row, stride_xt, offs_f, mask, ALIGN)
+        dy = load_rows(dy_ptr, row, stride_dyt, offs_f, mask, ALIGN)
         if HAS_BIAS:
             x += bias
         dx = dy * gelu_derivative(x, TANH)

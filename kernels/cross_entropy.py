@@ -220,7 +220,7 @@ def _key(logits):
     return f"{str(logits.dtype).removeprefix('torch.')} V={logits.shape[1]}"
 
 
-def _product(out, a, b, add=False):
+def product(out, a, b, add=False):
     """Write a b to out, or add it. out has the dtype of a and b, or is fp32 and gets sums that are not rounded."""
     if out.dtype == a.dtype:
         return torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
@@ -229,8 +229,8 @@ def _product(out, a, b, add=False):
             return torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
         return torch.mm(a, b, out_dtype=torch.float32, out=out)
     # on other devices a product in half precision is rounded
-    product = torch.mm(a.float(), b.float())
-    return out.add_(product) if add else out.copy_(product)
+    exact = torch.mm(a.float(), b.float())
+    return out.add_(exact) if add else out.copy_(exact)
 
 
 def _scaled(gradient, factor, dtype):
@@ -240,7 +240,7 @@ def _scaled(gradient, factor, dtype):
     return torch.mul(gradient, factor, out=gradient.new_empty(gradient.shape, dtype=dtype))
 
 
-def _buffers(M, V, hidden, scale, gradients):
+def score_buffers(M, V, hidden, scale, gradients):
     """(scores, dscores), [rows of a chunk, V padded]: one tensor if their dtypes are equal; dscores None without
     gradients. Rows are padded to a multiple of 64 elements, to align them for vector loads and tensor cores.
     """
@@ -279,7 +279,7 @@ def masked_cross_entropy_fwd(hidden, weight, bias, labels, scale, ignore_index, 
     for_hidden, for_weight, for_bias, for_scale = wants
     options = ignore_index, label_smoothing
     labels, bias = labels.contiguous(), _padded(bias)
-    scores, dscores = _buffers(M, V, hidden, scale, any(wants))
+    scores, dscores = score_buffers(M, V, hidden, scale, any(wants))
     fp32 = dict(dtype=torch.float32, device=hidden.device)
     loss, maximum, total = (torch.empty(M, **fp32) for _ in range(3))
     correct = torch.empty(M, dtype=torch.int32, device=hidden.device)
@@ -291,7 +291,7 @@ def masked_cross_entropy_fwd(hidden, weight, bias, labels, scale, ignore_index, 
         chunk = slice(start, min(start + len(scores), M))
         x, targets, logits = hidden[chunk], labels[chunk], scores[: chunk.stop - start]
         state = [part[chunk] for part in (loss, correct, maximum, total)]
-        _product(logits[:, :V], x, weight.T)
+        product(logits[:, :V], x, weight.T)
         _fwd_chunk(logits, scale, bias, targets, state, V, options)
         if dscores is None:
             continue
@@ -299,9 +299,9 @@ def masked_cross_entropy_fwd(hidden, weight, bias, labels, scale, ignore_index, 
         sums = _bwd_chunk(logits, dlogits, scale, bias, targets, *state[2:], V, options, for_bias)
         dlogits, x = dlogits[:, :V], _without_ignored(x, targets, ignore_index)
         if for_hidden or for_scale:
-            _product(dhidden[chunk], dlogits, weight)
+            product(dhidden[chunk], dlogits, weight)
         if for_weight:
-            _product(dweight, dlogits.T, x, add=start > 0)
+            product(dweight, dlogits.T, x, add=start > 0)
         if for_bias:
             dbias += sums
         if for_scale:

@@ -27,38 +27,55 @@ BLOCK_N keys, or BLOCK of both. Bands have BLOCK_W rows, or 2 BLOCK.
 """
 
 import functools
-import math
 
 import torch
 import triton
 import triton.language as tl
 
 from ._attention import (
-    _DTYPES,
-    _at,
-    _exponent,
-    _load_lse,
-    _load_tile,
-    _lse_parts,
-    _store_lse,
-    _store_tile,
-    _unpacked,
-    _zero,
-    _zero_slack,
+    at,
+    exponent,
+    load_lse,
+    load_tile,
+    opaque_zero,
+    sequence,
+    store_lse,
+    store_tile,
+    zero_slack,
+    zero_slack_of_lse,
 )
-from ._bands import _bounds, _distance_rows, _gradients, _load_bands, _scores, _shift_keys, _shift_queries, _table
-from ._launch import (
-    INTERPRET,
-    capability,
-    differentiable_once,
-    dropout_constants,
-    launch,
-    multiprocessors,
-    product_precision,
-    register,
-    unit_columns,
+from ._attention_host import (
+    check_operands,
+    constants_of,
+    empty_gradients,
+    empty_results,
+    key_of,
+    scalars_of,
+    strides,
+    unpacked,
 )
+from ._bands import (
+    device_table,
+    distance_rows,
+    load_bands,
+    row_bounds,
+    score_gradients,
+    scores,
+    shift_keys,
+    shift_queries,
+)
+from ._launch import capability, differentiable_once, launch, multiprocessors, register, unit_columns
 from ._math import attention_keep_mask
+
+
+@triton.jit
+def _place(B, tiles):
+    """(sequence, head, tile, number of this program among its head's, number of the head's programs).
+
+    Programs of one head are adjacent, since they read the same rows of the tables.
+    """
+    pid = tl.program_id(0)
+    return pid // tiles % B, pid // tiles // B, pid % tiles, pid % (B * tiles), B * tiles
 
 
 @triton.jit
@@ -73,45 +90,37 @@ def _disentangled_attention_fwd_kernel(
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # programs of one head are adjacent, since they read the same rows of the tables
-    tile = tl.program_id(0) % tiles
-    b = tl.program_id(0) // tiles % B
-    h = tl.program_id(0) // tiles // B
+    b, h, tile, program, programs = _place(B, tiles)
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
 
     end = tl.load(cu_seqlens_ptr + B)
-    _zero_slack(out_ptr, stride_ot, h, stride_oh, end, T, b * tiles + tile, B * tiles, K, BLOCK_M, BLOCK_K)
-    for part in tl.static_range(2 if IS_FP32 else 1):
-        _zero_slack(
-            _at(lse_ptr, part * H + h, T, 0, 0), 1, 0, 0, end, T, b * tiles + tile, B * tiles, 1, BLOCK_M, 1
-        )  # fmt: skip
+    zero_slack(out_ptr, stride_ot, h, stride_oh, end, T, program, programs, K, BLOCK_M, BLOCK_K)
+    zero_slack_of_lse(lse_ptr, H, T, h, end, program, programs, IS_FP32, BLOCK_M)
 
-    start = tl.load(cu_seqlens_ptr + b)
-    length = tl.load(cu_seqlens_ptr + b + 1) - start
+    start, length = sequence(cu_seqlens_ptr, b)
     start_q = start + tile * BLOCK_M
     rows = length - tile * BLOCK_M
     if rows <= 0:
         return
 
-    q_ptr = _at(q_ptr, start_q, stride_qt, h, stride_qh)
-    k_ptr = _at(k_ptr, start, stride_kt, h, stride_kh)
-    v_ptr = _at(v_ptr, start, stride_vt, h, stride_vh)
-    pos_key_ptr = _at(pos_key_ptr, 0, 0, h, stride_pkh)
-    pos_query_ptr = _at(pos_query_ptr, 0, 0, h, stride_pqh)
+    k_ptr = at(k_ptr, start, stride_kt, h, stride_kh)
+    v_ptr = at(v_ptr, start, stride_vt, h, stride_vh)
+    pos_key_ptr = at(pos_key_ptr, 0, 0, h, stride_pkh)
+    pos_query_ptr = at(pos_query_ptr, 0, 0, h, stride_pqh)
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
-    q = _load_tile(q_ptr, stride_qt, rows, K, BLOCK_M, BLOCK_K, False, UPCAST)
+    q = load_tile(q_ptr, start_q, stride_qt, h, stride_qh, rows, K, BLOCK_M, BLOCK_K, UPCAST)
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     first = middle + tile * BLOCK_M - BLOCK_N + 1
     for n in range(0, length, BLOCK_N):
-        k = _load_tile(k_ptr, stride_kt, length - n, K, BLOCK_N, BLOCK_K, False, UPCAST)
-        key_band, query_band = _load_bands(
+        k = load_tile(k_ptr, 0, stride_kt, 0, 0, length - n, K, BLOCK_N, BLOCK_K, UPCAST)
+        key_band, query_band = load_bands(
             pos_key_ptr, stride_pkp, pos_query_ptr, stride_pqp, index_ptr, first - n,
             HAS_KEY, HAS_QUERY, UPCAST, K, BLOCK_W, BLOCK_K,
         )  # fmt: skip
-        s = _scores(q, k, key_band, query_band, HAS_KEY, HAS_QUERY, PRECISION, BLOCK_M, BLOCK_N, BLOCK_W)
+        s = scores(q, k, key_band, query_band, HAS_KEY, HAS_QUERY, PRECISION, BLOCK_M, BLOCK_N, BLOCK_W)
         s = tl.where(offs_n[None, :] < length - n, s, float("-inf"))
         if IS_FP32:
             higher = tl.maximum(highest, tl.max(s, 1))
@@ -119,19 +128,19 @@ def _disentangled_attention_fwd_kernel(
         else:
             higher = tl.maximum(highest, tl.max(s, 1) * scale_log2)
             alpha = tl.exp2(highest - higher)
-        p = tl.exp2(_exponent(s, scale_log2, higher, IS_FP32))
+        p = tl.exp2(exponent(s, scale_log2, higher, IS_FP32))
         total = total * alpha + tl.sum(p, 1)
         highest = higher
         if HAS_DROPOUT:
             keep = attention_keep_mask(start_q + offs_m, h, n, seed, offset, threshold, BLOCK_N)
-            p = tl.where(keep, p, _zero(keep_scale))
-        v = _load_tile(v_ptr, stride_vt, length - n, K, BLOCK_N, BLOCK_K, False, UPCAST)
+            p = tl.where(keep, p, opaque_zero(keep_scale))
+        v = load_tile(v_ptr, 0, stride_vt, 0, 0, length - n, K, BLOCK_N, BLOCK_K, UPCAST)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
-        k_ptr = _at(k_ptr, BLOCK_N, stride_kt, 0, 0)
-        v_ptr = _at(v_ptr, BLOCK_N, stride_vt, 0, 0)
-    _store_lse(_at(lse_ptr, start_q, 1, h, T), rows, H, T, highest, total, IS_FP32, BLOCK_M)
-    out_ptr = _at(out_ptr, start_q, stride_ot, h, stride_oh)
-    _store_tile(out_ptr, stride_ot, rows, acc * (keep_scale / total)[:, None], K, BLOCK_M, BLOCK_K)
+        k_ptr = at(k_ptr, BLOCK_N, stride_kt, 0, 0)
+        v_ptr = at(v_ptr, BLOCK_N, stride_vt, 0, 0)
+    store_lse(at(lse_ptr, start_q, 1, h, T), rows, H, T, highest, total, IS_FP32, BLOCK_M)
+    out = acc * (keep_scale / total)[:, None]
+    store_tile(out_ptr, start_q, stride_ot, h, stride_oh, rows, out, K, BLOCK_M, BLOCK_K)
 
 
 @triton.jit
@@ -147,57 +156,51 @@ def _disentangled_attention_dq_kernel(
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dq, and delta [H, T] = rowsum(dout * out) for the kernels below."""
-    tile = tl.program_id(0) % tiles
-    b = tl.program_id(0) // tiles % B
-    h = tl.program_id(0) // tiles // B
+    b, h, tile, program, programs = _place(B, tiles)
     offs = tl.arange(0, BLOCK)
 
     end = tl.load(cu_seqlens_ptr + B)
-    _zero_slack(dq_ptr, stride_dqt, h, stride_dqh, end, T, b * tiles + tile, B * tiles, K, BLOCK, BLOCK_K)
+    zero_slack(dq_ptr, stride_dqt, h, stride_dqh, end, T, program, programs, K, BLOCK, BLOCK_K)
 
-    start = tl.load(cu_seqlens_ptr + b)
-    length = tl.load(cu_seqlens_ptr + b + 1) - start
+    start, length = sequence(cu_seqlens_ptr, b)
     start_q = start + tile * BLOCK
     rows = length - tile * BLOCK
     if rows <= 0:
         return
 
-    dout_ptr = _at(dout_ptr, start_q, stride_dot, h, stride_doh)
-    q_ptr = _at(q_ptr, start_q, stride_qt, h, stride_qh)
-    k_ptr = _at(k_ptr, start, stride_kt, h, stride_kh)
-    v_ptr = _at(v_ptr, start, stride_vt, h, stride_vh)
-    out_ptr = _at(out_ptr, start_q, stride_ot, h, stride_oh)
-    pos_key_ptr = _at(pos_key_ptr, 0, 0, h, stride_pkh)
-    pos_query_ptr = _at(pos_query_ptr, 0, 0, h, stride_pqh)
+    k_ptr = at(k_ptr, start, stride_kt, h, stride_kh)
+    v_ptr = at(v_ptr, start, stride_vt, h, stride_vh)
+    pos_key_ptr = at(pos_key_ptr, 0, 0, h, stride_pkh)
+    pos_query_ptr = at(pos_query_ptr, 0, 0, h, stride_pqh)
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
-    q = _load_tile(q_ptr, stride_qt, rows, K, BLOCK, BLOCK_K, False, UPCAST)
-    dout = _load_tile(dout_ptr, stride_dot, rows, K, BLOCK, BLOCK_K, False, UPCAST)
-    out = _load_tile(out_ptr, stride_ot, rows, K, BLOCK, BLOCK_K, False, UPCAST)
+    q = load_tile(q_ptr, start_q, stride_qt, h, stride_qh, rows, K, BLOCK, BLOCK_K, UPCAST)
+    dout = load_tile(dout_ptr, start_q, stride_dot, h, stride_doh, rows, K, BLOCK, BLOCK_K, UPCAST)
+    out = load_tile(out_ptr, start_q, stride_ot, h, stride_oh, rows, K, BLOCK, BLOCK_K, UPCAST)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
-    tl.store(_at(delta_ptr, start_q, 1, h, T) + offs, delta, mask=offs < rows)
-    highest, log_total = _load_lse(_at(lse_ptr, start_q, 1, h, T), rows, H, T, IS_FP32, BLOCK)
+    tl.store(at(delta_ptr, start_q, 1, h, T) + offs, delta, mask=offs < rows)
+    highest, log_total = load_lse(at(lse_ptr, start_q, 1, h, T), rows, H, T, IS_FP32, BLOCK)
 
     dq = tl.zeros([BLOCK, BLOCK_K], tl.float32)
     first = middle + tile * BLOCK - BLOCK + 1
     for n in range(0, length, BLOCK):
-        k = _load_tile(k_ptr, stride_kt, length - n, K, BLOCK, BLOCK_K, False, UPCAST)
-        key_band, query_band = _load_bands(
+        k = load_tile(k_ptr, 0, stride_kt, 0, 0, length - n, K, BLOCK, BLOCK_K, UPCAST)
+        key_band, query_band = load_bands(
             pos_key_ptr, stride_pkp, pos_query_ptr, stride_pqp, index_ptr, first,
             HAS_KEY, HAS_QUERY, UPCAST, K, 2 * BLOCK, BLOCK_K,
         )  # fmt: skip
-        s = _scores(q, k, key_band, query_band, HAS_KEY, HAS_QUERY, PRECISION, BLOCK, BLOCK, 2 * BLOCK)
-        v = _load_tile(v_ptr, stride_vt, length - n, K, BLOCK, BLOCK_K, False, UPCAST)
-        _, ds = _gradients(
+        s = scores(q, k, key_band, query_band, HAS_KEY, HAS_QUERY, PRECISION, BLOCK, BLOCK, 2 * BLOCK)
+        v = load_tile(v_ptr, 0, stride_vt, 0, 0, length - n, K, BLOCK, BLOCK_K, UPCAST)
+        _, ds = score_gradients(
             s, v, dout, highest, log_total, delta, start_q + offs, length - n, h, n,
             seed, scale_log2, offset, threshold, keep_scale, HAS_DROPOUT, IS_FP32, PRECISION, BLOCK,
         )  # fmt: skip
         dq = tl.dot(ds, k, dq, input_precision=PRECISION)
         if HAS_KEY:
-            dq = tl.dot(_shift_queries(ds, BLOCK), key_band, dq, input_precision=PRECISION)
-        k_ptr = _at(k_ptr, BLOCK, stride_kt, 0, 0)
-        v_ptr = _at(v_ptr, BLOCK, stride_vt, 0, 0)
+            dq = tl.dot(shift_queries(ds, BLOCK), key_band, dq, input_precision=PRECISION)
+        k_ptr = at(k_ptr, BLOCK, stride_kt, 0, 0)
+        v_ptr = at(v_ptr, BLOCK, stride_vt, 0, 0)
         first -= BLOCK
-    _store_tile(_at(dq_ptr, start_q, stride_dqt, h, stride_dqh), stride_dqt, rows, dq * scale, K, BLOCK, BLOCK_K)
+    store_tile(dq_ptr, start_q, stride_dqt, h, stride_dqh, rows, dq * scale, K, BLOCK, BLOCK_K)
 
 
 @triton.jit
@@ -210,23 +213,23 @@ def _add_dkdv(
 ):  # fmt: skip
     """dk / scale and dv / keep_scale plus the contribution of the query rows from `m` on."""
     offs = m + tl.arange(0, BLOCK)
-    q = _load_tile(_at(q_ptr, m, stride_qt, 0, 0), stride_qt, length - m, K, BLOCK, BLOCK_K, False, UPCAST)
-    key_band, query_band = _load_bands(
+    q = load_tile(q_ptr, m, stride_qt, 0, 0, length - m, K, BLOCK, BLOCK_K, UPCAST)
+    key_band, query_band = load_bands(
         pos_key_ptr, stride_pkp, pos_query_ptr, stride_pqp, index_ptr, first,
         HAS_KEY, HAS_QUERY, UPCAST, K, 2 * BLOCK, BLOCK_K,
     )  # fmt: skip
-    s = _scores(q, k, key_band, query_band, HAS_KEY, HAS_QUERY, PRECISION, BLOCK, BLOCK, 2 * BLOCK)
-    dout = _load_tile(_at(dout_ptr, m, stride_dot, 0, 0), stride_dot, length - m, K, BLOCK, BLOCK_K, False, UPCAST)
-    highest, log_total = _load_lse(_at(lse_ptr, start + m, 1, h, T), length - m, H, T, IS_FP32, BLOCK)
+    s = scores(q, k, key_band, query_band, HAS_KEY, HAS_QUERY, PRECISION, BLOCK, BLOCK, 2 * BLOCK)
+    dout = load_tile(dout_ptr, m, stride_dot, 0, 0, length - m, K, BLOCK, BLOCK_K, UPCAST)
+    highest, log_total = load_lse(at(lse_ptr, start + m, 1, h, T), length - m, H, T, IS_FP32, BLOCK)
     delta = tl.load(delta_ptr + offs, mask=offs < length, other=0.0)
-    kept, ds = _gradients(
+    kept, ds = score_gradients(
         s, v, dout, highest, log_total, delta, start + offs, rows_k, h, column,
         seed, scale_log2, offset, threshold, keep_scale, HAS_DROPOUT, IS_FP32, PRECISION, BLOCK,
     )  # fmt: skip
     dv = tl.dot(tl.trans(kept), dout, dv, input_precision=PRECISION)
     dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
     if HAS_QUERY:
-        dk = tl.dot(_shift_keys(ds, BLOCK), query_band, dk, input_precision=PRECISION)
+        dk = tl.dot(shift_keys(ds, BLOCK), query_band, dk, input_precision=PRECISION)
     return dk, dv
 
 
@@ -242,31 +245,26 @@ def _disentangled_attention_dkdv_kernel(
     HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_FP32: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0) % tiles
-    b = tl.program_id(0) // tiles % B
-    h = tl.program_id(0) // tiles // B
+    b, h, tile, program, programs = _place(B, tiles)
 
     end = tl.load(cu_seqlens_ptr + B)
-    _zero_slack(dk_ptr, stride_dkt, h, stride_dkh, end, T, b * tiles + tile, B * tiles, K, BLOCK, BLOCK_K)
-    _zero_slack(dv_ptr, stride_dvt, h, stride_dvh, end, T, b * tiles + tile, B * tiles, K, BLOCK, BLOCK_K)
+    zero_slack(dk_ptr, stride_dkt, h, stride_dkh, end, T, program, programs, K, BLOCK, BLOCK_K)
+    zero_slack(dv_ptr, stride_dvt, h, stride_dvh, end, T, program, programs, K, BLOCK, BLOCK_K)
 
-    start = tl.load(cu_seqlens_ptr + b)
-    length = tl.load(cu_seqlens_ptr + b + 1) - start
+    start, length = sequence(cu_seqlens_ptr, b)
     start_k = start + tile * BLOCK
     rows_k = length - tile * BLOCK
     if rows_k <= 0:
         return
 
-    dout_ptr = _at(dout_ptr, start, stride_dot, h, stride_doh)
-    q_ptr = _at(q_ptr, start, stride_qt, h, stride_qh)
-    k_ptr = _at(k_ptr, start_k, stride_kt, h, stride_kh)
-    v_ptr = _at(v_ptr, start_k, stride_vt, h, stride_vh)
-    delta_ptr = _at(delta_ptr, start, 1, h, T)
-    pos_key_ptr = _at(pos_key_ptr, 0, 0, h, stride_pkh)
-    pos_query_ptr = _at(pos_query_ptr, 0, 0, h, stride_pqh)
+    dout_ptr = at(dout_ptr, start, stride_dot, h, stride_doh)
+    q_ptr = at(q_ptr, start, stride_qt, h, stride_qh)
+    delta_ptr = at(delta_ptr, start, 1, h, T)
+    pos_key_ptr = at(pos_key_ptr, 0, 0, h, stride_pkh)
+    pos_query_ptr = at(pos_query_ptr, 0, 0, h, stride_pqh)
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
-    k = _load_tile(k_ptr, stride_kt, rows_k, K, BLOCK, BLOCK_K, False, UPCAST)
-    v = _load_tile(v_ptr, stride_vt, rows_k, K, BLOCK, BLOCK_K, False, UPCAST)
+    k = load_tile(k_ptr, start_k, stride_kt, h, stride_kh, rows_k, K, BLOCK, BLOCK_K, UPCAST)
+    v = load_tile(v_ptr, start_k, stride_vt, h, stride_vh, rows_k, K, BLOCK, BLOCK_K, UPCAST)
     dk = tl.zeros([BLOCK, BLOCK_K], tl.float32)
     dv = tl.zeros([BLOCK, BLOCK_K], tl.float32)
     first = middle - tile * BLOCK - BLOCK + 1
@@ -278,8 +276,8 @@ def _disentangled_attention_dkdv_kernel(
             h, seed, scale_log2, offset, threshold, keep_scale,
             HAS_KEY, HAS_QUERY, HAS_DROPOUT, IS_FP32, PRECISION, UPCAST, K, BLOCK, BLOCK_K,
         )  # fmt: skip
-    _store_tile(_at(dk_ptr, start_k, stride_dkt, h, stride_dkh), stride_dkt, rows_k, dk * scale, K, BLOCK, BLOCK_K)
-    _store_tile(_at(dv_ptr, start_k, stride_dvt, h, stride_dvh), stride_dvt, rows_k, dv * keep_scale, K, BLOCK, BLOCK_K)
+    store_tile(dk_ptr, start_k, stride_dkt, h, stride_dkh, rows_k, dk * scale, K, BLOCK, BLOCK_K)
+    store_tile(dv_ptr, start_k, stride_dvt, h, stride_dvh, rows_k, dv * keep_scale, K, BLOCK, BLOCK_K)
 
 
 @triton.jit
@@ -293,29 +291,25 @@ def _add_dband(
 ):  # fmt: skip
     """dband / scale plus the contribution of the tile of query rows from `m` and keys from `n` on."""
     offs = m + tl.arange(0, BLOCK)
-    q_ptr = _at(q_ptr, start + m, stride_qt, h, stride_qh)
-    k_ptr = _at(k_ptr, start + n, stride_kt, h, stride_kh)
-    v_ptr = _at(v_ptr, start + n, stride_vt, h, stride_vh)
-    dout_ptr = _at(dout_ptr, start + m, stride_dot, h, stride_doh)
-    q = _load_tile(q_ptr, stride_qt, length - m, K, BLOCK, BLOCK_K, False, UPCAST)
-    k = _load_tile(k_ptr, stride_kt, length - n, K, BLOCK, BLOCK_K, False, UPCAST)
+    q = load_tile(q_ptr, start + m, stride_qt, h, stride_qh, length - m, K, BLOCK, BLOCK_K, UPCAST)
+    k = load_tile(k_ptr, start + n, stride_kt, h, stride_kh, length - n, K, BLOCK, BLOCK_K, UPCAST)
     if IS_EARLY:
-        dout = _load_tile(dout_ptr, stride_dot, length - m, K, BLOCK, BLOCK_K, False, UPCAST)
-        v = _load_tile(v_ptr, stride_vt, length - n, K, BLOCK, BLOCK_K, False, UPCAST)
-    s = _scores(q, k, key_band, query_band, HAS_KEY, HAS_QUERY, PRECISION, BLOCK, BLOCK, 2 * BLOCK)
+        dout = load_tile(dout_ptr, start + m, stride_dot, h, stride_doh, length - m, K, BLOCK, BLOCK_K, UPCAST)
+        v = load_tile(v_ptr, start + n, stride_vt, h, stride_vh, length - n, K, BLOCK, BLOCK_K, UPCAST)
+    s = scores(q, k, key_band, query_band, HAS_KEY, HAS_QUERY, PRECISION, BLOCK, BLOCK, 2 * BLOCK)
     if not IS_EARLY:
-        dout = _load_tile(dout_ptr, stride_dot, length - m, K, BLOCK, BLOCK_K, False, UPCAST)
-        v = _load_tile(v_ptr, stride_vt, length - n, K, BLOCK, BLOCK_K, False, UPCAST)
-    highest, log_total = _load_lse(_at(lse_ptr, start + m, 1, h, T), length - m, H, T, IS_FP32, BLOCK)
+        dout = load_tile(dout_ptr, start + m, stride_dot, h, stride_doh, length - m, K, BLOCK, BLOCK_K, UPCAST)
+        v = load_tile(v_ptr, start + n, stride_vt, h, stride_vh, length - n, K, BLOCK, BLOCK_K, UPCAST)
+    highest, log_total = load_lse(at(lse_ptr, start + m, 1, h, T), length - m, H, T, IS_FP32, BLOCK)
     delta = tl.load(delta_ptr + start + offs, mask=offs < length, other=0.0)
-    _, ds = _gradients(
+    _, ds = score_gradients(
         s, v, dout, highest, log_total, delta, start + offs, length - n, h, n,
         seed, scale_log2, offset, threshold, keep_scale, HAS_DROPOUT, IS_FP32, PRECISION, BLOCK,
     )  # fmt: skip
     if OF_KEY:
-        return tl.dot(tl.trans(_shift_queries(ds, BLOCK)), q, dband, input_precision=PRECISION)
+        return tl.dot(tl.trans(shift_queries(ds, BLOCK)), q, dband, input_precision=PRECISION)
     else:
-        return tl.dot(tl.trans(_shift_keys(ds, BLOCK)), k, dband, input_precision=PRECISION)
+        return tl.dot(tl.trans(shift_keys(ds, BLOCK)), k, dband, input_precision=PRECISION)
 
 
 @triton.jit
@@ -339,22 +333,21 @@ def _disentangled_attention_dband_kernel(
     group = tl.program_id(0) % groups
     pair = tl.program_id(0) // groups % tiles
     h = tl.program_id(0) // groups // tiles
-    pos_key_ptr = _at(pos_key_ptr, 0, 0, h, stride_pkh)
-    pos_query_ptr = _at(pos_query_ptr, 0, 0, h, stride_pqh)
-    delta_ptr = _at(delta_ptr, 0, 1, h, T)
+    pos_key_ptr = at(pos_key_ptr, 0, 0, h, stride_pkh)
+    pos_query_ptr = at(pos_query_ptr, 0, 0, h, stride_pqh)
+    delta_ptr = at(delta_ptr, 0, 1, h, T)
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     for diagonal in range(pair, pair + tiles + 1, tiles):
         apart = diagonal - tiles
         # diagonal 0 has no tiles, and its band begins before the index
         first = tl.maximum(middle + apart * BLOCK - BLOCK + 1, 0)
-        key_band, query_band = _load_bands(
+        key_band, query_band = load_bands(
             pos_key_ptr, stride_pkp, pos_query_ptr, stride_pqp, index_ptr, first,
             HAS_KEY, HAS_QUERY, UPCAST, K, 2 * BLOCK, BLOCK_K,
         )  # fmt: skip
         dband = tl.zeros([2 * BLOCK, BLOCK_K], tl.float32)
         for b in range(group, B, groups):
-            start = tl.load(cu_seqlens_ptr + b)
-            length = tl.load(cu_seqlens_ptr + b + 1) - start
+            start, length = sequence(cu_seqlens_ptr, b)
             end = tl.cdiv(length, BLOCK) - tl.maximum(0, apart)
             for tile in tl.range(tl.maximum(0, -apart), end, disable_licm=True):
                 dband = _add_dband(
@@ -366,7 +359,7 @@ def _disentangled_attention_dband_kernel(
                     K, BLOCK, BLOCK_K,
                 )  # fmt: skip
         place = tl.cast((diagonal * groups + group) * H + h, tl.int64) * (2 * BLOCK * K)
-        _store_tile(dband_ptr + place, K, 2 * BLOCK, dband * scale, K, 2 * BLOCK, BLOCK_K)
+        store_tile(dband_ptr + place, 0, K, 0, 0, 2 * BLOCK, dband * scale, K, 2 * BLOCK, BLOCK_K)
 
 
 @triton.jit
@@ -449,18 +442,13 @@ def _settings(kernel, q, max_seqlen, has_dropout):
 
 def _constants(q, pos_key, pos_query, dropout_p):
     """The compile-time constants of every kernel except its block sizes."""
-    K = q.shape[-1]
-    return dict(
-        HAS_KEY=pos_key is not None,
-        HAS_QUERY=pos_query is not None,
-        HAS_DROPOUT=dropout_constants(dropout_p)[0] > 0,
-        IS_FP32=q.dtype == torch.float32,
-        PRECISION=product_precision(q.dtype),
-        # Triton's interpreter computes wrong results in bfloat16: convert to fp32 after loading
-        UPCAST=INTERPRET and q.dtype == torch.bfloat16,
-        K=K,
-        BLOCK_K=max(triton.next_power_of_2(K), 16),
-    )
+    return dict(HAS_KEY=pos_key is not None, HAS_QUERY=pos_query is not None) | constants_of(q, dropout_p)
+
+
+def _key(q, max_seqlen, constants):
+    """The key for `launch`: "bf16 K64 S512 c2p p2c dropout"."""
+    terms = {"c2p": "HAS_KEY", "p2c": "HAS_QUERY", "dropout": "HAS_DROPOUT"}
+    return key_of(q, max_seqlen, *(name for name, flag in terms.items() if constants[flag]))
 
 
 def _furthest(max_seqlen):
@@ -472,39 +460,30 @@ def disentangled_attention_fwd(
     q, k, v, pos_key, pos_query, cu_seqlens, max_seqlen, position_buckets, max_relative_positions, scale, dropout_p,
     seed, offset,
 ):  # fmt: skip
-    """(out [T, H, K], lse fp32 [2 or 1, H, T]: see `_store_lse`)."""
-    q, k, v = _unpacked(q, k, v)
+    """(out [T, H, K], lse fp32 [2 or 1, H, T]: see `store_lse`)."""
+    q, k, v = unpacked(q, k, v)
     cu_seqlens = unit_columns(cu_seqlens)
-    T, H, K = q.shape
+    T, H, _ = q.shape
     B = cu_seqlens.shape[0] - 1
-    out = torch.empty(T, H, K, dtype=q.dtype, device=q.device)
-    lse = torch.empty(_lse_parts(q), H, T, dtype=torch.float32, device=q.device)
+    out, lse = empty_results(q)
     if B * H == 0:
         return out.zero_(), lse.zero_()
     tables = [q if x is None else unit_columns(x) for x in (pos_key, pos_query)]
     middle = _furthest(max_seqlen)
-    index = _table(q.device, _distance_rows, middle, position_buckets, max_relative_positions)
-    threshold, keep_scale = dropout_constants(dropout_p)
-    strides = [x.stride(d) for x in (q, k, v, out, *tables) for d in (0, 1)]
+    index = device_table(q.device, distance_rows, middle, position_buckets, max_relative_positions)
+    _, *scalars = scalars_of(scale, dropout_p, offset)
     constants = _constants(q, pos_key, pos_query, dropout_p)
 
     def run(settings):
         tiles = max(triton.cdiv(max_seqlen, settings["BLOCK_M"]), 1)
         _disentangled_attention_fwd_kernel[(B * H * tiles,)](
-            q, k, v, *tables, index, cu_seqlens, seed, out, lse, B, T, H, tiles, middle, *strides,
-            scale * math.log2(math.e), offset, threshold, keep_scale, **constants, **settings,
+            q, k, v, *tables, index, cu_seqlens, seed, out, lse, B, T, H, tiles, middle,
+            *strides(q, k, v, out, *tables), *scalars, **constants, **settings,
         )  # fmt: skip
 
     settings = _settings("fwd", q, max_seqlen, constants["HAS_DROPOUT"])
     launch(run, "disentangled_attention_fwd", _key(q, max_seqlen, constants), *settings)
     return out, lse
-
-
-def _key(q, max_seqlen, constants):
-    """The key for `launch`, shared by similar shapes: "bf16 K64 S512 c2p p2c dropout"."""
-    names = [_DTYPES[q.dtype], f"K{constants['BLOCK_K']}", f"S{min(triton.next_power_of_2(max_seqlen), 1024)}"]
-    terms = {"c2p": "HAS_KEY", "p2c": "HAS_QUERY", "dropout": "HAS_DROPOUT"}
-    return " ".join(names + [name for name, flag in terms.items() if constants[flag]])
 
 
 def disentangled_attention_bwd(
@@ -515,14 +494,13 @@ def disentangled_attention_bwd(
 
     With `wants_tables` False it has no gradients of pos_key and pos_query.
     """
-    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v) if x is not None]
-    dq, dk, dv = _unpacked(*grads, *[None] * (3 - len(grads)))
+    grads, (dq, dk, dv) = empty_gradients(q, k, v)
     dpos_key, dpos_query = (
         None if x is None or not wants_tables else torch.empty(x.shape, dtype=x.dtype, device=x.device)
         for x in (pos_key, pos_query)
     )
     dtables = [x for x in (dpos_key, dpos_query) if x is not None]
-    q, k, v = _unpacked(q, k, v)
+    q, k, v = unpacked(q, k, v)
     cu_seqlens = unit_columns(cu_seqlens)
     dout = unit_columns(dout)
     T, H, K = q.shape
@@ -531,11 +509,9 @@ def disentangled_attention_bwd(
         return [x.zero_() for x in grads + dtables]
     tables = [q if x is None else unit_columns(x) for x in (pos_key, pos_query)]
     middle = _furthest(max_seqlen)
-    index = _table(q.device, _distance_rows, middle, position_buckets, max_relative_positions)
-    threshold, keep_scale = dropout_constants(dropout_p)
-    operands = [x.stride(d) for x in (dout, q, k, v) for d in (0, 1)]
-    positions = [x.stride(d) for x in tables for d in (0, 1)]
-    scalars = (scale, scale * math.log2(math.e), offset, threshold, keep_scale)
+    index = device_table(q.device, distance_rows, middle, position_buckets, max_relative_positions)
+    operands, positions = strides(dout, q, k, v), strides(*tables)
+    scalars = scalars_of(scale, dropout_p, offset)
     constants = _constants(q, pos_key, pos_query, dropout_p)
     key = _key(q, max_seqlen, constants)
     delta = torch.empty(H, T, dtype=torch.float32, device=q.device)
@@ -544,16 +520,14 @@ def disentangled_attention_bwd(
         tiles = max(triton.cdiv(max_seqlen, settings["BLOCK"]), 1)
         _disentangled_attention_dq_kernel[(B * H * tiles,)](
             dout, q, k, v, out, *tables, index, lse, cu_seqlens, seed, dq, delta, B, T, H, tiles, middle,
-            *operands, out.stride(0), out.stride(1), *positions, dq.stride(0), dq.stride(1), *scalars,
-            **constants, **settings,
+            *operands, *strides(out), *positions, *strides(dq), *scalars, **constants, **settings,
         )  # fmt: skip
 
     def run_dkdv(settings):
         tiles = max(triton.cdiv(max_seqlen, settings["BLOCK"]), 1)
         _disentangled_attention_dkdv_kernel[(B * H * tiles,)](
             dout, q, k, v, *tables, index, lse, delta, cu_seqlens, seed, dk, dv, B, T, H, tiles, middle,
-            *operands, *positions, dk.stride(0), dk.stride(1), dv.stride(0), dv.stride(1), *scalars,
-            **constants, **settings,
+            *operands, *positions, *strides(dk, dv), *scalars, **constants, **settings,
         )  # fmt: skip
 
     def run_dtable(settings, dtable):
@@ -567,7 +541,7 @@ def disentangled_attention_bwd(
             *operands, *positions, *scalars, **constants, OF_KEY=dtable is dpos_key, **settings,
         )  # fmt: skip
         P = dtable.shape[0]
-        bounds = _table(q.device, _bounds, tiles * block, block, P, position_buckets, max_relative_positions)
+        bounds = device_table(q.device, row_bounds, tiles * block, block, P, position_buckets, max_relative_positions)
         _disentangled_attention_dtable_kernel[(P * H,)](
             dband, bounds, dtable, H, tiles, groups, K=K, BLOCK=block, BLOCK_G=triton.next_power_of_2(groups),
             BLOCK_K=constants["BLOCK_K"], num_warps=1,
@@ -589,8 +563,7 @@ def _disentangled_attention_fwd_fake(
     q, k, v, pos_key, pos_query, cu_seqlens, max_seqlen, position_buckets, max_relative_positions, scale, dropout_p,
     seed, offset,
 ):  # fmt: skip
-    T, H, K = q.shape[0], *q.shape[-2:]
-    return q.new_empty(T, H, K), q.new_empty(_lse_parts(q), H, T, dtype=torch.float32)
+    return empty_results(q)
 
 
 def _disentangled_attention_bwd_fake(
@@ -648,12 +621,7 @@ def disentangled_attention(
     float16, bfloat16 or float32, the same for all; head sizes up to 128. Raises TypeError and ValueError;
     `ops.disentangled_attention` checks the other arguments.
     """
-    tensors = [x for x in (q, k, v, pos_key, pos_query) if x is not None]
-    if q.dtype not in _DTYPES or any(x.dtype != q.dtype for x in tensors):
-        dtypes = ", ".join(str(x.dtype) for x in tensors)
-        raise TypeError(f"q, k, v, pos_key, pos_query are {dtypes}: expected one of float16, bfloat16, float32 for all")
-    if q.shape[-1] > 128:
-        raise ValueError(f"the head size is {q.shape[-1]}: expected at most 128")
+    check_operands("q, k, v, pos_key, pos_query", q, k, v, pos_key, pos_query)
     terms = (pos_key is not None) + (pos_query is not None)
     scale = (q.shape[-1] * (1 + terms)) ** -0.5 if scale is None else scale
     return DisentangledAttentionFunction.apply(

@@ -40,12 +40,12 @@ from ._launch import (
     unit_columns,
     walk_settings,
 )
-from ._math import keep_mask, layer_norm_dz, parameter, row_moments, row_start
+from ._math import keep_mask, layer_norm_dz, load_rows, parameter, row_moments
 
 # CHUNK sorted tokens per program; one warp has BLOCK_D columns
 SEGMENTS = dict(CHUNK=64, BLOCK_D=256, STAGES=4, num_warps=1)
 SEGMENTS_CANDIDATES = (SEGMENTS, *({**SEGMENTS, "CHUNK": n} for n in (32, 128)), {**SEGMENTS, "STAGES": 8})
-# tables of at most so many rows are summed in registers
+# tables of at most this many rows are summed in registers
 MOST_TYPES_IN_REGISTERS = 2
 
 
@@ -148,7 +148,7 @@ def _embedding_bwd_kernel(
         for i in tl.static_range(TILES):
             offs_d = i * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
             mask = mask_t & (offs_d < D)
-            dy = tl.load(dy_ptr + row_start(row, stride_dyt, ALIGN) + offs_d, mask=mask, other=0.0).to(tl.float32)
+            dy = load_rows(dy_ptr, row, stride_dyt, offs_d, mask, ALIGN)
             if HAS_DROPOUT:
                 keep = keep_mask(offs_t, 0, i * BLOCK_D, tl.load(seed_ptr), offset, threshold, BLOCK_D)
                 dy = tl.where(keep, dy * scale, 0.0)

@@ -31,7 +31,7 @@ from ._launch import (
     unit_columns,
     walk_settings,
 )
-from ._math import gelu, gelu_derivative, layer_norm_dz, parameter, row_moments, row_start
+from ._math import gelu, gelu_derivative, layer_norm_dz, load_rows, parameter, row_moments
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -42,7 +42,7 @@ def _gelu_layer_norm_fwd_kernel(
     D: tl.constexpr, ALIGN: tl.constexpr, TANH: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LN_BIAS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    # rows are int64: T * D passes 2^31 on long runs
+    # rows are int64: T * D can pass 2^31
     offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     row = offs_t[:, None]
     mask_t = row < T
@@ -51,7 +51,7 @@ def _gelu_layer_norm_fwd_kernel(
     for i in tl.static_range(TILES):
         offs_d = i * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
         mask = mask_t & (offs_d < D)
-        u = tl.load(x_ptr + row_start(row, stride_xt, ALIGN) + offs_d, mask=mask, other=0.0).to(tl.float32)
+        u = load_rows(x_ptr, row, stride_xt, offs_d, mask, ALIGN)
         if HAS_BIAS:
             u += parameter(bias_ptr, offs_d, mask)
         h = h + (gelu(u, TANH),)
@@ -97,8 +97,8 @@ def _gelu_layer_norm_bwd_kernel(
         for i in tl.static_range(TILES):
             offs_d = i * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
             mask = mask_t & (offs_d < D)
-            dy = tl.load(dy_ptr + row_start(row, stride_dyt, ALIGN) + offs_d, mask=mask, other=0.0).to(tl.float32)
-            u = tl.load(x_ptr + row_start(row, stride_xt, ALIGN) + offs_d, mask=mask, other=0.0).to(tl.float32)
+            dy = load_rows(dy_ptr, row, stride_dyt, offs_d, mask, ALIGN)
+            u = load_rows(x_ptr, row, stride_xt, offs_d, mask, ALIGN)
             if HAS_BIAS:
                 u += parameter(bias_ptr, offs_d, mask)
             h = tl.where(mask, (gelu(u, TANH) - mean[:, None]) * rstd[:, None], 0.0)

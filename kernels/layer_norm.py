@@ -36,7 +36,7 @@ from ._launch import (
     unit_columns,
     walk_settings,
 )
-from ._math import keep_mask, layer_norm_dz, parameter, row_moments, row_start
+from ._math import keep_mask, layer_norm_dz, load_rows, parameter, row_moments
 
 
 @triton.jit(do_not_specialize=["T", "offset"])
@@ -48,7 +48,7 @@ def _layer_norm_fwd_kernel(
     HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    # rows are int64: T * D passes 2^31 on long runs
+    # rows are int64: T * D can pass 2^31
     offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     row = offs_t[:, None]
     mask_t = row < T
@@ -57,14 +57,12 @@ def _layer_norm_fwd_kernel(
     for i in tl.static_range(TILES):
         offs_d = i * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
         mask = mask_t & (offs_d < D)
-        tile = tl.load(x_ptr + row_start(row, stride_xt, ALIGN) + offs_d, mask=mask, other=0.0).to(tl.float32)
+        tile = load_rows(x_ptr, row, stride_xt, offs_d, mask, ALIGN)
         if HAS_DROPOUT:
             keep = keep_mask(offs_t, 0, i * BLOCK_D, tl.load(seed_ptr), offset, threshold, BLOCK_D)
             tile = tl.where(keep, tile * scale, 0.0)
         if HAS_RESIDUAL:
-            tile += tl.load(residual_ptr + row_start(row, stride_rt, ALIGN) + offs_d, mask=mask, other=0.0).to(
-                tl.float32
-            )
+            tile += load_rows(residual_ptr, row, stride_rt, offs_d, mask, ALIGN)
         z = z + (tile,)
 
     mean, rstd = row_moments(z, eps, D, BLOCK_D)
@@ -110,16 +108,14 @@ def _layer_norm_bwd_kernel(
         for i in tl.static_range(TILES):
             offs_d = i * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
             mask = mask_t & (offs_d < D)
-            dy = tl.load(dy_ptr + row_start(row, stride_dyt, ALIGN) + offs_d, mask=mask, other=0.0).to(tl.float32)
-            z = tl.load(x_ptr + row_start(row, stride_xt, ALIGN) + offs_d, mask=mask, other=0.0).to(tl.float32)
+            dy = load_rows(dy_ptr, row, stride_dyt, offs_d, mask, ALIGN)
+            z = load_rows(x_ptr, row, stride_xt, offs_d, mask, ALIGN)
             if HAS_DROPOUT:
                 keep = keep_mask(offs_t, 0, i * BLOCK_D, tl.load(seed_ptr), offset, threshold, BLOCK_D)
                 z = tl.where(keep, z * scale, 0.0)
                 keeps = keeps + (keep,)
             if HAS_RESIDUAL:
-                z += tl.load(residual_ptr + row_start(row, stride_rt, ALIGN) + offs_d, mask=mask, other=0.0).to(
-                    tl.float32
-                )
+                z += load_rows(residual_ptr, row, stride_rt, offs_d, mask, ALIGN)
             z = tl.where(mask, (z - mean[:, None]) * rstd[:, None], 0.0)
             z_hat = z_hat + (z,)
             new_dweight = new_dweight + (dweight[i] + dy * z,)

@@ -34,7 +34,7 @@ from ._launch import (
     unit_columns,
     walk_settings,
 )
-from ._math import row_start
+from ._math import load_rows
 
 MODES = ("cls", "lasttoken", "max", "mean", "mean_sqrt_len_tokens", "weightedmean")
 
@@ -86,7 +86,7 @@ def _reduce_rows(
             offs_d = i * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
             mask = (row < stop) & (offs_d < D)
             other = float("-inf") if IS_MAX else 0.0
-            x = tl.load(x_ptr + row_start(row, stride, ALIGN) + offs_d, mask=mask, other=other).to(tl.float32)
+            x = load_rows(x_ptr, row, stride, offs_d, mask, ALIGN, other)
             if IS_MAX:
                 # a NaN is the maximum, as in torch; the first row always replaces the initial -inf
                 better = mask & ((x > values[i]) | ((x != x) & (values[i] == values[i])) | (places[i] == 0x7FFFFFFF))
@@ -241,7 +241,7 @@ def _pooling_bwd_kernel(
         for i in tl.static_range(TILES):
             offs_d = i * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
             mask = offs_d < D
-            d = tl.load(dout_ptr + row_start(b, stride_db, ALIGN) + offs_d, mask=mask, other=0.0).to(tl.float32)
+            d = load_rows(dout_ptr, b, stride_db, offs_d, mask, ALIGN)
             if NORMALIZE:
                 unit = tl.load(unit_ptr + b * D + offs_d, mask=mask, other=0.0).to(tl.float32)
                 dot += tl.sum(tl.sum(d * unit, 1), 0)

@@ -1,5 +1,4 @@
-"""What several test files need: the error budget, equality of bits, a packed layout, unusual strides,
-and a record of which operators ran."""
+"""What several test files need: the error budget, equality of bits, a packed batch, and a record of operator calls."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -43,13 +42,14 @@ def assert_within_budget(kernel, reference, *args, **kwargs):
         cotangents = [torch.randn(o.shape, generator=generator, device=o.device, dtype=torch.float64) for o in floating]
         loss = sum((o.double() * c).sum() for o, c in zip(floating, cotangents))
         gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
-        values = [o for o in outputs]
-        return values, [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients)]
+        return outputs, [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients)]
 
     truth, plain, got = run(reference, torch.float64), run(reference, None), run(kernel, None)
-    for what, slack, *triple in (("output", VALUE_SLACK, *(r[0] for r in (truth, plain, got))),
-                                 ("gradient", GRADIENT_SLACK, *(r[1] for r in (truth, plain, got)))):  # fmt: skip
-        for i, (t, p, g) in enumerate(zip(*triple)):
+    for what, slack, triples in (
+        ("output", VALUE_SLACK, zip(truth[0], plain[0], got[0])),
+        ("gradient", GRADIENT_SLACK, zip(truth[1], plain[1], got[1])),
+    ):
+        for i, (t, p, g) in enumerate(triples):
             assert g.shape == p.shape, f"{what} {i}: shape {tuple(g.shape)}, expected {tuple(p.shape)}"
             assert g.dtype == p.dtype, f"{what} {i}: dtype {g.dtype}, expected {p.dtype}"
             if not g.is_floating_point():
@@ -92,37 +92,15 @@ def assert_same_bits(got, wanted):
         assert torch.equal(g, w), f"result {i} differs by {(g - w).abs().max().item():.2e}"
 
 
-# each gives a tensor [T, D] of the same values whose memory is laid out otherwise
-
-
-def rows_of_a_wider_tensor(t):
-    return torch.cat([t, t], 1)[:, : t.shape[1]]
-
-
-def every_second_row(t):
-    return t.repeat_interleave(2, 0)[::2]
-
-
-def columns_first(t):
-    return t.T.contiguous().T
-
-
-def every_second_column(t):
-    return t.repeat_interleave(2, 1)[:, ::2]
-
-
-LAYOUTS = [rows_of_a_wider_tensor, every_second_row, columns_first, every_second_column]
-
-
 class Recorder(TorchDispatchMode):
-    """Keeps the calls of fastbert's operators, with what they returned."""
+    """Keeps the calls of a namespace's operators: (operator, arguments, result)."""
 
-    def __init__(self):
+    def __init__(self, namespace="fastbert"):
         super().__init__()
-        self.calls = []
+        self.namespace, self.calls = namespace, []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if function.namespace == "fastbert":
+        if function.namespace == self.namespace:
             self.calls.append((function, args, result))
         return result

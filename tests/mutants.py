@@ -66,8 +66,8 @@ MUTANTS = [
     Mutant(
         "disentangled-attention-dk-of-the-wrong-rows",
         "kernels/disentangled_attention.py",
-        "tl.dot(_shift_keys(ds, BLOCK), query_band, dk,",
-        "tl.dot(tl.trans(_shift_queries(ds, BLOCK)), query_band, dk,",
+        "tl.dot(shift_keys(ds, BLOCK), query_band, dk,",
+        "tl.dot(tl.trans(shift_queries(ds, BLOCK)), query_band, dk,",
         "tests/kernels/test_disentangled_attention.py::test_lengths_at_the_edges_of_tiles",
     ),
     Mutant(
@@ -144,8 +144,8 @@ MUTANTS = [
     Mutant(
         "cpu-attention-dk-off-by-1-percent",
         "fastbert/cpu/attention.py",
-        "_product(ds.transpose(1, 2), queries)",
-        "_product(ds.transpose(1, 2), queries * 1.01)",
+        "bmm(ds.transpose(1, 2), queries)",
+        "bmm(ds.transpose(1, 2), queries * 1.01)",
         "tests/cpu/test_cpu_attention.py::test_in_cache",
     ),
     Mutant(
@@ -165,14 +165,14 @@ MUTANTS = [
     Mutant(
         "cpu-groups-scatter-to-the-wrong-rows",
         "fastbert/cpu/groups.py",
-        "back[slots[~holes]] = (~holes).nonzero()[:, 0]",
-        "back[slots[~holes]] = (~holes).nonzero()[:, 0].roll(1)",
+        "back[slots[filled]] = filled",
+        "back[slots[filled]] = filled.roll(1)",
         "tests/cpu/test_cpu_attention.py::test_in_groups",
     ),
     Mutant(
         "cpu-cross-entropy-counts-ignored-rows",
         "fastbert/cpu/cross_entropy.py",
-        "losses.masked_fill(~labelled[:, None], 0)",
+        "losses.masked_fill(~labelled, 0)",
         "losses * 1.0",
         "tests/kernels/test_cross_entropy.py::test_several_chunks_on_a_cpu",
     ),

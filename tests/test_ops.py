@@ -1,7 +1,6 @@
 """Which implementation an op runs, and what autocast makes of it."""
 
-import subprocess
-import sys
+import runpy
 from types import SimpleNamespace
 
 import pytest
@@ -19,13 +18,10 @@ def test_unknown_implementation_is_named():
         ops.bias_gelu(x, x[0], impl="cuda")
 
 
-def test_environment_variable_is_checked():
-    run = subprocess.run(
-        [sys.executable, "-c", "import fastbert.ops"],
-        env={"FASTBERT_IMPL": "fast", "PYTHONPATH": "."},
-        capture_output=True,
-    )
-    assert b"FASTBERT_IMPL='fast': expected one of auto, triton, cpu, reference" in run.stderr
+def test_environment_variable_is_checked(monkeypatch):
+    monkeypatch.setenv("FASTBERT_IMPL", "fast")
+    with pytest.raises(ValueError, match="FASTBERT_IMPL='fast': expected one of auto, triton, cpu, reference"):
+        runpy.run_module("fastbert.ops")
 
 
 def test_kernels_on_a_cpu_never_fall_back(monkeypatch):
@@ -80,58 +76,25 @@ def test_vmap_on_a_cpu():
     torch.testing.assert_close(torch.func.vmap(run)(x), torch.stack([run(part) for part in x]))
 
 
-@pytest.mark.parametrize("impl", [PLAIN, "triton"])
-def test_ops_under_autocast(impl, device):
-    """Matrix products run in autocast's dtype; the row-wise ops give what the encoder asks for, with fp32 inside."""
-    dtype = torch.float16 if impl == "triton" and device.type == "cpu" else torch.bfloat16
-    x, weight, labels = (
-        torch.randn(6, 8, device=device),
-        torch.randn(11, 8, device=device),
-        torch.tensor([1] * 6, device=device),
-    )
-    bias = torch.randn(8, device=device)
-    qkv = torch.randn(6, 3, 2, 4, device=device)
-    with torch.autocast(device.type, dtype=dtype):
-        attended = ops.attention(qkv, None, None, cu_seqlens_of([2, 4], device), 4, impl=impl)
-        loss, *_ = ops.masked_cross_entropy(x, weight, torch.randn(11, device=device), labels, impl=impl)
-        normed = ops.layer_norm(x.to(dtype), bias, bias, residual=x, dtype=dtype, impl=impl)
-        activated = ops.bias_gelu(x.to(dtype), bias, impl=impl)
-    assert attended.dtype == normed.dtype == activated.dtype == dtype
-    assert loss.dtype == torch.float32
-
-
-# op -> (ours, torch's own chain of ops), each of x [6, 8] and fp32 parameters [8]
+# (ours, torch's own chain of ops), each of x [6, 8] and fp32 parameters [8]; tests/model/test_autocast.py has the rest
 ROW_WISE = {
-    "layer_norm": (
-        lambda x, p, impl: ops.layer_norm(x, p, p, impl=impl),
-        lambda x, p: F.layer_norm(x, (8,), p, p),
-    ),
-    "layer_norm-wide-residual": (
+    "layer_norm, wide residual": (
         lambda x, p, impl: ops.layer_norm(x, p, p, residual=x.float(), impl=impl),
         lambda x, p: F.layer_norm(x + x.float(), (8,), p, p),
     ),
-    "bias_gelu": (lambda x, p, impl: ops.bias_gelu(x, p, impl=impl), lambda x, p: F.gelu(x)),
-    "gelu_layer_norm": (
-        lambda x, p, impl: ops.gelu_layer_norm(x, p, p, p, impl=impl),
-        lambda x, p: F.layer_norm(F.gelu(x), (8,), p, p),
+    "layer_norm, dtype asked for": (
+        lambda x, p, impl: ops.layer_norm(x, p, p, residual=x.float(), dtype=torch.float16, impl=impl),
+        lambda x, p: F.layer_norm(x + x.float(), (8,), p, p).half(),
     ),
-    "embedding": (
-        lambda x, p, impl: ops.embedding(*(torch.arange(6, device=x.device),) * 3, x, x, x, p, p, impl=impl),
-        lambda x, p: F.layer_norm(x[:6] + x[:6] + x[:6], (8,), p, p),
-    ),
-    "pooling-mean": (
+    "pooling, mean": (
         lambda x, p, impl: ops.pooling(x, cu_seqlens_of([6], x.device), impl=impl),
         lambda x, p: x.sum(0, keepdim=True) / 6,
     ),
-    "pooling-cls": (
+    "pooling, cls": (
         lambda x, p, impl: ops.pooling(x, cu_seqlens_of([6], x.device), mode="cls", impl=impl),
         lambda x, p: x,
     ),
-    "pooling-cls-normalized": (
-        lambda x, p, impl: ops.pooling(x, cu_seqlens_of([6], x.device), mode="cls", normalize=True, impl=impl),
-        lambda x, p: F.normalize(x, dim=-1),
-    ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("impl", [PLAIN, "triton"])
@@ -139,19 +102,15 @@ ROW_WISE = {
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("op", ROW_WISE)
 def test_row_wise_ops_give_the_dtypes_of_torch(op, dtype, x_dtype, impl, device):
-    """On a GPU, where layer_norm, sum and norm are on autocast's list, as on a CPU, where they are not."""
+    """On a GPU, where layer_norm, sum and norm are on autocast's list, and on a CPU, where they are not."""
     ours, chain = ROW_WISE[op]
-    x = torch.randn(6, 8, device=device).to(x_dtype).requires_grad_()
-    p = torch.ones(8, device=device, requires_grad=True)
+    x, p = torch.randn(6, 8, device=device).to(x_dtype), torch.ones(8, device=device)
     with torch.autocast(device.type, dtype=dtype):
-        got, wanted = ours(x, p, impl), chain(x, p)
-    assert got.dtype == wanted.dtype
-    got.float().sum().backward()
-    assert x.grad.dtype == x_dtype and (p.grad is None or p.grad.dtype == torch.float32)
+        assert ours(x, p, impl).dtype == chain(x, p).dtype
 
 
-def test_row_wise_ops_are_wide_on_a_gpus_autocast(monkeypatch):
-    """What torch's list of a GPU asks for, without one: the rule itself."""
+def test_row_wise_ops_are_wide_under_a_gpus_autocast(monkeypatch):
+    """The rule itself, without a GPU: torch's list for one."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         x = SimpleNamespace(device=torch.device("cuda"), dtype=dtype)

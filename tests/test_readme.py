@@ -26,7 +26,7 @@ FIGURE = re.compile(
 STATED = ["2x", "3x"]
 
 
-def test_what_stands_between_marks_is_generated():
+def test_text_between_marks_is_generated():
     """After a new result: `python benchmarks/report.py --readme`."""
     assert report.with_figures(README) == README
     assert {name for _, name, *_ in report.BLOCK.findall(README)} >= {
@@ -73,7 +73,7 @@ print(time.process_time() - start)
 """
 
 
-def test_snippets_run_as_they_stand(tmp_path):
+def test_snippets_run_as_written(tmp_path):
     """The three ways in, each copied into a file, in another directory, without network, in under ten seconds."""
     pytest.importorskip("transformers")
     section = README.partition("## Three ways in")[2].partition("\n## ")[0]

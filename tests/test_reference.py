@@ -1,6 +1,4 @@
-"""The reference is the specification: checked in float64 against finite differences and plain PyTorch."""
-
-import functools
+"""The reference is the specification: checked in float64 against plain PyTorch; its gradients: test_recompute.py."""
 
 import pytest
 import torch
@@ -9,26 +7,11 @@ from helpers import cu_seqlens_of
 
 from fastbert import reference
 
-SEED = torch.tensor([2**40 + 17])
-# along one direction: element by element takes minutes
-gradcheck = functools.partial(torch.autograd.gradcheck, fast_mode=True)
 LENGTHS = [3, 0, 4, 1, 4]
 
 
 def double(*shape):
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
-
-
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("packed", [True, False], ids=["packed", "separate"])
-def test_attention_gradients(dropout_p, packed):
-    cu_seqlens = cu_seqlens_of(LENGTHS, "cpu")
-    T = sum(LENGTHS) + 2  # two rows of slack
-
-    def run(q, k=None, v=None):
-        return reference.attention(q, k, v, cu_seqlens, 4, dropout_p=dropout_p, seed=SEED, offset=3)
-
-    assert gradcheck(run, (double(T, 3, 2, 5),) if packed else tuple(double(T, 2, 5) for _ in range(3)))
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, [40, 16, 17, 1, 33, 0, 32, 47]], ids=["short", "long"])
@@ -49,50 +32,15 @@ def test_attention_is_softmax_within_each_sequence(lengths):
 
 
 @pytest.mark.parametrize("rows", [[0, 2, 3, 7, 8], [7], []], ids=str)
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_attention_of_some_rows(rows, dropout_p):
-    """Asking for some rows gives these rows of the full result; with dropout, gradients still follow the values."""
+def test_attention_of_some_rows(rows):
+    """With fewer query rows the result is these rows of the full result."""
     cu_seqlens = cu_seqlens_of(LENGTHS, "cpu")
     rows = torch.tensor(rows, dtype=torch.int64)
-    cu_q = torch.searchsorted(rows, cu_seqlens.long()).to(torch.int32)
+    cu_seqlens_q = torch.searchsorted(rows, cu_seqlens.long()).to(torch.int32)
     q, kv = double(12, 2, 5), double(12, 2, 2, 5)
-
-    def some(q, kv):
-        return reference.attention(
-            q[rows], kv, None, cu_seqlens, 4, cu_seqlens_q=cu_q, max_seqlen_q=4, dropout_p=dropout_p, seed=SEED
-        )
-
-    if dropout_p == 0.0:
-        everything = reference.attention(q, kv[:, 0], kv[:, 1], cu_seqlens, 4)
-        torch.testing.assert_close(some(q, kv), everything[rows])
-    if len(rows):
-        assert gradcheck(some, (q, kv))
-
-
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
-def test_layer_norm_gradients(dropout_p, with_residual):
-    def run(x, weight, bias, residual=None):
-        return reference.layer_norm(x, weight, bias, residual=residual, dropout_p=dropout_p, seed=SEED, offset=1)
-
-    assert gradcheck(run, (double(5, 7), double(7), double(7), *([double(5, 7)] if with_residual else [])))
-
-
-@pytest.mark.parametrize("approximate", ["none", "tanh"])
-def test_gelu_gradients(approximate):
-    assert gradcheck(lambda x, b: reference.bias_gelu(x, b, approximate=approximate), (double(5, 7), double(7)))
-    assert gradcheck(
-        lambda *a: reference.gelu_layer_norm(*a, approximate=approximate),
-        (double(5, 7), double(7), double(7), double(7)),
-    )
-
-
-def test_embedding_gradients():
-    ids, positions, types = torch.tensor([1, 4, 1, 3, 1]), torch.tensor([0, 1, 0, 1, 2]), torch.tensor([0, 0, 1, 1, 0])
-    tables = (double(6, 7), double(3, 7), double(2, 7), double(7), double(7))
-    assert gradcheck(
-        lambda *a: reference.embedding(ids, positions, types, *a, dropout_p=0.3, seed=SEED, offset=1), tables
-    )
+    some = reference.attention(q[rows], kv, None, cu_seqlens, 4, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=4)
+    everything = reference.attention(q, kv[:, 0], kv[:, 1], cu_seqlens, 4)
+    torch.testing.assert_close(some, everything[rows])
 
 
 def test_embedding_padding_row_gets_no_gradient():
@@ -112,7 +60,6 @@ def test_masked_cross_entropy(labels, label_smoothing):
     labels = torch.tensor(labels)
     hidden, weight, bias = double(6, 4), double(7, 4), double(7)
     run = lambda *a: reference.masked_cross_entropy(*a, labels, label_smoothing=label_smoothing)  # noqa: E731
-    assert gradcheck(lambda *a: run(*a)[0], (hidden, weight, bias))
     loss_sum, count, correct = run(hidden, weight, bias)
     logits = F.linear(hidden, weight, bias)
     expected = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)

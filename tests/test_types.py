@@ -43,7 +43,7 @@ def test_public_functions_are_typed(name):
     assert untyped(getattr(fastbert, name)) == []
 
 
-def test_what_lacks_a_type_is_found():
+def test_missing_types_are_found():
     class Module:
         __module__ = "fastbert.none"
 
@@ -64,7 +64,7 @@ def test_what_lacks_a_type_is_found():
     assert untyped(Module) == ["__init__() ->", "size() ->", "make(y)"]
 
 
-def test_type_checkers_see_the_names_that_are_loaded_when_asked_for():
+def test_type_checkers_see_the_lazily_loaded_names():
     tree = ast.parse(Path(fastbert.__file__).read_text(encoding="utf-8"))
     (block,) = (x for x in tree.body if isinstance(x, ast.If) and getattr(x.test, "id", None) == "TYPE_CHECKING")
     shown = {name.asname: statement.module for statement in block.body for name in statement.names}

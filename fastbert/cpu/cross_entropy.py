@@ -19,23 +19,31 @@ class MaskedCrossEntropyFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, scale, ignore_index, label_smoothing, wants):
-        picked, targets, count, complete = _pick(labels, ignore_index)
-        V = len(weight)
+        has_label = labels != ignore_index
+        count = has_label.sum()
+        picked, is_complete = _pick(has_label, count)
         loss_sum = torch.zeros((), dtype=reference.wide(hidden.dtype), device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-        dbias = loss_sum.new_zeros(V) if wants[2] else None
+        dbias = loss_sum.new_zeros(len(weight)) if wants[2] else None
         dscale = torch.zeros_like(loss_sum) if wants[3] else None
-        drows, earlier, last = [], None, None
-        for start in range(0, len(targets), ROWS):
+        drows, earlier = [], None
+        # dlogits and rows of the last chunk
+        last = hidden.new_zeros(0, len(weight)), hidden.new_zeros(0, hidden.shape[1])
+        M = len(labels if picked is None else picked)
+        for start in range(0, M, ROWS):
             chunk = slice(start, start + ROWS)
-            rows, target, labelled = _labelled_rows(hidden, targets, picked, chunk, ignore_index, complete)
+            chunk = chunk if picked is None else picked[chunk]
+            rows, target, labelled = hidden[chunk], labels[chunk].long(), None
+            if not is_complete:
+                labelled = has_label[chunk, None]
+                rows = rows.where(labelled, 0)
             logits = _logits(rows, weight, bias, scale)
-            place, inside = _place(target, V)
-            losses, best, dlogits = _softmax(logits, place, inside, label_smoothing)
-            _count_in(loss_sum, correct, losses, best == target[:, None], labelled)
+            losses, is_right, dlogits = _softmax(logits, target, labelled, label_smoothing)
+            loss_sum += losses.sum()
+            correct += is_right.sum()
             if not any(wants):
                 continue
-            _dlogits(dlogits, place, inside, labelled, label_smoothing)
+            _dlogits(dlogits, target, labelled, label_smoothing)
             if wants[2]:
                 dbias += dlogits.sum(0)
             dlogits = dlogits if scale is not None else dlogits.to(rows.dtype)
@@ -43,12 +51,10 @@ class MaskedCrossEntropyFunction(torch.autograd.Function):
                 drows.append(matmul(dlogits, weight.to(dlogits.dtype)).to(rows.dtype))
             if wants[3]:
                 dscale += (rows * drows[-1]).sum(dtype=dscale.dtype)
-            last = (dlogits, rows)
-            if wants[1] and chunk.stop < len(targets):
+            last = dlogits, rows
+            if wants[1] and start + ROWS < M:
                 share = _word_sums(dlogits, rows).to(loss_sum.dtype)
                 earlier = share if earlier is None else earlier.add_(share)
-        if last is None:
-            last = hidden.new_zeros(0, V), hidden.new_zeros(0, hidden.shape[1])
         if any(wants):
             drows = drows[0] if len(drows) == 1 else torch.cat(drows) if drows else last[1]
             ctx.save_for_backward(
@@ -72,7 +78,9 @@ class MaskedCrossEntropyFunction(torch.autograd.Function):
         factor = dloss if scale is None else dloss * scale
         dhidden = dweight = None
         if ctx.wants[0]:
-            dhidden = _put_back((drows * factor).to(drows.dtype), picked, len(hidden))
+            dhidden = (drows * factor).to(drows.dtype)
+            if picked is not None:
+                dhidden = torch.zeros_like(hidden).index_copy_(0, picked, dhidden)
         if ctx.wants[1]:
             # the factor goes into the smaller tensor, unless fp16 might not hold it there
             if rows.dtype == torch.float16:
@@ -87,41 +95,21 @@ class MaskedCrossEntropyFunction(torch.autograd.Function):
 
 def _meaning(hidden, weight, bias, scale, labels, ignore_index, label_smoothing):
     """The loss, by the reference; hidden and weight widened where there is a scale."""
-    if ignore_index is None:
-        # no label is ignored
-        ignore_index = -1
     if scale is not None:
         hidden, weight = hidden.to(scale.dtype) * scale, weight.to(scale.dtype)
     options = dict(ignore_index=ignore_index, label_smoothing=label_smoothing)
     return reference.masked_cross_entropy(hidden, weight, bias, labels, **options)[0]
 
 
-def _pick(labels, ignore_index):
-    """(picked, labels, count, complete): the rows to compute (None: all), their labels, the number of labels.
-
-    complete: whether all these rows have a label, as with ignore_index None.
-    """
-    if ignore_index is None:
-        return None, labels, torch.full((), len(labels), device=labels.device), True
-    has_label = labels != ignore_index
-    count = has_label.sum()
+def _pick(has_label, count):
+    """(picked, is_complete): the rows to compute (None: all), and whether all these rows have a label."""
     # torch.compile cannot read the count; and if most rows are picked, a constant number of rows, as in packed batches,
     # saves more time than leaving a few out
     if torch.compiler.is_compiling():
-        return None, labels, count, False
-    if (number := int(count)) > 0.75 * len(labels):
-        return None, labels, count, number == len(labels)
-    picked = has_label.nonzero()[:, 0]
-    return picked, labels[picked], count, True
-
-
-def _labelled_rows(hidden, targets, picked, chunk, ignore_index, complete):
-    """(rows, labels, which have a label or None for all) of a chunk of the picked rows. Rows without a label are 0."""
-    rows = hidden[chunk] if picked is None else hidden[picked[chunk]]
-    if complete:
-        return rows, targets[chunk].long(), None
-    labelled = targets[chunk] != ignore_index
-    return rows.where(labelled[:, None], 0), targets[chunk].long(), labelled
+        return None, False
+    if (number := int(count)) > 0.75 * len(has_label):
+        return None, number == len(has_label)
+    return has_label.nonzero()[:, 0], True
 
 
 def _logits(rows, weight, bias, scale):
@@ -139,12 +127,14 @@ def _place(target, V):
     return place, place == target[:, None]
 
 
-def _softmax(logits, place, inside, label_smoothing):
-    """(losses [rows, 1], predictions [rows, 1], probabilities in place of the logits).
+def _softmax(logits, target, labelled, label_smoothing):
+    """(losses [rows, 1], whether the prediction is right, probabilities in place of the logits).
 
-    With a large vocabulary each pass over the logits takes a notable part of their product's time, so passes are few.
+    labelled: bool [rows, 1], the rows that count, or None for all. With a large vocabulary each pass over the logits
+    takes a notable part of their product's time, so passes are few.
     """
     maximum, best = logits.max(-1, keepdim=True)
+    place, inside = _place(target, logits.shape[1])
     # a label outside the vocabulary gives NaN
     at_label = logits.gather(1, place).where(inside, float("nan"))
     # relative to the largest logit, so that the loss of a row of large logits keeps its digits
@@ -156,27 +146,24 @@ def _softmax(logits, place, inside, label_smoothing):
     is_here = logits.device.type == "cpu" and not torch.compiler.is_compiling()
     probabilities = torch.softmax(logits, -1, out=logits if is_here else None)
     # the numerator at the largest logit is 1, so its probability is 1 / total
-    return over - probabilities.gather(1, best).log(), best, probabilities
-
-
-def _count_in(loss_sum, correct, losses, right, labelled):
-    """Add the labelled rows [rows, 1] to both sums."""
+    losses, is_right = over - probabilities.gather(1, best).log(), best == target[:, None]
     if labelled is not None:
-        losses, right = losses.masked_fill(~labelled[:, None], 0), right & labelled[:, None]
-    loss_sum += losses.sum()
-    correct += right.sum()
+        losses, is_right = losses.masked_fill(~labelled, 0), is_right & labelled
+    return losses, is_right, probabilities
 
 
-def _dlogits(probabilities, place, inside, labelled, label_smoothing):
+def _dlogits(probabilities, target, labelled, label_smoothing):
     """Turn probabilities [rows, V] into the gradient of the logits, in place."""
+    place, inside = _place(target, probabilities.shape[1])
+    at_label = inside.to(probabilities.dtype).mul_(label_smoothing - 1)
     if labelled is not None:
-        labelled = labelled[:, None].to(probabilities.dtype)
+        labelled = labelled.to(probabilities.dtype)
         probabilities.mul_(labelled)
+        at_label.mul_(labelled)
     if label_smoothing:
         even = label_smoothing / probabilities.shape[1]
         probabilities.sub_(even if labelled is None else even * labelled)
-    at_label = inside.to(probabilities.dtype).mul_(label_smoothing - 1)
-    probabilities.scatter_add_(1, place, at_label if labelled is None else at_label.mul_(labelled))
+    probabilities.scatter_add_(1, place, at_label)
 
 
 def _word_sums(dlogits, rows):
@@ -184,10 +171,6 @@ def _word_sums(dlogits, rows):
     if rows.dtype == torch.float16:
         dlogits, rows = dlogits.float(), rows.float()
     return matmul(dlogits.t(), rows.to(dlogits.dtype))
-
-
-def _put_back(drows, picked, T):
-    return drows if picked is None else drows.new_zeros(T, drows.shape[1]).index_copy_(0, picked, drows)
 
 
 def _cross_entropy(hidden, weight, bias, labels, scale, ignore_index, label_smoothing=0.0):
@@ -203,22 +186,20 @@ def masked_cross_entropy(hidden, weight, bias, labels, *, ignore_index=-100, lab
 
 def contrastive_cross_entropy(query, document, labels=None, *, scale=1.0, symmetric=False, ignore_index=-100):
     wide = reference.wide(query.dtype)
-    if not isinstance(scale, torch.Tensor):
-        scale = torch.full((), scale, dtype=wide, device=query.device)
-    scale, absent = scale.to(wide), None
-    everyone = labels is None
-    if everyone:
-        labels, ignore_index = torch.arange(len(query), device=query.device), None
-    forward = _cross_entropy(query, document, None, labels, scale, ignore_index)
+    scale = torch.as_tensor(scale, device=query.device).to(wide)
+    numbers = torch.arange(len(query), device=query.device)
+    if labels is None:
+        forward = _cross_entropy(query, document, None, numbers, scale, -1)
+    else:
+        forward = _cross_entropy(query, document, None, labels, scale, ignore_index)
     if not symmetric:
         return forward
-    if everyone:
-        own, targets = document[: len(query)], labels
-    else:
+    own, absent = document[: len(query)], None
+    if labels is not None:
         picked = labels != ignore_index
-        targets = torch.arange(len(query), device=query.device).masked_fill(~picked, -1)
         # a query without a label is not a negative
         own, query = document[labels.masked_fill(~picked, 0)], query.masked_fill(~picked[:, None], 0.0)
         absent = scale.new_zeros(len(query)).masked_fill(~picked, -float("inf"))
-    backward = _cross_entropy(own, query, absent, targets, scale, None if everyone else -1)
+        numbers = numbers.masked_fill(~picked, -1)
+    backward = _cross_entropy(own, query, absent, numbers, scale, -1)
     return (forward[0] + backward[0]) / 2, *forward[1:]

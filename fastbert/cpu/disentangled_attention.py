@@ -19,7 +19,7 @@ def disentangled_attention(
     tables = [x for x in (pos_key, pos_query) if x is not None]
     scale = (q.shape[-1] * (1 + len(tables))) ** -0.5 if scale is None else scale
     if k is not None:
-        q = torch.stack((q, *(k.unbind(1) if v is None else (k, v))), 1)
+        q = torch.stack(reference.apart(q, k, v), 1)
     starts = tuple(cu_seqlens.tolist())
     batches, places, _ = groups(starts, starts, len(q), len(q), q.device)
     outs = []

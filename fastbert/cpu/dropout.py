@@ -46,9 +46,8 @@ def attention_keep_mask(row, head, columns, seed, offset, dropout_p):
 def dropout(x, dropout_p, seed, offset=0):
     if dropout_p == 0.0:
         return x
-    rows = torch.arange(x.shape[0], device=x.device)
-    keep = keep_mask(rows, torch.zeros_like(rows), x.shape[1], seed, offset, dropout_p)
-    return drop(x, keep, dropout_p)
+    rows = torch.arange(len(x), device=x.device)
+    return drop(x, keep_mask(rows, rows * 0, x.shape[1], seed, offset, dropout_p), dropout_p)
 
 
 def drop(x, keep, dropout_p):

@@ -1,4 +1,4 @@
-"""Packed sequences as a few padded batches, each with sequences of about one length. Both attentions use them.
+"""Attention of packed sequences as a few padded batches, each with sequences of about one length.
 
 They are for short sequences: one at a time, the overhead of library calls would dominate.
 """
@@ -10,10 +10,118 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
+from .. import reference
 from .derivatives import derivatives
-from .dropout import drop
+from .dropout import attention_keep_mask, drop
 
 _BUCKET = 16
+
+
+def uniform(q, k, v, B, scale):
+    """Attention of B sequences of one length, without gathering: that would take a small batch as long as the rest."""
+    padded = (x.view(B, len(x) // B, *x.shape[1:]).transpose(1, 2) for x in reference.apart(q, k, v))
+    return _attend(*padded, scale).transpose(1, 2).reshape(len(q), *q.shape[-2:])
+
+
+def in_groups(
+    q, k, v, starts, *,
+    starts_q=None, bias=None, scale, window=None, dropout_p=0.0, seed=None, offset=0,
+):  # fmt: skip
+    """softmax(q kᵀ · scale + bias) v of any sequences, within a window if there is one.
+
+    q, k, v in the three packings of `reference.attention`. starts, starts_q: B + 1 ints, the first row of each sequence
+    in k and in q (None: the same). bias [2 * span, H] or None: see `reference.biased_attention`. Returns q's rows,
+    [T or M, H, K].
+    """
+    if v is not None:
+        k = torch.stack((k, v), 1)
+    batches, place_q, place_k = groups(starts_q or starts, starts, len(q), len(q if k is None else k), q.device)
+    if k is None:
+        grouped = (x.permute(2, 0, 3, 1, 4).unbind(0) for x in arrange(q, *place_q, batches, "length"))
+    else:
+        queries = (x.transpose(1, 2) for x in arrange(q, *place_q, batches, "length_q"))
+        pairs = (x.permute(2, 0, 3, 1, 4).unbind(0) for x in arrange(k, *place_k, batches, "length"))
+        grouped = ((x, *pair) for x, pair in zip(queries, pairs))
+    outs = []
+    for group, (queries, keys, values) in zip(batches, grouped):
+        position = torch.arange(group.length, device=q.device)
+        distance = position[:, None] - position
+        mask, biases, keep = group.mask, None, None
+        if window is not None:
+            near = distance.abs() <= window
+            # padding rows see some keys, to avoid NaN
+            mask = near[None, None] if mask is None else near & mask | ~mask.transpose(-1, -2)
+        if bias is not None:
+            # a group may be padded beyond the longest sequence
+            rows = (distance + bias.shape[0] // 2).clamp(0, bias.shape[0] - 1)
+            biases = bias[rows].permute(2, 0, 1).to(q.dtype)
+        if dropout_p > 0.0:
+            row = group.start_q[:, None] + torch.arange(group.length_q, device=q.device)
+            head = torch.arange(queries.shape[1], device=q.device)
+            keep = attention_keep_mask(row[:, None, :], head[None, :, None], group.length, seed, offset, dropout_p)
+        out = _attend(queries, keys, values, scale, mask, biases, keep, dropout_p)
+        outs.append(out.transpose(1, 2).flatten(0, 1))
+    rows = torch.cat(outs) if outs else no_rows(q, q, k, bias)
+    return TakeFunction.apply(rows, *reversed(place_q))
+
+
+def _attend(q, k, v, scale, mask=None, biases=None, keep=None, dropout_p=0.0):
+    """softmax(q kᵀ · scale + biases) v for q, k, v [members, H, length, K]; what is None is absent."""
+    # in bfloat16 torch's fused attention is slower than its parts (4x at length 128, 1.7x at 512, forward and backward;
+    # Zen 5)
+    if biases is None and keep is None and q.dtype != torch.bfloat16:
+        if _runs_flash(q, k, v, mask, scale):
+            return FlashFunction.apply(q, k, v, mask, scale)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return _attend_in_steps(q, k, v, scale, mask, biases, keep, dropout_p)
+
+
+def _attend_in_steps(q, k, v, scale, mask, biases=None, keep=None, dropout_p=0.0):
+    scores = q * scale @ k.transpose(-1, -2)
+    if biases is not None:
+        scores = scores + biases
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    probabilities = torch.softmax(scores, dim=-1)
+    if keep is not None:
+        probabilities = drop(probabilities, keep, dropout_p)
+    return probabilities @ v
+
+
+def _runs_flash(q, k, v, mask, scale):
+    """Whether torch would choose, for tensors that require gradients, its attention without a second derivative."""
+    return (
+        torch.is_grad_enabled()
+        and any(x.requires_grad for x in (q, k, v))
+        and not torch.compiler.is_compiling()
+        and torch._fused_sdp_choice(q, k, v, mask, scale=scale) == SDPBackend.FLASH_ATTENTION.value
+    )
+
+
+class FlashFunction(torch.autograd.Function):
+    """torch's fused attention of F.scaled_dot_product_attention, with a second derivative."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, scale):
+        added = None if mask is None else torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+        attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = attention(q, k, v, 0.0, False, attn_mask=added, scale=scale)
+        ctx.save_for_backward(q, k, v, mask, added, out, lse)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        q, k, v, mask, added, out, lse = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            gradients = derivatives(lambda q, k, v: _attend_in_steps(q, k, v, ctx.scale, mask), (q, k, v), dout)
+        else:
+            backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+            gradients = backward(dout, q, k, v, out, lse, 0.0, False, attn_mask=added, scale=ctx.scale)
+        return *gradients, None, None
+
+
+# ------------------------------------------------------------- packed <-> groups, for DeBERTa's attention too
 
 
 @dataclass
@@ -56,19 +164,16 @@ def groups(starts_q, starts, rows_q, rows, device):
         found.append(Group(len(bucket), length, length_q, start_q, mask))
 
     def place(starts, lengths, rows, widths):
-        slots, holes = [], []
+        # -1: no row here
+        slots = [torch.zeros(0, dtype=torch.int64)]
         for bucket, width in zip(buckets, widths):
-            start = torch.tensor([starts[b] for b in bucket])[:, None]
-            length = torch.tensor([lengths[b] for b in bucket])[:, None]
+            start, length = (torch.tensor([x[b] for b in bucket])[:, None] for x in (starts, lengths))
             column = torch.arange(width)
-            slots.append((start + column.minimum(length - 1)).flatten())
-            holes.append((column >= length).flatten())
-        slots = torch.cat(slots) if slots else torch.zeros(0, dtype=torch.int64)
-        holes = torch.cat(holes) if holes else torch.zeros(0, dtype=torch.bool)
-        back = torch.full((rows,), -1)
-        back[slots[~holes]] = (~holes).nonzero()[:, 0]
-        to_slots = (slots.to(device), holes.nonzero()[:, 0].to(device))
-        return to_slots, (back.clamp(min=0).to(device), (back < 0).nonzero()[:, 0].to(device))
+            slots.append(torch.where(column < length, start + column, -1).flatten())
+        slots, back = torch.cat(slots), torch.full((rows,), -1)
+        filled = (slots >= 0).nonzero()[:, 0]
+        back[slots[filled]] = filled
+        return [(x.clamp(min=0).to(device), (x < 0).nonzero()[:, 0].to(device)) for x in (slots, back)]
 
     place_q = place(starts_q, lengths_q, rows_q, [group.length_q for group in found])
     return found, place_q, place(starts, lengths, rows, [group.length for group in found])
@@ -86,80 +191,16 @@ class TakeFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, there, back):
         ctx.there, ctx.back = there, back
-        return TakeFunction.take(x, *there)
+        index, holes = there
+        if len(x) == 0:
+            return x.new_zeros(len(index), *x.shape[1:])
+        return x.index_select(0, index).index_fill_(0, holes, 0)
 
     @staticmethod
     def backward(ctx, dout):
         return TakeFunction.apply(dout, ctx.back, ctx.there), None, None
 
-    @staticmethod
-    def take(x, index, holes):
-        if len(x) == 0:
-            return x.new_zeros(len(index), *x.shape[1:])
-        return x.index_select(0, index).index_fill_(0, holes, 0)
-
 
 def no_rows(q, *inputs):
     """An empty [0, H, K] that depends on all inputs, so that the backward gives each of them zeros."""
     return q.new_zeros(0, *q.shape[-2:]) + sum(x[:0].sum() for x in inputs if x is not None)
-
-
-def window_mask(group, window):
-    """bool [members or 1, 1, length, length]: which keys a query sees. Padding rows see some keys, to avoid NaN."""
-    place = torch.arange(group.length, device=group.start_q.device)
-    near = (place[:, None] - place).abs() <= window
-    return near[None, None] if group.mask is None else near & group.mask | ~group.mask.transpose(-1, -2)
-
-
-def attend(q, k, v, scale, mask, keep, dropout_p):
-    """softmax(q kᵀ · scale) v for q, k, v [members, H, length, K], with a mask or None and a keep mask or None."""
-    # in bfloat16 torch's fused attention is slower than its parts (4x at length 128, 1.7x at 512, forward and backward;
-    # Zen 5)
-    if keep is None and q.dtype != torch.bfloat16:
-        if _runs_flash(q, k, v, mask, scale):
-            return FlashFunction.apply(q, k, v, mask, scale)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    return _attend(q, k, v, scale, mask, keep, dropout_p)
-
-
-def _attend(q, k, v, scale, mask, keep=None, dropout_p=0.0):
-    scores = q * scale @ k.transpose(-1, -2)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    probabilities = torch.softmax(scores, dim=-1)
-    if keep is not None:
-        probabilities = drop(probabilities, keep, dropout_p)
-    return probabilities @ v
-
-
-def _runs_flash(q, k, v, mask, scale):
-    """Whether torch would choose, for tensors that require gradients, its attention without a second derivative."""
-    return (
-        torch.is_grad_enabled()
-        and any(x.requires_grad for x in (q, k, v))
-        and not torch.compiler.is_compiling()
-        and torch._fused_sdp_choice(q, k, v, mask, scale=scale) == SDPBackend.FLASH_ATTENTION.value
-    )
-
-
-class FlashFunction(torch.autograd.Function):
-    """torch's fused attention of F.scaled_dot_product_attention, with a second derivative."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, mask, scale):
-        added = None if mask is None else torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
-        attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out, lse = attention(q, k, v, 0.0, False, attn_mask=added, scale=scale)
-        ctx.save_for_backward(q, k, v, mask, added, out, lse)
-        ctx.scale = scale
-        return out
-
-    @staticmethod
-    def backward(ctx, dout):
-        q, k, v, mask, added, out, lse = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            gradients = derivatives(lambda q, k, v: _attend(q, k, v, ctx.scale, mask), (q, k, v), dout)
-        else:
-            backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-            gradients = backward(dout, q, k, v, out, lse, 0.0, False, attn_mask=added, scale=ctx.scale)
-        return *gradients, None, None

@@ -1,4 +1,4 @@
-"""Linear layers on a CPU: each product by the faster of torch's two matrix libraries.
+"""Matrix products and linear layers on a CPU: each product by the faster of torch's two matrix libraries.
 
 torch runs float32 products with MKL, which only uses AVX2 on processors that are not Intel's. oneDNN, also in torch,
 uses AVX-512 wherever it exists (2.1 times as fast on a Zen 5 core, equal on Intel's).
@@ -8,12 +8,23 @@ import torch
 import torch.nn.functional as F
 
 # below 2**20 multiply-adds oneDNN's set-up, under a millisecond per new shape, costs more than it saves
-_ONEDNN_SIZE = 2**20
+ONEDNN_SIZE = 2**20
+
+
+def _prefers_onednn(size, *tensors):
+    """Whether oneDNN is faster in a product of `size` multiply-adds."""
+    return (
+        size >= ONEDNN_SIZE
+        and all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+        and not torch.compiler.is_compiling()
+    )
 
 
 def matmul(a, b, bias=None):
     """a [M, K] @ b [K, N], plus bias [N] if given."""
-    if _prefers_onednn(a, b):
+    if _prefers_onednn(a.numel() * b.shape[1], a, b):
         return torch.ops.mkldnn._linear_pointwise(a, _dense(b.t()), bias, "none", [], "")
     return a @ b if bias is None else torch.addmm(bias, a, b)
 
@@ -23,16 +34,26 @@ def _dense(weight):
     return weight if weight.is_contiguous() or weight.t().is_contiguous() else weight.contiguous()
 
 
-def _prefers_onednn(a, b):
-    return (
-        a.dtype == b.dtype == torch.float32
-        and a.device.type == "cpu"
-        and a.shape[0] * a.shape[1] * b.shape[1] >= _ONEDNN_SIZE
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
-        and not torch.compiler.is_compiling()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
+def bmm(a, b):
+    """a [G, M, C] @ b [G, C, N].
+
+    Python can only call oneDNN's batched product as a 1 x 1 convolution with G groups, whose pixels are the rows of
+    `a`; if b is stored by rows, as its transpose. Its result lies in memory as [M, G, N].
+    """
+    G, M, C = a.shape
+    N = b.shape[2]
+    if G > 1 and a.stride(2) != 1 or not _prefers_onednn(M * C * N, a):
+        return torch.bmm(a, b)
+    pixels = (a[0].contiguous() if G == 1 else a.transpose(0, 1)).reshape(1, 1, M, G * C).permute(0, 3, 1, 2)
+    if b.stride(2) == 1:
+        weight = b.reshape(G * C, N, 1, 1)
+        out = torch.ops.mkldnn._convolution_transpose_pointwise(
+            pixels, weight, None, [0, 0], [0, 0], [1, 1], [1, 1], G, "none", [], ""
+        )
+    else:
+        weight = b.transpose(1, 2).reshape(G * N, C, 1, 1)
+        out = torch.ops.mkldnn._convolution_pointwise(pixels, weight, None, [0, 0], [1, 1], [1, 1], G, "none", [], "")
+    return out.view(G, N, M).transpose(1, 2)
 
 
 class LinearFunction(torch.autograd.Function):
@@ -55,7 +76,7 @@ class LinearFunction(torch.autograd.Function):
 
 
 def linear(x, weight, bias=None):
-    if not _prefers_onednn(x, weight.t()):
+    if not _prefers_onednn(x.shape[0] * weight.numel(), x, weight):
         return F.linear(x, weight, bias)
     if not torch.is_grad_enabled():
         return matmul(x, weight.t(), bias)
@@ -72,6 +93,6 @@ def linears(x, weights, biases):
 def linear_gelu(x, weight, bias=None, *, approximate="none"):
     """GELU(linear(x)). Without gradients oneDNN applies the GELU while the product is in cache."""
     wants_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    if not wants_gradient and _prefers_onednn(x, weight.t()):
+    if not wants_gradient and _prefers_onednn(x.shape[0] * weight.numel(), x, weight):
         return torch.ops.mkldnn._linear_pointwise(x, _dense(weight), bias, "gelu", [], approximate)
     return F.gelu(linear(x, weight, bias), approximate=approximate)

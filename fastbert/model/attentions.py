@@ -64,20 +64,19 @@ class RotaryAttention(nn.Module):
         H, K = self.config.num_attention_heads, self.config.head_size
         qkv = ops.linear(x, self.qkv.weight, self.qkv.bias).view(-1, 3, H, K)
         q, k = self._rotated(qkv[:, :2], layout).unbind(1)
-        if self.window is not None and layout.columns is not None:
-            out = reference.attention_by_columns(
-                q, k, qkv[:, 2], layout.cu_seqlens, layout.columns, window=self.window,
-                **dropout.next(self.config.attention_probs_dropout_prob),
+        options = dict(window=self.window, **dropout.next(self.config.attention_probs_dropout_prob))
+        if self.window is None and layout.query_rows is not None:
+            out = ops.attention(
+                q[layout.query_rows], k, qkv[:, 2], layout.cu_seqlens, layout.max_seqlen,
+                cu_seqlens_q=layout.cu_seqlens_q, max_seqlen_q=layout.max_seqlen_q, **options,
             )  # fmt: skip
-            return project_back(self.output, out, layout.query_rows)
-        # the op's window counts rows of a sequence from its first, so all rows need a query
-        rows = layout.query_rows if self.window is None else None
-        queries = dict(cu_seqlens_q=layout.cu_seqlens_q, max_seqlen_q=layout.max_seqlen_q) if rows is not None else {}
-        out = ops.attention(
-            q if rows is None else q[rows], k, qkv[:, 2], layout.cu_seqlens, layout.max_seqlen, window=self.window,
-            **queries, **dropout.next(self.config.attention_probs_dropout_prob),
-        )  # fmt: skip
-        return project_back(self.output, out, layout.query_rows if rows is None else None)
+            return project_back(self.output, out)
+        # a window counts a sequence's rows or columns from the first, so all rows need a query
+        if self.window is None or layout.columns is None:
+            out = ops.attention(q, k, qkv[:, 2], layout.cu_seqlens, layout.max_seqlen, **options)
+        else:
+            out = reference.attention_by_columns(q, k, qkv[:, 2], layout.cu_seqlens, layout.columns, **options)
+        return project_back(self.output, out, layout.query_rows)
 
     def _rotated(self, x, layout):
         """x [T, 2, H, K]; the two halves of a head are the coordinates that are rotated."""
@@ -94,7 +93,7 @@ class RotaryAttention(nn.Module):
 class DistanceBias(nn.Module):
     """MPNet's bias for each head and bucket of distances, one table for all layers (Raffel et al. 2020)."""
 
-    # beyond, all distances share a bucket
+    # from here on all distances share a bucket
     FURTHEST = 128
 
     def __init__(self, config):
@@ -106,10 +105,8 @@ class DistanceBias(nn.Module):
         span = longest_of(layout)
         distance = torch.arange(-span, span, device=self.table.weight.device)
         # not a lookup: the gradient of a product is summed in a fixed order on every device
-        return (
-            nn.functional.one_hot(self.bucket(distance), self.table.num_embeddings).to(self.table.weight)
-            @ self.table.weight
-        )
+        one_hot = nn.functional.one_hot(self.bucket(distance), self.table.num_embeddings)
+        return one_hot.to(self.table.weight) @ self.table.weight
 
     def bucket(self, distance):
         """The row of the table for int64 distances: half for keys before, half for keys after; one row each for the
@@ -137,10 +134,7 @@ class BiasedAttention(SelfAttention):
                 *qkv.unbind(1), layout.cu_seqlens, layout.columns, **options,
                 position_scores=lambda q, k, distance: relative[distance + len(relative) // 2].permute(2, 0, 1).to(q),
             )  # fmt: skip
-        out = out.flatten(1)
-        return ops.linear(
-            out if layout.query_rows is None else out[layout.query_rows], self.output.weight, self.output.bias
-        )
+        return project_back(self.output, out, layout.query_rows)
 
 
 class RelativePositions(nn.Module):
@@ -168,14 +162,12 @@ class RelativePositions(nn.Module):
         return table if self.norm is None else self.norm(table), buckets, furthest
 
 
-class DisentangledAttention(nn.Module):
+class DisentangledAttention(SelfAttention):
     """DeBERTa v2's and v3's attention to content and to relative positions (He et al. 2021)."""
 
     def __init__(self, config, i):
-        super().__init__()
-        self.config = config
+        super().__init__(config, i)
         D = config.hidden_size
-        self.query, self.key, self.value, self.output = (nn.Linear(D, D) for _ in range(4))
         own = () if config.share_att_key else config.pos_att_type
         self.pos_key = nn.Linear(D, D) if "c2p" in own else None
         self.pos_query = nn.Linear(D, D) if "p2c" in own else None
@@ -183,7 +175,7 @@ class DisentangledAttention(nn.Module):
     def forward(self, x, layout, dropout, query_states=None):
         """x [T, D] -> [T, D], or [M, D] of the query rows.
 
-        query_states: [T, D] or [M, D], what the queries are made of in place of x, for MaskDecoder.
+        query_states: [T, D] or [M, D], from which the queries are projected in place of x, for MaskDecoder.
         """
         H, K = self.config.num_attention_heads, self.config.head_size
         if query_states is None:
@@ -228,10 +220,7 @@ class DisentangledAttention(nn.Module):
             out = reference.attention_by_columns(
                 q, k, v, layout.cu_seqlens, layout.columns, position_scores=scores, scale=scale, **options
             )
-        out = out.flatten(1)
-        return ops.linear(
-            out if layout.query_rows is None else out[layout.query_rows], self.output.weight, self.output.bias
-        )
+        return project_back(self.output, out, layout.query_rows)
 
 
 class PackedDisentangledAttention(DisentangledAttention):

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ..data.tokenizer import check_vocabulary, load_tokenizer
-from ..files import lock
+from ..files import lock, read_json
 from . import families, heads, hf_files
 from .sentences import SentenceEmbedder
 
@@ -15,23 +15,20 @@ def load_by_architecture(directory, *, allow_pickle=False):
         raise ValueError(f"{directory} is no directory")
     if (directory / "modules.json").exists():
         return SentenceEmbedder.from_pretrained(directory, allow_pickle=allow_pickle)
-    values = hf_files.read_values(directory / "config.json")
-    table = families.family(values.get("model_type", "bert")).architectures
-    known = {architecture: head for head, architecture in table.items()}
-    named = [name for name in values.get("architectures") or [] if name in known]
-    if not values.get("architectures"):
+    path = directory / "config.json"
+    config, architectures = hf_files.read_config(path), read_json(path).get("architectures")
+    row = families.family(config.model_type)
+    heads_of = {architecture: head for head, architecture in row.architectures.items()}
+    named = [heads_of[name] for name in architectures or () if name in heads_of]
+    if not architectures:
         # DeBERTa's published checkpoints have no architectures
-        tensors = hf_files.from_hf_names(
-            hf_files.stored_tensors(directory, allow_pickle), hf_files.read_config(directory / "config.json")
-        )
-        bias = families.family(values.get("model_type", "bert")).names["vocabulary_bias"]
-        named = [table["MaskedLM" if bias in tensors else "SentenceEmbedder"]]
+        tensors = hf_files.from_hf_names(hf_files.stored_tensors(directory, allow_pickle), config)
+        named = ["MaskedLM" if row.names["vocabulary_bias"] in tensors else "SentenceEmbedder"]
     if not named:
         raise ValueError(
-            f"{directory / 'config.json'} names no known architecture: has {values.get('architectures')}, "
-            f"expected one of {', '.join(known)}"
+            f"{path} names no known architecture: has {architectures}, expected one of {', '.join(heads_of)}"
         )
-    head = known[named[0]]
+    [head, *_] = named
     cls = SentenceEmbedder if head == "SentenceEmbedder" else getattr(heads, head)
     return cls.from_pretrained(directory, allow_pickle=allow_pickle)
 

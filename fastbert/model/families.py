@@ -39,24 +39,31 @@ class Family:
     embedding_sharing: str | None = None
 
 
-def _encoder(prefix, **other):
-    """The names of BERT's encoder, which several families share."""
-    layer = prefix + "encoder.layer.{i}."
+# the modules of a layer, in the order in which `_layers` gets their names
+_LAYER = (
+    "attention.query", "attention.key", "attention.value", "attention.output", "attention_norm", "feed_forward.up",
+    "feed_forward.down", "feed_forward_norm",
+)  # fmt: skip
+
+
+def _layers(prefix, theirs):
+    """Names of the modules of a layer: theirs in one text, in the order of _LAYER."""
+    return {f"encoder.blocks.{{i}}.{ours}": prefix + name for ours, name in zip(_LAYER, theirs.split(), strict=True)}
+
+
+def _embeddings(prefix):
     return {
         "encoder.embeddings.word": prefix + "embeddings.word_embeddings",
         "encoder.embeddings.position": prefix + "embeddings.position_embeddings",
         "encoder.embeddings.token_type": prefix + "embeddings.token_type_embeddings",
         "encoder.embeddings.norm": prefix + "embeddings.LayerNorm",
-        "encoder.blocks.{i}.attention.query": layer + "attention.self.query",
-        "encoder.blocks.{i}.attention.key": layer + "attention.self.key",
-        "encoder.blocks.{i}.attention.value": layer + "attention.self.value",
-        "encoder.blocks.{i}.attention.output": layer + "attention.output.dense",
-        "encoder.blocks.{i}.attention_norm": layer + "attention.output.LayerNorm",
-        "encoder.blocks.{i}.feed_forward.up": layer + "intermediate.dense",
-        "encoder.blocks.{i}.feed_forward.down": layer + "output.dense",
-        "encoder.blocks.{i}.feed_forward_norm": layer + "output.LayerNorm",
-        **other,
     }
+
+
+def _encoder(prefix, query_key_value="attention.self.query attention.self.key attention.self.value"):
+    """The names of BERT's encoder, which several families share."""
+    rest = "attention.output.dense attention.output.LayerNorm intermediate.dense output.dense output.LayerNorm"
+    return _embeddings(prefix) | _layers(prefix + "encoder.layer.{i}.", f"{query_key_value} {rest}")
 
 
 def _heads(name, **others):
@@ -72,17 +79,17 @@ def _heads(name, **others):
     }
 
 
+def _vocabulary_head(dense, norm, bias):
+    return {"transform.dense": dense, "transform.norm": norm, "vocabulary_bias": bias}
+
+
 _CLASSIFIERS = {"classifier": "classifier", "QuestionAnswerer.classifier": "qa_outputs"}
 _DENSE_CLASSIFIER = {
     **_CLASSIFIERS,
     "SequenceClassifier.pooler": "classifier.dense",
     "SequenceClassifier.classifier": "classifier.out_proj",
 }
-_LM_HEAD = {
-    "transform.dense": "lm_head.dense",
-    "transform.norm": "lm_head.layer_norm",
-    "vocabulary_bias": "lm_head.bias",
-}
+_LM_HEAD = _vocabulary_head("lm_head.dense", "lm_head.layer_norm", "lm_head.bias")
 _LM_HEAD_TIED = ("lm_head.decoder.weight", "lm_head.decoder.bias")
 
 
@@ -191,9 +198,9 @@ def _deberta(**names):
             **_encoder("deberta."),
             "encoder.relative.table": "deberta.encoder.rel_embeddings",
             "MaskedLM.mask_decoder.position": "deberta.embeddings.position_embeddings",
-            "transform.dense": "cls.predictions.transform.dense",
-            "transform.norm": "cls.predictions.transform.LayerNorm",
-            "vocabulary_bias": "cls.predictions.bias",
+            **_vocabulary_head(
+                "cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias"
+            ),
             "pooler": "pooler.dense",
             **_CLASSIFIERS,
             **names,
@@ -217,17 +224,15 @@ _DEBERTA_KEYS = dict(
 )  # fmt: skip
 _DEBERTA_SELF = "deberta.encoder.layer.{i}.attention.self."
 _MODERNBERT_LAYER = "model.layers.{i}."
-_ALBERT_LAYER = "albert.encoder.albert_layer_groups.{g}.albert_layers.{j}."
-_DISTILBERT_LAYER = "distilbert.transformer.layer.{i}."
 
 FAMILIES = {
     "bert": Family(
         prefix="bert.",
         names={
             **_encoder("bert."),
-            "transform.dense": "cls.predictions.transform.dense",
-            "transform.norm": "cls.predictions.transform.LayerNorm",
-            "vocabulary_bias": "cls.predictions.bias",
+            **_vocabulary_head(
+                "cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias"
+            ),
             "pooler": "bert.pooler.dense",
             "pair_classifier": "cls.seq_relationship",
             **_CLASSIFIERS,
@@ -241,23 +246,14 @@ FAMILIES = {
     "albert": Family(
         prefix="albert.",
         names={
-            **{
-                ours: theirs
-                for ours, theirs in _encoder("albert.").items()
-                if not ours.startswith("encoder.blocks.")
-            },
+            **_embeddings("albert."),
             "encoder.embeddings.project": "albert.encoder.embedding_hidden_mapping_in",
-            "encoder.blocks.{i}.attention.query": _ALBERT_LAYER + "attention.query",
-            "encoder.blocks.{i}.attention.key": _ALBERT_LAYER + "attention.key",
-            "encoder.blocks.{i}.attention.value": _ALBERT_LAYER + "attention.value",
-            "encoder.blocks.{i}.attention.output": _ALBERT_LAYER + "attention.dense",
-            "encoder.blocks.{i}.attention_norm": _ALBERT_LAYER + "attention.LayerNorm",
-            "encoder.blocks.{i}.feed_forward.up": _ALBERT_LAYER + "ffn",
-            "encoder.blocks.{i}.feed_forward.down": _ALBERT_LAYER + "ffn_output",
-            "encoder.blocks.{i}.feed_forward_norm": _ALBERT_LAYER + "full_layer_layer_norm",
-            "transform.dense": "predictions.dense",
-            "transform.norm": "predictions.LayerNorm",
-            "vocabulary_bias": "predictions.bias",
+            **_layers(
+                "albert.encoder.albert_layer_groups.{g}.albert_layers.{j}.",
+                "attention.query attention.key attention.value attention.dense attention.LayerNorm ffn ffn_output "
+                "full_layer_layer_norm",
+            ),
+            **_vocabulary_head("predictions.dense", "predictions.LayerNorm", "predictions.bias"),
             "pooler": "albert.pooler",
             "pair_classifier": "sop_classifier.classifier",
             **_CLASSIFIERS,
@@ -280,9 +276,9 @@ FAMILIES = {
         names={
             **_encoder("electra."),
             "encoder.embeddings.project": "electra.embeddings_project",
-            "transform.dense": "generator_predictions.dense",
-            "transform.norm": "generator_predictions.LayerNorm",
-            "vocabulary_bias": "generator_lm_head.bias",
+            **_vocabulary_head(
+                "generator_predictions.dense", "generator_predictions.LayerNorm", "generator_lm_head.bias"
+            ),
             **_DENSE_CLASSIFIER,
             "MultipleChoice.pooler": "sequence_summary.summary",
             "dense": "discriminator_predictions.dense",
@@ -304,20 +300,13 @@ FAMILIES = {
     "distilbert": Family(
         prefix="distilbert.",
         names={
-            "encoder.embeddings.word": "distilbert.embeddings.word_embeddings",
-            "encoder.embeddings.position": "distilbert.embeddings.position_embeddings",
-            "encoder.embeddings.norm": "distilbert.embeddings.LayerNorm",
-            "encoder.blocks.{i}.attention.query": _DISTILBERT_LAYER + "attention.q_lin",
-            "encoder.blocks.{i}.attention.key": _DISTILBERT_LAYER + "attention.k_lin",
-            "encoder.blocks.{i}.attention.value": _DISTILBERT_LAYER + "attention.v_lin",
-            "encoder.blocks.{i}.attention.output": _DISTILBERT_LAYER + "attention.out_lin",
-            "encoder.blocks.{i}.attention_norm": _DISTILBERT_LAYER + "sa_layer_norm",
-            "encoder.blocks.{i}.feed_forward.up": _DISTILBERT_LAYER + "ffn.lin1",
-            "encoder.blocks.{i}.feed_forward.down": _DISTILBERT_LAYER + "ffn.lin2",
-            "encoder.blocks.{i}.feed_forward_norm": _DISTILBERT_LAYER + "output_layer_norm",
-            "transform.dense": "vocab_transform",
-            "transform.norm": "vocab_layer_norm",
-            "vocabulary_bias": "vocab_projector.bias",
+            **_embeddings("distilbert."),
+            **_layers(
+                "distilbert.transformer.layer.{i}.",
+                "attention.q_lin attention.k_lin attention.v_lin attention.out_lin sa_layer_norm ffn.lin1 ffn.lin2 "
+                "output_layer_norm",
+            ),
+            **_vocabulary_head("vocab_transform", "vocab_layer_norm", "vocab_projector.bias"),
             "pooler": "pre_classifier",
             **_CLASSIFIERS,
         },
@@ -350,9 +339,9 @@ FAMILIES = {
     ),
     "deberta-v2": Family(
         **_deberta(**{
-            "encoder.blocks.{i}.attention.query": _DEBERTA_SELF + "query_proj",
-            "encoder.blocks.{i}.attention.key": _DEBERTA_SELF + "key_proj",
-            "encoder.blocks.{i}.attention.value": _DEBERTA_SELF + "value_proj",
+            **_encoder(
+                "deberta.", "attention.self.query_proj attention.self.key_proj attention.self.value_proj"
+            ),
             "encoder.blocks.{i}.attention.pos_key": _DEBERTA_SELF + "pos_key_proj",
             "encoder.blocks.{i}.attention.pos_query": _DEBERTA_SELF + "pos_query_proj",
             "encoder.relative.norm": "deberta.encoder.LayerNorm",
@@ -377,12 +366,12 @@ FAMILIES = {
     "mpnet": Family(
         prefix="mpnet.",
         names={
-            **_encoder("mpnet."),
-            "encoder.blocks.{i}.attention.query": "mpnet.encoder.layer.{i}.attention.attn.q",
-            "encoder.blocks.{i}.attention.key": "mpnet.encoder.layer.{i}.attention.attn.k",
-            "encoder.blocks.{i}.attention.value": "mpnet.encoder.layer.{i}.attention.attn.v",
-            "encoder.blocks.{i}.attention.output": "mpnet.encoder.layer.{i}.attention.attn.o",
-            "encoder.blocks.{i}.attention_norm": "mpnet.encoder.layer.{i}.attention.LayerNorm",
+            **_embeddings("mpnet."),
+            **_layers(
+                "mpnet.encoder.layer.{i}.",
+                "attention.attn.q attention.attn.k attention.attn.v attention.attn.o attention.LayerNorm "
+                "intermediate.dense output.dense output.LayerNorm",
+            ),
             "encoder.relative.table": "mpnet.encoder.relative_attention_bias",
             **_LM_HEAD,
             **_DENSE_CLASSIFIER,
@@ -409,9 +398,7 @@ FAMILIES = {
             "encoder.blocks.{i}.feed_forward.up": _MODERNBERT_LAYER + "mlp.Wi",
             "encoder.blocks.{i}.feed_forward.down": _MODERNBERT_LAYER + "mlp.Wo",
             "encoder.final_norm": "model.final_norm",
-            "transform.dense": "head.dense",
-            "transform.norm": "head.norm",
-            "vocabulary_bias": "decoder.bias",
+            **_vocabulary_head("head.dense", "head.norm", "decoder.bias"),
             "pooler.dense": "head.dense",
             "pooler.norm": "head.norm",
             "classifier": "classifier",

@@ -69,7 +69,7 @@ class Output:
 
 
 class Model(nn.Module):
-    """An encoder, and what all heads share: directories in and out."""
+    """An encoder, and what all heads share: inputs, and directories in and out."""
 
     # modules that are left out when a checkpoint lacks them
     OPTIONAL = ()
@@ -78,6 +78,22 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
+
+    def forward(
+        self, input_ids: torch.Tensor | Batch, attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None, position_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> Output:  # fmt: skip
+        """Either a packing.Batch alone, or HuggingFace's padded arguments, each [B, S]. Returns Output.
+
+        attention_mask may have padding anywhere. labels are -100 where there is nothing to predict. Logits have a row
+        for each token of a Batch, [T, ...], else they are [B, S, ...], and 0 at padding: see the class.
+        """
+        batch, restore = pack_inputs(self.config, input_ids, attention_mask, token_type_ids, position_ids, labels)
+        output = self._output(batch)
+        if output.logits is not None:
+            output.logits = restore(output.logits)
+        return output
 
     @classmethod
     def from_pretrained(
@@ -111,7 +127,10 @@ def number_of_labels(labels):
 
 
 class MaskedLM(Model):
-    """With the masked-language-model head: transform, then the word table as decoder, plus a bias."""
+    """With the masked-language-model head: transform, then the word table as decoder, plus a bias.
+
+    Logits [B, S, V] without labels; loss "mlm" and no logits for labels int64 [B, S].
+    """
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__(config)
@@ -122,19 +141,9 @@ class MaskedLM(Model):
         if self.mask_decoder is not None:
             initialize(self.mask_decoder, config)
 
-    def forward(
-        self, input_ids: torch.Tensor | Batch, attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None, position_ids: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-    ) -> Output:  # fmt: skip
-        """Loss "mlm" when there are labels, else logits. Returns Output.
-
-        Either a packing.Batch alone, or HuggingFace's padded arguments, each [B, S]: labels are -100 where nothing was
-        picked; attention_mask may have padding anywhere. Logits are [T, V] for a Batch, else [B, S, V].
-        """
-        batch, restore = pack_inputs(self.config, input_ids, attention_mask, token_type_ids, position_ids, labels)
+    def _output(self, batch):
         if batch.labels is None:
-            return Output(restore(self.logits(batch)))
+            return Output(self.logits(batch))
         return Output(losses={"mlm": self._masked_lm(self.hidden(batch, batch.picks), batch)})
 
     def hidden(self, batch: Batch, rows: torch.Tensor | None = None) -> torch.Tensor:
@@ -171,7 +180,7 @@ class Pretraining(MaskedLM):
         token_type_ids: torch.Tensor | None = None, position_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None, next_sentence_label: torch.Tensor | None = None,
     ) -> Output:  # fmt: skip
-        """As MaskedLM.forward, and loss "pair" of next_sentence_label (or Batch.pair_labels): int64 [B], 0 if true.
+        """As Model.forward, and loss "pair" of next_sentence_label (or Batch.pair_labels): int64 [B], 0 if true.
 
         Either kind of label may be missing: its loss is then left out.
         """
@@ -285,9 +294,8 @@ class _TokenScores(Model):
         super().__init__(config)
         self.transform = VocabularyTransform(config) if config.pooler_act == "transform" else None
         self.classifier = nn.Linear(config.hidden_size, outputs)
-        initialize(self.classifier, config)
-        if self.transform is not None:
-            initialize(self.transform, config)
+        for module in filter(None, (self.classifier, self.transform)):
+            initialize(module, config)
 
     def _scores(self, batch, dropout_p):
         dropout = self.encoder.dropout(batch)
@@ -297,26 +305,19 @@ class _TokenScores(Model):
 
 
 class TokenClassifier(_TokenScores):
-    """A label for each token, such as the names of persons and places."""
+    """A label for each token, such as the names of persons and places.
+
+    Logits [B, S, num_labels], and loss "label" for labels int64 [B, S].
+    """
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__(config, config.num_labels)
 
-    def forward(
-        self, input_ids: torch.Tensor | Batch, attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None, position_ids: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-    ) -> Output:  # fmt: skip
-        """Logits [B, S, num_labels], 0 at padding, and loss "label" over the labels int64 [B, S] that are not -100.
-
-        Either a packing.Batch (logits [T, num_labels], its own labels) or HuggingFace's padded arguments. Returns
-        Output.
-        """
-        batch, restore = pack_inputs(self.config, input_ids, attention_mask, token_type_ids, position_ids, labels)
+    def _output(self, batch):
         config = self.config
         chain = (config.token_dropout, config.classifier_dropout, config.hidden_dropout_prob)
         logits = self._scores(batch, next(p for p in chain if p is not None))
-        return Output(restore(logits), _label_loss(logits, batch.labels))
+        return Output(logits, _label_loss(logits, batch.labels))
 
     def label_counts(self, batch: Batch) -> dict[str, int]:
         """See `MaskedLM.label_counts`."""
@@ -324,7 +325,11 @@ class TokenClassifier(_TokenScores):
 
 
 class ReplacedTokenDetector(Model):
-    """ELECTRA's discriminator: which tokens of a text a generator has replaced (Clark et al. 2020)."""
+    """ELECTRA's discriminator: which tokens of a text a generator has replaced (Clark et al. 2020).
+
+    Logits [B, S], above 0 where a token looks replaced; and loss "rtd" for labels int64 [B, S]: 1 where a token was
+    replaced, 0 where not.
+    """
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__(config)
@@ -333,21 +338,11 @@ class ReplacedTokenDetector(Model):
         for module in (self.dense, self.classifier):
             initialize(module, config)
 
-    def forward(
-        self, input_ids: torch.Tensor | Batch, attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None, position_ids: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-    ) -> Output:  # fmt: skip
-        """Logits [B, S], above 0 where a token looks replaced, 0 at padding; and loss "rtd" for labels int64 [B, S].
-
-        labels: 1 where a token was replaced, 0 where not, -100 to leave it out. Either a packing.Batch (logits [T],
-        its own labels) or HuggingFace's padded arguments. Returns Output.
-        """
-        batch, restore = pack_inputs(self.config, input_ids, attention_mask, token_type_ids, position_ids, labels)
+    def _output(self, batch):
         hidden = ops.linear(self.encoder(batch), self.dense.weight)
         hidden = ops.bias_gelu(hidden, self.dense.bias, approximate=self.config.approximate)
         logits = ops.linear(hidden, self.classifier.weight, self.classifier.bias)[:, 0]
-        output = Output(restore(logits))
+        output = Output(logits)
         if batch.labels is not None:
             known, detected = batch.labels != -100, logits > 0
             replaced = batch.labels == 1

@@ -16,8 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ..files import inside
-from . import families
+from .. import files
 from .encoder import initialize
 from .families import FAMILIES, config_of, family
 
@@ -84,21 +83,9 @@ def config_to_hf(config):
     return values
 
 
-def read_values(path):
-    """The contents of a config.json. Raises ValueError with the path."""
-    path = Path(path)
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a readable JSON file: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}: expected a JSON object")
-    return values
-
-
 def read_config(path):
     """The EncoderConfig of a config.json, ours or HuggingFace's. Raises ValueError with the path."""
-    values = read_values(path)
+    values = files.read_json(path)
     try:
         return config_from_hf(values)
     except ValueError as error:
@@ -107,13 +94,12 @@ def read_config(path):
 
 def special_tokens(tokenizer, config):
     """The special tokens of a tokenizers.Tokenizer as a tokenizer_config.json has them."""
-    names = {"cls_token": ("[CLS]", "<s>"), "sep_token": ("[SEP]", "</s>"), "unk_token": ("[UNK]", "<unk>"),
-             "mask_token": ("[MASK]", "<mask>")}  # fmt: skip
-    found = {
-        key: next((t for t in tokens if tokenizer.token_to_id(t) is not None), None) for key, tokens in names.items()
-    }
-    found["pad_token"] = tokenizer.id_to_token(config.pad_token_id)
-    return {key: token for key, token in found.items() if token is not None}
+    names = dict(
+        cls_token=("[CLS]", "<s>"), sep_token=("[SEP]", "</s>"), unk_token=("[UNK]", "<unk>"),
+        mask_token=("[MASK]", "<mask>"), pad_token=(tokenizer.id_to_token(config.pad_token_id),),
+    )  # fmt: skip
+    found = {key: [x for x in tokens if x and tokenizer.token_to_id(x) is not None] for key, tokens in names.items()}
+    return {key: tokens[0] for key, tokens in found.items() if tokens}
 
 
 def hf_names(names, config, head=None):
@@ -174,15 +160,13 @@ def load_model(make, directory, *, head, other=None, allow_pickle=False, dtype=t
         model = make(config)
     other = other or {}
     for name in model.OPTIONAL:
-        if (
-            getattr(model, name) is not None
-            and hf_names([f"{name}.weight"], config, head)[f"{name}.weight"] not in stored
-        ):
+        parameters = [x for x in model.state_dict() if x.startswith(f"{name}.")]
+        if not set(hf_names(parameters, config, head).values()) & stored.keys():
             setattr(model, name, None)
     own = model.state_dict()
     names = hf_names([name for name in own if name not in other], config, head)
 
-    row = families.family(config.model_type)
+    row = family(config.model_type)
     _untie(stored, row.tied, names, directory)
     missing = [ours for ours, theirs in names.items() if theirs not in stored]
     lost = [names[ours] for ours in missing if ours.startswith("encoder.")]
@@ -222,13 +206,13 @@ def save_model(model, directory, *, elsewhere=()):
     own = {name: x for name, x in model.state_dict().items() if not name.startswith(elsewhere)}
     names = hf_names(own, model.config, head)
     save_tensors({names[ours]: x for ours, x in own.items()}, directory)
-    architectures = families.family(model.config.model_type).architectures
+    architectures = family(model.config.model_type).architectures
     if head not in architectures:
         raise ValueError(
             f"a {model.config.model_type} has no {head} in transformers: expected {', '.join(architectures)}"
         )
     config = {"architectures": [architectures[head]], **config_to_hf(model.config), "tie_word_embeddings": True}
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(directory / "config.json", config)
 
 
 def _untie(stored, tied, names, directory):
@@ -268,7 +252,7 @@ def stored_tensors(directory, allow_pickle):
             shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (OSError, ValueError, KeyError, AttributeError) as error:
             raise ValueError(f"{index} cannot be read: {error!r}") from None
-        return {name: entry for shard in shards for name, entry in read(inside(directory, shard)).items()}
+        return {name: entry for shard in shards for name, entry in read(files.inside(directory, shard)).items()}
     raise ValueError(f"{directory} has no weights: expected {WEIGHTS} or {WEIGHTS}.index.json")
 
 
@@ -276,13 +260,10 @@ def _safetensors(path):
     try:
         file, tensors = safe_open(path, "pt"), {}
         for name in file.keys():  # noqa: SIM118
-            piece = file.get_slice(name)
             # mapped, not read
-            tensors[name] = (
-                torch.Size(piece.get_shape()),
-                _DTYPES.get(piece.get_dtype(), torch.float32),
-                (lambda name=name: file.get_tensor(name)),
-            )
+            piece = file.get_slice(name)
+            dtype = _DTYPES.get(piece.get_dtype(), torch.float32)
+            tensors[name] = (torch.Size(piece.get_shape()), dtype, lambda name=name: file.get_tensor(name))
         return tensors
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
@@ -313,13 +294,15 @@ def _start_fresh(model, names):
             setattr(module, leaf, nn.Parameter(torch.zeros(getattr(module, leaf).shape)))
 
 
-def read_json(path):
-    if not path.exists():
-        return {}
+def read_list(path):
+    """The JSON array in a file. Raises ValueError with the path for anything else."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not a readable JSON file: {error}") from None
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if not isinstance(values, list):
+        raise ValueError(f"{path} holds no JSON array")
+    return values
 
 
 def write_json(path, values):

@@ -16,13 +16,13 @@ from torch import nn
 
 from .. import ops
 from ..data.tokenizer import check_vocabulary, load_tokenizer
-from ..files import inside
+from ..files import inside, read_json
 from ..packing import Batch, pack_inputs
 from . import families, hf_files
 from .config import EncoderConfig
 from .encoder import initialize
 from .heads import Model
-from .hf_files import read_json, write_json
+from .hf_files import write_json
 
 if TYPE_CHECKING:
     # in the standard library from Python 3.11 on
@@ -172,7 +172,7 @@ class SentenceEmbedder(Model):
         if any((folder / name).exists() for name in ("tokenizer.json", "vocab.txt")):
             found["tokenizer"] = load_tokenizer(folder)
         found |= _read_limits(folder)
-        prompts = read_json(directory / "config_sentence_transformers.json")
+        prompts = _read_json_if_there(directory / "config_sentence_transformers.json")
         found["prompts"] = prompts.get("prompts") or {}
         found["default_prompt_name"] = prompts.get("default_prompt_name")
         weights = found.pop("weights", [])
@@ -223,12 +223,16 @@ _MODE_KEYS = {
 }  # fmt: skip
 
 
+def _read_json_if_there(path):
+    return read_json(path) if path.exists() else {}
+
+
 def _read_modules(directory, allow_pickle):
     """(arguments of SentenceEmbedder, the encoder's folder) from modules.json."""
     found, folder = dict(pooling="mean", normalize=False, dense=[], weights=[]), ""
     if not (directory / "modules.json").exists():
         return found, folder
-    for module in read_json(directory / "modules.json"):
+    for module in hf_files.read_list(directory / "modules.json"):
         kind, place = module["type"].rsplit(".", 1)[-1], inside(directory, module["path"])
         if kind == "Transformer":
             folder = module["path"]
@@ -261,7 +265,7 @@ def _read_modules(directory, allow_pickle):
 def _read_limits(folder):
     """max_length, by the first file that gives one."""
     for file, key in (("sentence_bert_config.json", "max_seq_length"), ("tokenizer_config.json", "model_max_length")):
-        length = read_json(folder / file).get(key)
+        length = _read_json_if_there(folder / file).get(key)
         # transformers writes 1e30 for no limit
         if isinstance(length, int) and length < 1 << 20:
             return dict(max_length=length)

@@ -192,8 +192,6 @@ def _read_amd(text):
     )
 
 
-KINDS = ("tensor", "mufu", "fp32", "int", "shared", "global", "sync", "other")
-
 _NVIDIA_KINDS = {
     "tensor": "HMMA HGMMA QGMMA IGMMA IMMA UTCHMMA UTCQMMA UTCIMMA UTCOMMA",
     "mufu": "MUFU",
@@ -205,6 +203,7 @@ _NVIDIA_KINDS = {
     "global": "LDG STG LDGSTS LD ST RED REDG ATOM ATOMG LDL STL UTMALDG UTMASTG UBLKCP LDC LDCU",
     "sync": "BAR SYNCS WARPGROUP WARPSYNC LDGDEPBAR DEPBAR MEMBAR FENCE ERRBAR CCTL BSYNC BSSY UTCBAR NANOSLEEP",
 }
+KINDS = (*_NVIDIA_KINDS, "other")
 _KIND_OF = {name: kind for kind, names in _NVIDIA_KINDS.items() for name in names.split()}
 
 _AMD_KINDS = {
@@ -320,6 +319,10 @@ _LIMIT = 1 << 31
 # multiplied by a stride of 8 or more they need 64
 _DATA = (-(1 << 20), 1 << 28)
 _SAME = {"tt.splat", "tt.expand_dims", "tt.broadcast", "tt.reshape", "tt.trans", "arith.extsi", "arith.trunci"}
+_ARITHMETIC = {
+    "arith.addi": int.__add__, "arith.subi": int.__sub__, "arith.muli": int.__mul__, "arith.minsi": min,
+    "arith.maxsi": max,
+}  # fmt: skip
 _LINE = re.compile(r"^\s*%([\w.]+)(?::\d+)? = ([\w.]+)(.*)")
 _LOOP = re.compile(r"scf\.for %([\w.]+) = %([\w.]+) to %([\w.]+) step")
 
@@ -380,17 +383,14 @@ def _range(op, rest, inputs, grid):
         return inputs[0]
     if op == "arith.select" and re.search(r"i\d+>?$", rest.strip()):
         return min(inputs[1][0], inputs[2][0]), max(inputs[1][1], inputs[2][1])
-    if op in ("arith.addi", "arith.subi", "arith.muli", "arith.divsi", "arith.remsi", "arith.minsi", "arith.maxsi"):
-        a, b = inputs
-        if op == "arith.subi":
-            return a[0] - b[1], a[1] - b[0]
-        if op == "arith.remsi":
-            return 0 if a[0] >= 0 else 1 - b[1], b[1] - 1
-        if op == "arith.divsi":
-            return (a[0] // b[0], a[1] // b[0]) if 0 < b[0] == b[1] else a
-        pairs = {"arith.addi": int.__add__, "arith.muli": int.__mul__, "arith.minsi": min, "arith.maxsi": max}[op]
-        values = [pairs(x, y) for x, y in ((a[0], b[0]), (a[0], b[1]), (a[1], b[0]), (a[1], b[1]))]
-        if op == "arith.addi":
-            values = [a[0] + b[0], a[1] + b[1]]
+    if op == "arith.remsi":
+        (low, _), (_, divisor) = inputs
+        return 0 if low >= 0 else 1 - divisor, divisor - 1
+    if op == "arith.divsi":
+        (low, high), (least, most) = inputs
+        return (low // most, high // most) if 0 < least == most else (low, high)
+    if op in _ARITHMETIC:
+        # each is largest and smallest where both inputs are
+        values = [_ARITHMETIC[op](x, y) for x in inputs[0] for y in inputs[1]]
         return min(values), max(values)
     return None

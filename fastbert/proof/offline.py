@@ -123,35 +123,42 @@ def compile_launches(arch, run):
             run()
     finally:
         driver._active = before
-    rows = {}
-    for record in offline.records:
-        row = rows.setdefault(record.metadata.hash, _row(arch, record, offline.get_current_device()))
-        row["is_candidate"] &= record.is_candidate
-        row["narrow_offsets"] = sorted({*row["narrow_offsets"], *_narrow_offsets(record, _asm(record, offline))})
-    return list(rows.values())
+    return _merged([_row(arch, record, offline) for record in offline.records])
 
 
-def _asm(record, driver):
-    kernels = record.source.fn.device_caches[driver.get_current_device()][0].values()
-    return next(kernel.asm for kernel in kernels if kernel.metadata.hash == record.metadata.hash)
+def _merged(rows):
+    """One row for each compiled kernel of an op, with the uses of all."""
+    merged = {}
+    for row in rows:
+        key = row["hash"], row.get("op"), row.get("arch"), row.get("dtype")
+        known = merged.setdefault(key, row | dict(uses=[]))
+        known["uses"] += row["uses"]
+        known["narrow_offsets"] = sorted({*known["narrow_offsets"], *row["narrow_offsets"]})
+        known["is_candidate"] &= row["is_candidate"]
+    return list(merged.values())
 
 
-def _row(arch, record, device):
-    metadata, warps = record.metadata, record.metadata.num_warps
-    report = _read(arch, metadata, _asm(record, offline_driver(arch)))
-    names = list(record.source.signature)
-    constants = {names[place[0]]: value for place, value in record.source.constants.items() if len(place) == 1}
-    programs, limit = machine_code.occupancy(arch, report["registers"], warps, metadata.shared)
+def _row(arch, record, driver):
+    metadata, source = record.metadata, record.source
+    kernels = source.fn.device_caches[driver.get_current_device()][0].values()
+    asm = next(kernel.asm for kernel in kernels if kernel.metadata.hash == metadata.hash)
+    report = _read(arch, metadata, asm)
+    constants = {list(source.signature)[place[0]]: x for place, x in source.constants.items() if len(place) == 1}
+    integers = {name: value for name, value in zip(source.signature, record.arguments) if type(value) is int}
+    programs, limit = machine_code.occupancy(arch, report["registers"], metadata.num_warps, metadata.shared)
     return dict(
         hash=metadata.hash,
         kernel=metadata.name,
         # AMD's compiler knows no maxnreg
-        settings=dict(warps=warps, stages=metadata.num_stages, maxnreg=getattr(metadata, "maxnreg", None))
+        settings=dict(warps=metadata.num_warps, stages=metadata.num_stages, maxnreg=getattr(metadata, "maxnreg", None))
         | {name: value for name, value in constants.items() if isinstance(value, int | float | str)},
         shared=metadata.shared,
-        occupancy=dict(programs=programs, warps=programs * warps, of=ARCHITECTURES[arch].warps, limit=limit),
-        narrow_offsets=[],
-        is_candidate=True,
+        occupancy=dict(
+            programs=programs, warps=programs * metadata.num_warps, of=ARCHITECTURES[arch].warps, limit=limit
+        ),
+        narrow_offsets=machine_code.narrow_offsets(asm["ttir"], integers, record.grid),
+        is_candidate=record.is_candidate,
+        uses=[],
         **report,
     )
 
@@ -174,12 +181,6 @@ def _read(arch, metadata, asm):
     return report
 
 
-def _narrow_offsets(record, asm):
-    signature = record.source.signature
-    integers = {name: value for name, value in zip(signature, record.arguments) if type(value) is int}
-    return machine_code.narrow_offsets(asm["ttir"], integers, record.grid)
-
-
 def _compile_case(arch, dtype, op, case, models, candidates):
     """Rows of one case, for each of `models`; with "error" in place of the figures where there are none."""
     from ..kernels import _launch
@@ -187,7 +188,7 @@ def _compile_case(arch, dtype, op, case, models, candidates):
     # not the profile of a GPU that happens to be here
     _launch.device_name = lambda: "none"
     if candidates:
-        _launch.AUTOTUNE, _launch._microseconds = True, functools.partial(_compile_candidate, offline_driver(arch))
+        _launch.AUTOTUNE, _launch.microseconds = True, functools.partial(_compile_candidate, offline_driver(arch))
 
     def call(model):
         arguments = op_cases.without_data(op, model, DTYPES[dtype], **TABLE[op].compiled[case])
@@ -197,7 +198,7 @@ def _compile_case(arch, dtype, op, case, models, candidates):
 
     rows = []
     for model in models:
-        _launch._profile.cache_clear()
+        _launch.profile_of.cache_clear()
         try:
             found = compile_launches(arch, lambda: call(model))  # noqa: B023
         except Exception as error:  # one kernel that does not compile must not hide the others
@@ -257,14 +258,8 @@ def report(archs, dtypes, models, op_names, *, candidates=False, on_progress=lam
             rows = next(_in_processes([task], 1))[1] or _crash(*task)
         results[task] = rows
         on_progress(len(results), len(tasks))
-    merged = {}
-    for row in itertools.chain.from_iterable(results[task] for task in tasks):
-        key = row["arch"], row["dtype"], row["op"], row["hash"]
-        known = merged.setdefault(key, row | dict(uses=[], narrow_offsets=[]))
-        known["uses"] += row["uses"]
-        known["narrow_offsets"] = sorted({*known["narrow_offsets"], *row["narrow_offsets"]})
-        known["is_candidate"] &= row["is_candidate"]
-    return [row | judge(row) for row in merged.values()]
+    merged = _merged(itertools.chain.from_iterable(results[task] for task in tasks))
+    return [row | judge(row) for row in merged]
 
 
 def _in_processes(tasks, workers):

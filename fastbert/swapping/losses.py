@@ -48,7 +48,9 @@ class BertForMaskedLM(Replacement):
 
     PARTS = ("loss",)
     WHAT = "head and loss on labelled tokens only"
-    SCORES = "logits"
+    OUTPUT, SCORES = "MaskedLMOutput", "logits"
+    # of a second head, for pairs of sentences: the argument with the labels, the head, its field in the output
+    PAIRS = None, None, None
 
     @staticmethod
     def refuses(module):
@@ -58,24 +60,35 @@ class BertForMaskedLM(Replacement):
 
     def forward(self, *args, **kwargs):
         kwargs = by_name(self, args, kwargs)
-        labels, num_items = kwargs.pop("labels", None), kwargs.pop("num_items_in_batch", None)
-        if labels is None:
+        pairs, pair_head, pair_scores = self.PAIRS
+        labels, pair_labels = kwargs.pop("labels", None), kwargs.pop(pairs, None)
+        num_items = kwargs.pop("num_items_in_batch", None)
+        if labels is None or (pairs and pair_labels is None):
             return super().forward(**kwargs)
         return_dict = kwargs.pop("return_dict", None)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         if self.training and self.fastbert_options.logits == "evaluation":
             out = self.base_model(**kwargs, return_dict=True)
             loss = self._labelled_loss(out[0], labels, num_items)
-            fields = dict(loss=loss, hidden_states=out.get("hidden_states"), attentions=out.get("attentions"))
-            cls = from_file_of(self, "MaskedLMOutput")
+            fields = dict(hidden_states=out.get("hidden_states"), attentions=out.get("attentions"))
+            if pairs:
+                fields[pair_scores] = self.get_submodule(pair_head)(out[1])
+            cls = from_file_of(self, self.OUTPUT)
         else:
             out = super().forward(**kwargs, return_dict=True)
             scores = out[self.SCORES].flatten(0, -2)
-            labels = labels.to(scores.device).flatten()
-            picks = (labels != -100).nonzero()[:, 0]
-            loss_sum = _cross_entropy(scores[picks], labels[picks])
-            fields, cls = {**out, "loss": _mean(loss_sum, (labels != -100).sum(), num_items)}, type(out)
-        out = cls(**fields)
+            flat = labels.to(scores.device).flatten()
+            picks = (flat != -100).nonzero()[:, 0]
+            loss = _mean(_cross_entropy(scores[picks], flat[picks]), len(picks), num_items)
+            fields, cls = dict(out), type(out)
+        if pairs:
+            scores = fields[pair_scores].view(-1, 2)
+            pair_labels = pair_labels.to(scores.device).flatten()
+            pair_loss = _mean(_cross_entropy(scores, pair_labels), (pair_labels != -100).sum(), None)
+            if num_items is not None:
+                pair_loss = _mean(pair_loss * (labels != -100).sum().to(scores.device), None, num_items)
+            loss = loss + pair_loss
+        out = cls(**{**fields, "loss": loss})
         return out if return_dict else out.to_tuple()
 
     def _labelled_loss(self, hidden, labels, num_items):
@@ -98,37 +111,12 @@ class BertForPreTraining(BertForMaskedLM):
     kinds of label, as in the original. In a step of several micro-batches, the pair loss of each counts in proportion
     to its masked tokens."""
 
-    SCORES = "prediction_logits"
-    # the argument with the pairs' labels, the pairs' head, and its field in the output
+    OUTPUT, SCORES = "BertForPreTrainingOutput", "prediction_logits"
     PAIRS = "next_sentence_label", "cls.seq_relationship", "seq_relationship_logits"
-
-    def forward(self, *args, **kwargs):
-        kwargs = by_name(self, args, kwargs)
-        argument, head, field = self.PAIRS
-        labels, pair_labels = kwargs.pop("labels", None), kwargs.pop(argument, None)
-        num_items = kwargs.pop("num_items_in_batch", None)
-        if labels is None or pair_labels is None:
-            return super().forward(**kwargs)
-        return_dict = kwargs.pop("return_dict", None)
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        if self.training and self.fastbert_options.logits == "evaluation":
-            out = self.base_model(**kwargs, return_dict=True)
-            loss = self._labelled_loss(out[0], labels, num_items)
-            fields = {field: self.get_submodule(head)(out[1])}
-            fields |= dict(hidden_states=out.get("hidden_states"), attentions=out.get("attentions"))
-            cls = from_file_of(self, f"{self.config.model_type.capitalize()}ForPreTrainingOutput")
-        else:
-            out = super().forward(**kwargs, labels=labels, num_items_in_batch=num_items, return_dict=True)
-            loss, fields, cls = out.loss, dict(out), type(out)
-        scores, pair_labels = fields[field], pair_labels.to(fields[field].device).flatten()
-        pair_loss = _mean(_cross_entropy(scores.view(-1, 2), pair_labels), (pair_labels != -100).sum(), None)
-        if num_items is not None:
-            pair_loss = _mean(pair_loss * (labels != -100).sum().to(pair_loss.device), None, num_items)
-        out = cls(**{**fields, "loss": loss + pair_loss})
-        return out if return_dict else out.to_tuple()
 
 
 class AlbertForPreTraining(BertForPreTraining):
+    OUTPUT = "AlbertForPreTrainingOutput"
     PAIRS = "sentence_order_label", "sop_classifier", "sop_logits"
 
 

@@ -1,5 +1,6 @@
 """The learning curve and the model card of a finished run."""
 
+import math
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -7,32 +8,26 @@ from pathlib import Path
 from .. import __version__
 from ..files import write
 from ..model.replaced_tokens import GENERATOR
-from .log import clock, is_evaluation, losses_in, number, read_metrics
+from .log import clock, in_words, is_evaluation, read_metrics, words
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart
 TRAIN, HELD_OUT, BASELINE = "#56B4E9", "#D55E00", "#555555"
-# losses whose figures have their own titles below
-NAMED = ("pair", "rtd")
-# (figure of the log, title, its baseline or None, label of the baseline)
-PANELS = (
-    ("loss", "Loss per picked token (nats)", None, None),
-    ("masked_accuracy", "Masked accuracy", "baseline_accuracy", "always the most frequent token"),
-    ("rtd_loss", "Replaced or original: loss per token (nats)", None, None),
-    ("rtd_accuracy", "Replaced or original: accuracy", "rtd_baseline_accuracy", "always original"),
-    ("rtd_recall", "Replaced tokens found", None, None),
-)
-# (figure of the last evaluation, its name on the card, its format)
-HELD_OUT_FIGURES = (
-    ("loss", "held-out loss", "{} nats per picked token"),
-    ("masked_accuracy", "held-out masked accuracy", "{:.2%}"),
-    ("baseline_accuracy", "always the most frequent token", "{:.2%}"),
-    ("picked_tokens", "held-out picked tokens", "{:,}"),
-    ("pair_accuracy", "held-out pair accuracy", "{:.2%}"),
-    ("rtd_loss", "held-out detection loss", "{} nats per token"),
-    ("rtd_recall", "held-out replaced tokens found", "{:.2%}"),
-    ("rtd_accuracy", "held-out detection accuracy", "{:.2%}"),
-    ("rtd_baseline_accuracy", "always original", "{:.2%}"),
-)
+# figure -> what is drawn beside it
+BASELINES = {"masked_accuracy": "baseline_accuracy", "rtd_accuracy": "rtd_baseline_accuracy"}
+# objective -> the class that loads the model, what it was trained on
+OBJECTIVES = {
+    "mlm": ("MaskedLM", "masked-language modelling"),
+    "mlm+nsp": ("Pretraining", "masked-language modelling and next-sentence prediction"),
+    "mlm+sop": ("Pretraining", "masked-language modelling and sentence-order prediction"),
+    "rtd": (
+        "ReplacedTokenDetector",
+        f"the detection of tokens replaced by a generator, which is in `{GENERATOR}`",
+    ),
+}
+# options that say where a run was made, not how
+NOT_THE_RECIPE = {
+    "train_file", "eval_file", "output_dir", "tokenizer", "resume", "num_workers", "device", "text_column", "layout",
+}  # fmt: skip
 
 
 def learning_curve(directory):
@@ -53,36 +48,28 @@ def learning_curve(directory):
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         return tuple(zip(*points, strict=True)) or ((), ())
 
-    names = dict.fromkeys(name for row in rows for name in losses_in(row) if name not in NAMED)
-    panels = [(f"{name}_{what}", f"{name}: {what}", None, None) for name in names for what in ("loss", "accuracy")]
-    panels = [panel for panel in (*PANELS, *panels) if curve(panel[0])[0] or curve(f"eval_{panel[0]}")[0]]
+    names = dict.fromkeys(name.removeprefix("eval_") for row in rows for name in row)
+    panels = [name for name in names if name.endswith(("loss", "accuracy", "recall")) and "baseline" not in name]
     if not panels:
         return None
-    # the generator's panels above, the discriminator's below
-    columns, lines = (len(panels), 1) if len(panels) <= 3 else (len(panels) - 2, 2)
+    columns, lines = min(len(panels), 3), math.ceil(len(panels) / 3)
     figure = Figure(figsize=(5 * columns, 4.2 * lines), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     tokens_per_step = rows[-1]["tokens"] / rows[-1]["step"]
-    places = figure.subplots(lines, columns, squeeze=False)
-    for unused in places[0, 2:] if lines > 1 else ():
-        unused.set_axis_off()
-    places = [*places[0, :2], *places[1]] if lines > 1 else places[0]
-    for axes, (name, title, baseline, meaning) in zip(places, panels, strict=True):
+    for place, name in enumerate(panels, 1):
+        axes = figure.add_subplot(lines, columns, place)
         axes.plot(*curve(name), color=TRAIN, linewidth=1.2, label="training")
-        if curve(f"eval_{name}")[0]:
-            axes.plot(
-                *curve(f"eval_{name}"), color=HELD_OUT, linewidth=2, marker="o", markersize=4, label="held-out text"
-            )
+        held_out = curve(f"eval_{name}")
+        if held_out[0]:
+            axes.plot(*held_out, color=HELD_OUT, linewidth=2, marker="o", markersize=4, label="held-out text")
         if not name.endswith("loss"):
             axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1 if name == "rtd_accuracy" else 0))
-        steps, values = curve(f"eval_{baseline}")
-        look = dict(color=BASELINE, linewidth=1.2, linestyle="--", label=meaning)
-        # this baseline changes over the run: a better generator leaves fewer wrong tokens
-        if len(set(values)) > 1:
-            axes.plot(steps, values, **look)
-        elif values:
-            axes.axhline(values[0], **look)
-        axes.set_title(title, loc="left", fontsize=11)
+        # that of replaced tokens changes over the run: a better generator leaves fewer wrong tokens
+        baseline = f"eval_{BASELINES.get(name)}"
+        if curve(baseline)[0]:
+            axes.plot(*curve(baseline), color=BASELINE, linewidth=1.2, linestyle="--", label=words(baseline))
+        title = words(name) + (" (nats)" if name.endswith("loss") else "")
+        axes.set_title(title[0].upper() + title[1:], loc="left", fontsize=11)
         axes.set_xlabel("step")
         axes.set_xlim(left=0)
         if name in ("masked_accuracy", "rtd_recall"):
@@ -118,52 +105,27 @@ def model_card(directory, facts, manifest, progress):
     evaluation = next((row for row in reversed(read_metrics(directory)) if is_evaluation(row)), {})
 
     def table(head, rows):
-        lines = [f"| {head} | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
-        return "\n".join(lines)
+        return "\n".join([f"| {head} | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
 
     figures = [("steps", f"{progress.step:,}"), ("tokens seen", f"{progress.tokens:,}"),
                ("training time", clock(progress.elapsed))]  # fmt: skip
     if progress.skipped:
         figures.append(("steps skipped, gradient not finite", f"{progress.skipped:,}"))
-    # a loss that is not finite is null in the log
-    for name in [name for name in evaluation if name.endswith("loss")]:
-        evaluation[name] = number(evaluation[name], 4 if name == "eval_rtd_loss" else 3)
-    others = [name for name in losses_in(evaluation) if name not in NAMED]
-    others = [(f"{name}_loss", f"held-out {name} loss", "{}") for name in others] + [
-        (f"{name}_accuracy", f"held-out {name} accuracy", "{:.2%}") for name in others
-    ]
-    figures += [
-        (title, form.format(evaluation[f"eval_{name}"]))
-        for name, title, form in (*HELD_OUT_FIGURES, *others)
-        if f"eval_{name}" in evaluation
-    ]
-    text = [
-        (name, f"{manifest[key]:,}")
-        for name, key in (("documents", "documents"), ("sentences", "sentences"), ("tokens", "tokens"),
-                          ("lines skipped, not UTF-8 or without text", "skipped_lines"))
+    held_out = [*in_words(evaluation, digits=2).items()]
+    if "eval_picked_tokens" in evaluation:
+        held_out.append(("picked tokens", f"{evaluation['eval_picked_tokens']:,}"))
+    text = [(name, f"{manifest[name]:,}") for name in ("documents", "sentences", "tokens")]
+    text += [
+        ("lines skipped, not UTF-8 or without text", f"{manifest['skipped_lines']:,}"),
+        ("vocabulary", f"{manifest['vocab_size']:,} pieces"), ("tokenizer's sha256", facts["tokenizer"][:16]),
     ]  # fmt: skip
-    text += [("vocabulary", f"{manifest['vocab_size']:,} pieces"), ("tokenizer's sha256", facts["tokenizer"][:16])]
     is_detector = config["objective"] == "rtd"
-    left_out = (
-        "train_file",
-        "eval_file",
-        "output_dir",
-        "tokenizer",
-        "resume",
-        "num_workers",
-        "device",
-        "text_column",
-        "layout",
-        *(() if is_detector else ("rtd_weight",)),
-    )
-    recipe = [(f"`{name}`", value) for name, value in config.items() if name not in left_out and value is not None]
-    objectives = {
-        "mlm": "masked-language modelling",
-        "mlm+nsp": "masked-language modelling and next-sentence prediction",
-        "mlm+sop": "masked-language modelling and sentence-order prediction",
-        "rtd": f"the detection of tokens replaced by a generator, which is in `{GENERATOR}`",
-    }
-    kind = {"mlm": "MaskedLM", "rtd": "ReplacedTokenDetector"}.get(config["objective"], "Pretraining")
+    recipe = [
+        (f"`{name}`", value)
+        for name, value in config.items()
+        if value is not None and name not in NOT_THE_RECIPE and (is_detector or name != "rtd_weight")
+    ]
+    kind, what = OBJECTIVES[config["objective"]]
     # a detector fills in no words; its generator does
     masked = directory / GENERATOR if is_detector else directory
     tags = "feature-extraction" if is_detector else "fill-mask"
@@ -183,7 +145,7 @@ tags: [{model["model_type"]}, fastbert, {training}]
 
 An encoder ({model["model_type"]}), {model["num_hidden_layers"]} layers of size {model["hidden_size"]}, pretrained \
 with fastbert on
-{objectives[config["objective"]]}.
+{what}.
 
 ## Use
 
@@ -202,6 +164,8 @@ pipeline("fill-mask", model="{masked}")("A sentence with a [MASK] in it.")
 ## Figures
 
 {table("run", figures)}
+
+{table("held-out text, losses in nats", held_out)}
 {curve if (directory / "learning_curve.png").exists() else ""}
 ## Text
 

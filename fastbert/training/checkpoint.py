@@ -12,6 +12,7 @@ A checkpoint is built in a hidden directory beside its final one, forced to the 
 checkpoint-<step> is complete unless the disk lost something, which the manifest shows. No file is a pickle.
 """
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -47,10 +48,7 @@ def save_checkpoint(directory, step, model, optimizer, tokenizer, state, *, keep
         raise ValueError(f"step {step} is not saved: {len(bad)} parameters are not finite, the first is {bad[0]}")
     directory = Path(directory)
     final = directory / f"checkpoint-{step}"
-    clear_unfinished(directory)
-    building = directory / f"{_BUILDING}{final.name}"
-    try:
-        building.mkdir(parents=True)
+    with _building(directory, final.name) as building:
         model.save_pretrained(building)
         save_file(_optimizer_tensors(model, optimizer), building / OPTIMIZER)
         (building / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
@@ -61,10 +59,6 @@ def save_checkpoint(directory, step, model, optimizer, tokenizer, state, *, keep
             final.rename(directory / f"{_REPLACED}{final.name}")
         building.rename(final)
         sync(directory)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(building, ignore_errors=True)
-        raise _unwritten(final, error) from None
-    clear_unfinished(directory)
     for old in _by_step(directory)[:-keep] if keep else []:
         # the manifest first: a half-deleted checkpoint must not pass for a whole one
         (old / MANIFEST).unlink(missing_ok=True)
@@ -80,21 +74,19 @@ def load_checkpoint(path, model, optimizer):
     path = Path(path)
     verify(path)
     restored = model.stored(path)
-    own = model.state_dict()
-    for name, tensor in own.items():
-        if name not in restored or restored[name].shape != tensor.shape:
-            found = tuple(restored[name].shape) if name in restored else "missing"
+    for name, tensor in model.state_dict().items():
+        found = tuple(restored[name].shape) if name in restored else "missing"
+        if found != tensor.shape:
             raise ValueError(f"{path} belongs to another model: {name} is {found}, expected {tuple(tensor.shape)}")
     model.load_state_dict(restored)
-    tensors = load_file(path / OPTIMIZER)
-    for name, parameter in model.named_parameters():
-        prefix = name + "/"
-        entries = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
-        if _EXACT in entries:
-            parameter.data.copy_(entries.pop(_EXACT))
-        # a parameter that has had no gradient yet has no state
-        if entries:
-            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in entries.items()}
+    parameters = dict(model.named_parameters())
+    # a parameter that has had no gradient yet has no state
+    for key, value in load_file(path / OPTIMIZER).items():
+        name, _, entry = key.rpartition("/")
+        if entry == _EXACT:
+            parameters[name].data.copy_(value)
+        else:
+            optimizer.state[parameters[name]][entry] = value.to(parameters[name].device)
     return read_state(path)
 
 
@@ -124,10 +116,7 @@ def latest(directory):
 def publish(directory, model, tokenizer):
     """Write the finished model and its tokenizer to `directory` itself, each file completely or not at all."""
     directory = Path(directory)
-    building = directory / f"{_BUILDING}model"
-    shutil.rmtree(building, ignore_errors=True)
-    try:
-        building.mkdir()
+    with _building(directory, MODEL) as building:
         model.save_pretrained(building)
         _save_tokenizers(tokenizer, building)
         for path in all_files(building):
@@ -136,10 +125,23 @@ def publish(directory, model, tokenizer):
             sync(path)
             path.replace(final)
             sync(final.parent)
-        shutil.rmtree(building)
         sync(directory)
+
+
+@contextlib.contextmanager
+def _building(directory, name):
+    """A hidden directory to build `directory`/`name` in. A file that cannot be written is an OSError of one line."""
+    building = directory / f"{_BUILDING}{name}"
+    try:
+        clear_unfinished(directory)
+        building.mkdir(parents=True)
+        yield building
     except (OSError, SafetensorError) as error:
-        raise _unwritten(directory, error) from None
+        shutil.rmtree(building, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or error
+        free = shutil.disk_usage(directory).free / 1e6
+        raise OSError(f"{directory / name} cannot be written: {reason} ({free:,.0f} MB are free there)") from None
+    clear_unfinished(directory)
 
 
 def verify(path):
@@ -153,17 +155,16 @@ def to_resume(directory, resume):
     Raises ValueError when the directory holds a run and `resume` is False, or when all its checkpoints are damaged.
     """
     directory = Path(directory)
-    run = [name for name in ("metrics.jsonl", MODEL) if (directory / name).exists()]
-    run += [path.name for path in directory.glob("checkpoint-*")]
-    if run and not resume:
-        raise ValueError(
-            f"--output-dir {directory} holds another run ({run[-1]}): continue it with --resume, or choose another "
-            "directory"
-        )
-    if not resume:
-        return None
-    clear_unfinished(directory)
-    return latest(directory)
+    if resume:
+        clear_unfinished(directory)
+        return latest(directory)
+    for name in ("checkpoint-*", MODEL, "metrics.jsonl"):
+        for path in directory.glob(name):
+            raise ValueError(
+                f"--output-dir {directory} holds another run ({path.name}): continue it with --resume, or choose "
+                "another directory"
+            )
+    return None
 
 
 def check_same_run(path, state, config, tokenizer, may_differ):
@@ -209,13 +210,6 @@ def _save_tokenizers(tokenizer, directory):
     """Save the tokenizer beside every model in `directory`."""
     for path in directory.rglob("config.json"):
         save_tokenizer(tokenizer, path.parent)
-
-
-def _unwritten(path, error):
-    """One OSError for all errors of the system and of safetensors when a file cannot be written."""
-    reason = getattr(error, "strerror", None) or error
-    free = shutil.disk_usage(path.parent).free / 1e6
-    return OSError(f"{path} cannot be written: {reason} ({free:,.0f} MB are free there)")
 
 
 def _by_step(directory):

@@ -7,24 +7,19 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..files import write
 
 METRICS = "metrics.jsonl"
-# (column, text if a row has that column); other losses get a plain text
-TRAINING = (
-    ("loss", "loss {loss}  accuracy {masked_accuracy:.1%}"),
-    ("pair_loss", ""),
-    ("rtd_loss", "  replaced: loss {rtd_loss}  found {rtd_recall:.1%}  right {rtd_accuracy:.1%}"),
-)
-EVALUATION = (
-    ("eval_loss", "held-out loss {eval_loss}, masked accuracy {eval_masked_accuracy:.1%}"),
-    ("eval_pair_loss", ", pairs {eval_pair_accuracy:.1%}"),
-    ("eval_baseline_accuracy", " (always the most frequent token: {eval_baseline_accuracy:.1%})"),
-    ("eval_rtd_loss", "; replaced tokens found {eval_rtd_recall:.1%}, right {eval_rtd_accuracy:.1%}"
-                      " (always original: {eval_rtd_baseline_accuracy:.1%})"),
-)  # fmt: skip
+# names of figures in words; another figure's words are its name
+WORDS = {
+    "baseline_accuracy": "always guessing the most frequent token",
+    "rtd_loss": "detection loss",
+    "rtd_accuracy": "detection accuracy",
+    "rtd_baseline_accuracy": "always guessing original",
+    "rtd_recall": "replaced tokens found",
+}
 
 
 class Log:
@@ -54,10 +49,9 @@ class Log:
         self.console.print(line, markup=False, soft_wrap=True)
 
     def begin(self, progress, total, *, in_seconds):
-        """Open the log at `progress` and drop later rows, which a resume repeats. The run ends at step or second
+        """Open the log at `progress`, without later rows, which a resume repeats. The run ends at step or second
         `total`."""
         self.total, self.in_seconds = total, in_seconds
-        self.began = (progress.step, progress.elapsed)
         if self.rank > 0:
             return
         path = self.directory / METRICS
@@ -67,24 +61,24 @@ class Log:
         self.rows = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed in __exit__)
         self.tensorboard = _tensorboard(self.directory / "tensorboard", progress.step)
         columns = (
-            TextColumn("{task.fields[place]}"), BarColumn(bar_width=16), TextColumn("{task.fields[figures]}"),
-            TextColumn("{task.fields[left]} left"),
+            TextColumn("{task.description}"), BarColumn(bar_width=16), TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(), TextColumn("left"),
         )  # fmt: skip
-        self.bar = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
-        self.task = self.bar.add_task("", total=total, place="step 0", figures="", left="?")
+        # a step of a large model takes minutes on a CPU: the time left is estimated from the last hour
+        self.bar = Progress(
+            *columns, console=self.console, transient=True, disable=not self.console.is_terminal,
+            speed_estimate_period=3600,
+        )  # fmt: skip
+        self.task = self.bar.add_task("", total=total, figures="")
         self.bar.start()
         self.advance(progress)
 
     def advance(self, progress):
         """Move the bar."""
-        if self.rank > 0:
-            return
-        now, start = (progress.elapsed, self.began[1]) if self.in_seconds else (progress.step, self.began[0])
-        left = "?"
-        if now > start:
-            left = clock((progress.elapsed - self.began[1]) * (self.total - now) / (now - start))
-        place = f"step {progress.step}" + ("" if self.in_seconds else f"/{self.total}")
-        self.bar.update(self.task, completed=now, place=place, left=left)
+        if self.rank == 0:
+            place = f"step {progress.step}" + ("" if self.in_seconds else f"/{self.total}")
+            done = progress.elapsed if self.in_seconds else progress.step
+            self.bar.update(self.task, completed=done, description=place)
 
     def write(self, row):
         """Append a row to metrics.jsonl and show it. Numbers that are not finite become null."""
@@ -99,39 +93,40 @@ class Log:
             for name, value in row.items():
                 if name not in ("step", "elapsed") and value is not None:
                     self.tensorboard.add_scalar(name.replace("eval_", "eval/", 1), value, row["step"])
+        said = ", ".join(f"{name} {value}" for name, value in in_words(row).items())
         if is_evaluation(row):
             self.last_evaluation = row
-            self.say(f"step {row['step']}: {spoken(row, EVALUATION)}")
+            self.say(f"step {row['step']}: held-out {said}")
             return
-        figures = f"{spoken(row, TRAINING)}  {row['tokens_per_second']:,} tokens/s  fill {row['fill']:.1%}"
+        said += f", {row['tokens_per_second']:,} tokens/s, fill {row['fill']:.1%}"
         if row["memory_mb"] is not None:
-            figures += f"  {row['memory_mb']:,.0f} MB"
-        self.bar.update(self.task, figures=figures)
+            said += f", {row['memory_mb']:,} MB"
+        self.bar.update(self.task, figures=said)
         if not self.console.is_terminal:
-            self.say(f"step {row['step']}: {figures}  {clock(row['elapsed'])}")
+            self.say(f"step {row['step']}: {said}, {clock(row['elapsed'])}")
 
 
 def is_evaluation(row):
     return any(name.startswith("eval_") for name in row)
 
 
-def losses_in(row):
-    """The names of a row's losses except that of masked tokens."""
-    columns = [name.removeprefix("eval_") for name in row if name.endswith("_loss")]
-    return [column.removesuffix("_loss") for column in columns if column != "loss"]
+def words(name):
+    """A column's name in words: "rtd_recall" and "eval_rtd_recall" are "replaced tokens found"."""
+    name = name.removeprefix("eval_")
+    return WORDS.get(name, name.replace("_", " "))
 
 
-def spoken(row, table):
-    """The text for a row, from a table of (column, text), with a plain text for losses not in the table."""
-    shown = {name: number(value) if name.endswith("loss") else value for name, value in row.items()}
-    text = "".join(text.format(**shown) for column, text in table if column in row)
-    prefix = "eval_" if is_evaluation(row) else ""
-    for name in losses_in(row):
-        if f"{prefix}{name}_loss" not in dict(table):
-            text += f"  {'held-out ' if prefix else ''}{name}: loss {shown[f'{prefix}{name}_loss']}"
-            if f"{prefix}{name}_accuracy" in row:
-                text += f"  accuracy {row[f'{prefix}{name}_accuracy']:.1%}"
-    return text.lstrip()
+def in_words(row, digits=1):
+    """{name in words: value as text} of the losses, accuracies and recalls in a row. digits: of percentages."""
+    shown = {}
+    for name, value in row.items():
+        if value is None and name.endswith("loss"):
+            shown[words(name)] = "not finite"
+        elif name.endswith("loss"):
+            shown[words(name)] = f"{value:.3f}"
+        elif name.endswith(("accuracy", "recall")):
+            shown[words(name)] = f"{value:.{digits}%}"
+    return shown
 
 
 def read_metrics(directory):
@@ -169,7 +164,3 @@ def _tensorboard(directory, step):
 def clock(seconds):
     seconds = max(0, round(seconds))
     return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
-
-
-def number(value, digits=3):
-    return "not finite" if value is None else f"{value:.{digits}f}"

@@ -62,10 +62,7 @@ class Step:
     batches: list | None = None
     # the script sets the figures of an evaluation; None when it was interrupted
     row: dict | None = None
-    # Run.update sets these
-    sums: dict | None = None
-    gradient_norm: float | None = None
-    learning_rate: float | None = None
+    began: float = field(default_factory=time.monotonic)
 
 
 @dataclass
@@ -93,7 +90,7 @@ class Run:
         """Yields a Step for each step of training and each evaluation, until the run is finished or gets a signal.
 
         loader: gives the micro-batches, see `MaskedBatches.epoch`. evaluates: whether there is held-out text; the first
-        process evaluates. Raises FloatingPointError when training diverges.
+        process evaluates.
         """
         config, progress = self.config, self.progress
         rank, world_size = processes.join()
@@ -125,28 +122,24 @@ class Run:
             if self.finished or stop:
                 return
 
-            started = time.monotonic()
             step = Step(position, [])
             for progress.epoch, progress.batch, batch in islice(stream, config.gradient_accumulation_steps):
                 batch.seed = dropout_seed(config.seed, progress.step, len(step.batches), rank)
                 step.batches.append(batch)
             yield step
-            step.sums["capacity"] = config.tokens_per_batch * len(step.batches) * world_size
-            step.sums["seconds"] = time.monotonic() - started
-            self._record(step)
 
     def update(self, step, sums, learning_rate):
-        """Clip the gradients and step the optimizer. Skips a step with a gradient that is not finite, or without one.
+        """Clip the gradients, step the optimizer, write the log.
 
-        sums: what `accumulate` returned.
+        sums: what `accumulate` returned. The optimizer does not step when a gradient is not finite or there is none.
+        Raises FloatingPointError when that is so in MAX_NONFINITE steps in a row.
         """
-        config, progress = self.config, self.progress
-        step.sums, step.learning_rate = sums, learning_rate
+        config, progress, window, norm = self.config, self.progress, self.progress.window, None
         if not any(sums[column(name, "count")] for name in losses_in(sums)):
             progress.empty += 1
         else:
-            step.gradient_norm = optim.clip_gradients(self.model.parameters(), config.max_grad_norm).item()
-            if math.isfinite(step.gradient_norm):
+            norm = optim.clip_gradients(self.model.parameters(), config.max_grad_norm).item()
+            if math.isfinite(norm):
                 for group in self.optimizer.param_groups:
                     group["lr"] = learning_rate
                 self.optimizer.step()
@@ -155,23 +148,23 @@ class Run:
                 progress.skipped += 1
                 self.nonfinite += 1
                 self.log.say(
-                    f"step {progress.step + 1} is skipped: its gradient norm is {step.gradient_norm} "
+                    f"step {progress.step + 1} is skipped: its gradient norm is {norm} "
                     f"(epoch {progress.epoch}, up to micro-batch {progress.batch})"
                 )
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _record(self, step):
-        progress, window = self.progress, self.progress.window
         progress.step += 1
-        progress.tokens += int(step.sums["tokens"])
-        for name, value in step.sums.items():
+        progress.tokens += int(sums["tokens"])
+        _, world_size = processes.join()
+        capacity = config.tokens_per_batch * len(step.batches) * world_size
+        for name, value in (sums | {"capacity": capacity, "seconds": time.monotonic() - step.began}).items():
             window[name] = window.get(name, 0) + value
-        if progress.step % self.config.logging_steps == 0:
+        if progress.step % config.logging_steps == 0:
             self.log.write(progress.place() | figures(window) | {
                 "fill": window["tokens"] / window["capacity"],
                 "tokens_per_second": round(window["tokens"] / window["seconds"]),
                 "memory_mb": peak_memory_mb(next(self.model.parameters()).device),
-                "learning_rate": step.learning_rate, "gradient_norm": step.gradient_norm,
+                "learning_rate": learning_rate, "gradient_norm": norm,
                 "skipped_steps": progress.skipped, "empty_steps": progress.empty,
             })  # fmt: skip
             window.clear()

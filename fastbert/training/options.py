@@ -2,13 +2,18 @@
 
 import dataclasses
 import json
+import math
+import operator
 import os
 from pathlib import Path
 
 
-def option(default, help, choices=None):
-    """A dataclass field with its help text. A default () allows several values, a default None no value."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+def option(default, help, choices=None, **limits):
+    """A dataclass field with its help text. A default () allows several values, a default None no value.
+
+    limits of a number: `least` and `most` are allowed themselves, `above` and `below` are not.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "limits": limits})
 
 
 def flag(name):
@@ -17,7 +22,7 @@ def flag(name):
 
 
 def tidy(options):
-    """For __post_init__: turn paths into text and several values into a tuple. Raises ValueError for a wrong choice."""
+    """For __post_init__: paths become text, several values a tuple. Raises ValueError for a value out of its range."""
     for field in dataclasses.fields(options):
         name, value, choices = field.name, getattr(options, field.name), field.metadata["choices"]
         if field.default == ():
@@ -25,15 +30,23 @@ def tidy(options):
             object.__setattr__(options, name, tuple(str(path) for path in value))
         elif isinstance(value, os.PathLike):
             object.__setattr__(options, name, str(value))
-        elif choices:
-            need(options, f"one of {', '.join(choices)}", choices.__contains__, name)
+        elif choices and value is not None and value not in choices:
+            raise ValueError(f"{flag(name)} is {value!r}: expected one of {', '.join(choices)}")
+        elif value is not None and (limits := field.metadata["limits"]):
+            # not math.isfinite, which cannot take a huge int
+            finite = -math.inf < value < math.inf
+            if not finite or not all(LIMITS[key][0](value, limit) for key, limit in limits.items()):
+                words = " and ".join(f"{LIMITS[key][1]} {limit}" for key, limit in limits.items())
+                raise ValueError(f"{flag(name)} is {value!r}: expected {words}")
 
 
-def need(options, wanted, test, *names):
-    """Raises ValueError unless each of the options `names` is None or passes `test`. wanted: the test in words."""
-    for name in names:
-        if (value := getattr(options, name)) is not None and not test(value):
-            raise ValueError(f"{flag(name)} is {value!r}: expected {wanted}")
+# limit -> its test, its words
+LIMITS = {
+    "least": (operator.ge, "at least"),
+    "above": (operator.gt, "a number above"),
+    "most": (operator.le, "at most"),
+    "below": (operator.lt, "below"),
+}
 
 
 def kind(field):
@@ -42,58 +55,36 @@ def kind(field):
 
 
 def read_file(path, options):
-    """The values in a YAML or JSON file, as keyword arguments for the dataclass `options`.
+    """The values in a YAML or JSON file as arguments of the command line, such as ["--max-steps=5", "--no-bf16"].
 
-    Names may have - or _. Raises ValueError for an unknown name and for a value of the wrong type.
+    Names may have - or _. Raises ValueError for a name that is no field of the dataclass `options`.
     """
     path = Path(path)
-    where = f"--config {path}"
     if not path.is_file():
-        raise FileNotFoundError(f"{where}: no such file")
+        raise FileNotFoundError("no such file")
     try:
-        values = _parse(path)
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            values = json.loads(text)
+        else:
+            import yaml
+
+            values = yaml.safe_load(text)
     except ImportError:
-        raise ValueError(f"{where}: reading YAML needs the package pyyaml; JSON (.json) needs nothing") from None
+        raise ValueError("reading YAML needs the package pyyaml; JSON (.json) needs nothing") from None
     # the errors of YAML and JSON have no common base
     except Exception as error:
-        raise ValueError(f"{where} cannot be read: {' '.join(str(error).split())}") from None
+        raise ValueError(f"cannot be read: {error}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{where} holds a {type(values).__name__}: expected a mapping of options to values")
-    fields = {field.name: field for field in dataclasses.fields(options)}
-    result = {}
+        raise ValueError(f"holds a {type(values).__name__}: expected a mapping of options to values")
+    fields, arguments = {field.name: field for field in dataclasses.fields(options)}, []
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in fields:
-            raise ValueError(f"{where}: no option is called {key!r}")
-        result[name] = _value(fields[name], value, f"{where}: {key}")
-    return result
-
-
-def _parse(path):
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".json":
-        return json.loads(text)
-    import yaml
-
-    return yaml.safe_load(text)
-
-
-def _value(field, value, where):
-    wanted = kind(field)
-    if value is None and field.default is None:
-        return None
-    if isinstance(field.default, tuple):
-        return tuple(_scalar(wanted, one, where) for one in (value if isinstance(value, list) else [value]))
-    return _scalar(wanted, value, where)
-
-
-def _scalar(wanted, value, where):
-    # YAML reads 5e-4 as text, and 1 is as good as 1.0. True, an int in Python, is neither
-    if wanted is float and type(value) in (int, str):
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if type(value) is not wanted:
-        raise ValueError(f"{where} is {value!r}: expected {wanted.__name__}")
-    return value
+            raise ValueError(f"no option is called {key!r}")
+        if kind(fields[name]) is bool and isinstance(value, bool):
+            arguments.append(flag(name if value else f"no_{name}"))
+        elif value is not None:
+            several = isinstance(value, list) and fields[name].default == ()
+            arguments += [f"{flag(name)}={one}" for one in (value if several else [value])]
+    return arguments

@@ -18,10 +18,10 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import math
 import signal
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,7 +38,7 @@ from ..data.tokenizer import (
     train_bpe,
     train_wordpiece,
     vocabulary_size,
-)  # fmt: skip
+)
 from ..files import lock
 from ..model import families, hf_files, presets
 from ..model.heads import MaskedLM, Pretraining
@@ -46,7 +46,7 @@ from ..model.replaced_tokens import EMBEDDING_SHARING, GENERATOR, ReplacedTokenP
 from . import card, checkpoint, optim, processes
 from .log import Log
 from .loop import Progress, Run, accumulate, add, figures, forward, length
-from .options import flag, need, option, tidy
+from .options import flag, option, tidy
 
 # held-out text is masked with a seed of its own, the same for all runs, and read up to this many tokens
 EVAL_SEED, EVAL_TOKENS = 20181011, 1_000_000
@@ -60,12 +60,12 @@ class PretrainConfig:
 
     train_file: tuple[str, ...] = option((), "Text to train on: files, folders, globs, or one directory of shards.")
     eval_file: tuple[str, ...] = option((), "Text to evaluate on. Without it, part of the documents is held out.")
-    eval_share: float = option(0.02, "Share of the documents held out for evaluation; 0 for none.")
+    eval_share: float = option(0.02, "Share of the documents held out for evaluation; 0 for none.", least=0, below=1)
     text_column: str = option("text", "Column with the text, in .jsonl, .csv and .parquet files.")
     layout: str = option("auto", "Documents in .txt files: separated by blank lines, or one per line.", LAYOUTS)
     output_dir: str = option("", "Directory for the model, checkpoints and logs.")
     tokenizer: str | None = option(None, "Directory of a tokenizer. Without it, one is trained on the text.")
-    vocab_size: int = option(30522, "Vocabulary size of the trained tokenizer.")
+    vocab_size: int = option(30522, "Vocabulary size of the trained tokenizer.", least=1)
     cased: bool = option(False, "Train a tokenizer that keeps case and accents.")
     model: str = option(
         "bert-base",
@@ -74,39 +74,43 @@ class PretrainConfig:
     objective: str = option(
         "mlm", "Masked words, masked words and sentence pairs, or replaced tokens (ELECTRA, DeBERTa-v3).", OBJECTIVES
     )
-    rtd_weight: float = option(50.0, "Replaced tokens: weight of the discriminator's loss; the generator's is 1.")
+    rtd_weight: float = option(
+        50.0, "Replaced tokens: weight of the discriminator's loss; the generator's is 1.", above=0
+    )
     embedding_sharing: str | None = option(
         None, "Replaced tokens: how the discriminator uses the generator's embeddings. Depends on the family.",
         EMBEDDING_SHARING,
     )  # fmt: skip
-    max_seq_length: int = option(128, "Maximum tokens in a sequence, [CLS] and [SEP] included.")
+    max_seq_length: int = option(128, "Maximum tokens in a sequence, [CLS] and [SEP] included.", least=8)
     tokens_per_batch: int = option(8192, "Maximum tokens in a micro-batch. None of them is padding.")
-    gradient_accumulation_steps: int = option(1, "Micro-batches per step.")
-    max_steps: int | None = option(None, "Length of the run, in steps.")
-    epochs: float | None = option(None, "Length of the run, in passes over the text; 1 if no length is given.")
+    gradient_accumulation_steps: int = option(1, "Micro-batches per step.", least=1)
+    max_steps: int | None = option(None, "Length of the run, in steps.", least=1)
+    epochs: float | None = option(None, "Length of the run, in passes over the text; 1 if no length is given.", above=0)
     max_minutes: float | None = option(
-        None, "Length of the run, in minutes of training; the schedule follows the clock."
+        None, "Length of the run, in minutes of training; the schedule follows the clock.", above=0
     )
-    learning_rate: float = option(5e-4, "Peak learning rate.")
+    learning_rate: float = option(5e-4, "Peak learning rate.", above=0)
     schedule: str = option("linear", "Learning rate schedule after the warm-up.", tuple(optim.SCHEDULES))
-    warmup_ratio: float = option(0.06, "Share of the run spent on warm-up.")
-    warmup_steps: int | None = option(None, "Warm-up in steps. Overrides --warmup-ratio.")
-    weight_decay: float = option(0.01, "AdamW's weight decay. Biases and norms have none.")
-    adam_beta1: float = option(0.9, "AdamW's beta 1.")
-    adam_beta2: float = option(0.98, "AdamW's beta 2.")
-    adam_epsilon: float = option(1e-6, "AdamW's epsilon.")
-    max_grad_norm: float = option(1.0, "Gradient norm to clip at; 0 for no clipping.")
-    mlm_probability: float = option(0.15, "Share of the tokens picked for prediction.")
+    warmup_ratio: float = option(0.06, "Share of the run spent on warm-up.", least=0, most=1)
+    warmup_steps: int | None = option(None, "Warm-up in steps. Overrides --warmup-ratio.", least=0)
+    weight_decay: float = option(0.01, "AdamW's weight decay. Biases and norms have none.", least=0)
+    adam_beta1: float = option(0.9, "AdamW's beta 1.", least=0, below=1)
+    adam_beta2: float = option(0.98, "AdamW's beta 2.", least=0, below=1)
+    adam_epsilon: float = option(1e-6, "AdamW's epsilon.", above=0)
+    max_grad_norm: float = option(1.0, "Gradient norm to clip at; 0 for no clipping.", least=0)
+    mlm_probability: float = option(0.15, "Share of the tokens picked for prediction.", above=0, below=1)
     whole_word_mask: bool = option(False, "Pick whole words.")
-    dropout: float | None = option(None, "Dropout of hidden states and attention. The model's own by default.")
+    dropout: float | None = option(
+        None, "Dropout of hidden states and attention. The model's own by default.", least=0, below=1
+    )
     bf16: bool = option(False, "Run matrix products in bfloat16.")
     seed: int = option(0, "Seed of everything random.")
     resume: bool = option(False, "Resume the run in the output directory from its last good checkpoint.")
-    save_steps: int = option(1000, "Steps between checkpoints.")
-    save_total_limit: int = option(2, "Checkpoints to keep.")
-    eval_steps: int = option(500, "Steps between evaluations.")
-    logging_steps: int = option(10, "Steps between rows of the log.")
-    num_workers: int | None = option(None, "Threads that prepare text. One per core by default.")
+    save_steps: int = option(1000, "Steps between checkpoints.", least=1)
+    save_total_limit: int = option(2, "Checkpoints to keep.", least=1)
+    eval_steps: int = option(500, "Steps between evaluations.", least=1)
+    logging_steps: int = option(10, "Steps between rows of the log.", least=1)
+    num_workers: int | None = option(None, "Threads that prepare text. One per core by default.", least=1)
     verify: bool = option(True, "Compare token shards with their sha256 at the start.")
     device: str = option("auto", "auto, cpu, cuda or cuda:1.")
 
@@ -115,18 +119,13 @@ class PretrainConfig:
         for name in ("train_file", "output_dir"):
             if not getattr(self, name):
                 raise ValueError(f"{flag(name)} is missing")
-        need(self, "at least 8", lambda value: value >= 8, "max_seq_length")
-        need(self, "at least 1", lambda value: value >= 1, "vocab_size", "gradient_accumulation_steps",
-             "max_steps", "save_steps", "save_total_limit", "eval_steps", "logging_steps", "num_workers")  # fmt: skip
-        need(self, "a number above 0", lambda value: 0 < value < math.inf, "epochs", "max_minutes", "learning_rate",
-             "adam_epsilon", "rtd_weight")  # fmt: skip
-        need(self, "0 or more", lambda value: 0 <= value < math.inf, "warmup_steps", "weight_decay", "max_grad_norm")
-        need(self, "0 or more, and below 1", lambda value: 0 <= value < 1,
-             "eval_share", "adam_beta1", "adam_beta2", "dropout")  # fmt: skip
-        need(self, "more than 0, and below 1", lambda value: 0 < value < 1, "mlm_probability")
-        need(self, "from 0 to 1", lambda value: 0 <= value <= 1, "warmup_ratio")
-        need(self, f"at least --max-seq-length, {self.max_seq_length}", self.max_seq_length.__le__, "tokens_per_batch")
-        need(self, f"at most {MAX_TOKENS}", MAX_TOKENS.__ge__, "tokens_per_batch")
+        if self.tokens_per_batch > MAX_TOKENS:
+            raise ValueError(f"--tokens-per-batch is {self.tokens_per_batch}: expected at most {MAX_TOKENS}")
+        if self.tokens_per_batch < self.max_seq_length:
+            raise ValueError(
+                f"--tokens-per-batch is {self.tokens_per_batch}: expected at least --max-seq-length, "
+                f"{self.max_seq_length}"
+            )
         if sum(length is not None for length in (self.max_steps, self.epochs, self.max_minutes)) > 1:
             raise ValueError("more than one of --max-steps, --epochs and --max-minutes is given: expected one")
         if self.embedding_sharing is not None and self.objective != "rtd":
@@ -164,9 +163,10 @@ def pretrain(config: PretrainConfig) -> dict:
 
     with lock(output_dir) if rank == 0 else contextlib.nullcontext(), Log(output_dir, rank) as log:
         resumed = checkpoint.to_resume(output_dir, config.resume)
-        if config.resume:
-            fresh = f"--resume: {output_dir} has no checkpoint yet, starting a new run"
-            log.say(f"resuming from {resumed}" if resumed else fresh)
+        if resumed:
+            log.say(f"resuming from {resumed}")
+        elif config.resume:
+            log.say(f"--resume: {output_dir} has no checkpoint yet, starting a new run")
         tokenizer = _known_tokenizer(config, sources[0], resumed)
         state = checkpoint.read_state(resumed) if resumed else None
         if state:
@@ -178,11 +178,11 @@ def pretrain(config: PretrainConfig) -> dict:
             if tokenizer is None and rank == 0:
                 kind = families.family(model_config.model_type).tokenizer
                 log.say(f"training a {kind} tokenizer of {config.vocab_size} pieces")
-                reading = dict(text_column=config.text_column, layout=config.layout, progress=log.console.is_terminal)
-                if kind == "bpe":
-                    tokenizer = train_bpe(sources[0], config.vocab_size, **reading)
-                else:
-                    tokenizer = train_wordpiece(sources[0], config.vocab_size, lowercase=not config.cased, **reading)
+                train = train_bpe if kind == "bpe" else partial(train_wordpiece, lowercase=not config.cased)
+                tokenizer = train(
+                    sources[0], config.vocab_size,
+                    text_column=config.text_column, layout=config.layout, progress=log.console.is_terminal,
+                )  # fmt: skip
             elif tokenizer is None:
                 tokenizer = load_tokenizer(output_dir, as_saved=True)
             if rank == 0:
@@ -192,10 +192,8 @@ def pretrain(config: PretrainConfig) -> dict:
                 for source, name in zip(sources, ("data", "data-eval"))
             )
         for shards in (train, evaluation):
-            if shards is not None and shards.manifest["skipped_lines"]:
-                log.say(
-                    f"{shards.directory}: {shards.manifest['skipped_lines']:,} lines skipped that are not valid text"
-                )
+            if shards is not None and (skipped := shards.manifest["skipped_lines"]):
+                log.say(f"{shards.directory}: {skipped:,} lines skipped that are not valid text")
         loader, held_out = _loaders(config, train, evaluation, rank, world_size)
         fingerprint = _fingerprint(train, evaluation)
         if state and state["data"] != fingerprint:
@@ -203,8 +201,8 @@ def pretrain(config: PretrainConfig) -> dict:
 
         # model and optimizer
         if config.model in presets.PRESETS:
-            ids = special_ids(tokenizer)
-            model_config = families.with_vocabulary(model_config, vocabulary_size(tokenizer), ids.pad)
+            size, pad = vocabulary_size(tokenizer), special_ids(tokenizer).pad
+            model_config = families.with_vocabulary(model_config, size, pad)
         model = _model(config, model_config).to(device).train()
         optimizer = optim.adamw(
             model, learning_rate=config.learning_rate, weight_decay=config.weight_decay,
@@ -216,11 +214,9 @@ def pretrain(config: PretrainConfig) -> dict:
             progress = Progress(**state["progress"])
         total, warmup = length(config, loader)
         facts = {
-            "config": dataclasses.asdict(config),
-            "model_config": model_config.to_dict(),
-            "tokenizer": tokenizer_hash(tokenizer),
-            "data": fingerprint,
-        }
+            "config": dataclasses.asdict(config), "model_config": model_config.to_dict(),
+            "tokenizer": tokenizer_hash(tokenizer), "data": fingerprint,
+        }  # fmt: skip
         log.begin(progress, total, in_seconds=config.max_minutes is not None)
 
         with processes.signals() as caught:
@@ -285,20 +281,24 @@ def _model_config(config):
         raise ValueError(
             f"--max-seq-length is {config.max_seq_length}: the model {config.model} has {found.max_length} positions"
         )
-    row = families.family(found.model_type)
+    row, objective = families.family(found.model_type), f"--objective {config.objective}"
     if config.objective in PAIRS and found.type_vocab_size < 2:
-        raise ValueError(f"--objective {config.objective} needs two token types: {config.model} has 1")
+        raise ValueError(f"{objective} needs two token types: {config.model} has 1")
     if config.objective in PAIRS and "Pretraining" not in row.architectures:
-        raise ValueError(f"--objective {config.objective}: {found.model_type} models have no head for sentence pairs")
+        raise ValueError(f"{objective}: {found.model_type} models have no head for sentence pairs")
     if config.objective == "rtd" and row.generator is None:
         raise ValueError(
-            f"--objective rtd: {found.model_type} models have no head for replaced tokens, {families.detecting()} have"
+            f"{objective}: {found.model_type} models have no head for replaced tokens, {families.detecting()} have"
         )
     if config.objective == "rtd" and path.is_dir() and not (path / GENERATOR / "config.json").is_file():
-        raise ValueError(f"--objective rtd: {path} has no generator, expected one in {path / GENERATOR}")
-    if config.dropout is not None:
-        found = found.replace(hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout)
-    return found
+        raise ValueError(f"{objective}: {path} has no generator, expected one in {path / GENERATOR}")
+    return _with_dropout(found, config)
+
+
+def _with_dropout(found, config):
+    if config.dropout is None:
+        return found
+    return found.replace(hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout)
 
 
 def _source(paths, config, directory, rank):
@@ -327,16 +327,14 @@ def _source(paths, config, directory, rank):
 
 def _known_tokenizer(config, source, resumed):
     """The tokenizer that the options name; None when one must be trained."""
-    given = load_tokenizer(config.tokenizer) if config.tokenizer else None
-    if isinstance(source, Shards):
-        if given is not None and tokenizer_hash(given) != tokenizer_hash(source.tokenizer):
-            raise ValueError(
-                f"--tokenizer {config.tokenizer} is not the one that {config.train_file[0]} was prepared with"
-            )
-        return source.tokenizer
-    if given is None and (resumed or (Path(config.model) / "tokenizer.json").is_file()):
-        given = load_tokenizer(resumed or config.model, as_saved=bool(resumed))
-    return given
+    directory = config.tokenizer
+    if not directory and (resumed or (Path(config.model) / "tokenizer.json").is_file()):
+        directory = resumed or config.model
+    if not isinstance(source, Shards):
+        return load_tokenizer(directory, as_saved=directory == resumed) if directory else None
+    if config.tokenizer and tokenizer_hash(load_tokenizer(config.tokenizer)) != tokenizer_hash(source.tokenizer):
+        raise ValueError(f"--tokenizer {config.tokenizer} is not the one that {config.train_file[0]} was prepared with")
+    return source.tokenizer
 
 
 def _check_vocabulary(config, model_config, tokenizer):
@@ -348,10 +346,10 @@ def _check_vocabulary(config, model_config, tokenizer):
         raise ValueError(
             f"the tokenizer has {size} pieces: {config.model} has a vocab_size of {model_config.vocab_size}"
         )
-    if tokenizer is not None and special_ids(tokenizer).pad != model_config.pad_token_id:
+    pad = model_config.pad_token_id if tokenizer is None else special_ids(tokenizer).pad
+    if pad != model_config.pad_token_id:
         raise ValueError(
-            f"the tokenizer's [PAD] is {special_ids(tokenizer).pad}: "
-            f"{config.model} has a pad_token_id of {model_config.pad_token_id}"
+            f"the tokenizer's [PAD] is {pad}: {config.model} has a pad_token_id of {model_config.pad_token_id}"
         )
 
 
@@ -372,27 +370,21 @@ def _loaders(config, train, evaluation, rank, world_size):
     """(MaskedBatches to train on, MaskedBatches to evaluate on or None)."""
     ids = held_out_ids = None
     if evaluation is None and config.eval_share:
+        evaluation = train
         try:
             ids, held_out_ids = held_out_split(
-                train, config.eval_share, config.seed,
-                max_seq_length=config.max_seq_length, objective=config.objective,
-            )  # fmt: skip
+                train, config.eval_share, config.seed, max_seq_length=config.max_seq_length, objective=config.objective
+            )
         except ValueError as error:
             raise ValueError(f"{error} (use --eval-share 0 for no evaluation, or --eval-file)") from None
-        evaluation = train
-    same = {
-        "max_seq_length": config.max_seq_length,
-        "tokens_per_batch": config.tokens_per_batch,
-        "mlm_probability": config.mlm_probability,
-        "whole_word_mask": config.whole_word_mask,
-        "objective": config.objective,
-        # constant shapes: matrix libraries set up, and cache, something for each new shape
-        "capacity": True,
-    }
-    loader = MaskedBatches(train, **same, seed=config.seed, rank=rank, world_size=world_size, sequence_ids=ids)
-    if evaluation is None:
-        return loader, None
-    return loader, MaskedBatches(evaluation, **same, seed=EVAL_SEED, sequence_ids=held_out_ids)
+    # capacity: constant shapes, because matrix libraries set up, and cache, something for each new shape
+    batches = partial(
+        MaskedBatches, max_seq_length=config.max_seq_length, tokens_per_batch=config.tokens_per_batch,
+        mlm_probability=config.mlm_probability, whole_word_mask=config.whole_word_mask, objective=config.objective,
+        capacity=True,
+    )  # fmt: skip
+    loader = batches(train, seed=config.seed, rank=rank, world_size=world_size, sequence_ids=ids)
+    return loader, evaluation and batches(evaluation, seed=EVAL_SEED, sequence_ids=held_out_ids)
 
 
 def _fingerprint(*shards):
@@ -403,23 +395,17 @@ def _fingerprint(*shards):
 
 def _model(config, model_config):
     torch.manual_seed(config.seed)
+    directory = Path(config.model)
     if config.objective == "rtd":
+        # a directory has been looked at by `_model_config`; else the family's default
+        generator = None
+        if directory.is_dir():
+            generator = _with_dropout(hf_files.read_config(directory / GENERATOR / "config.json"), config)
         model = ReplacedTokenPretraining(
-            model_config, _generator_config(config), embedding_sharing=config.embedding_sharing,
-            rtd_weight=config.rtd_weight,
-        )  # fmt: skip
+            model_config, generator, embedding_sharing=config.embedding_sharing, rtd_weight=config.rtd_weight
+        )
     else:
         model = (Pretraining if config.objective in PAIRS else MaskedLM)(model_config)
-    if Path(config.model).is_dir():
-        model.load_state_dict(model.stored(config.model))
+    if directory.is_dir():
+        model.load_state_dict(model.stored(directory))
     return model
-
-
-def _generator_config(config):
-    """EncoderConfig of the generator in the directory --model; None for the family's default."""
-    if not Path(config.model).is_dir():
-        return None
-    found = hf_files.read_config(Path(config.model) / GENERATOR / "config.json")
-    if config.dropout is not None:
-        found = found.replace(hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout)
-    return found

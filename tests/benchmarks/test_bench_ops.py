@@ -48,8 +48,24 @@ def test_every_variant_that_runs_here_computes_the_op(case):
         except peers.NotApplicable:
             continue
         assert op_cases.disagreement(op_cases.results(run), wanted) < 1e-5, name
+        moves(run, name)
         agreed.add(name)
     assert {"fastbert", "eager"} <= agreed
+
+
+def moves(run, name):
+    """Other numbers at the second place give another result, and the first place still gives the first one."""
+    turn = bench_ops.rotation(run, op_cases.cotangent(run), types.SimpleNamespace(copies=lambda nbytes: 4))
+    places = [x.data_ptr() for x in run.leaves]
+    first = run.forward().detach()
+    turn(1)
+    assert not set(places) & {x.data_ptr() for x in run.leaves}, name
+    assert torch.equal(run.forward(), first), name
+    for x in run.leaves:
+        x.data.mul_(1.5).add_(0.3)
+    assert not torch.equal(run.forward(), first), name
+    turn(4)
+    assert [x.data_ptr() for x in run.leaves] == places and torch.equal(run.forward(), first), name
 
 
 def test_a_disagreement_is_seen():
@@ -188,7 +204,7 @@ def test_fastbert_itself_wrong_fails_the_run(variants, monkeypatch, tmp_path):
     real = reference.layer_norm
     monkeypatch.setattr(reference, "layer_norm", lambda *a, **k: 1.001 * real(*a, **k))
     monkeypatch.setattr(
-        bench_ops, "_truth", lambda case, a: op_cases.results(eager({n: x.double() for n, x in a.items()}))
+        bench_ops, "truth", lambda case, a: op_cases.results(eager({n: x.double() for n, x in a.items()}))
     )
     code, result = run_ops(monkeypatch, tmp_path)
     assert code == 1 and not [row for row in result["rows"] if row["dropout_p"] == 0]
@@ -197,7 +213,7 @@ def test_fastbert_itself_wrong_fails_the_run(variants, monkeypatch, tmp_path):
 def test_a_loss_is_called_a_loss():
     def row(theirs):
         seconds = {"fastbert": [2.0, 2.1, 1.9, 2.0], "eager": theirs}
-        parts = {name: bench_ops._summary(x, seconds["fastbert"], 1e9, 0, 1.0, None) for name, x in seconds.items()}
+        parts = {name: bench_ops.summary(x, seconds["fastbert"], 1e9, 0, 1.0, None) for name, x in seconds.items()}
         return {"case": "pooling", "pass": "both", "summary": parts}
 
     lost, won, even = row([1.0, 1.1, 1.0, 0.9]), row([3.0] * 4), row([1.9, 2.2, 1.8, 2.1])
@@ -205,7 +221,7 @@ def test_a_loss_is_called_a_loss():
     assert op_pages.lost(won) == op_pages.lost(even) == {}
     assert "LOSES" in op_pages.told([lost] * 3) and "wins" in op_pages.told([won] * 3)
     assert "within the spread" in op_pages.told([even] * 3)
-    assert "eager (0.5" in "\n".join(op_pages._losses([lost, won]))
+    assert "eager (0.5" in "\n".join(op_pages.losses([lost, won]))
 
 
 def test_the_cases_of_a_cpu():
@@ -241,17 +257,8 @@ def test_the_suites_run_under_plain_pytest(tmp_path):
     file = tmp_path / "x.json"
     # nor may it take itself for a worker of this run: then no file is written
     environment = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET" and not n.startswith("PYTEST_")}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "benchmarks/",
-        f"--benchmark-json={file}",
-        "-k",
-        "pooling",
-        "-p",
-        "no:xdist",
-    ]
+    command = [sys.executable, "-m", "pytest", "benchmarks/", f"--benchmark-json={file}", "-k", "pooling"]
+    command += ["-p", "no:xdist"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(file.read_text(encoding="utf-8"))["benchmarks"]

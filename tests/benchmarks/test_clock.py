@@ -3,13 +3,11 @@
 import bench_ops
 import machine
 import op_peers
-import peers
 import pretend_cuda
 import pytest
 import torch
 from pretend_cuda import GIB, Stream, pretending, small
 
-from fastbert.proof import op_cases
 from fastbert.proof.op_cases import Case
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -108,33 +106,6 @@ def test_copies_are_what_a_cache_could_hold(nbytes, gib, copies):
 def test_no_copies_where_memory_is_short():
     with pretending(15), small():
         assert machine.Clock(CUDA).copies(GIB) == 1
-
-
-@pytest.mark.parametrize("op", op_cases.OPS)
-def test_rotation_reaches_every_variant(op):
-    """Other numbers at the second place give another result, and the first place still gives the first one."""
-    arguments = Case(op, "tiny", (3, 8, 1, 5), torch.float32).arguments(CPU)
-    seen = 0
-    for name, make in op_peers.variants(op).items():
-        if name in bench_ops.COMPILING:
-            continue
-        try:
-            run = op_peers.build(make, arguments)
-        except (peers.Unavailable, peers.NotApplicable):
-            continue
-        turn = bench_ops.rotation(run, op_cases.cotangent(run), machine.Clock(CPU))
-        places = [x.data_ptr() for x in run.leaves]
-        first = run.forward().detach()
-        turn(1)
-        assert not set(places) & {x.data_ptr() for x in run.leaves}, name
-        assert torch.equal(run.forward(), first), name
-        for x in run.leaves:
-            x.data.mul_(1.5).add_(0.3)
-        assert not torch.equal(run.forward(), first), name
-        turn(4)
-        assert [x.data_ptr() for x in run.leaves] == places and torch.equal(run.forward(), first), name
-        seen += 1
-    assert seen >= 2
 
 
 def test_no_call_finds_the_places_of_the_last():

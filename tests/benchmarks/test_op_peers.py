@@ -116,7 +116,7 @@ def test_quack_is_given_whole_eights_of_rows_and_128s_of_words(monkeypatch, as_o
     held_to_the_reference("contrastive_cross_entropy", "quack", (30, 2))
 
 
-def test_a_vocabulary_in_whole_64s_is_the_same_loss(as_on_a_gpu):
+def test_a_vocabulary_inwhole_64s_is_the_same_loss(as_on_a_gpu):
     seen = []
 
     def make(arguments):
@@ -125,13 +125,13 @@ def test_a_vocabulary_in_whole_64s_is_the_same_loss(as_on_a_gpu):
 
     case = Case("masked_cross_entropy", "tiny", (30, 40), torch.float32)
     arguments = case.arguments(CPU)
-    run = op_peers.build(peers_cross_entropy._whole_64s(make), arguments)
+    run = op_peers.build(peers_cross_entropy.whole_64s(make), arguments)
     assert seen == [(64, 32)]
     assert op_cases.disagreement(op_cases.results(run), op_cases.truth(case, arguments, torch.float64)) < 1e-5
     # a vocabulary that is whole already is the plain variant over again
     arguments["weight"], arguments["bias"] = torch.randn(128, 32), torch.randn(128)
     with pytest.raises(peers.NotApplicable):
-        op_peers.build(peers_cross_entropy._whole_64s(make), arguments)
+        op_peers.build(peers_cross_entropy.whole_64s(make), arguments)
 
 
 def test_flex_computes_no_block_that_is_padding_only(monkeypatch):
@@ -180,8 +180,9 @@ def test_a_result_names_the_versions_of_its_peers(monkeypatch):
 
     monkeypatch.setattr(op_peers.metadata, "version", version)
     assert op_peers.installed() == versions
-    assert op_pages._peers({"settings": {"peers": op_peers.installed()}}) == ["", "Installed beside: xformers 0.0.35."]
-    assert op_pages._peers({"settings": {}}) == []
+    settings = {"ceilings": {"copy": 1, "product": 1}, "left_out": [], "peers": op_peers.installed()}
+    result = {"machine": {"device": "x", "torch": "2", "triton": "3"}, "date": "", "command": "", "rows": []}
+    assert "\nInstalled beside: xformers 0.0.35.\n" in op_pages.markdown(result | {"settings": settings})
 
 
 def test_logits_that_are_not_widened_are_for_half_precision_alone():

@@ -47,6 +47,25 @@ def read(folder, name):
     return json.loads((folder / name).read_text(encoding="utf-8"))
 
 
+def step(title="one", lengths=(5, 9, 3), implementations=("transformers", "fastbert", model_pairs.OWN)):
+    """A training step of BERT-base on few tokens."""
+    case = bench_models.step_cases(machine.device("cpu"))[0]
+    return replace(case, title=title, lengths=lengths, dtype="bfloat16", implementations=implementations)
+
+
+def refusing(monkeypatch, implementation, failure):
+    """Calls of this implementation fail."""
+    call = model_pairs.Model.call
+
+    def refuse(**_):
+        raise failure
+
+    def changed(self, name, *rest):
+        return refuse if name == implementation else call(self, name, *rest)
+
+    monkeypatch.setattr(model_pairs.Model, "call", changed)
+
+
 def test_machine(run, tmp_path):
     assert run(machine) == 0
     found = read(tmp_path, "machine.json")
@@ -86,12 +105,9 @@ def test_the_cases_of_a_gpu():
 
 def test_training_step(run, tmp_path, monkeypatch):
     """All four libraries take steps. What fails is told: a library in its place, a case at the end."""
-    todo = [bench_models.step_cases(machine.device("cpu"))[0]]
     names = ("transformers", "transformers compiled", "fastbert", model_pairs.OWN)
-    todo = [
-        replace(todo[0], title=title, lengths=lengths, dtype="bfloat16", implementations=names)
-        for title, lengths in {"first": (5, 9, 3), "second": (9, 9), "third": (4, 9)}.items()
-    ]
+    shapes = {"first": (5, 9, 3), "second": (9, 9), "third": (4, 9)}
+    todo = [step(title, lengths, names) for title, lengths in shapes.items()]
     monkeypatch.setattr(bench_models, "step_cases", lambda *_: todo)
     batches = model_pairs.batches
 
@@ -111,24 +127,19 @@ def test_training_step(run, tmp_path, monkeypatch):
     assert not [name for name in result["not_measured"] if name.startswith("transformers compiled")]
     assert len(run.compiled) == 1 and "transformers compiled" in (tmp_path / "training_step.md").read_text("utf-8")
     assert ("reset",) in Stream.log
-    todo.pop(1)
-    call = model_pairs.Model.call
-
-    def refuses(self, implementation, *rest):
-        return (lambda **_: 1 / 0) if implementation.endswith("compiled") else call(self, implementation, *rest)
-
-    monkeypatch.setattr(model_pairs.Model, "call", refuses)
+    del todo[1:]
+    refusing(monkeypatch, "transformers compiled", RuntimeError("too large"))
     assert run(bench_models, "step", "--rounds", 1) == 0
     result = read(tmp_path, "training_step.json")
     lost = {why for name, why in result["not_measured"].items() if name.startswith("transformers compiled: ")}
-    assert lost == {"ZeroDivisionError: division by zero"} and "fastbert" in result["rows"][0]["seconds"]
+    assert lost == {"RuntimeError: too large"} and "fastbert" in result["rows"][0]["seconds"]
     assert run(bench_models, "step", "--warm") == 0
 
 
 def test_what_is_compared_has_no_dropout_and_what_is_timed_has():
     pair = ("transformers", "fastbert")
     with pretending(30), small():
-        case = replace(bench_models.step_cases(CUDA)[0], lengths=(5, 9, 3), implementations=pair)
+        case = step(implementations=pair)
         model = model_pairs.Model("bert-base", None, CUDA, dropout=True)
         calls, difference = model_pairs.checked(model, case, CUDA, {})
         assert calls.keys() == set(pair) and difference < 0.02
@@ -159,7 +170,7 @@ def test_models_are_compiled_beforehand(run, monkeypatch, capsys):
     monkeypatch.setattr(bench_models, "cases", lambda *_: shapes)
     compiled = []
     monkeypatch.setattr(
-        model_pairs.Model, "_compiled", lambda _, module, case, mode=None: compiled.append(mode) or module
+        model_pairs.Model, "compiled_module", lambda _, module, case, mode=None: compiled.append(mode) or module
     )
     assert run(bench_models, "--warm") == 0
     assert compiled == [None, "reduce-overhead"]
@@ -202,22 +213,16 @@ def test_the_cases_of_a_training_step():
         assert sum(lengths) / 65536 == pytest.approx(0.6 if "text" in name else 1.0, abs=0.03), name
 
 
-def planted(after):
-    """A variant of LayerNorm that runs out of memory after so many calls."""
+def out_of_memory(call, after):
+    """`call`, which runs out of memory after so many calls."""
+    count = itertools.count()
 
-    def make(arguments):
-        run = op_cases.run_of(reference.layer_norm, arguments)
-        forward, calls = run.forward, itertools.count()
+    def failing(**settings):
+        if next(count) >= after:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return call(**settings)
 
-        def failing():
-            if next(calls) >= after:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return forward()
-
-        run.forward = failing
-        return run
-
-    return make
+    return failing
 
 
 @pytest.mark.parametrize("after", [0, 2, 3, 6])
@@ -225,10 +230,12 @@ def test_a_peer_that_fails_costs_its_row(after, run, tmp_path, monkeypatch):
     """At its first call, in a later one, in a timed one: everybody else's figures stay."""
     every = bench_ops.variants
 
-    def variants(op):
-        return every(op) | {"planted": planted(after)}
+    def planted(arguments):
+        run = op_cases.run_of(reference.layer_norm, arguments)
+        run.forward = out_of_memory(run.forward, after)
+        return run
 
-    monkeypatch.setattr(bench_ops, "variants", variants)
+    monkeypatch.setattr(bench_ops, "variants", lambda op: every(op) | {"planted": planted})
     assert run(bench_ops, "--rounds", 2, "--quick", "--ops", "layer_norm") == 0
     rows = read(tmp_path, "ops.json")["rows"]
     assert len(rows) == 3
@@ -253,16 +260,7 @@ def test_a_model_that_fails_costs_its_row(where, run, tmp_path, monkeypatch):
 
     def calls(self, implementation, case, *batches):
         made = call(self, implementation, case, *batches)
-        if implementation != "swapped":
-            return made
-        count = itertools.count()
-
-        def failing(**settings):
-            if next(count) >= (1 if where == "turn" else 0):
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return made(**settings)
-
-        return failing
+        return out_of_memory(made, int(where == "turn")) if implementation == "swapped" else made
 
     monkeypatch.setattr(bench_models.Model, "__init__", init)
     if where != "load":
@@ -299,25 +297,18 @@ def test_an_own_step_needs_neither_transformers_nor_a_profiler(run, tmp_path, mo
 
 def test_without_transformers_fastbert_is_measured(run, tmp_path, monkeypatch):
     """And where its call fails: what is left is held to fastbert."""
-    monkeypatch.setattr(model_pairs, "load_pair", lambda *_: 1 / 0)
-    todo = [replace(bench_models.step_cases(machine.device("cpu"))[0], title="one", lengths=(5, 9), dtype="bfloat16")]
-    todo[0] = replace(todo[0], implementations=("transformers", "fastbert", model_pairs.OWN))
+    todo = [step()]
     monkeypatch.setattr(bench_models, "step_cases", lambda *_: todo)
     for why in ("ZeroDivisionError: division by zero", "ImportError: gone"):
-        assert run(bench_models, "step", "--rounds", 1) == 0
+        with monkeypatch.context() as patch:
+            if "gone" in why:
+                refusing(patch, "transformers", ImportError("gone"))
+            else:
+                patch.setattr(model_pairs, "load_pair", lambda *_: 1 / 0)
+            assert run(bench_models, "step", "--rounds", 1) == 0
         result = read(tmp_path, "training_step.json")
         assert result["rows"][0]["seconds"].keys() == {"fastbert", "fastbert, packed"}
         assert why in result["not_measured"].values()
-        monkeypatch.undo()
-        monkeypatch.setattr(bench_models, "step_cases", lambda *_: todo)
-        call = model_pairs.Model.call
-
-        def refuses(self, implementation, *rest):
-            if implementation == "transformers":
-                raise ImportError("gone")
-            return call(self, implementation, *rest)  # noqa: B023
-
-        monkeypatch.setattr(model_pairs.Model, "call", refuses)
 
 
 def test_sizes_go_by_all_of_the_memory(monkeypatch):

@@ -4,13 +4,13 @@ A figure that is edited by hand, or a summary that another version has made, is 
 """
 
 import copy
-import csv
+import datetime
 import json
-import re
 import statistics
 from pathlib import Path
 
 import machine
+import op_pages
 import pytest
 import record
 import report
@@ -26,14 +26,6 @@ def read(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def rows_of(result):
-    return [row for row in result.get("rows", ()) if "seconds" in row]
-
-
-def quartiles(values):
-    return statistics.quantiles(values, n=4, method="inclusive")
-
-
 def untrue(result):
     """What a result states that does not follow from its seconds: lines of text."""
     found = []
@@ -43,11 +35,11 @@ def untrue(result):
         if abs(stated - follows) > 0.51 * 10**-digits + 2e-3 * abs(follows):
             found.append(f"{where}: {stated}, and {follows:.6g} follows")
 
-    for row in rows_of(result):
-        name = row.get("case") or row.get("name") or " ".join(str(row.get(x)) for x in ("model", "pass", "length"))
+    for row in record.rows_of(result):
+        name = record.name_of(row)
         for variant, figures in row.get("summary", {}).items():
-            seconds, where = row["seconds"][variant], f"{name} {row.get('pass', '')}, {variant}"
-            low, median, high = quartiles(seconds)
+            seconds, where = row["seconds"][variant], f"{name}, {variant}"
+            low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
             unit = next(unit for unit in PER_SECOND if f"median{unit}" in figures)
             scale, digits = PER_SECOND[unit], 1 if unit == "_us" else 4
             hold(figures[f"median{unit}"], median * scale, f"{where}: median", digits)
@@ -84,9 +76,11 @@ def untrue(result):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_what_a_result_states_follows_from_its_seconds(path):
+def test_a_result_has_the_one_form_and_what_it_states_follows_from_its_seconds(path):
     result = read(path)
     if isinstance(result, dict) and "rows" in result:
+        assert {"machine", "date", "command", "settings", "rows", "not_measured"} <= result.keys() and result["command"]
+        assert datetime.date.fromisoformat(result["date"])
         assert untrue(result) == []
 
 
@@ -95,49 +89,32 @@ def test_a_changed_figure_is_found():
     kinds = set()
     for path in FILES:
         result = read(path)
-        rows = rows_of(result) if isinstance(result, dict) and "rows" in result else []
-        for number in range(0, len(rows), max(len(rows) // 3, 1)):
-            changed = copy.deepcopy(result)
-            row = rows_of(changed)[number]
-            row["seconds"] = {
-                name: [x * (1.1 + 0.1 * i) for x in s] for i, (name, s) in enumerate(row["seconds"].items())
-            }
+        rows = record.rows_of(result)
+        for row in rows[:: max(len(rows) // 3, 1)]:
+            alone = result | {"rows": [row]}
+            changed = copy.deepcopy(alone)
+            seconds = changed["rows"][0]["seconds"]
+            for i, name in enumerate(seconds):
+                seconds[name] = [x * (1.1 + 0.1 * i) for x in seconds[name]]
             assert untrue(changed), path
-            for figures in list(row.get("summary", {}).values())[:2]:
+            for name, figures in list(row.get("summary", {}).items())[:2]:
                 for figure in figures.keys() - {"times_fastbert_quartiles"}:
                     if figure.startswith(("peak", "memory", "quartiles")) or not figures[figure]:
                         continue
                     if figure == "percent_of_ceiling" and row["pass"] == "both":
                         continue
-                    changed = copy.deepcopy(result)
-                    name = next(name for name, x in row["summary"].items() if x is figures)
-                    rows_of(changed)[number]["summary"][name][figure] *= 1.5
+                    changed = copy.deepcopy(alone)
+                    changed["rows"][0]["summary"][name][figure] *= 1.5
                     assert untrue(changed), (path, name, figure)
             kinds.add(path.stem)
     assert kinds >= {"ops", "models", "data", "families", "training_step"}
 
 
 @pytest.mark.parametrize("path", [x for x in FILES if x.stem == "ops"], ids=lambda path: path.parent.name)
-def test_the_tables_of_ops_are_those_of_their_json(path):
-    rows = {(row["case"], row["pass"]): row["summary"] for row in read(path)["rows"]}
-    seen, case = 0, None
-    for line in path.with_suffix(".md").read_text(encoding="utf-8").splitlines():
-        if line.startswith("## "):
-            case = line.removeprefix("## ").removesuffix(" (rehearsal)")
-        cells = [cell.strip() for cell in line.split("|")[1:-1]]
-        if case and cells and cells[0] in rows[case, "forward"]:
-            for what, cell in zip(("forward", "backward", "both"), cells[1:]):
-                known = rows[case, what].get(cells[0])
-                assert cell == ("" if known is None else str(known["median_us"])), (case, what, cells[0])
-            times = rows[case, "both"].get(cells[0], rows[case, "forward"][cells[0]])["times_fastbert"]
-            assert re.match(r"[\d.]+", cells[5])[0] == str(times), (case, cells[0])
-            seen += 1
-    assert seen == sum(len(summary) for (_, what), summary in rows.items() if what == "forward")
-    with open(path.with_suffix(".csv"), newline="", encoding="utf-8") as file:
-        lines = list(csv.DictReader(file))
-    assert len(lines) == sum(map(len, rows.values()))
-    for line in lines:
-        assert float(line["median_us"]) == rows[line["case"], line["pass"]][line["variant"]]["median_us"]
+def test_the_files_of_ops_are_those_of_their_json(path, tmp_path):
+    op_pages.write(read(path), tmp_path)
+    for name in ("ops.json", "ops.md", "ops.csv"):
+        assert (tmp_path / name).read_bytes() == path.with_name(name).read_bytes(), name
 
 
 X86 = "processor : 0\ncpu family : {}\nmodel : {}\nmodel name : {}\nstepping : 1\n\nprocessor : 1\nmodel : 9\n"
@@ -154,7 +131,7 @@ PROCESSORS = {
 def test_a_cpu_has_a_folder_of_its_own(cpuinfo, tmp_path, monkeypatch):
     monkeypatch.setattr(machine.platform, "processor", str)
     (tmp_path / "cpuinfo").write_text(cpuinfo)
-    assert machine.cpu_folder(machine._processor(tmp_path / "cpuinfo"), 8) == PROCESSORS[cpuinfo]
+    assert machine.cpu_folder(machine.processor(tmp_path / "cpuinfo"), 8) == PROCESSORS[cpuinfo]
 
 
 def test_committed_results_of_a_cpu_are_in_the_folder_of_that_cpu():

@@ -1,6 +1,5 @@
-"""Attention on a CPU: each of its ways against the reference, in float64 and float32."""
+"""Attention on a CPU: each of its implementations against the reference, in float64 and float32."""
 
-import functools
 import itertools
 
 import pytest
@@ -9,8 +8,9 @@ from helpers import assert_same_bits, assert_within_budget, cu_seqlens_of
 from torch.autograd import gradgradcheck
 
 from fastbert import reference
-from fastbert.cpu import attention
+from fastbert.cpu import attention, groups
 from fastbert.cpu import ops as cpu
+from fastbert.cpu.matmul import bmm
 
 H = 3
 SEED = torch.tensor([2**40 + 17])
@@ -33,7 +33,7 @@ def starts_of(lengths):
 
 
 def with_starts(function, lengths, **options):
-    """One of the ways, with the arguments of an op: q, k, v and a bias or None."""
+    """One of the implementations, called as an op: with q, k, v and a bias or None."""
 
     def run(q, k, v, bias):
         scale = q.shape[-1] ** -0.5
@@ -43,7 +43,7 @@ def with_starts(function, lengths, **options):
     return run
 
 
-def meaning(lengths, **options):
+def by_reference(lengths, **options):
     def run(q, k, v, bias):
         sequences = cu_seqlens_of(lengths, "cpu"), max(lengths)
         if bias is None:
@@ -53,7 +53,7 @@ def meaning(lengths, **options):
     return run
 
 
-# 300: not all heads at a time; with K of 20, probabilities of sequences above 80 are made again in the backward; with K
+# 300: not all heads at a time; with K of 20, the backward computes probabilities of sequences above 80 again; with K
 # of 64, products of 128 rows are oneDNN's
 @pytest.mark.parametrize("lengths, K", [([128, 130], 64), ([70, 0, 1, 130], 20), ([300, 5], 8)], ids=str)
 @pytest.mark.parametrize("with_bias", [False, True], ids=["", "bias"])
@@ -63,7 +63,7 @@ def test_in_cache(lengths, K, with_bias, form, options):
     inputs = operands(form, lengths, K, slack=3)
     bias = 2 * torch.randn(2 * max(lengths) + 6, H) if with_bias else None
     assert_within_budget(
-        with_starts(attention.in_cache, lengths, **options), meaning(lengths, **options), *inputs, bias
+        with_starts(attention.in_cache, lengths, **options), by_reference(lengths, **options), *inputs, bias
     )
 
 
@@ -74,24 +74,24 @@ def test_in_cache(lengths, K, with_bias, form, options):
 def test_in_groups(lengths, form, with_bias, options):
     inputs = operands(form, lengths, 13, slack=2)
     bias = 2 * torch.randn(2 * max(lengths), H) if with_bias else None
-    grouped = functools.partial(attention.in_groups, starts_q=starts_of(lengths))
-    run = attention.biased_in_groups if with_bias else lambda q, k, v, starts, **o: grouped(q, k, v, starts=starts, **o)
-    assert_within_budget(with_starts(run, lengths, **options), meaning(lengths, **options), *inputs, bias)
+    assert_within_budget(
+        with_starts(groups.in_groups, lengths, **options), by_reference(lengths, **options), *inputs, bias
+    )
 
 
 @pytest.mark.parametrize("form", ["qkv", "kv", "apart"])
 @pytest.mark.parametrize("length", [1, 5, 70])
 def test_sequences_of_one_length(length, form):
     def uniform(q, k, v, bias):
-        return attention.uniform(q, k, v, 3, q.shape[-1] ** -0.5)
+        return groups.uniform(q, k, v, 3, q.shape[-1] ** -0.5)
 
-    assert_within_budget(uniform, meaning([length] * 3), *operands(form, [length] * 3, 13), None)
+    assert_within_budget(uniform, by_reference([length] * 3), *operands(form, [length] * 3, 13), None)
 
 
 @pytest.mark.parametrize("lengths", [[9, 4, 0, 1], [70, 9, 90], [5, 5]], ids=str)
 @pytest.mark.parametrize("window", [None, 0, 3, 1000])
 @dropouts
-def test_the_op_by_whatever_way(lengths, window, options):
+def test_the_op_chooses_a_right_one(lengths, window, options):
     qkv, sequences = operands("qkv", lengths, 12)[0], (cu_seqlens_of(lengths, "cpu"), max(lengths))
     assert_within_budget(cpu.attention, reference.attention, qkv, None, None, *sequences, window=window, **options)
 
@@ -170,9 +170,10 @@ def test_product_of_any_layout(shape):
     rights = torch.randn(G, C, N), torch.randn(C, 3, G, N)[:, 1].transpose(0, 1), torch.randn(N, G, C).permute(1, 2, 0)
     for a in lefts:
         for b in rights:
-            got = attention._product(a, b)
+            got = bmm(a, b)
             torch.testing.assert_close(got, a @ b, rtol=1e-4, atol=1e-4)
-            assert attention._plain(got).is_contiguous()
+            # what lies otherwise would be copied by the softmax
+            assert got.is_contiguous() or got.transpose(0, 1).is_contiguous()
 
 
 @pytest.mark.parametrize("with_bias", [False, True], ids=["", "bias"])
@@ -191,7 +192,7 @@ def test_second_derivatives_in_cache(form, with_bias, options):
 
 
 def test_the_same_twice():
-    """And with create_graph=True, to rounding."""
+    """Twice the same bits; with create_graph=True the same up to rounding."""
     qkv = torch.randn(128, 3, H, 16, requires_grad=True)
     out = cpu.attention(qkv, None, None, cu_seqlens_of([128], "cpu"), 128, dropout_p=0.1, seed=SEED)
     cotangent = torch.randn_like(out)
@@ -223,7 +224,7 @@ def test_memory_of_long_sequences():
 
 
 def test_bfloat16_is_within_its_rounding():
-    """Another way than float32's: the same result to a few of bfloat16's 2^-8 steps."""
+    """Computed differently from float32: the same result to a few of bfloat16's steps of 2^-8."""
     lengths = [40, 16, 1, 0, 33]
     cu_seqlens = cu_seqlens_of(lengths, "cpu")
     qkv = torch.randn(sum(lengths) + 2, 3, 2, 8, dtype=torch.bfloat16, requires_grad=True)

@@ -1,4 +1,7 @@
-"""contrastive_cross_entropy: kernels, CPU and reference against the formula written out, in values and gradients."""
+"""contrastive_cross_entropy: kernels, CPU and reference against the formula written out, in values and gradients.
+
+Large scores, repeats, strides, autocast and compiled calls: in the tests of all ops.
+"""
 
 import functools
 
@@ -6,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from allocations import allocations
-from helpers import IMPLEMENTATIONS, assert_same_bits, assert_within_budget
+from helpers import assert_within_budget
 
 from fastbert import ops, reference
 from fastbert.cpu import ops as cpu
@@ -104,8 +107,7 @@ def test_labels_say_which_document(ignore_index, symmetric, op, device, small_ch
 
 @both_ops
 @directions
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-@pytest.mark.parametrize("scale", [1.0, 50.0])
+@pytest.mark.parametrize("dtype, scale", [(torch.float32, 1.0), (torch.float16, 50.0)], ids=["fp32", "fp16"])
 def test_within_the_budget(scale, dtype, symmetric, op, device, small_chunks):
     query, document = make(9, 70, 16, device, dtype)
     scale = torch.tensor(scale, device=device)
@@ -153,76 +155,14 @@ def test_the_score_matrix_is_never_made(device, monkeypatch):
     assert counted.largest == 16 * 256 * 4
 
 
-@both_ops
-@directions
-def test_same_bits_twice_and_inputs_untouched(symmetric, op, device):
-    query, document = make(6, 20, 8, device)
-    labels = torch.tensor([1, 1, -100, 0, 19, 5], device=device)
-    query, document = torch.cat((query, query), 1)[:, :8], document.T.contiguous().T
-    before = [x.clone() for x in (query, document, labels)]
-    results = []
-    for _ in range(2):
-        inputs = [x.detach().requires_grad_() for x in (query, document)]
-        loss, count, correct = op(*inputs, labels, symmetric=symmetric)
-        first = torch.autograd.grad(loss, inputs, retain_graph=True)
-        assert_same_bits(torch.autograd.grad(loss, inputs), first)
-        results.append((loss, count, correct, *first))
-    assert_same_bits(*results)
-    assert_same_bits((query, document, labels), before)
-
-
 @all_ops
 @directions
-@pytest.mark.parametrize("labels", [None, [-100, -100]], ids=["empty", "none_labelled"])
-def test_nothing_to_learn_from(labels, symmetric, op, device):
-    query, document = leaves(*make(2 if labels else 0, 3, 8, device))
-    labels = torch.tensor(labels, device=device) if labels else None
-    loss, count, correct = op(query, document, labels, scale=20.0, symmetric=symmetric)
+def test_no_query_with_a_label(symmetric, op, device):
+    query, document = leaves(*make(2, 3, 8, device))
+    loss, count, correct = op(query, document, torch.tensor([-100, -100], device=device), symmetric=symmetric)
     assert (loss.item(), count.item(), correct.item()) == (0.0, 0, 0)
-    for gradient, x in zip(torch.autograd.grad(loss, (query, document)), (query, document), strict=True):
-        assert torch.equal(gradient, torch.zeros_like(x))
-
-
-def test_evaluation_makes_no_gradients(device, monkeypatch):
-    query, document = leaves(*make(4, 9, 8, device))
-    trained = contrastive_cross_entropy(query, document, scale=20.0, symmetric=True)
-    monkeypatch.setattr(cross_entropy, "_masked_cross_entropy_bwd_kernel", None)
-    with torch.no_grad():
-        evaluated = contrastive_cross_entropy(query, document, scale=20.0, symmetric=True)
-    assert_same_bits(evaluated, trained)
-    assert not evaluated[0].requires_grad
-
-
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_compiles_whole(impl, device):
-    query, document = make(5, 9, 8, device)
-    labels = torch.tensor([4, 3, -100, 1, 0], device=device)
-
-    def mean(query, document, scale):
-        loss, count, correct = ops.contrastive_cross_entropy(
-            query, document, labels, scale=scale, symmetric=True, impl=impl
-        )
-        return loss / count, correct
-
-    results = []
-    for function in (mean, torch.compile(mean, fullgraph=True, backend="aot_eager")):
-        inputs = leaves(query, document, torch.tensor(20.0, device=device))
-        loss, correct = function(*inputs)
-        results.append((loss, correct, *torch.autograd.grad(loss, inputs)))
-    for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(eager, compiled)
-
-
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_under_autocast(impl, device):
-    dtype = torch.float16 if impl == "triton" and device.type == "cpu" else torch.bfloat16
-    query, document = leaves(*make(5, 9, 8, device))
-    with torch.autocast(device.type, dtype=dtype):
-        loss = ops.contrastive_cross_entropy(query, document, scale=20.0, impl=impl)[0]
-    wanted = written_out(query, document, torch.arange(5, device=device), 20.0, False)
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, wanted, rtol=2e-2, atol=2e-2)
-    assert {x.dtype for x in torch.autograd.grad(loss, (query, document))} == {torch.float32}
+    for gradient in torch.autograd.grad(loss, (query, document)):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
 @pytest.mark.parametrize(

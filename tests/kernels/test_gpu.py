@@ -21,8 +21,8 @@ from fastbert.proof.op_cases import OPS, WITH_DROPOUT, Case, cotangent, floating
 
 ON_GPU = torch.cuda.is_available()
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
-# the interpreter cuts bf16 off instead of rounding it
-DTYPES = [torch.float32, torch.float16, *[torch.bfloat16] * ON_GPU]
+# other tests show the numbers of each dtype in the interpreter
+DTYPES = [torch.float32, torch.float16, torch.bfloat16] if ON_GPU else [torch.float16]
 TOKENS = 4096 if ON_GPU else 16
 LENGTHS = (128, 512) if ON_GPU else (8,)
 REPEATS = 50 if ON_GPU else 2
@@ -67,15 +67,17 @@ def assert_as_close_as_plain(got, case, arguments):
 # --- every op at real sizes
 
 
-@pytest.mark.parametrize("longest", LENGTHS)
+def variants():
+    """(op, dropout_p, longest sequence): of each op that has dropout both, of each that looks at lengths all."""
+    for op in OPS:
+        lengths = LENGTHS if op in ("attention", "disentangled_attention", "pooling") else LENGTHS[:1]
+        dropout = [0.0] * (ON_GPU or op not in WITH_DROPOUT) + [0.1] * (op in WITH_DROPOUT)
+        yield from ((op, dropout_p, longest) for dropout_p in dropout for longest in lengths)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-@every_op
-def test_values_and_gradients(op, dropout_p, dtype, longest, device, poison):
-    if dropout_p and op not in WITH_DROPOUT:
-        pytest.skip("has no dropout")
-    if longest != LENGTHS[0] and op not in ("attention", "disentangled_attention", "pooling"):
-        pytest.skip("does not look at lengths")
+@pytest.mark.parametrize("op, dropout_p, longest", list(variants()))
+def test_values_and_gradients(op, dropout_p, longest, dtype, device, poison):
     case = case_of(op, dtype, longest, dropout_p)
     arguments = case.arguments(device)
     assert_as_close_as_plain(results(run_of(kernels(op), arguments)), case, arguments)
@@ -96,8 +98,8 @@ def settings_offered(op, arguments, monkeypatch):
 
 def search_with(choose, monkeypatch):
     monkeypatch.setattr(_launch, "AUTOTUNE", True)
-    monkeypatch.setattr(_launch, "_profile", functools.cache(lambda device: {}))
-    monkeypatch.setattr(_launch, "_fastest", choose)
+    monkeypatch.setattr(_launch, "profile_of", functools.cache(lambda device: {}))
+    monkeypatch.setattr(_launch, "fastest", choose)
 
 
 @pytest.mark.parametrize("dtype", [DTYPES[-1], torch.float32] if ON_GPU else [torch.float32], ids=str)
@@ -109,7 +111,7 @@ def test_every_setting_that_is_offered_is_right(op, dtype, device, poison, monke
     count = settings_offered(op, arguments, monkeypatch)
     if not count:
         pytest.skip("no settings to choose from")
-    # the interpreter takes its time: the last one there
+    # the interpreter is slow: only the last one there
     for i in range(1, count) if ON_GPU else [count - 1]:
 
         def take(run, kernel, key, candidates, overwrites):
@@ -119,7 +121,7 @@ def test_every_setting_that_is_offered_is_right(op, dtype, device, poison, monke
                 run(settings)
                 for x, old in zip(overwrites, kept):
                     x.copy_(old)
-            except _launch._DO_NOT_FIT:
+            except _launch.DO_NOT_FIT:
                 return candidates[0]
             return settings
 
@@ -395,12 +397,12 @@ def test_disentangled_attention_first_called_inside_a_cuda_graph(device, monkeyp
     run = run_of(kernels("disentangled_attention"), arguments)
     wanted = tensors(results(run))
     gradient = cotangent(run)
-    monkeypatch.setattr(_bands, "_tables", {})
+    monkeypatch.setattr(_bands, "TABLES", {})
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         output = run.forward()
         got = [output, *torch.autograd.grad(output, run.leaves, gradient)]
-    assert not _bands._tables
+    assert not _bands.TABLES
     for _ in range(2):
         # what was in the graph's memory before must not matter
         for x in got:

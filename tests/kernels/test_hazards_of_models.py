@@ -13,7 +13,7 @@ from fastbert.model.heads import MaskedLM
 from fastbert.packing import Batch, pack
 from fastbert.training.loop import accumulate
 
-# what the interpreter's numpy says about places that are not stored, or about the infinities under test
+# numpy warns about elements that are not stored, and about the infinities under test
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 TINY = EncoderConfig(
@@ -239,7 +239,7 @@ def test_flattening_in_transformers_loses_segments_and_labels(theirs, tmp_path):
     torch.testing.assert_close(ours.logits(batch), expected, rtol=0, atol=1e-5)
 
 
-def test_the_list_of_hazards_names_tests_that_exist():
+def test_the_table_of_hazards_names_existing_tests():
     folder = Path(__file__).parents[1]
     named = re.findall(r"`((?:\w+/)?test_\w+\.py)::(\w+)`", (folder / "README.md").read_text(encoding="utf-8"))
     assert len(named) > 50

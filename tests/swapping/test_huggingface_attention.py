@@ -95,11 +95,7 @@ def assert_same_gradients(got, wanted):
 
 # the interpreter is slow, and the other families differ from BERT in nothing that attention sees
 CASES = [("cpu", family, mask) for family in FAMILIES for mask in MASKS]
-
-
 CASES += [("triton", family, mask) for family in ("Bert", "ModernBert") for mask in ("none", "left", "holes")]
-
-
 CASES += [("triton", "Bert", "full"), ("triton", "ModernBert", "a row of padding")]
 
 
@@ -163,11 +159,7 @@ def sequences():
 
 # DistilBERT and ModernBERT tell their layers no position ids, so no attention of transformers' own can know of them
 FLATTENED = [(family, "cu_seq_lens", "cpu") for family in FAMILIES]
-
-
 FLATTENED += [(family, "position_ids", "cpu") for family in FAMILIES if family not in ("DistilBert", "ModernBert")]
-
-
 FLATTENED += [("ModernBert", "cu_seq_lens", "triton"), ("Bert", "position_ids", "triton")]
 
 

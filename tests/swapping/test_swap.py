@@ -9,7 +9,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-import transformers
+from small import assert_close
 from test_families import CASES, MASKS, WITHOUT_CHOICE, B, S, mask_of, theirs_of
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -45,12 +45,6 @@ def inputs_of(model, kind, empty=True):
 def labels_of(inputs):
     picked = (torch.rand(B, S) < 0.3) & inputs["attention_mask"].bool()
     return torch.where(picked, inputs["input_ids"], -100)
-
-
-def assert_close(got, expected, where=None):
-    got, expected = (x if where is None else x[where] for x in (got, expected))
-    assert got.dtype == expected.dtype
-    assert (got - expected).abs().max() < 1e-5 * max(1.0, expected.abs().max().item())
 
 
 def assert_gradients_equal(swapped, model):
@@ -96,7 +90,8 @@ def test_heads(case, head):
     if head == "ForMultipleChoice" and CASES[case][0] in WITHOUT_CHOICE:
         pytest.skip("transformers has no such class")
     model, swapped, _ = pair_of(case, head)
-    for kind in MASKS:
+    # padding that is left out, and padding that the original code sees
+    for kind in ("right", "left"):
         model.zero_grad(), swapped.zero_grad()
         # a row of padding alone means something to no one, but its loss counts
         inputs = inputs_of(model, kind, empty=False)
@@ -226,8 +221,9 @@ def test_dropout_is_drawn_from_torchs_generator(case):
     assert torch.equal(first[0], again[0]) and all(map(torch.equal, first[1], again[1]))
     assert not torch.equal(first[0], other[0])
     # the same distribution of losses
-    ours, theirs = (torch.stack([step(m, seed)[0] for seed in range(40)]) for m in (swapped, model))
-    spread = (ours.var() / 40 + theirs.var() / 40).sqrt()
+    seeds = range(25)
+    ours, theirs = (torch.stack([step(m, seed)[0] for seed in seeds]) for m in (swapped, model))
+    spread = (ours.var() / len(seeds) + theirs.var() / len(seeds)).sqrt()
     assert (ours.mean() - theirs.mean()).abs() < 4 * spread
     assert 0.4 < ours.std() / theirs.std() < 2.5
     if model.supports_gradient_checkpointing:
@@ -256,7 +252,9 @@ def test_kernels_run_and_agree(case, monkeypatch):
     assert_gradients_equal(swapped, model)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", ["bert", "roberta", "albert", "electra", "distilbert", "deberta-v3", "mpnet", "modernbert"]
+)
 def test_shapes_without_values(case):
     """On the meta device, and as fake tensors, which memory estimates are made with, there are no lengths to read."""
     model, swapped, _ = pair_of(case)
@@ -374,16 +372,6 @@ def test_the_loss_is_divided_by_the_labels_of_the_whole_step():
     assert all((x - y).abs().max() < 1e-6 * max(1, y.abs().max()) for x, y in zip(own, gradients))
 
 
-def test_nothing_picked_is_zero_where_theirs_is_nan():
-    model, swapped, _ = pair_of("bert")
-    inputs = inputs_of(model, "right")
-    labels = torch.full((B, S), -100)
-    swapped.train(), model.train()
-    assert model(**inputs, labels=labels).loss.isnan()
-    assert loss_of(swapped, inputs, labels=labels) == 0
-    assert all(p.grad is None or not p.grad.any() for p in swapped.parameters())
-
-
 def test_flat_batches_of_the_collator():
     """cu_seq_lens and max_length, as DataCollatorWithFlattening(return_flash_attn_kwargs=True) gives them."""
     for case in ("bert", "roberta", "modernbert"):
@@ -418,18 +406,6 @@ def test_report():
         relu.raise_if_incomplete()
     with pytest.raises(RuntimeError, match="nothing to swap"):
         fastbert.swap(nn.Linear(2, 2)).raise_if_incomplete()
-
-
-def test_swapping_twice_and_back_and_for_a_while():
-    model, swapped, first = pair_of("bert")
-    second = fastbert.swap(swapped)
-    assert [(r.name, r.became) for r in second.rows] == [(r.name, r.became) for r in first.rows]
-    fastbert.unswap(swapped)
-    fastbert.unswap(swapped)
-    with pytest.raises(KeyError), fastbert.swapped(swapped) as report:
-        assert report.swapped and isinstance(swapped, transformers.BertForMaskedLM)
-        raise KeyError
-    assert all(type(a) is type(b) for a, b in zip(swapped.modules(), model.modules()))
 
 
 @pytest.mark.parametrize(

@@ -4,28 +4,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from test_swap_clients import TEXTS, assert_alike, assert_same, is_swapped, rows, tiny, tokenizer
+from small import assert_same_gradients, batch, gradients, is_swapped, logits, tiny
+from test_swap_clients import TEXTS, assert_alike, tokenizer
 from torch import nn
 
 import fastbert
-
-
-def batch():
-    made = {
-        name: torch.stack([row[name] for row in rows("BertForMaskedLM")[:5]]) for name in rows("BertForMaskedLM")[0]
-    }
-    del made["note"]
-    return made
-
-
-def real_logits(model):
-    return model.eval()(**batch()).logits.detach()[batch()["attention_mask"].bool()]
-
-
-def trained_gradients(model):
-    model.train().zero_grad()
-    model(**batch()).loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def adapted(model, **options):
@@ -44,7 +27,7 @@ def adapted(model, **options):
 def test_lora(options, when, tmp_path):
     peft = pytest.importorskip("peft")
     plain = adapted(tiny(), **options)
-    expected, bare = real_logits(plain), real_logits(tiny())
+    expected, bare = logits(plain), logits(tiny())
     assert (expected - bare).abs().max() > 0.01 or options
     model = tiny()
     if when == "after it":
@@ -53,33 +36,33 @@ def test_lora(options, when, tmp_path):
     if when == "before the swap":
         fastbert.swap(model)
     assert model.get_nb_trainable_parameters() == plain.get_nb_trainable_parameters()
-    assert (real_logits(model) - expected).abs().max() < 1e-5
-    assert_same(trained_gradients(model), trained_gradients(plain))
+    assert (logits(model) - expected).abs().max() < 1e-5
+    assert_same_gradients(gradients(model.train()), gradients(plain.train()))
     # one step, so that modules_to_save differ from what they were copied from
     for one in (plain, model):
         torch.optim.SGD(one.parameters(), lr=0.5).step()
-    expected = real_logits(plain)
-    assert (real_logits(model) - expected).abs().max() < 1e-5
+    expected = logits(plain)
+    assert (logits(model) - expected).abs().max() < 1e-5
     with model.disable_adapter():
-        assert (real_logits(model) - bare).abs().max() < 1e-5
+        assert (logits(model) - bare).abs().max() < 1e-5
 
     model.save_pretrained(tmp_path)
     for swaps in (False, True):
         fresh = tiny()
         if swaps:
             fastbert.swap(fresh)
-        assert (real_logits(peft.PeftModel.from_pretrained(fresh, tmp_path)) - expected).abs().max() < 1e-5
+        assert (logits(peft.PeftModel.from_pretrained(fresh, tmp_path)) - expected).abs().max() < 1e-5
     merged = model.merge_and_unload()
     assert is_swapped(merged) and is_swapped(merged.bert.encoder)
-    assert (real_logits(merged) - expected).abs().max() < 1e-4
+    assert (logits(merged) - expected).abs().max() < 1e-4
     fastbert.unswap(merged)
-    assert (real_logits(merged) - expected).abs().max() < 1e-4
+    assert (logits(merged) - expected).abs().max() < 1e-4
     assert not any(map(is_swapped, merged.modules()))
 
 
 def test_accelerate(tmp_path):
     accelerate = pytest.importorskip("accelerate")
-    expected = real_logits(tiny())
+    expected = logits(tiny())
     for place in ("cpu", "disk"):
         for when in ("before", "after"):
             model = tiny()
@@ -94,22 +77,22 @@ def test_accelerate(tmp_path):
                 reasons = {row.reason for row in fastbert.swap(model).stayed}
                 assert reasons == {"its forward was replaced on the instance"}
             with torch.no_grad():
-                assert (real_logits(model) - expected).abs().max() < 1e-5
+                assert (logits(model) - expected).abs().max() < 1e-5
             assert model.bert.encoder.layer[0].output.dense.weight.is_meta
 
     tiny().save_pretrained(tmp_path / "model")
     model = transformers.BertForMaskedLM.from_pretrained(tmp_path / "model", device_map={"": "cpu"})
     fastbert.swap(model).raise_if_incomplete()
-    assert (real_logits(model) - expected).abs().max() < 1e-5
+    assert (logits(model) - expected).abs().max() < 1e-5
 
     model = tiny()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    wanted = trained_gradients(tiny())
+    wanted = gradients(tiny().train())
     fastbert.swap(model)
     accelerator = accelerate.Accelerator(cpu=True)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     accelerator.backward(prepared.train()(**batch()).loss)
-    assert_same({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, wanted)
+    assert_same_gradients({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, wanted)
     optimizer.step()
     assert accelerator.unwrap_model(prepared) is model and is_swapped(model)
     with accelerate.init_empty_weights():

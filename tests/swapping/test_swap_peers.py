@@ -5,59 +5,39 @@ loaded from disk. So whatever a swapped model returns, at padded places too, mus
 """
 
 import pytest
+import small
 import torch
-import transformers
 from torch import nn
 from torch.testing import assert_close
 
 import fastbert
 
-B, S, V = 4, 7, 60
-SIZES = dict(
-    vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=37,
-    max_position_embeddings=40, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pad_token_id=0,
-)  # fmt: skip
-RELATIVE = dict(relative_attention=True, position_biased_input=False, pos_att_type=["c2p", "p2c"], type_vocab_size=0)
-V3 = dict(RELATIVE, position_buckets=4, share_att_key=True, norm_rel_ebd="layer_norm")
+# family -> what its tiny model is told beside
 FAMILIES = {
     "Bert": {},
     "Roberta": dict(pad_token_id=1),
     "Electra": dict(embedding_size=16),
     "Albert": dict(embedding_size=8),
-    "DistilBert": dict(
-        dim=32, n_layers=2, n_heads=4, hidden_dim=37, dropout=0.0, attention_dropout=0.0, vocab_size=V,
-        max_position_embeddings=40, pad_token_id=0,
-    ),
+    "DistilBert": {},
     "MPNet": dict(pad_token_id=1),
-    "Deberta": RELATIVE,
-    "DebertaV2": V3,
-    "ModernBert": dict(attention_dropout=0.0, cls_token_id=2, sep_token_id=3, bos_token_id=2, eos_token_id=3),
-}  # fmt: skip
-# those whose attention looks at how far tokens are apart, and two that do not
+    "Deberta": {},
+    "DebertaV2": dict(share_att_key=True, norm_rel_ebd="layer_norm"),
+    "ModernBert": {},
+}
+# three whose attention looks at how far tokens are apart, and two whose attention does not
 SOME = ["Bert", "Albert", "MPNet", "DebertaV2", "ModernBert"]
 
 
 def tiny(family, head="Model", **changes):
-    own = FAMILIES[family]
-    options = own if family == "DistilBert" else {**SIZES, **own}
-    if family == "ModernBert":
-        options = {name: value for name, value in options.items() if not name.endswith("dropout_prob")}
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**{**options, **changes})
-    model = getattr(transformers, family + head)(config).eval()
-    for parameter in model.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
+    model = small.tiny(family + head, **FAMILIES[family], **changes)
     assert fastbert.swap(model).swapped
     return model
 
 
 def batch(gaps=False):
-    """Texts of 7, 4, 5 and 6 tokens; with gaps: the second has a padding token in its midst."""
-    generator = torch.Generator().manual_seed(1)
-    mask = (torch.arange(S) < torch.tensor([[7], [4], [5], [6]])).long()
-    if gaps:
-        mask[1, 2] = 0
-    return dict(input_ids=torch.randint(5, V, (B, S), generator=generator), attention_mask=mask)
+    inputs = small.batch(gaps)
+    del inputs["labels"]
+    return inputs
 
 
 def close(got, expected):
@@ -76,7 +56,7 @@ def test_a_text_alone_is_what_it_is_in_a_batch(family, gaps):
     model, inputs = tiny(family), batch(gaps)
     for asked in ({}, dict(output_hidden_states=True)):
         together = model(**inputs, **asked)
-        for row in range(B):
+        for row in range(len(small.LENGTHS)):
             alone = model(**{name: value[row : row + 1] for name, value in inputs.items()}, **asked)
             close(alone.last_hidden_state[0], together.last_hidden_state[row])
             for one, many in zip(alone.hidden_states or (), together.hidden_states or ()):
@@ -119,7 +99,7 @@ def test_padding_at_the_first_place_stays_what_the_model_reads_there():
 def test_feed_forward_in_chunks(family):
     inputs = batch()
     whole = tiny(family)(**inputs)[0]
-    for chunk in (1, 7):
+    for chunk in (1, 11):
         model = tiny(family, chunk_size_feed_forward=chunk)
         close(model(**inputs)[0], whole)
         fastbert.swap(model).raise_if_incomplete()
@@ -152,21 +132,16 @@ class Scores(nn.Module):
 
 
 @pytest.mark.parametrize("family", ["Bert", "ModernBert"])
-def test_compiles_as_one_graph(family):
+def test_compiles_as_one_graph(family, fresh_compiler):
     model, inputs = tiny(family, "ForMaskedLM"), batch()
-    labels = torch.where(torch.rand(B, S) < 0.5, inputs["input_ids"], -100)
-    torch._dynamo.reset()
     close(torch.compile(model, backend="eager", fullgraph=True)(**inputs).logits, model(**inputs).logits)
     if family == "Bert":
         model.train()
         torch._dynamo.reset()
         with torch.enable_grad():
-            model(**inputs, labels=labels).loss.backward()
-            expected = [parameter.grad for parameter in model.parameters()]
-            model.zero_grad()
-            torch.compile(model, backend="eager", fullgraph=True)(**inputs, labels=labels).loss.backward()
-        close([parameter.grad for parameter in model.parameters()], expected)
-    torch._dynamo.reset()
+            expected = small.gradients(model)
+            got = small.gradients(torch.compile(model, backend="eager", fullgraph=True))
+        close(list(got.values()), list(expected.values()))
 
 
 # --------------------------------------------------------------------------------------------------- torch's own tests
@@ -191,8 +166,11 @@ def test_a_decoder_reads_the_padding_of_its_encoder(norm_first):
     assert {row.name for row in report.stayed} >= {"encoder", "encoder.layers.0", "encoder.layers.1.self_attn"}
     assert any("unpad=True" in row.reason for row in report.stayed)
     report = fastbert.swap(model, unpad=True)
-    assert "encoder" in {row.name for row in report.swapped}
-    told = dict(src_key_padding_mask=padding, memory_key_padding_mask=padding)
+    assert {"encoder", "encoder.layers.1", "encoder.layers.0.self_attn"} <= {row.name for row in report.swapped}
+    decoders = {row.name for row in report.stayed if row.reason.startswith("a decoder's attention is causal")}
+    assert {"decoder", "decoder.layers.0", "decoder.layers.1"} <= decoders
+    causal = nn.Transformer.generate_square_subsequent_mask(4)
+    told = dict(src_key_padding_mask=padding, memory_key_padding_mask=padding, tgt_mask=causal)
     got = model(x, y, **told)
     fastbert.unswap(model)
     close(got, model(x, y, **told))
@@ -224,7 +202,8 @@ def test_masks_of_any_numbers_and_of_no_known_type(training):
         expected = model(x, src_key_padding_mask=padding).detach()
     fastbert.swap(model)
     close(model(x, src_key_padding_mask=padding), expected)
-    with pytest.raises(AssertionError, match="only bool and floating types"):
-        model(x, src_key_padding_mask=(padding > 0).to(torch.uint8))
-    with pytest.raises(AssertionError, match="only bool and floating types"):
-        model(x, src_key_padding_mask=(padding > 0).long())
+    for dtype in (torch.uint8, torch.int64):
+        with pytest.raises(AssertionError, match="only bool and floating types"):
+            model(x, src_key_padding_mask=(padding > 0).to(dtype))
+    with pytest.raises((AssertionError, RuntimeError)):
+        model(x, src_key_padding_mask=padding[:1])

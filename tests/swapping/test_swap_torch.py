@@ -185,20 +185,18 @@ def test_padding_costs_nothing_and_gives_zero(monkeypatch):
         assert out.is_contiguous() and not out[PADDING if first else PADDING.T].any()
         assert len(seen) >= 5 and {len(shape) for shape in seen} == {2}
         assert {shape[0] for shape in seen} == {sum(LENGTHS)}
+    seen.clear()
+    fastbert.swap(module, unpad=False)
+    module(torch.randn(3, S, D), src_key_padding_mask=PADDING)
+    assert {shape[0] for shape in seen} == {3 * S}
 
 
-def test_real_places_do_not_see_what_padding_holds():
-    module, swapped, _ = pair(an_encoder(batch_first=True))
-    x = torch.randn(3, S, D)
-    wanted = module(x, src_key_padding_mask=PADDING)[~PADDING]
-    got = swapped(x.masked_fill(PADDING[..., None], float("nan")), src_key_padding_mask=PADDING)[~PADDING]
-    torch.testing.assert_close(wanted, got, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("where", ["left", "holes", "a_row_of_padding"])
-def test_padding_in_other_places(where):
+@pytest.mark.parametrize("where", ["right", "left", "holes", "a_row_of_padding"])
+def test_padding_anywhere_may_hold_anything(where):
     padding = torch.zeros(3, S, dtype=torch.bool)
-    if where == "left":
+    if where == "right":
+        padding = PADDING
+    elif where == "left":
         padding[1, :3] = True
     elif where == "holes":
         padding[0, 2] = padding[2, 4:6] = True
@@ -207,18 +205,9 @@ def test_padding_in_other_places(where):
     module, swapped, _ = pair(an_encoder(batch_first=True))
     x = torch.randn(3, S, D)
     wanted = module(x, src_key_padding_mask=padding)[~padding]
-    torch.testing.assert_close(wanted, swapped(x, src_key_padding_mask=padding)[~padding], rtol=1e-5, atol=1e-5)
-    if where == "a_row_of_padding":
-        assert torch.isfinite(swapped(x, src_key_padding_mask=padding)).all()
-
-
-def test_masks_that_torch_refuses_are_refused():
-    _, swapped, _ = pair(an_encoder(batch_first=True))
-    x = torch.randn(3, S, D)
-    with pytest.raises(AssertionError, match="only bool and floating"):
-        swapped(x, src_key_padding_mask=PADDING.long())
-    with pytest.raises((AssertionError, RuntimeError)):
-        swapped(x, src_key_padding_mask=PADDING[:2])
+    got = swapped(x.masked_fill(padding[..., None], float("nan")), src_key_padding_mask=padding)
+    torch.testing.assert_close(wanted, got[~padding], rtol=1e-5, atol=1e-5)
+    assert torch.isfinite(got).all()
 
 
 @pytest.mark.parametrize("grain", ["stack", "layer", "attention"])
@@ -249,18 +238,6 @@ def test_a_learned_mask_gets_its_gradient():
 
     zeros = torch.zeros(3, S)
     assert_equal_results(results(module, call, x, zeros), results(swapped, call, x, zeros))
-
-
-def test_no_unpadding_where_it_is_not_wanted(monkeypatch):
-    no_torch_attention(monkeypatch)
-    module = an_encoder(batch_first=True).eval()
-    shapes = []
-    fastbert.swap(module, unpad=False)
-    real = ops.layer_norm
-    monkeypatch.setattr(ops, "layer_norm", lambda x, *a, **k: (shapes.append(len(x)), real(x, *a, **k))[1])
-    with torch.no_grad():
-        module(torch.randn(3, S, D), src_key_padding_mask=PADDING)
-    assert shapes and set(shapes) == {3 * S}
 
 
 @pytest.mark.parametrize("need_weights", [False, True], ids=["no_weights", "weights"])

@@ -1,4 +1,4 @@
-"""Runs in these tests have one thread, and neither TensorBoard nor a picture, which take longer than their steps."""
+"""Runs in these tests use one thread, without TensorBoard and pictures, which take longer than the training."""
 
 import pytest
 import torch

@@ -1,6 +1,7 @@
 """Tiny runs for the tests of training: a text, a model's config, short runs, and how to compare and to stop them."""
 
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 from fastbert.data.shards import prepare
 from fastbert.data.tokenizer import save_tokenizer, train_wordpiece
+from fastbert.packing import Batch
 from fastbert.training import card, checkpoint, log, pretrain
 from fastbert.training.pretrain import PretrainConfig
 
@@ -92,6 +94,41 @@ def stop_in(monkeypatch, name, call):
         return real(*args, **kwargs)
 
     monkeypatch.setattr(pretrain, name, function)
+
+
+def cut(batch, groups):
+    """The sequences of a batch as several batches, `groups` sequences each."""
+    starts, parts, at = batch.cu_seqlens.tolist(), [], 0
+    for size in groups:
+        first, last = starts[at], starts[at + size]
+        here = (batch.picks >= first) & (batch.picks < last)
+        parts.append(Batch(
+            batch.input_ids[first:last], batch.position_ids[first:last], batch.token_type_ids[first:last],
+            batch.cu_seqlens[at : at + size + 1] - first, batch.max_seqlen,
+            labels=batch.labels[first:last], picks=batch.picks[here] - first,
+            pair_labels=None if batch.pair_labels is None else batch.pair_labels[at : at + size],
+            draws=None if batch.draws is None else batch.draws[here],
+        ))  # fmt: skip
+        at += size
+    assert at == len(starts) - 1
+    return parts
+
+
+def alone_and_in_two_processes(options, directory):
+    """The directories of a run with two micro-batches a step, and of one by two processes with one micro-batch each."""
+    options = options | {"dropout": 0.0, "max_steps": 3, "logging_steps": 3, "gradient_accumulation_steps": 1}
+    one, two = directory / "one", directory / "two"
+    run(options, output_dir=one, gradient_accumulation_steps=2)
+    file, context = directory / "rendezvous", multiprocessing.get_context("fork")
+    processes = [
+        context.Process(target=worker, args=(rank, 2, file, options | {"output_dir": two})) for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    return one, two
 
 
 def worker(rank, world_size, file, options):

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import packed_batch
 from tokenizers import Tokenizer, models
 
 from fastbert import files
 from fastbert.data.tokenizer import SPECIALS
 from fastbert.model.config import EncoderConfig
 from fastbert.model.heads import MaskedLM
-from fastbert.packing import Batch
 from fastbert.training import checkpoint, optim
 
 CONFIG = EncoderConfig(
@@ -39,11 +39,8 @@ def trained(seed=0, steps=1):
     torch.manual_seed(seed)
     model = MaskedLM(CONFIG)
     optimizer = optim.adamw(model, learning_rate=0.01, weight_decay=0.1, betas=(0.9, 0.98), epsilon=1e-6)
-    ids = torch.arange(6)
-    batch = Batch(
-        ids, ids, torch.zeros_like(ids), torch.tensor([0, 6], dtype=torch.int32), 6,
-        labels=ids, picks=ids, seed=torch.tensor([seed]),
-    )  # fmt: skip
+    batch = packed_batch([6], CONFIG.vocab_size, picked=1)
+    batch.seed = torch.tensor([seed])
     for _ in range(steps):
         optimizer.zero_grad()
         model(batch).loss.backward()
@@ -149,11 +146,11 @@ def crash_after(monkeypatch, operations):
 
 @pytest.mark.parametrize("again", [False, True], ids=["new-step", "same-step"])
 def test_a_crash_at_any_operation_loses_nothing(again, tmp_path, tokenizer, monkeypatch):
-    first, second = trained(0), trained(1)
+    first, second, loaded = trained(0), trained(1), trained(2)
     at = 1 if again else 2
+    checkpoint.save_checkpoint(tmp_path / "first", 1, *first, tokenizer, {"of": "first"})
     for operations in range(100):
-        directory = tmp_path / str(operations)
-        checkpoint.save_checkpoint(directory, 1, *first, tokenizer, {"of": "first"}, keep=1)
+        directory = shutil.copytree(tmp_path / "first", tmp_path / str(operations))
         with monkeypatch.context() as patched:
             count = crash_after(patched, operations)
             try:
@@ -163,7 +160,6 @@ def test_a_crash_at_any_operation_loses_nothing(again, tmp_path, tokenizer, monk
                 finished = False
         checkpoint.clear_unfinished(directory)
         found = checkpoint.latest(directory)
-        loaded = trained(2)
         state = checkpoint.load_checkpoint(found, *loaded)
         assert_same(*loaded, *(first if state["of"] == "first" else second))
         # and the directory still takes the next one
@@ -186,7 +182,7 @@ def save_forever(directory, tokenizer):
 def test_kill_9_at_random_times_leaves_a_whole_checkpoint(tmp_path, tokenizer):
     rng = random.Random(0)
     checkpoint.save_checkpoint(tmp_path, 0, *trained(), tokenizer, {"step": 0})
-    for _ in range(12):
+    for _ in range(8):
         process = FORK.Process(target=save_forever, args=(tmp_path, tokenizer))
         process.start()
         # on a busy machine the first save takes a while
@@ -215,7 +211,7 @@ def limited_save(directory, tokenizer, pipe):
         pipe.send(str(error))
 
 
-def test_a_disk_that_takes_no_more_gives_one_line_and_keeps_the_last(tmp_path, tokenizer, monkeypatch):
+def test_a_full_disk_gives_one_line_and_keeps_the_last_checkpoint(tmp_path, tokenizer, monkeypatch):
     checkpoint.save_checkpoint(tmp_path, 1, *trained(), tokenizer, {})
     ours, theirs = FORK.Pipe()
     process = FORK.Process(target=limited_save, args=(tmp_path, tokenizer, theirs))

@@ -1,56 +1,34 @@
 """The loop of training: what a step adds up, the step itself, its length, and several processes."""
 
 import math
-import multiprocessing
 import time
 
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import MODEL, run, training_rows, worker
+from helpers import packed_batch
+from runs import MODEL, alone_and_in_two_processes, cut, run, training_rows
 from safetensors.torch import load_file
 
 from fastbert.data.batches import MaskedBatches
 from fastbert.data.shards import Shards
 from fastbert.model import heads, hf_files
-from fastbert.packing import Batch
 from fastbert.training import checkpoint, log, loop, pretrain
 
 
-def one_batch(lengths, picks_of, vocab=50, pairs=False):
-    """A Batch of random sequences; sequence b has the rows `picks_of[b]` picked."""
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
-    T = int(cu_seqlens[-1])
-    ids = torch.randint(5, vocab, (T,))
-    labels = torch.full((T,), -100)
-    for start, rows in zip(cu_seqlens.tolist(), picks_of, strict=False):
-        for row in rows:
-            labels[start + row] = torch.randint(5, vocab, ())
-    return Batch(
-        ids, torch.cat([torch.arange(n) for n in lengths]), torch.zeros_like(ids), cu_seqlens.int(), max(lengths),
-        labels=labels, picks=(labels != -100).nonzero()[:, 0],
-        pair_labels=torch.arange(len(lengths)) % 2 if pairs else None,
-    )  # fmt: skip
+def one_batch(lengths, picks, pairs=False):
+    """A Batch of random sequences with these rows picked."""
+    batch = packed_batch(lengths, 50)
+    batch.picks = torch.tensor(picks, dtype=torch.int64)
+    batch.labels = torch.full_like(batch.input_ids, -100).index_put(
+        (batch.picks,), torch.randint(5, 50, batch.picks.shape)
+    )
+    batch.pair_labels = torch.arange(len(lengths)) % 2 if pairs else None
+    return batch
 
 
-def cut(batch, groups):
-    """The sequences of a batch as several batches, `groups` sequences each."""
-    starts, parts, at = batch.cu_seqlens.tolist(), [], 0
-    for size in groups:
-        rows = slice(starts[at], starts[at + size])
-        labels = batch.labels[rows]
-        parts.append(Batch(
-            batch.input_ids[rows], batch.position_ids[rows], batch.token_type_ids[rows],
-            batch.cu_seqlens[at : at + size + 1] - starts[at], batch.max_seqlen, labels=labels,
-            picks=(labels != -100).nonzero()[:, 0],
-            pair_labels=None if batch.pair_labels is None else batch.pair_labels[at : at + size],
-        ))  # fmt: skip
-        at += size
-    assert at == len(starts) - 1
-    return parts
-
-
-LENGTHS, PICKS = [7, 3, 9, 1, 5, 8], [[1, 2, 3, 6], [], [4], [], [], [0, 1, 2, 3, 4, 5]]
+# of the six sequences, the second, fourth and fifth have no picks
+LENGTHS, PICKS = [7, 3, 9, 1, 5, 8], [1, 2, 3, 6, 14, 25, 26, 27, 28, 29, 30]
 
 
 def gradients_of(model, batches):
@@ -91,7 +69,7 @@ def test_cutting_a_step_into_micro_batches_does_not_change_its_gradient(kind, gr
 
 def test_a_step_without_picks_leaves_no_gradient_and_no_nan(options):
     model = heads.MaskedLM(hf_files.config_from_hf(MODEL | {"vocab_size": 50}))
-    found, sums = gradients_of(model, [one_batch([4, 3], [[], []])])
+    found, sums = gradients_of(model, [one_batch([4, 3], [])])
     assert not found and sums == {"count": 0, "tokens": 7}
     # in a run: steps go by, are counted, and leave the model finite
     run(options, mlm_probability=1e-4, logging_steps=12, gradient_accumulation_steps=1)
@@ -159,19 +137,9 @@ def test_a_run_by_the_clock_ends_in_time_with_its_rate_near_zero(options):
 
 
 def test_two_processes_learn_what_one_does_with_two_micro_batches(options, tmp_path):
-    options = options | {"dropout": 0.0, "max_steps": 4, "gradient_accumulation_steps": 1}
-    run(options, output_dir=tmp_path / "one", gradient_accumulation_steps=2)
-    context = multiprocessing.get_context("fork")
-    processes = [
-        context.Process(target=worker, args=(rank, 2, tmp_path / "rendezvous", options)) for rank in range(2)
-    ]  # fmt: skip
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0, 0]
-    one, two = (load_file(d / "model.safetensors") for d in (tmp_path / "one", options["output_dir"]))
+    directories = alone_and_in_two_processes(options, tmp_path)
+    one, two = (load_file(directory / checkpoint.MODEL) for directory in directories)
     for name in one:
         torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=1e-4, msg=name)
-    figures = [log.read_metrics(d)[-1] for d in (tmp_path / "one", options["output_dir"])]
+    figures = [log.read_metrics(directory)[-1] for directory in directories]
     assert figures[0]["tokens"] == figures[1]["tokens"]

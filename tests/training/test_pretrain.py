@@ -1,14 +1,13 @@
-"""Pretraining on tiny models: it learns, its options reach it, it says what is wrong."""
+"""Pretraining on tiny models: it learns, its options take effect, wrong options are refused."""
 
 import dataclasses
-import json
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from runs import MODEL, WORDS, run, training_rows
+from runs import MODEL, WORDS, run, training_rows, write_model
 from safetensors.torch import load_file
 
 from fastbert.data.batches import MaskedBatches
@@ -59,7 +58,7 @@ def test_from_raw_text_to_a_model_that_knows_words(place, tmp_path, monkeypatch)
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_going_on_from_a_model_begins_with_what_it_knows(options, whole, monkeypatch):
+def test_training_starts_from_the_given_model(options, whole, monkeypatch):
     start = {}
 
     def look(model, batches, **_):
@@ -74,36 +73,26 @@ def test_going_on_from_a_model_begins_with_what_it_knows(options, whole, monkeyp
         assert torch.equal(p, start[name])
 
 
+# those with replaced tokens learn in test_replaced_token_runs.py
 FAMILIES = {
     "roberta": dict(type_vocab_size=1),
     "albert": dict(embedding_size=16),
-    "electra": dict(embedding_size=16),
     "distilbert": dict(dim=32, n_layers=2, n_heads=2, hidden_dim=64, dropout=0.1, attention_dropout=0.1),
-    "deberta-v2": dict(
-        relative_attention=True, pos_att_type=["c2p", "p2c"], position_buckets=8, share_att_key=True,
-        norm_rel_ebd="layer_norm", position_biased_input=False, type_vocab_size=0,
-    ),
     "modernbert": dict(local_attention=8, attention_dropout=0.1, pad_token_id=0),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_learns_from_raw_text(name, place, tmp_path):
-    values = {**MODEL, "model_type": name, "vocab_size": 320, **FAMILIES[name]}
-    (tmp_path / "model.json").write_text(json.dumps(values))
-    tokenizer = train_bpe([str(place / "long.txt")], 300, progress=False)
-    save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    model = write_model(tmp_path, model_type=name, vocab_size=320, **FAMILIES[name])
+    tokenizer = place / "tokenizer"
     if families.family(name).positions_after_padding:
-        options = dict(tokenizer=tmp_path / "tokenizer")
-    else:
-        options = dict(tokenizer=place / "tokenizer")
-    result = run(
-        dict(
-            train_file=place / "long.txt", model=tmp_path / "model.json", output_dir=tmp_path / "run",
-            max_seq_length=24, tokens_per_batch=384, max_steps=40, learning_rate=5e-3, eval_share=0.1, eval_steps=40,
-            **options,
-        )
-    )  # fmt: skip
+        tokenizer = tmp_path / "tokenizer"
+        save_tokenizer(train_bpe([str(place / "long.txt")], 300, progress=False), tokenizer)
+    result = run(dict(
+        train_file=place / "long.txt", model=model, tokenizer=tokenizer, output_dir=tmp_path / "run",
+        max_seq_length=24, tokens_per_batch=384, max_steps=40, learning_rate=5e-3, eval_share=0.1, eval_steps=40,
+    ))  # fmt: skip
     losses = [row["loss"] for row in training_rows(tmp_path / "run")]
     assert result["signal"] is None and losses[-1] < 0.85 * losses[0]
     model = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "run")
@@ -193,7 +182,7 @@ def test_bfloat16_products_learn_in_float32_parameters(options):
         ({"model": "odd"}, "hidden_size 30 is not divisible by num_attention_heads 4"),
         ({"tokenizer": "nowhere"}, "no tokenizer in nowhere"),
         ({"objective": "clm"}, "--objective is 'clm': expected one of mlm, mlm.nsp, mlm.sop"),
-        ({"mlm_probability": 1.5}, "--mlm-probability is 1.5: expected more than 0, and below 1"),
+        ({"mlm_probability": 1.5}, "--mlm-probability is 1.5: expected a number above 0 and below 1"),
         ({"learning_rate": -1.0}, "--learning-rate is -1.0: expected a number above 0"),
         ({"dropout": 1.0}, "--dropout is 1.0"),
         ({"epochs": 1}, "more than one of --max-steps, --epochs and --max-minutes"),
@@ -201,10 +190,17 @@ def test_bfloat16_products_learn_in_float32_parameters(options):
         ({"device": "abacus"}, "--device is 'abacus'"),
         ({"output_dir": "file/run"}, "file/run cannot be written"),
         ({"train_file": "empty"}, "holds no text"),
+        ({"objective": "rtd"}, "--objective rtd: bert models have no head for replaced tokens, electra, deberta-v2"),
+        ({"objective": "rtd", "model": "deberta"}, "deberta models have no head for replaced tokens"),
+        ({"objective": "rtd", "model": "lone"}, "rtd: .*lone has no generator, expected one in .*lone/generator"),
+        ({"rtd_weight": 0.0}, "--rtd-weight is 0.0: expected a number above 0"),
+        ({"rtd_weight": math.nan}, "--rtd-weight is nan"),
+        ({"embedding_sharing": "es"}, "--embedding-sharing is 'es': expected one of shared, gdes, none"),
+        ({"embedding_sharing": "gdes"}, "--embedding-sharing goes with --objective rtd"),
     ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
 )
-def test_what_cannot_work_is_said_before_any_work(changes, message, options, place, tmp_path, monkeypatch):
+def test_impossible_options_are_refused_before_any_work(changes, message, options, place, tmp_path, monkeypatch):
     def no_work(*args, **kwargs):
         raise AssertionError("work was begun")
 
@@ -212,10 +208,14 @@ def test_what_cannot_work_is_said_before_any_work(changes, message, options, pla
         monkeypatch.setattr(pretrain, name, no_work)
     (tmp_path / "file").write_text("")
     (tmp_path / "empty.txt").write_text("\n \n")
-    (tmp_path / "odd.json").write_text(json.dumps(MODEL | {"hidden_size": 30, "num_attention_heads": 4}))
+    if changes.get("model") == "lone":
+        config = hf_files.config_from_hf(MODEL | {"model_type": "electra"})
+        heads.ReplacedTokenDetector(config).save_pretrained(tmp_path / "lone")
     stand_ins = {
-        "text": place / "text.txt", "empty": tmp_path / "empty.txt", "odd": tmp_path / "odd.json",
-        "file/run": tmp_path / "file" / "run",
+        "text": place / "text.txt", "empty": tmp_path / "empty.txt", "file/run": tmp_path / "file" / "run",
+        "odd": write_model(tmp_path, "odd.json", hidden_size=30, num_attention_heads=4),
+        "deberta": write_model(tmp_path, "deberta.json", model_type="deberta", relative_attention=True),
+        "lone": tmp_path / "lone",
     }  # fmt: skip
     changes = {name: stand_ins.get(value, value) for name, value in changes.items()}
     with pytest.raises((ValueError, OSError), match=message) as error:

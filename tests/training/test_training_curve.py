@@ -9,15 +9,11 @@ from fastbert.model.config import EncoderConfig
 from fastbert.model.heads import Pretraining
 
 STEPS = 30
+# the interpreter takes milliseconds for each head of each sequence, and for each word of the vocabulary
 CONFIG = EncoderConfig(
-    vocab_size=61,
-    hidden_size=24,
-    # the interpreter takes a second a layer for each step
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    intermediate_size=40,
+    vocab_size=31, hidden_size=24, num_hidden_layers=1, num_attention_heads=1, intermediate_size=40,
     max_position_embeddings=16,
-)
+)  # fmt: skip
 
 
 def curve(impl, dtype, device, monkeypatch):
@@ -25,7 +21,7 @@ def curve(impl, dtype, device, monkeypatch):
     monkeypatch.setattr(ops, "IMPL", impl)
     torch.manual_seed(3)
     model = Pretraining(CONFIG).to(device, dtype).train()
-    batches = [packed_batch([9, 1, 0, 13], CONFIG.vocab_size) for _ in range(3)]
+    batches = [packed_batch([9, 1, 0, 5], CONFIG.vocab_size) for _ in range(3)]
     for batch in batches:
         batch.pair_labels = torch.tensor([0, 1, -100, 1])
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

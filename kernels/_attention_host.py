@@ -1,12 +1,78 @@
-"""Launch settings of the attention kernels: tiles, warps and stages by head size and length."""
+"""Host side of all attention kernels: operands, constants, and the launch settings of `attention`."""
+
+import math
 
 import torch
 import triton
 
-from ._launch import capability
+from ._launch import INTERPRET, capability, dropout_constants, product_precision, unit_columns
+
+DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
-def _short(q, most_rows, max_seqlen, is_forward):
+def check_operands(names, *tensors):
+    """Raise TypeError or ValueError where the kernels cannot take q and the other tensors (or None)."""
+    given = [x for x in tensors if x is not None]
+    if given[0].dtype not in DTYPES or any(x.dtype != given[0].dtype for x in given):
+        dtypes = ", ".join(str(x.dtype) for x in given)
+        raise TypeError(f"{names} are {dtypes}: expected one of float16, bfloat16, float32 for all")
+    if given[0].shape[-1] > 128:
+        raise ValueError(f"the head size is {given[0].shape[-1]}: expected at most 128")
+
+
+def unpacked(q, k, v):
+    """q, k and v [rows, H, K] from any packing, with the elements of a head contiguous."""
+    if k is None:
+        q, k, v = q.unbind(1)
+    elif v is None:
+        k, v = k.unbind(1)
+    return unit_columns(q), unit_columns(k), unit_columns(v)
+
+
+def empty_gradients(q, k, v):
+    """(uninitialised gradients, packed as the arguments: a list of one to three; the same unpacked: dq, dk, dv)."""
+    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v) if x is not None]
+    return grads, unpacked(*grads, *[None] * (3 - len(grads)))
+
+
+def empty_results(q):
+    """Uninitialised out [M, H, K] and log-sum-exp, fp32 [1 or 2, H, M] (see `store_lse`), for q in any packing."""
+    M, H, K = q.shape[0], *q.shape[-2:]
+    out = torch.empty(M, H, K, dtype=q.dtype, device=q.device)
+    return out, torch.empty(2 if q.dtype == torch.float32 else 1, H, M, dtype=torch.float32, device=q.device)
+
+
+def strides(*tensors):
+    """Of rows and heads, for each tensor."""
+    return [x.stride(d) for x in tensors for d in (0, 1)]
+
+
+def scalars_of(scale, dropout_p, offset):
+    """(scale, the same for exp2, offset, threshold, keep_scale)."""
+    return scale, scale * math.log2(math.e), offset, *dropout_constants(dropout_p)
+
+
+def constants_of(q, dropout_p):
+    """The compile-time constants that all attention kernels share."""
+    K = q.shape[-1]
+    return dict(
+        HAS_DROPOUT=dropout_constants(dropout_p)[0] > 0,
+        IS_FP32=q.dtype == torch.float32,
+        PRECISION=product_precision(q.dtype),
+        # Triton's interpreter computes wrong results in bfloat16: convert to fp32 after loading
+        UPCAST=INTERPRET and q.dtype == torch.bfloat16,
+        K=K,
+        BLOCK_K=max(triton.next_power_of_2(K), 16),
+    )
+
+
+def key_of(q, longest, *names):
+    """The key for `launch`, shared by similar shapes: "bf16 K64 S512 dropout"."""
+    sizes = f"K{max(triton.next_power_of_2(q.shape[-1]), 16)}", f"S{min(triton.next_power_of_2(longest), 1024)}"
+    return " ".join((DTYPES[q.dtype], *sizes, *names))
+
+
+def short_settings(q, most_rows, max_seqlen, is_forward):
     """(settings, candidates) if one program can take a whole sequence and head, None if that would spill."""
     block_m, block_n = (max(triton.next_power_of_2(size), 16) for size in (most_rows, max_seqlen))
     longest = max(block_m, block_n)
@@ -35,7 +101,7 @@ def _short(q, most_rows, max_seqlen, is_forward):
     return settings, [settings | dict(num_warps=n) for n in (num_warps, *others)]
 
 
-# (kernel, operands are fp32, head size is over 64): (BLOCK_M, BLOCK_N, warps, stages).
+# (kernel, operands are fp32, head size is over 64): (BLOCK_M, BLOCK_N, warps, stages)
 # chosen from the compiler's reports (no spills on sm_80 and sm_90: NOTES.md), not from times on a device
 _TILES = {
     ("fwd", False, False): (128, 64, 8, 3),
@@ -68,7 +134,7 @@ _CANDIDATES = {
 }
 
 
-def _tiled(kernel, q, most_rows, constants):
+def tiled_settings(kernel, q, most_rows, constants):
     """(settings, candidates) of one of the three tiled kernels."""
     is_fp32 = q.dtype == torch.float32
     # elements of a head size such as 59 are loaded one by one, and their addresses take as many registers as wide rows
@@ -111,7 +177,7 @@ def _tiled(kernel, q, most_rows, constants):
     return default, [default, *(settings(*x) for x in candidates)]
 
 
-def _tiles(M, B, max_seqlen_q, BLOCK_M):
+def query_tiles(M, B, max_seqlen_q, BLOCK_M):
     """(tiles of query rows, whether that is per sequence or for all sequences): see `_sequence_of_program`."""
     if max_seqlen_q >= 0:
         return max(triton.cdiv(max_seqlen_q, BLOCK_M), 1), True
