@@ -196,7 +196,7 @@ def _lines(path, stats, done=0):
 
     A line of more than MAX_SIZE letters comes in parts, which share its number; only a .txt file may have one.
     """
-    parts = _parts if _kind(path) == ".txt" else _whole
+    parts, short = _parts if _kind(path) == ".txt" else _whole, min(MAX_WORD, MAX_SIZE)
     encoding, errors = _encoding(path)
     with _opened(path) as (raw, file):
         text = io.TextIOWrapper(file, encoding, errors, newline="\n")
@@ -211,9 +211,8 @@ def _lines(path, stats, done=0):
             at_end = not more or more.endswith("\n")
             if not at_end and len(line) <= MAX_SIZE:
                 continue
-            *ready, line = parts(path, number, line)
-            if at_end:
-                ready, line = [*ready, line], ""
+            ready = [line] if len(line) <= short else list(parts(path, number, line))
+            line = "" if at_end else ready.pop()
             for part in ready:
                 if _is_valid(part):
                     yield number, part
