@@ -76,18 +76,23 @@ def prepare(
         records = _records(directory, there)
         is_whole = [True] * len(records)
         if verify or "shards" not in there:
-            with _progress_bar("verifying", progress) as update:
-                is_whole = [not fault for fault in _faults(directory, records, update)]
+            is_whole = [not fault for fault in _faults(directory, records, progress)]
         if "shards" in there and all(is_whole):
             manifest = there
+            if not _holds_tokenizer(directory, work["tokenizer"]):
+                save_tokenizer(tokenizer, directory)
         else:
             damaged = [record["name"] for record, whole in zip(records, is_whole, strict=True) if not whole]
             if damaged:
                 warnings.warn(f"{directory}: damaged or missing, made again: {', '.join(damaged)}", stacklevel=2)
             if there and len(there["files"]) != len(files):
                 raise ValueError(f"{directory}: some of the text is gone, so {damaged[0]} cannot be made again")
-            # hashed before they are read, so that a change is noticed
-            work["files"] = there.get("files") or [[*row, sha256(row[0])] for row in work["files"]]
+            if there:
+                work["files"] = there["files"]
+            else:
+                # before they are read, so that a change is noticed
+                digests = _digests([row[0] for row in work["files"]], "hashing", progress)
+                work["files"] = [[*row, digest] for row, digest in zip(work["files"], digests, strict=True)]
             _write_json(directory / "work.json", work)
             save_tokenizer(tokenizer, directory)
             manifest = _prepare(files, tokenizer, directory, work, records, is_whole, num_workers, progress)
@@ -123,12 +128,13 @@ def _started(directory, work):
         path = directory / name
         if not path.exists():
             continue
+        there = {}
         try:
             there = read_json(path)
             (_check_manifest if name == "manifest.json" else _check_files)(path, there)
         except ValueError:
-            if any(directory.glob("shard-*.tokens.npy")):
-                # damaged, but surely ours
+            # damaged, but ours
+            if there.get("format", FORMAT) == FORMAT and any(directory.glob("shard-*.tokens.npy")):
                 continue
             raise
         other = [key for key in work if there.get(key) != work[key]]
@@ -143,11 +149,16 @@ def _started(directory, work):
                 "choose another directory or delete this one"
             )
         return {}
-    if (directory / "tokenizer.json").exists():
-        there = load_tokenizer(directory, as_saved=True)
-        if tokenizer_hash(there) != work["tokenizer"]:
-            raise ValueError(f"{directory} holds another tokenizer: choose another directory")
+    if (directory / "tokenizer.json").exists() and not _holds_tokenizer(directory, work["tokenizer"]):
+        raise ValueError(f"{directory} holds another tokenizer: choose another directory")
     return {}
+
+
+def _holds_tokenizer(directory, expected):
+    try:
+        return tokenizer_hash(load_tokenizer(directory, as_saved=True)) == expected
+    except (ValueError, OSError):
+        return False
 
 
 def _records(directory, there):
@@ -231,9 +242,9 @@ def _skips(records, is_whole):
 
 
 @contextlib.contextmanager
-def _progress_bar(what, show, total=0):
-    """Yields update(bytes done, text, bytes in all)."""
-    if not show:
+def _progress_bar(what, show, total):
+    """Yields update(bytes done, text)."""
+    if not show or not total:
         yield lambda *_: None
         return
     from rich.console import Console
@@ -247,9 +258,9 @@ def _progress_bar(what, show, total=0):
         TextColumn("{task.fields[text]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=what == "verifying") as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=what != "tokenising") as bar:
         task = bar.add_task("", total=total, text="")
-        yield lambda done, text, total=total: bar.update(task, completed=done, text=text, total=total)
+        yield lambda done, text: bar.update(task, completed=done, text=text)
 
 
 def _write_shard(directory, number, encoded, units):
@@ -277,25 +288,34 @@ def _path(directory, record, part):
     return directory / f"{record['name']}.{part}.npy"
 
 
-def _faults(directory, records, update):
-    """What is wrong with each shard's files, read and hashed on threads: one line, or "" for a whole shard."""
-    paths = [_path(directory, record, part) for record in records for part in PARTS]
-    sizes = [path.stat().st_size if path.is_file() else 0 for path in paths]
-    expected = [record["sha256"][part] for record in records for part in PARTS]
+def _digests(paths, what, progress):
+    """The sha256 of files, which threads read; None for a file that cannot be read."""
+    sizes = [os.path.getsize(path) if os.path.isfile(path) else 0 for path in paths]
 
-    def fault(item):
-        path, digest = item
+    def digest(path):
         try:
-            return "" if sha256(path) == digest else f"{path} is damaged: its sha256 differs from the manifest"
-        except OSError as error:
-            return f"{path} cannot be read: {error.strerror}"
+            return sha256(path)
+        except OSError:
+            return None
 
-    faults, done = [], 0
-    for size, found in zip(sizes, ordered_map(fault, zip(paths, expected), min(8, os.cpu_count())), strict=True):
-        faults.append(found)
-        done += size
-        update(done, f"{len(faults)} of {len(paths)} files", sum(sizes))
-    return [next(filter(None, faults[i : i + 3]), "") for i in range(0, len(faults), 3)]
+    found, done = [], 0
+    with _progress_bar(what, progress, sum(sizes)) as update:
+        for size, value in zip(sizes, ordered_map(digest, paths, min(8, os.cpu_count()))):
+            found.append(value)
+            done += size
+            update(done, f"{len(found)} of {len(paths)} files")
+    return found
+
+
+def _faults(directory, records, progress):
+    """What is wrong with each shard's files: one line, or "" for a whole shard."""
+    paths = [_path(directory, record, part) for record in records for part in PARTS]
+    expected = [record["sha256"][part] for record in records for part in PARTS]
+    faults = []
+    for path, digest, found in zip(paths, expected, _digests(paths, "verifying", progress), strict=True):
+        damage = "is damaged: its sha256 differs from the manifest" if found else "is missing or cannot be read"
+        faults.append("" if found == digest else f"{path} {damage}")
+    return [next(filter(None, faults[i : i + len(PARTS)]), "") for i in range(0, len(faults), len(PARTS))]
 
 
 def _check_record(path, record, number):
@@ -376,8 +396,7 @@ class Shards:
         manifest = read_json(path)
         _check_manifest(path, manifest)
         if verify:
-            with _progress_bar("verifying", progress) as update:
-                fault = next(filter(None, _faults(directory, manifest["shards"], update)), None)
+            fault = next(filter(None, _faults(directory, manifest["shards"], progress)), None)
             if fault:
                 raise ValueError(f"{fault}; prepare the data again")
         parts = list(zip(*(cls._open(directory, record) for record in manifest["shards"]), strict=True))

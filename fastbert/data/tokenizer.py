@@ -181,9 +181,14 @@ def save_tokenizer(tokenizer, directory):
         pieces = (tokenizer.id_to_token(i) or "" for i in range(vocabulary_size(tokenizer)))
         write(directory / "vocab.txt", "".join(f"{piece}\n" for piece in pieces))
     else:
-        with tempfile.TemporaryDirectory() as folder:
-            for file in map(Path, tokenizer.model.save(folder)):
-                write(directory / file.name, file.read_bytes())
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                contents = {Path(file).name: Path(file).read_bytes() for file in tokenizer.model.save(folder)}
+        # the tokenizers library raises bare Exceptions
+        except Exception as error:
+            raise OSError(f"a temporary copy of the vocabulary cannot be written: {error}") from None
+        for name, content in contents.items():
+            write(directory / name, content)
     if isinstance(tokenizer.model, models.WordPiece) and config["cls_token"] == "[CLS]" and _is_berts(rules):
         config |= {
             "tokenizer_class": "BertTokenizer",
@@ -305,23 +310,23 @@ def _from_vocabulary(vocab, settings):
 
 def _from_json(rules, settings):
     """The tokenizer of a tokenizer.json, with what transformers' class sets anew."""
-    kind, model = settings.get("class"), rules["model"].get("type")
-    if settings.get("added") and kind in (*_WORDPIECE, "RobertaTokenizer", "DebertaTokenizer"):
-        known = {token["content"]: token for token in rules["added_tokens"]}
-        for token in _added_tokens(settings):
-            if token.content in known:
-                flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-                known[token.content] |= {flag: getattr(token, flag) for flag in flags}
-    tokenizer = Tokenizer.from_str(json.dumps(rules))
-    tokenizer.add_tokens([token for token in _added_tokens(settings) if tokenizer.token_to_id(token.content) is None])
-    if kind in _WORDPIECE and model == "WordPiece":
+    kind, model, added = settings.get("class"), rules["model"].get("type"), _added_tokens(settings)
+    is_berts = kind in _WORDPIECE and model == "WordPiece"
+    is_bytes = kind in ("RobertaTokenizer", "DebertaTokenizer") and model == "BPE"
+    anew = added and (is_berts or is_bytes)
+    tokenizer = Tokenizer.from_str(json.dumps(rules | {"added_tokens": []} if anew else rules))
+    # ignores those that are there
+    tokenizer.add_tokens(added)
+    if anew:
+        tokenizer.add_special_tokens([tokenizer.id_to_token(i) for i in special_ids(tokenizer)])
+    if is_berts:
         tokenizer.normalizer = normalizers.BertNormalizer(
             lowercase=settings.get("do_lower_case", True),
             strip_accents=settings.get("strip_accents"),
             handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
         )
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    elif kind in ("RobertaTokenizer", "DebertaTokenizer") and model == "BPE":
+    elif is_bytes:
         tokenizer.normalizer = None
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=settings.get("add_prefix_space", False))
     elif kind == "AlbertTokenizer" and model == "Unigram":

@@ -265,7 +265,7 @@ def test_damaged_shards_are_made_again(damage, number, part, tmp_path, tokenizer
     whole = contents(tmp_path / "out")
     damaged = tmp_path / "out" / f"shard-{number:05d}.{part}.npy"
     damage(damaged)
-    with pytest.raises(ValueError, match=f"{damaged.name} (is damaged: its sha256|cannot be read)"):
+    with pytest.raises(ValueError, match=f"{damaged.name} (is damaged: its sha256|is missing or cannot be read)"):
         Shards.open(tmp_path / "out", verify=True)
     others = {
         path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.npy") if number != int(path.name[6:11])
@@ -275,6 +275,10 @@ def test_damaged_shards_are_made_again(damage, number, part, tmp_path, tokenizer
         prepare([text], tokenizer, tmp_path / "out", shard_tokens=5000, progress=False)
     assert contents(tmp_path / "out") == whole
     assert {path: path.stat().st_mtime_ns for path in others} == others
+    # so is a tokenizer
+    (tmp_path / "out" / "tokenizer.json").unlink()
+    prepare([text], tokenizer, tmp_path / "out", shard_tokens=5000, progress=False)
+    assert contents(tmp_path / "out") == whole
     # in a hurry, nothing is read
     damage(damaged)
     prepare([text], tokenizer, tmp_path / "out", shard_tokens=5000, progress=False, verify=False)
@@ -421,7 +425,7 @@ def test_damaged_shards_are_one_clear_line(tmp_path, tokenizer):
     fails(one, "shard-00000.tokens.npy is missing or damaged")
     path.unlink()
     fails(one, "shard-00000.tokens.npy is missing or damaged")
-    fails(one, "shard-00000.tokens.npy cannot be read", verify=True)
+    fails(one, "shard-00000.tokens.npy is missing or cannot be read", verify=True)
     two = fresh("other type")
     path = two / "shard-00000.sentences.npy"
     np.save(path, np.load(path).astype(np.float32))

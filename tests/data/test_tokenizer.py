@@ -124,7 +124,7 @@ def test_loading_what_is_no_tokenizer(tmp_path):
     with pytest.raises(ValueError, match=r"has no \[PAD\] token"):
         load_tokenizer(tmp_path)
     (tmp_path / "vocab.txt").write_text("a\nb\n")
-    with pytest.raises(ValueError, match=r"vocab.txt has no \[CLS\] token"):
+    with pytest.raises(ValueError, match=r"vocab.txt is not a readable tokenizer: it has no \[PAD\] token"):
         load_tokenizer(tmp_path / "vocab.txt")
     with pytest.raises(OSError, match="tokenizer.json cannot be written"):
         save_tokenizer(small_tokenizer(tmp_path), tmp_path / "tokenizer.json")
