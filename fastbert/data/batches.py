@@ -73,7 +73,8 @@ class MaskedBatches:
         self.mlm_probability, self.objective, self.seed = mlm_probability, objective, seed
         self.rank, self.world_size, self.num_workers = rank, world_size, num_workers
         self.special = special_ids(shards.tokenizer)
-        self.vocab_size = shards.manifest["vocab_size"]
+        # the ids of a vocabulary may have gaps
+        self.words = np.setdiff1d(list(shards.tokenizer.get_vocab().values()), self.special)
         self.starts = np.array(word_starts(shards.tokenizer)) if whole_word_mask else None
         self._lengths = self.index.length[ids] + (3 if objective in PAIRS else 2)
         self.max_sequences = self.max_picks = None
@@ -150,7 +151,7 @@ class MaskedBatches:
             cu_seqlens,
             keys,
             special=self.special,
-            vocab_size=self.vocab_size,
+            words=self.words,
             probability=self.mlm_probability,
             starts=self.starts,
             fates=ELECTRA_FATES if self.objective == "rtd" else BERT_FATES,
