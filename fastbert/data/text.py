@@ -237,16 +237,22 @@ def _whole(path, number, line):
 
 
 def _parts(path, number, line):
-    """Parts of a line of at most MAX_SIZE letters, each but the first with the blank it begins with."""
+    """The parts of a line that documents may have. Raises ValueError for a word that is too long."""
     if len(line) > MAX_WORD and _LONG_WORD.search(line):
         what = "row" if _kind(path) == ".parquet" else "line"
         raise ValueError(f"{path} {what} {number} has a word of more than {MAX_WORD:,} letters: expected blanks")
-    while len(line) > MAX_SIZE:
-        found = (cut.match(line, 0, MAX_SIZE) for cut in _CUTS)
-        end = next((match.end() for match in found if match), MAX_SIZE)
-        yield line[:end]
-        line = line[end:]
-    yield line
+    return cut_line(line, MAX_SIZE)
+
+
+def cut_line(line, size):
+    """Yields parts of a line of at most `size` letters, each but the first with the blank it begins with."""
+    start = 0
+    while len(line) - start > size:
+        found = (cut.match(line, start, start + size) for cut in _CUTS)
+        end = next((match.end() for match in found if match), start + size)
+        yield line[start:end]
+        start = end
+    yield line[start:]
 
 
 def _grouped(lines, layout):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from ..files import read_json, write
-from .text import IDEOGRAPHS, expand, read_documents
+from .text import IDEOGRAPHS, cut_line, expand, read_documents
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # RoBERTa's names for them, in the same order
@@ -121,9 +121,10 @@ def _batches(files, text_column, layout):
     """Lists of lines, about 64 KB each, without words that are too long for a vocabulary."""
     batch, size = [], 0
     for document in read_documents(files, text_column=text_column, layout=layout):
-        for line in document:
-            batch.append(_TOO_LONG.sub(" ", line))
-            size += len(line)
+        # the library takes a hundred times the memory of a line
+        for part in (part for line in document for part in cut_line(line, 1 << 16)):
+            batch.append(_TOO_LONG.sub(" ", part))
+            size += len(part)
             if size > 1 << 16:
                 yield batch
                 batch, size = [], 0
