@@ -221,10 +221,10 @@ MUTANTS = [
     ),
     Mutant(
         "long-sentences-cut-anywhere",
-        "fastbert/data/encoder.py",
+        "fastbert/data/encoding.py",
         "if whole == ids + self._ids(gap[0] + right):",
         "if whole:",
-        "tests/data/test_encoder.py::test_the_ids_of_a_long_sentence_are_those_of_the_whole",
+        "tests/data/test_encoding.py::test_the_ids_of_a_long_sentence_are_those_of_the_whole",
     ),
     # training
     Mutant(

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from ..files import is_sha256, lock, read_json, sha256, write
-from .encoder import dtype_of, encoded_units
+from .encoding import dtype_of, encoded_units
 from .text import LAYOUTS, check_columns, expand, read_documents, why_skipped
 from .threads import ordered_map
 from .tokenizer import load_tokenizer, save_tokenizer, special_ids, tokenizer_hash, vocabulary_size
@@ -137,9 +137,9 @@ def _started(directory, work):
             if there.get("format", FORMAT) == FORMAT and any(directory.glob("shard-*.tokens.npy")):
                 continue
             raise
-        other = [key for key in work if there.get(key) != work[key]]
-        if other == ["files"] and _same_text(there["files"], work["files"], name == "manifest.json"):
-            other = []
+        same = {key: there.get(key) == value for key, value in work.items()}
+        same["files"] = _same_text(there["files"], work["files"], name == "manifest.json")
+        other = [key for key in work if not same[key]]
         if not other:
             return there
         # another preparation that has no shard yet may go
@@ -244,11 +244,14 @@ def _skips(records, is_whole):
 @contextlib.contextmanager
 def _progress_bar(what, show, total):
     """Yields update(bytes done, text)."""
-    if not show or not total:
-        yield lambda *_: None
-        return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    console, passes = Console(stderr=True), what != "tokenising"
+    # a bar that goes away when it is done leaves an empty line in a log
+    if not show or not total or (passes and not console.is_terminal):
+        yield lambda *_: None
+        return
 
     columns = (
         TextColumn(what),
@@ -258,7 +261,7 @@ def _progress_bar(what, show, total):
         TextColumn("{task.fields[text]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=what != "tokenising") as bar:
+    with Progress(*columns, console=console, transient=passes) as bar:
         task = bar.add_task("", total=total, text="")
         yield lambda done, text: bar.update(task, completed=done, text=text)
 

@@ -160,10 +160,11 @@ def test_killed_again_and_again_the_shards_are_the_same(tmp_path, tokenizer):
         assert first_written in (None, stamp), "a finished shard was written again"
         first_written = stamp
     assert kills == 3
-    # a shard whose data did not survive is made again, and so is what comes after it
+    # a shard whose data did not survive is made again
     damaged = out / "shard-00003.tokens.npy"
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    prepare([text], tokenizer, out, shard_tokens=20000, progress=False)
+    with pytest.warns(UserWarning, match="made again: shard-00003$"):
+        prepare([text], tokenizer, out, shard_tokens=20000, progress=False)
     assert (out / "shard-00000.tokens.npy").stat().st_mtime_ns == first_written
     prepare([text], tokenizer, tmp_path / "whole", shard_tokens=20000, progress=False)
     assert contents(out) == contents(tmp_path / "whole")
@@ -262,7 +263,7 @@ def cut_short(path):
 @pytest.mark.parametrize("number, part", [(0, "tokens"), (1, "sentences"), (3, "documents")])
 def test_damaged_shards_are_made_again(damage, number, part, tmp_path, tokenizer):
     text = write_text(tmp_path / "a.txt", make_documents(300))
-    prepare([text], tokenizer, tmp_path / "out", shard_tokens=5000, progress=False)
+    prepare([text], tokenizer, tmp_path / "out", shard_tokens=3000, progress=False)
     whole = contents(tmp_path / "out")
     damaged = tmp_path / "out" / f"shard-{number:05d}.{part}.npy"
     damage(damaged)
@@ -273,16 +274,16 @@ def test_damaged_shards_are_made_again(damage, number, part, tmp_path, tokenizer
     }
     assert len(others) >= 9
     with pytest.warns(UserWarning, match=f"out: damaged or missing, made again: shard-{number:05d}$"):
-        prepare([text], tokenizer, tmp_path / "out", shard_tokens=5000, progress=False)
+        prepare([text], tokenizer, tmp_path / "out", shard_tokens=3000, progress=False)
     assert contents(tmp_path / "out") == whole
     assert {path: path.stat().st_mtime_ns for path in others} == others
     # so is a tokenizer
     (tmp_path / "out" / "tokenizer.json").unlink()
-    prepare([text], tokenizer, tmp_path / "out", shard_tokens=5000, progress=False)
+    prepare([text], tokenizer, tmp_path / "out", shard_tokens=3000, progress=False)
     assert contents(tmp_path / "out") == whole
     # in a hurry, nothing is read
     damage(damaged)
-    prepare([text], tokenizer, tmp_path / "out", shard_tokens=5000, progress=False, verify=False)
+    prepare([text], tokenizer, tmp_path / "out", shard_tokens=3000, progress=False, verify=False)
 
 
 def test_shards_of_earlier_versions_are_made_again_as_a_whole(tmp_path, tokenizer):

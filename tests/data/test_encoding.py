@@ -8,8 +8,8 @@ import pytest
 from corpus import make_documents, small_tokenizer, words, write_text
 from test_sentencepiece import sentencepiece
 
-from fastbert.data import encoder
-from fastbert.data.encoder import encoded_units
+from fastbert.data import encoding
+from fastbert.data.encoding import encoded_units
 from fastbert.data.threads import ordered_map
 from fastbert.data.tokenizer import train_bpe
 
@@ -44,10 +44,10 @@ def long_sentence(kind):
 
 @pytest.mark.parametrize("text", ["words", "blanks", "phrases", "ideographs"])
 def test_the_ids_of_a_long_sentence_are_those_of_the_whole(kind, text, monkeypatch):
-    monkeypatch.setattr(encoder, "CALL", 300)
+    monkeypatch.setattr(encoding, "CALL", 300)
     calls = []
-    encode = encoder._Encoder.__call__
-    monkeypatch.setattr(encoder._Encoder, "__call__", lambda self, call: calls.append(call) or encode(self, call))
+    encode = encoding._Encoder.__call__
+    monkeypatch.setattr(encoding._Encoder, "__call__", lambda self, call: calls.append(call) or encode(self, call))
     line = long_sentence(text).strip()
     documents = [["ba bo."], [line, "Ki ku. Za"]]
     units = list(encoded_units(documents, kind, unit_letters=1 << 18, skips=itertools.repeat(False), num_workers=2))
