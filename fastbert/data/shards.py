@@ -244,15 +244,17 @@ def _skips(records, is_whole):
 @contextlib.contextmanager
 def _progress_bar(what, show, total):
     """Yields update(bytes done, text)."""
+    if not show or not total:
+        yield lambda *_: None
+        return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     console, passes = Console(stderr=True), what != "tokenising"
     # a bar that goes away when it is done leaves an empty line in a log
-    if not show or not total or (passes and not console.is_terminal):
+    if passes and not console.is_terminal:
         yield lambda *_: None
         return
-
     columns = (
         TextColumn(what),
         BarColumn(),
