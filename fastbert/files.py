@@ -41,6 +41,22 @@ def lock(directory):
         held.release()
 
 
+@contextlib.contextmanager
+def unused(directory):
+    """Hold the lock of `directory` and of those above it, where they have one. Raises ValueError while a run goes on.
+
+    For a command that writes into a directory of the user's choice, and leaves no lock of its own.
+    """
+    path = Path(directory).absolute()
+    with contextlib.ExitStack() as held:
+        for folder in (path, *path.parents):
+            if (folder / ".lock").exists():
+                # a directory that cannot be written has no run
+                with contextlib.suppress(OSError):
+                    held.enter_context(lock(folder))
+        yield
+
+
 def write(path, data):
     """Replace the content of `path` by text or bytes. A crash leaves either the old content or the new.
 
@@ -88,19 +104,22 @@ def is_sha256(value):
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
-def read_json(path):
-    """The JSON object in a file. Raises ValueError with the file's name for anything else."""
+def read_json(path, kind=dict):
+    """The JSON object in a file, or the array with kind=list. Raises ValueError with the path for anything else."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
+    # RecursionError: brackets within brackets
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object")
+    if not isinstance(value, kind):
+        raise ValueError(f"{path} holds no JSON {'object' if kind is dict else 'array'}")
     return value
 
 
 def inside(directory, name):
     """directory / name, for a name that was read from a file. Raises ValueError for a path outside the directory."""
+    if not isinstance(name, str) or "\0" in name:
+        raise ValueError(f"{directory} names the file {name!r}: expected the path of one")
     for path in (PurePosixPath(name), PureWindowsPath(name)):
         if path.is_absolute() or path.drive or path.root or ".." in path.parts:
             raise ValueError(f"{directory} names the file {name!r}: expected one inside the directory")
@@ -147,7 +166,8 @@ def verify_manifest(directory, required=()):
         file = inside(directory, name)
         if type(size) is not int or not is_sha256(digest):
             raise ValueError(f"{path} has no size or no sha256 for {name}: it is damaged")
-        if not file.is_file():
+        # False for a name that no file can have
+        if not os.path.isfile(file):
             raise ValueError(f"{file} is missing")
         if file.stat().st_size != size:
             raise ValueError(f"{file} has {file.stat().st_size} bytes: {size} were written")

@@ -197,6 +197,10 @@ class DisentangledAttention(SelfAttention):
 
     def _attend(self, q, k, v, pos_key, pos_query, layout, dropout):
         config = self.config
+        if not config.pos_att_type:
+            options = dropout.next(config.attention_probs_dropout_prob)
+            out = ops.attention(q, k, v, layout.cu_seqlens, layout.max_seqlen, **options)
+            return project_back(self.output, out, layout.query_rows)
         relative, buckets, furthest = layout.relative
         relative = dropped(relative, config.hidden_dropout_prob, dropout)
         positions = [

@@ -2,6 +2,7 @@
 
 import dataclasses
 import numbers
+import types
 from dataclasses import dataclass
 
 ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
@@ -11,13 +12,38 @@ _CHOICES = {
     "head_pooling": ("cls", "mean"),
     "problem_type": (None, "regression", "single_label_classification", "multi_label_classification"),
 }
-# a field's annotation -> the types it accepts: NumPy's numbers too, and 1 for 1.0
-_KINDS = {
-    int: numbers.Integral,
-    int | None: numbers.Integral | None,
-    float: numbers.Real,
-    float | None: numbers.Real | None,
-}
+# the types that a field accepts: NumPy's numbers too, and 1 for 1.0
+_KINDS = {int: numbers.Integral, float: numbers.Real}
+_WIDTH, _ROWS = 2**20, 2**31 - 1
+# field -> its lowest and highest value; what is above describes no model that fits a machine
+_LIMITS = {
+    "vocab_size": (1, _ROWS), "hidden_size": (1, _WIDTH), "num_hidden_layers": (1, 1024),
+    "num_attention_heads": (1, _WIDTH), "intermediate_size": (1, _WIDTH), "max_position_embeddings": (1, _ROWS),
+    "type_vocab_size": (0, _ROWS), "position_offset": (0, _ROWS), "embedding_size": (1, _WIDTH),
+    "num_hidden_groups": (1, 1024), "inner_group_num": (1, 1024), "position_buckets": (0, _WIDTH),
+    "max_relative_positions": (0, _WIDTH), "conv_kernel_size": (0, 1023), "num_labels": (1, 2**22),
+    "initializer_range": (0, 100), "layer_norm_eps": (0, 1),
+    # a quarter of them are for one distance each, all below DistanceBias.FURTHEST
+    "distance_buckets": (0, 511),
+}  # fmt: skip
+
+
+def shown(value):
+    """A value in an error message: on one line, and short."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def checked(name, value, kind, limits=None):
+    """`value`, which must be of the type `kind` and within limits (lowest, highest). Raises ValueError with `name`.
+
+    A bool is no int; an int is a float.
+    """
+    if not isinstance(value, _KINDS.get(kind, kind)) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{name} is {shown(value)}: expected {kind.__name__}")
+    if limits is not None and not limits[0] <= value <= limits[1]:
+        raise ValueError(f"{name} is {shown(value)}: expected {limits[0]} to {limits[1]}")
+    return value
 
 
 @dataclass(frozen=True)
@@ -147,41 +173,43 @@ class EncoderConfig:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value, kinds = getattr(self, field.name), _KINDS.get(field.type, field.type)
-            if not isinstance(value, kinds):
-                expected = getattr(field.type, "__name__", field.type)
-                raise ValueError(f"{field.name} is {value!r}: expected {expected}")
-        for name in (
-            "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-            "max_position_embeddings", "inner_group_num", "num_labels",
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}"
-            )
-        if not 0 <= self.pad_token_id < self.vocab_size:
-            raise ValueError(f"pad_token_id is {self.pad_token_id}: expected 0 to {self.vocab_size - 1}")
-        for act in (self.hidden_act, self.head_act or self.hidden_act):
-            if act not in ACTIVATIONS:
-                raise ValueError(f"hidden_act is {act!r}: expected one of {', '.join(ACTIVATIONS)}")
-        if self.enhanced_mask_decoder and (self.position_biased_input or "disentangled" not in self.attention):
-            raise ValueError(
-                "enhanced_mask_decoder is true: expected disentangled attention, and position_biased_input false"
-            )
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(map(str, choices))}")
-        if set(self.pos_att_type) - {"c2p", "p2c"}:
-            raise ValueError(f"pos_att_type is {self.pos_att_type}: expected some of c2p, p2c")
-        if self.conv_kernel_size and self.conv_kernel_size % 2 == 0:
-            raise ValueError(f"conv_kernel_size is {self.conv_kernel_size}: expected an odd number, or 0 for none")
-        if self.labels is not None and len(self.labels) != self.num_labels:
-            raise ValueError(f"{len(self.labels)} labels have names: expected num_labels, {self.num_labels}")
-        for name in (field.name for field in dataclasses.fields(self) if "dropout" in field.name):
-            if not 0 <= (getattr(self, name) or 0) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: expected a probability below 1")
+            value, kind = getattr(self, field.name), field.type
+            if isinstance(kind, types.UnionType):
+                kind, _ = kind.__args__
+                if value is None:
+                    continue
+            checked(field.name, value, kind, _LIMITS.get(field.name))
+        heads, layers, activations = self.num_attention_heads, self.num_hidden_layers, ", ".join(ACTIVATIONS)
+        per_layer = [(name, getattr(self, name)) for name in ("windows", "rope_thetas")]
+        rules = [
+            # field, whether its value is right, what would be
+            ("hidden_size", self.hidden_size % heads == 0, f"a multiple of num_attention_heads, {heads}"),
+            ("num_attention_heads", self.rope_thetas is None or self.head_size % 2 == 0,
+             f"hidden_size, {self.hidden_size}, in heads of an even size for rotary positions"),
+            ("pad_token_id", 0 <= self.pad_token_id < self.vocab_size, f"0 to {self.vocab_size - 1}"),
+            ("hidden_act", self.hidden_act in ACTIVATIONS, f"one of {activations}"),
+            ("head_act", self.head_act is None or self.head_act in ACTIVATIONS, f"one of {activations}"),
+            ("num_hidden_groups", (self.num_hidden_groups or 1) <= layers, f"at most num_hidden_layers, {layers}"),
+            ("max_position_embeddings", not self.has_positions or self.max_length >= 1,
+             f"more than the {self.position_offset} rows before that of the first token"),
+            ("enhanced_mask_decoder", not self.enhanced_mask_decoder
+             or (not self.position_biased_input and "disentangled" in self.attention),
+             "disentangled attention, and position_biased_input false"),
+            ("pos_att_type", sorted(self.pos_att_type) in ([], ["c2p"], ["p2c"], ["c2p", "p2c"]), "some of c2p, p2c"),
+            ("conv_kernel_size", self.conv_kernel_size % 2 == 1 or self.conv_kernel_size == 0,
+             "an odd number, or 0 for none"),
+            ("distance_buckets", not 0 < self.distance_buckets < 4, "at least 4, or 0 for none"),
+            ("labels", self.labels is None or len(self.labels) == self.num_labels, f"{self.num_labels} names"),
+            *((name, values is None or len(values) == layers, f"{layers}, one for each layer")
+              for name, values in per_layer),
+            *((name, getattr(self, name) in choices, f"one of {', '.join(map(str, choices))}")
+              for name, choices in _CHOICES.items()),
+            *((field.name, 0 <= (getattr(self, field.name) or 0) < 1, "a probability below 1")
+              for field in dataclasses.fields(self) if "dropout" in field.name),
+        ]  # fmt: skip
+        for name, holds, expected in rules:
+            if not holds:
+                raise ValueError(f"{name} is {shown(getattr(self, name))}: expected {expected}")
 
     @property
     def head_size(self) -> int:

@@ -1,10 +1,13 @@
 """Any checkpoint of a known family, rewritten as current transformers and sentence-transformers store it."""
 
+import contextlib
+import warnings
 from pathlib import Path
 
 from ..data.tokenizer import check_vocabulary, load_tokenizer
 from ..files import lock, read_json
 from . import families, heads, hf_files
+from .config import checked
 from .sentences import SentenceEmbedder
 
 
@@ -19,8 +22,9 @@ def load_by_architecture(directory, *, allow_pickle=False):
     config, architectures = hf_files.read_config(path), read_json(path).get("architectures")
     row = families.family(config.model_type)
     heads_of = {architecture: head for head, architecture in row.architectures.items()}
-    named = [heads_of[name] for name in architectures or () if name in heads_of]
-    if not architectures:
+    if architectures:
+        named = [heads_of[name] for name in checked("architectures", architectures, list) if name in [*heads_of]]
+    else:
         # DeBERTa's published checkpoints have no architectures
         tensors = hf_files.from_hf_names(hf_files.stored_tensors(directory, allow_pickle), config)
         named = ["MaskedLM" if row.names["vocabulary_bias"] in tensors else "SentenceEmbedder"]
@@ -28,7 +32,7 @@ def load_by_architecture(directory, *, allow_pickle=False):
         raise ValueError(
             f"{path} names no known architecture: has {architectures}, expected one of {', '.join(heads_of)}"
         )
-    [head, *_] = named
+    head = named[0]
     cls = SentenceEmbedder if head == "SentenceEmbedder" else getattr(heads, head)
     return cls.from_pretrained(directory, allow_pickle=allow_pickle)
 
@@ -42,11 +46,19 @@ def convert(source, destination, *, allow_pickle=False):
     destination = Path(destination)
     if (destination / "config.json").exists():
         raise ValueError(f"{destination} already has a model: choose another directory")
-    model = load_by_architecture(source, allow_pickle=allow_pickle)
+    with warnings.catch_warnings():
+        # a fresh head would be another model
+        warnings.filterwarnings("error", message=".*start fresh", category=UserWarning)
+        try:
+            model = load_by_architecture(source, allow_pickle=allow_pickle)
+        except UserWarning as warning:
+            raise ValueError(str(warning)) from None
     if (Path(source) / "tokenizer.json").exists():
         check_vocabulary(load_tokenizer(source), model.config)
-    # no run may be at work there
-    with lock(destination):
-        model.save_pretrained(destination)
+    # a run that trains there holds its lock
+    with lock(destination) if (destination / ".lock").exists() else contextlib.nullcontext():
+        destination.mkdir(parents=True, exist_ok=True)
+        # config.json, which says that there is a model, is written last
         hf_files.copy_tokenizer(source, destination)
+        model.save_pretrained(destination)
     return model

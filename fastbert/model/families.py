@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from .config import EncoderConfig
+from .config import EncoderConfig, checked, shown
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,9 @@ class Family:
     architectures: our head -> their class. tied: in checkpoints, but copies of other tensors or buffers.
 
     defaults: EncoderConfig fields whose default is not BERT's. keys: EncoderConfig field -> their key in config.json,
-    where BERT has no such key or another name; None where they have none. tokenizer: the kind that is trained for it.
+    where BERT has no such key or another name; None where they have none. expected: further keys of config.json -> the
+    values for which this library computes the same as transformers. same: keys -> the EncoderConfig field or property
+    that they must agree with. tokenizer: the kind that is trained for it.
     positions_after_padding: the rows of the position table up to the padding token's id are unused. projects_always:
     the embeddings have a projection even if they are as wide as the hidden states. renamed: beginnings of names in
     published checkpoints -> current ones. read, write: EncoderConfig fields from a whole config.json, and back, where
@@ -29,6 +31,8 @@ class Family:
     tied: tuple = ()
     defaults: dict = field(default_factory=dict)
     keys: dict = field(default_factory=dict)
+    expected: dict = field(default_factory=dict)
+    same: dict = field(default_factory=dict)
     tokenizer: str = "wordpiece"
     positions_after_padding: bool = False
     projects_always: bool = False
@@ -124,24 +128,38 @@ def _deberta_generator(config):
     return config.replace(num_hidden_layers=max(1, config.num_hidden_layers // 2))
 
 
+def _given(values, key, default, kind=int, limits=None):
+    """The value of a key, which must fit as in `config.checked`; `default` where it is missing or null."""
+    return default if values.get(key) is None else checked(key, values[key], kind, limits)
+
+
+def _read_distilbert(values):
+    """transformers knows these by BERT's names too, and prefers them."""
+    names = ("num_hidden_layers", "num_attention_heads", "hidden_size")
+    return {name: values[name] for name in names if values.get(name) is not None}
+
+
 def _read_modernbert(values):
     """Windows and rotary bases of the layers, from current keys or those of the published checkpoints."""
-    layers, every = values.get("num_hidden_layers", 22), values.get("global_attn_every_n_layers", 3)
-    kinds = values.get("layer_types") or ["sliding_attention" if i % every else "full_attention" for i in range(layers)]
-    ropes = values.get("rope_parameters") or {}
-    thetas = {
-        kind: (ropes.get(kind) or {}).get("rope_theta") or values.get(old) or default
-        for kind, old, default in (
-            ("full_attention", "global_rope_theta", 160000.0),
-            ("sliding_attention", "local_rope_theta", 10000.0),
-        )
-    }
-    for kind, rope in ropes.items():
-        if isinstance(rope, dict) and rope.get("rope_type", "default") != "default":
-            raise ValueError(f"rope_parameters of {kind} are of type {rope['rope_type']!r}: expected 'default'")
-    if not values.get("decoder_bias", True):
-        raise ValueError("decoder_bias is false: expected true")
-    window = values.get("local_attention", 128) // 2
+    layers = _given(values, "num_hidden_layers", 22, limits=(1, 1024))
+    every = _given(values, "global_attn_every_n_layers", 3, limits=(1, 1024))
+    usual = ["sliding_attention" if i % every else "full_attention" for i in range(layers)]
+    kinds = _given(values, "layer_types", usual, list)
+    ropes = _given(values, "rope_parameters", {}, dict)
+    thetas = {}
+    for kind, old, default in (
+        ("full_attention", "global_rope_theta", 160000.0),
+        ("sliding_attention", "local_rope_theta", 10000.0),
+    ):
+        rope = _given(ropes, kind, {}, dict)
+        if rope.get("rope_type", rope.get("type", "default")) != "default":
+            raise ValueError(f"rope_parameters of {kind} are {shown(rope)}: expected rope_type 'default'")
+        thetas[kind] = _given(rope, "rope_theta", _given(values, old, default, float, (1, 1e12)), float, (1, 1e12))
+    if len(kinds) != layers or not all(kind in [*thetas] for kind in kinds):
+        raise ValueError(f"layer_types is {shown(kinds)}: expected {' or '.join(thetas)}, num_hidden_layers times")
+    # transformers reads either, the second last
+    window = _given(values, "local_attention", 128, limits=(0, 2**31 - 1)) // 2
+    window = _given(values, "sliding_window", window, limits=(0, 2**30))
     return dict(
         windows=tuple(window if kind == "sliding_attention" else None for kind in kinds),
         rope_thetas=tuple(thetas[kind] for kind in kinds),
@@ -157,24 +175,24 @@ def _write_modernbert(config):
 
 def _read_deberta(values):
     """The fields of both of DeBERTa's model types that BERT does not have."""
-    if values.get("talking_head"):
-        raise ValueError("talking_head is true: expected false")
-    for name, expected in (("embedding_size", values.get("hidden_size")), ("conv_groups", 1)):
-        if values.get(name, expected) != expected:
-            raise ValueError(f"{name} is {values[name]}: expected {expected}")
-    terms = values.get("pos_att_type") or ()
-    terms = terms.lower().split("|") if isinstance(terms, str) else terms
-    furthest = values.get("max_relative_positions", -1)
-    is_relative = values.get("relative_attention", False)
     is_packed = values.get("model_type") == "deberta"
+    is_relative = _given(values, "relative_attention", False, bool)
+    terms = values.get("pos_att_type") or ()
+    terms = terms.lower().split("|") if isinstance(terms, str) else _given(values, "pos_att_type", [], list)
+    terms = tuple(checked("pos_att_type", term, str).strip() for term in terms)
+    if terms and not is_relative:
+        raise ValueError(f"relative_attention is false: expected true with pos_att_type, which is {shown(terms)}")
+    norms = _given(values, "norm_rel_ebd", "none", str).lower().split("|")
+    positions = _given(values, "max_position_embeddings", 512)
+    furthest = _given(values, "max_relative_positions", -1)
     return dict(
         attention="packed disentangled" if is_packed else "disentangled" if is_relative else "softmax",
-        pos_att_type=tuple(term.strip() for term in terms) if is_relative else (),
-        position_buckets=0 if is_packed else max(values.get("position_buckets", -1), 0),
-        max_relative_positions=furthest if furthest > 0 else values.get("max_position_embeddings", 512),
-        norm_rel_ebd="layer_norm" in str(values.get("norm_rel_ebd", "none")).lower(),
+        pos_att_type=terms,
+        position_buckets=0 if is_packed else max(_given(values, "position_buckets", -1), 0),
+        max_relative_positions=furthest if furthest > 0 else positions,
+        norm_rel_ebd="layer_norm" in [norm.strip() for norm in norms],
         # our own key: transformers has no such decoder, and the published config.json do not mention it
-        enhanced_mask_decoder=bool(values.get("enhanced_mask_decoder", False)),
+        enhanced_mask_decoder=_given(values, "enhanced_mask_decoder", False, bool),
     )
 
 
@@ -212,6 +230,8 @@ def _deberta(**names):
             "lm_predictions.lm_head.LayerNorm.": "cls.predictions.transform.LayerNorm.",
             "lm_predictions.lm_head.bias": "cls.predictions.bias",
         },
+        expected=dict(talking_head=[False], conv_groups=[1]),
+        same=dict(embedding_size="hidden_size", pooler_hidden_size="hidden_size", attention_head_size="head_size"),
         read=_read_deberta,
         write=_write_deberta,
     )
@@ -294,6 +314,10 @@ FAMILIES = {
             embedding_width="embedding_size", classifier_dropout="classifier_dropout",
             choice_dropout="summary_last_dropout",
         ),
+        expected=dict(
+            summary_type=["first"], summary_use_proj=[True], summary_activation=["gelu"],
+            summary_proj_to_labels=[False],
+        ),
         generator=_electra_generator,
         embedding_sharing="shared",
     ),
@@ -320,9 +344,9 @@ FAMILIES = {
             token_dropout="dropout", num_hidden_layers="n_layers", num_attention_heads="n_heads", hidden_size="dim",
             intermediate_size="hidden_dim", hidden_dropout_prob="dropout",
             attention_probs_dropout_prob="attention_dropout", hidden_act="activation", type_vocab_size=None,
-            layer_norm_eps=None, classifier_dropout="seq_classif_dropout",
-            qa_dropout="qa_dropout",
+            layer_norm_eps=None, classifier_dropout="seq_classif_dropout", qa_dropout="qa_dropout",
         ),
+        read=_read_distilbert,
     ),
     "deberta": Family(
         **_deberta(**{
@@ -381,10 +405,10 @@ FAMILIES = {
         tied=(*_LM_HEAD_TIED, "mpnet.embeddings.position_ids"),
         defaults=dict(
             vocab_size=30527, type_vocab_size=0, pad_token_id=1, attention="biased", distance_buckets=32,
-            head_act="gelu", pooler_dropout=None,
+            # whatever the padding token's id is
+            position_offset=2, head_act="gelu", pooler_dropout=None,
         ),
         keys=dict(distance_buckets="relative_attention_num_buckets", type_vocab_size=None),
-        positions_after_padding=True,
     ),
     "modernbert": Family(
         prefix="model.",
@@ -421,6 +445,8 @@ FAMILIES = {
             head_pooling="classifier_pooling", classifier_dropout="classifier_dropout", qa_dropout="classifier_dropout",
             type_vocab_size=None,
         ),
+        expected=dict(decoder_bias=[True], rope_scaling=[]),
+        same=dict(head_dim="head_size"),
         read=_read_modernbert,
         write=_write_modernbert,
     ),
@@ -429,8 +455,8 @@ FAMILIES = {
 
 def family(model_type):
     """The row of a model type. Raises ValueError naming the known ones."""
-    if model_type not in FAMILIES:
-        raise ValueError(f"model_type {model_type!r}: expected one of {', '.join(FAMILIES)}")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ValueError(f"model_type {shown(model_type)}: expected one of {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
 
 
@@ -446,7 +472,7 @@ def config_of(model_type, **changes):
     if fields.get("embedding_size") == fields.get("hidden_size") and not row.projects_always:
         fields["embedding_size"] = None
     if row.positions_after_padding:
-        fields.setdefault("position_offset", fields["pad_token_id"] + 1)
+        fields.setdefault("position_offset", checked("pad_token_id", fields["pad_token_id"], int) + 1)
     return EncoderConfig(model_type=model_type, **fields)
 
 

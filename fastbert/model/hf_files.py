@@ -5,8 +5,6 @@ families.py.
 """
 
 import json
-import pickle
-import shutil
 import warnings
 import zipfile
 from pathlib import Path
@@ -17,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .. import files
+from .config import checked, shown
 from .encoder import initialize
 from .families import FAMILIES, config_of, family
 
@@ -36,30 +35,58 @@ def _keys(row):
     return {ours: theirs for ours, theirs in keys.items() if theirs is not None}
 
 
-def config_from_hf(values):
-    """The EncoderConfig of the contents of a HuggingFace config.json; other keys are ignored.
+# keys that change what a family computes, unless they have one of these values
+_EXPECTED = {
+    "is_decoder": [False], "add_cross_attention": [False], "position_embedding_type": ["absolute"],
+    "quantization_config": [], "per_layer_config": [{}], "auto_map": [{}],
+}  # fmt: skip
 
-    Raises ValueError for an unknown model type or feature.
+
+def config_from_hf(values):
+    """The EncoderConfig of the contents of a HuggingFace config.json.
+
+    Keys that change nothing in what transformers' class computes are ignored. Raises ValueError, with the key, for an
+    unknown model type, a value that no model can have, and whatever this encoder does not have.
     """
     model_type = values.get("model_type", "bert")
-    if values.get("position_embedding_type", "absolute") != "absolute":
-        raise ValueError(f"position_embedding_type is {values['position_embedding_type']!r}: expected 'absolute'")
-    for name in ("is_decoder", "add_cross_attention"):
-        if values.get(name):
-            raise ValueError(f"{name} is true: expected false, an encoder")
-    keys = _keys(family(model_type))
+    row = family(model_type)
+    for key, expected in {**_EXPECTED, **row.expected}.items():
+        if values.get(key) is not None and values[key] not in expected:
+            raise ValueError(f"{key} is {shown(values[key])}: expected {' or '.join(map(repr, expected)) or 'none'}")
+    keys = {**_keys(row), "problem_type": "problem_type", "num_labels": "num_labels"}
     fields = {ours: values[theirs] for ours, theirs in keys.items() if values.get(theirs) is not None}
     if "embedding_width" in fields:
         fields["embedding_size"] = fields.pop("embedding_width")
-    if "id2label" in values:
-        names = sorted(values["id2label"].items(), key=lambda item: int(item[0]))
-        fields["num_labels"] = len(names)
-        fields["labels"] = tuple(name for _, name in names)
-        if fields["labels"] == _unnamed(len(names)):
+    if values.get("id2label") is not None:
+        fields["labels"] = _read_labels(values["id2label"])
+        if fields.setdefault("num_labels", len(fields["labels"])) != len(fields["labels"]):
+            raise ValueError(f"num_labels is {shown(fields['num_labels'])}: id2label has {len(fields['labels'])} names")
+        if fields["labels"] == _unnamed(len(fields["labels"])):
             fields["labels"] = None
-    if values.get("problem_type") is not None:
-        fields["problem_type"] = values["problem_type"]
-    return config_of(model_type, **fields, **family(model_type).read(values))
+    fields |= row.read(values)
+    try:
+        config = config_of(model_type, **fields)
+    except ValueError as error:
+        # it begins with our name of a field
+        name, _, rest = str(error).partition(" ")
+        raise ValueError(f"{keys.get(name, name)} {rest}") from None
+    for key, name in row.same.items():
+        if values.get(key) not in (None, getattr(config, name)):
+            raise ValueError(f"{key} is {shown(values[key])}: expected {getattr(config, name)}, the {name}")
+    return config
+
+
+def _read_labels(names):
+    """The names of the labels 0, 1, ... from id2label."""
+    checked("id2label", names, dict)
+    if {str(key) for key in names} != {str(i) for i in range(len(names))}:
+        raise ValueError(f"id2label has the keys {shown([*names])}: expected 0 to {len(names) - 1}")
+    return tuple(checked("id2label", names.get(str(i), names.get(i)), str) for i in range(len(names)))
+
+
+def config_keys(values):
+    """The keys of a config.json that are fields of EncoderConfig."""
+    return set(_keys(family(values.get("model_type", "bert"))).values())
 
 
 def _unnamed(num_labels):
@@ -83,23 +110,16 @@ def config_to_hf(config):
     return values
 
 
-def read_config(path):
-    """The EncoderConfig of a config.json, ours or HuggingFace's. Raises ValueError with the path."""
-    values = files.read_json(path)
+def read_config(path, changes=None):
+    """The EncoderConfig of a config.json, ours or HuggingFace's, with other values for its keys in `changes`.
+
+    Raises ValueError with the path.
+    """
+    values = files.read_json(path) | (changes or {})
     try:
         return config_from_hf(values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def special_tokens(tokenizer, config):
-    """The special tokens of a tokenizers.Tokenizer as a tokenizer_config.json has them."""
-    names = dict(
-        cls_token=("[CLS]", "<s>"), sep_token=("[SEP]", "</s>"), unk_token=("[UNK]", "<unk>"),
-        mask_token=("[MASK]", "<mask>"), pad_token=(tokenizer.id_to_token(config.pad_token_id),),
-    )  # fmt: skip
-    found = {key: [x for x in tokens if x and tokenizer.token_to_id(x) is not None] for key, tokens in names.items()}
-    return {key: tokens[0] for key, tokens in found.items() if tokens}
 
 
 def hf_names(names, config, head=None):
@@ -137,23 +157,25 @@ def from_hf_names(tensors, config):
 
 
 WEIGHTS, PICKLED_WEIGHTS = "model.safetensors", "pytorch_model.bin"
-# safetensors' names of the types that are not floating-point
-_DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
-}  # fmt: skip
+# the types of tensors that a model can have, as safetensors and torch name them
+_FLOATS = {"F64", "F32", "F16", "BF16", "torch.float64", "torch.float32", "torch.float16", "torch.bfloat16"}
 
 
-def load_model(make, directory, *, head, other=None, allow_pickle=False, dtype=torch.float32, **changes):
+def load_model(make, directory, *, head, other=None, config_changes=None, allow_pickle=False, dtype=torch.float32,
+               **changes):  # fmt: skip
     """A model from a directory, in evaluation mode: see `Model.from_pretrained`.
 
     make: builds the model of a config. head: the name of its class. other: parameters stored elsewhere, by our names.
+    config_changes: values for keys of config.json. changes: values for fields of EncoderConfig.
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise ValueError(f"{directory} is no directory: expected one with config.json and {WEIGHTS}")
+    if (directory / "adapter_config.json").exists():
+        raise ValueError(f"{directory} has an adapter_config.json: merge the adapter into the weights first")
     if "num_labels" in changes:
         changes.setdefault("labels", None)
-    config = read_config(directory / "config.json").replace(**changes)
+    config = read_config(directory / "config.json", config_changes).replace(**changes)
     stored = from_hf_names(stored_tensors(directory, allow_pickle), config)
     # without memory: each tensor is read once, into the model
     with torch.device("meta"):
@@ -167,7 +189,8 @@ def load_model(make, directory, *, head, other=None, allow_pickle=False, dtype=t
     names = hf_names([name for name in own if name not in other], config, head)
 
     row = family(config.model_type)
-    _untie(stored, row.tied, names, directory)
+    is_tied = files.read_json(directory / "config.json").get("tie_word_embeddings", True)
+    _untie(stored, row.tied, names, directory, is_tied)
     missing = [ours for ours, theirs in names.items() if theirs not in stored]
     lost = [names[ours] for ours in missing if ours.startswith("encoder.")]
     if lost:
@@ -177,10 +200,8 @@ def load_model(make, directory, *, head, other=None, allow_pickle=False, dtype=t
             continue
         shape, stored_dtype, _ = stored[theirs]
         if shape != own[ours].shape:
-            raise ValueError(
-                f"{directory}: {theirs} has shape {tuple(shape)}, config.json wants {tuple(own[ours].shape)}"
-            )
-        if not stored_dtype.is_floating_point:
+            raise ValueError(f"{directory}: {theirs} has shape {shape}, config.json wants {tuple(own[ours].shape)}")
+        if stored_dtype not in _FLOATS:
             raise ValueError(f"{directory}: {theirs} is of {stored_dtype}: expected floating-point numbers")
     if missing:
         fresh = ", ".join(names[ours] for ours in missing)
@@ -199,27 +220,30 @@ def load_model(make, directory, *, head, other=None, allow_pickle=False, dtype=t
 
 
 def save_model(model, directory, *, elsewhere=()):
-    """Write config.json and model.safetensors under HuggingFace's names; parameters `elsewhere.` are left out."""
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    head = type(model).__name__
-    own = {name: x for name, x in model.state_dict().items() if not name.startswith(elsewhere)}
-    names = hf_names(own, model.config, head)
-    save_tensors({names[ours]: x for ours, x in own.items()}, directory)
+    """Write model.safetensors, then config.json, under HuggingFace's names; parameters `elsewhere.` are left out."""
+    directory, head = Path(directory), type(model).__name__
     architectures = family(model.config.model_type).architectures
     if head not in architectures:
         raise ValueError(
             f"a {model.config.model_type} has no {head} in transformers: expected {', '.join(architectures)}"
         )
+    directory.mkdir(parents=True, exist_ok=True)
+    own = {name: x for name, x in model.state_dict().items() if not name.startswith(elsewhere)}
+    names = hf_names(own, model.config, head)
+    save_tensors({names[ours]: x for ours, x in own.items()}, directory)
     config = {"architectures": [architectures[head]], **config_to_hf(model.config), "tie_word_embeddings": True}
     write_json(directory / "config.json", config)
 
 
-def _untie(stored, tied, names, directory):
+def _untie(stored, tied, names, directory, is_tied):
     """Give a tensor that is stored only under the name of its copy its own name; refuse a copy that differs.
 
-    tied: names of buffers and of copies of the word table or the vocabulary's bias in checkpoints.
+    tied: names of buffers and of copies of the word table or the vocabulary's bias in checkpoints. is_tied: whether
+    config.json says that they are copies; if not, they must be stored, and equal.
     """
+    copies = [name for name in tied if name.endswith("weight")]
+    if "vocabulary_bias" in names and not is_tied and not stored.keys() & set(copies):
+        raise ValueError(f"{directory / 'config.json'}: tie_word_embeddings is false, but {copies[0]} is not stored")
     originals = {
         "weight": names.get("encoder.embeddings.word.weight"),
         # a model without the head does not need its bias
@@ -236,7 +260,7 @@ def _untie(stored, tied, names, directory):
 
 
 def stored_tensors(directory, allow_pickle):
-    """{name: (shape, dtype, function that reads the tensor)} of a directory's weights, whole or in shards."""
+    """{name: (shape, name of the dtype, function that reads it)} of a directory's weights, whole or in shards."""
     for whole, read, allowed in ((WEIGHTS, _safetensors, True), (PICKLED_WEIGHTS, _pickled, allow_pickle)):
         index = directory / f"{whole}.index.json"
         if not (directory / whole).exists() and not index.exists():
@@ -248,12 +272,21 @@ def stored_tensors(directory, allow_pickle):
             )
         if (directory / whole).exists():
             return read(directory / whole)
-        try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"{index} cannot be read: {error!r}") from None
+        shards = files.read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+            raise ValueError(f"{index} has no usable weight_map: expected the name of a file for each tensor")
+        shards = sorted(set(shards.values()))
         return {name: entry for shard in shards for name, entry in read(files.inside(directory, shard)).items()}
     raise ValueError(f"{directory} has no weights: expected {WEIGHTS} or {WEIGHTS}.index.json")
+
+
+def read_tensors(directory, shapes, allow_pickle):
+    """{name: tensor} of a directory that must hold the tensors of {name: shape} and no others. Raises ValueError."""
+    stored = stored_tensors(directory, allow_pickle)
+    found = {name: shape for name, (shape, dtype, _) in stored.items() if dtype in _FLOATS}
+    if found != shapes or len(stored) != len(shapes):
+        raise ValueError(f"{directory} holds tensors of the shapes {shown(found)}: expected {shown(shapes)}")
+    return {name: read() for name, (*_, read) in stored.items()}
 
 
 def _safetensors(path):
@@ -262,8 +295,7 @@ def _safetensors(path):
         for name in file.keys():  # noqa: SIM118
             # mapped, not read
             piece = file.get_slice(name)
-            dtype = _DTYPES.get(piece.get_dtype(), torch.float32)
-            tensors[name] = (torch.Size(piece.get_shape()), dtype, lambda name=name: file.get_tensor(name))
+            tensors[name] = (tuple(piece.get_shape()), piece.get_dtype(), lambda name=name: file.get_tensor(name))
         return tensors
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
@@ -273,12 +305,13 @@ def _pickled(path):
     try:
         # files from before torch 1.6 are no zip archives, and cannot be mapped
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+    except Exception as error:
+        # what is no such file fails in any way
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} cannot be read as a file of tensors: {reason}") from None
     if not isinstance(tensors, dict) or not all(torch.is_tensor(x) for x in tensors.values()):
         raise ValueError(f"{path} does not hold tensors by name: expected a model's state_dict")
-    return {name: (x.shape, x.dtype, lambda x=x: x) for name, x in tensors.items()}
+    return {str(name): (tuple(x.shape), str(x.dtype), lambda x=x: x) for name, x in tensors.items()}
 
 
 def _start_fresh(model, names):
@@ -294,19 +327,8 @@ def _start_fresh(model, names):
             setattr(module, leaf, nn.Parameter(torch.zeros(getattr(module, leaf).shape)))
 
 
-def read_list(path):
-    """The JSON array in a file. Raises ValueError with the path for anything else."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    if not isinstance(values, list):
-        raise ValueError(f"{path} holds no JSON array")
-    return values
-
-
 def write_json(path, values):
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    files.write(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 # files beside the weights that are copied as they are
@@ -316,14 +338,38 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
+def write_tokenizer(tokenizer, directory, config, settings):
+    """Write tokenizer.json of a tokenizers.Tokenizer, and tokenizer_config.json with `settings`."""
+    names = dict(
+        cls_token=("[CLS]", "<s>"), sep_token=("[SEP]", "</s>"), unk_token=("[UNK]", "<unk>"),
+        mask_token=("[MASK]", "<mask>"), pad_token=(tokenizer.id_to_token(config.pad_token_id),),
+    )  # fmt: skip
+    found = {key: [x for x in tokens if x and tokenizer.token_to_id(x) is not None] for key, tokens in names.items()}
+    special = {key: tokens[0] for key, tokens in found.items() if tokens}
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = special | dict(tokenizer_class="PreTrainedTokenizerFast") | settings
+    write_json(directory / "tokenizer_config.json", settings)
+
+
 def save_tensors(tensors: dict[str, torch.Tensor], directory: Path) -> None:
-    """Write {name: tensor} to the model.safetensors of a directory."""
+    """Write {name: tensor} to the model.safetensors of a directory: whole, or not at all. Raises OSError."""
     tensors = {name: x.detach().contiguous() for name, x in tensors.items()}
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    path = directory / WEIGHTS
+    building = path.with_name(f"{WEIGHTS}.tmp")
+    try:
+        # its mode is that of any new file, safetensors' own is 0600
+        building.touch()
+        mode = building.stat().st_mode
+        save_file(tensors, building, metadata={"format": "pt"})
+        building.chmod(mode)
+        building.replace(path)
+    except (OSError, SafetensorError) as error:
+        building.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written: {error}") from None
 
 
 def copy_tokenizer(source: str | Path, destination: str | Path) -> None:
     """Copy a tokenizer's files from one model's directory to another, except those that it already has."""
     for name in TOKENIZER_FILES:
         if (Path(source) / name).exists() and not (Path(destination) / name).exists():
-            shutil.copy(Path(source) / name, Path(destination) / name)
+            files.write(Path(destination) / name, (Path(source) / name).read_bytes())

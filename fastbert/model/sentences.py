@@ -11,27 +11,82 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, normalizers
 from torch import nn
 
 from .. import ops
 from ..data.tokenizer import check_vocabulary, load_tokenizer
-from ..files import inside, read_json
 from ..packing import Batch, pack_inputs
-from . import families, hf_files
-from .config import EncoderConfig
+from . import families, hf_files, sentence_files
+from .config import EncoderConfig, checked
 from .encoder import initialize
 from .heads import Model
-from .hf_files import write_json
+from .sentence_files import ACTIVATIONS, MODES, NORMALIZE, SIMILARITIES
 
 if TYPE_CHECKING:
     # in the standard library from Python 3.11 on
     from typing_extensions import Self
 
 
-MODES = ("mean", "cls", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
-# the activations that a Dense module may name, by their class in torch
-_ACTIVATIONS = {"Identity": lambda x: x, "Tanh": torch.tanh, "ReLU": torch.relu, "GELU": F.gelu}
+_FUNCTIONS = {"Identity": lambda x: x, "Tanh": torch.tanh, "ReLU": torch.relu, "GELU": F.gelu}
+
+
+class Dense(nn.Module):
+    """activation(linear(x)), and with use_residual + x, which goes through a linear layer where the sizes differ.
+
+    activation: one of sentence_files.ACTIVATIONS. Raises ValueError for another.
+    """
+
+    KIND = "Dense"
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, activation: str = "Tanh",
+        use_residual: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation is {activation!r}: expected one of {', '.join(ACTIVATIONS)}")
+        self.linear = nn.Linear(in_features, out_features, bias=bias)
+        self.activation, self.use_residual = activation, use_residual
+        if use_residual and in_features != out_features:
+            self.residual = nn.Linear(in_features, out_features, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = _FUNCTIONS[self.activation](ops.linear(x, self.linear.weight, self.linear.bias))
+        if not self.use_residual:
+            return y
+        return y + (ops.linear(x, self.residual.weight) if hasattr(self, "residual") else x)
+
+    def settings(self) -> dict:
+        """As the config.json of a Dense module has them."""
+        place = "linear" if self.activation == "Identity" else "activation"
+        settings = dict(
+            in_features=self.linear.in_features, out_features=self.linear.out_features,
+            bias=self.linear.bias is not None,
+            activation_function=f"torch.nn.modules.{place}.{self.activation}",
+        )  # fmt: skip
+        # older versions do not know the key
+        return settings | (dict(use_residual=True) if self.use_residual else {})
+
+
+class Normalize(nn.Module):
+    """x divided by its L2 norm."""
+
+    KIND = NORMALIZE
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.normalize(x, dim=-1)
+
+
+def _layers(layers, width):
+    """(the modules of `dense` or `token_dense`, the width of what they return)."""
+    made = nn.ModuleList(Normalize() if layer == NORMALIZE else Dense(*layer) for layer in layers)
+    for layer in made:
+        if isinstance(layer, Dense):
+            if layer.linear.in_features != width:
+                raise ValueError(f"a Dense layer has {layer.linear.in_features} in_features: expected {width}")
+            width = layer.linear.out_features
+    return made, width
 
 
 class SentenceEmbedder(Model):
@@ -40,7 +95,10 @@ class SentenceEmbedder(Model):
     config: EncoderConfig. tokenizer: tokenizers.Tokenizer, for `encode`. pooling: one of MODES. normalize: divide by
     the L2 norm. prompts: {name: text put before a text}, as E5 and BGE use them; default_prompt_name: the one to use
     when none is requested. include_prompt: whether the prompt's tokens are pooled too. max_length: the number of tokens
-    that are read of a text, specials included. dense: sizes and activations of the linear layers after pooling.
+    that are read of a text, specials included; truncation_side: where a longer one loses tokens. dense: the layers
+    between pooling and that normalization: arguments of Dense, or "Normalize"; token_dense: the same before pooling.
+    truncate_dim: the number of columns that `encode` returns. similarity_fn_name: the similarity that the vectors are
+    made for, one of sentence_files.SIMILARITIES; it is only kept.
     """
 
     OPTIONAL = ("pooler",)
@@ -48,21 +106,30 @@ class SentenceEmbedder(Model):
     def __init__(
         self, config: EncoderConfig, tokenizer: Tokenizer | None = None, *, pooling: str = "mean",
         normalize: bool = True, prompts: dict[str, str] | None = None, default_prompt_name: str | None = None,
-        include_prompt: bool = True, max_length: int | None = None, dense: Iterable[tuple] = (),
+        include_prompt: bool = True, max_length: int | None = None, truncation_side: str = "right",
+        dense: Iterable[tuple | str] = (), token_dense: Iterable[tuple | str] = (), truncate_dim: int | None = None,
+        similarity_fn_name: str = "cosine",
     ) -> None:  # fmt: skip
         super().__init__(config)
-        if pooling not in MODES:
-            raise ValueError(f"pooling is {pooling!r}: expected one of {', '.join(MODES)}")
+        for name, value, choices in (
+            ("pooling", pooling, MODES), ("truncation_side", truncation_side, ("right", "left")),
+            ("similarity_fn_name", similarity_fn_name, SIMILARITIES),
+        ):  # fmt: skip
+            if value not in choices:
+                raise ValueError(f"{name} is {value!r}: expected one of {', '.join(choices)}")
         if tokenizer is not None:
             check_vocabulary(tokenizer, config)
         self.tokenizer, self.pooling, self.normalize = tokenizer, pooling, normalize
-        self.prompts, self.default_prompt_name = dict(prompts or {}), default_prompt_name
+        self.prompts = {name: checked(f"prompt {name!r}", text or "", str) for name, text in (prompts or {}).items()}
+        self.default_prompt_name = default_prompt_name
         if default_prompt_name is not None and default_prompt_name not in self.prompts:
             raise ValueError(f"default_prompt_name is {default_prompt_name!r}: expected one of {list(self.prompts)}")
         self.include_prompt = include_prompt
         self.max_length = min(config.max_length, 512 if max_length is None else max_length)
-        self.dense = nn.ModuleList(nn.Linear(*sizes, bias=bias) for *sizes, bias, _ in dense)
-        self.activations = [activation for *_, activation in dense]
+        self.truncation_side, self.similarity_fn_name = truncation_side, similarity_fn_name
+        self.token_dense, width = _layers(token_dense, config.hidden_size)
+        self.dense, width = _layers(dense, width)
+        self.truncate_dim = None if truncate_dim is None else checked("truncate_dim", truncate_dim, int, (1, width))
         self.pooler = None
         if families.has_pooler(config):
             # not used, but HuggingFace's bare encoder has it
@@ -78,12 +145,25 @@ class SentenceEmbedder(Model):
         prompt_length: the number of tokens at the start of each text that are not pooled, its first special included.
         """
         batch, _ = pack_inputs(self.config, input_ids, attention_mask, token_type_ids, position_ids)
-        hidden, cu_seqlens = self._without_prompt(self.encoder(batch), batch, prompt_length)
-        is_last = not self.dense
-        x = ops.pooling(hidden, cu_seqlens, mode=self.pooling, normalize=self.normalize and is_last)
-        for linear, activation in zip(self.dense, self.activations):
-            x = _ACTIVATIONS[activation](ops.linear(x, linear.weight, linear.bias))
-        return F.normalize(x, dim=-1) if self.normalize and not is_last else x
+        hidden = self.encoder(batch)
+        for layer in self.token_dense:
+            hidden = layer(hidden)
+        x = self._pooled(*self._without_prompt(hidden, batch, prompt_length), prompt_length)
+        for layer in self.dense:
+            x = layer(x)
+        return F.normalize(x, dim=-1) if self.normalize and self.dense else x
+
+    def _pooled(self, hidden, cu_seqlens, prompt_length):
+        """Vectors [B, D], normalized if nothing follows."""
+        normalize = self.normalize and not self.dense
+        if self.pooling != "weightedmean" or not prompt_length:
+            return ops.pooling(hidden, cu_seqlens, mode=self.pooling, normalize=normalize)
+        # the weight of a token is its place in the whole text, prompt_length more than in what is pooled
+        n = cu_seqlens.diff()[:, None].to(hidden.dtype)
+        weighted, mean = (ops.pooling(hidden, cu_seqlens, mode=mode) for mode in ("weightedmean", "mean"))
+        weight, more = n * (n + 1) / 2, prompt_length * n
+        x = (weight * weighted + more * mean) / (weight + more).clamp(min=1)
+        return F.normalize(x, dim=-1) if normalize else x
 
     @staticmethod
     def _without_prompt(hidden, batch, prompt_length):
@@ -129,8 +209,8 @@ class SentenceEmbedder(Model):
         vectors = [None] * len(texts)
         for group in _progress(groups, show_progress_bar):
             batch = _batch([encodings[i] for i in group]).to(device)
-            embedded = self(batch, prompt_length=skipped)
-            if normalize_embeddings and not self.normalize:
+            embedded = self(batch, prompt_length=skipped)[:, : self.truncate_dim]
+            if normalize_embeddings and not (self.normalize and self.truncate_dim is None):
                 embedded = F.normalize(embedded, dim=-1)
             for i, vector in zip(group, embedded.float().unbind()):
                 vectors[i] = vector
@@ -149,11 +229,12 @@ class SentenceEmbedder(Model):
         if not prompt or self.include_prompt:
             return prompt, 0
         # without the special token at the end
-        return prompt, len(self._tokenize([prompt])[0].ids) - 1
+        [encoding] = self._tokenize([prompt])
+        return prompt, len(encoding.ids) - sum(encoding.special_tokens_mask[-1:])
 
     def _tokenize(self, texts):
         self.tokenizer.no_padding()
-        self.tokenizer.enable_truncation(self.max_length)
+        self.tokenizer.enable_truncation(self.max_length, direction=self.truncation_side)
         return self.tokenizer.encode_batch(texts)
 
     @classmethod
@@ -164,112 +245,34 @@ class SentenceEmbedder(Model):
         """From a directory of sentence-transformers, or of a bare HuggingFace encoder (then mean pooling).
 
         options: arguments of the class that override those of the directory. Raises ValueError as other models do, and
-        for an unknown module.
+        for a module or a setting of sentence-transformers that is not known here.
         """
         directory = Path(directory)
-        found, folder = _read_modules(directory, allow_pickle)
-        folder = directory / folder
+        found, folder, config_changes, weights = sentence_files.read_directory(directory, allow_pickle)
+        is_lower = found.pop("do_lower_case")
         if any((folder / name).exists() for name in ("tokenizer.json", "vocab.txt")):
             found["tokenizer"] = load_tokenizer(folder)
-        found |= _read_limits(folder)
-        prompts = _read_json_if_there(directory / "config_sentence_transformers.json")
-        found["prompts"] = prompts.get("prompts") or {}
-        found["default_prompt_name"] = prompts.get("default_prompt_name")
-        weights = found.pop("weights", [])
+            if is_lower:
+                _lower_case(found["tokenizer"])
+        elif is_lower:
+            raise ValueError(f"{folder}: do_lower_case is true, but there is no tokenizer.json or vocab.txt")
         return hf_files.load_model(
             lambda config: cls(config, **{**found, **options}), folder, allow_pickle=allow_pickle, dtype=dtype,
-            head=cls.__name__, other={f"dense.{i}.{name}": x for i, w in enumerate(weights) for name, x in w.items()},
+            head=cls.__name__, other=weights, config_changes=config_changes,
         )  # fmt: skip
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Write what sentence-transformers loads: the encoder, its tokenizer, and a folder for each further module."""
-        directory = Path(directory)
-        hf_files.save_model(self, directory, elsewhere=("dense.",))
-        kinds = ["Transformer", "Pooling", *["Dense"] * len(self.dense), *["Normalize"] * self.normalize]
-        places = ["" if i == 0 else f"{i}_{kind}" for i, kind in enumerate(kinds)]
-        modules = [
-            dict(idx=i, name=str(i), path=place, type=f"sentence_transformers.models.{kind}")
-            for i, (kind, place) in enumerate(zip(kinds, places))
-        ]
-        write_json(directory / "modules.json", modules)
-        for kind, place in zip(kinds[1:], places[1:]):
-            (directory / place).mkdir(exist_ok=True)
-            if kind == "Pooling":
-                pooling = {f"pooling_mode_{name}": mode == self.pooling for mode, name in _MODE_KEYS.items()}
-                size = dict(word_embedding_dimension=self.config.hidden_size, include_prompt=self.include_prompt)
-                write_json(directory / place / "config.json", size | pooling)
-        for linear, activation, place in zip(self.dense, self.activations, places[2:]):
-            sizes = dict(in_features=linear.in_features, out_features=linear.out_features, bias=linear.bias is not None)
-            name = dict(activation_function=f"torch.nn.modules.activation.{activation}")
-            if activation == "Identity":
-                name = dict(activation_function="torch.nn.modules.linear.Identity")
-            write_json(directory / place / "config.json", sizes | name)
-            hf_files.save_tensors({f"linear.{name}": x for name, x in linear.state_dict().items()}, directory / place)
-        limits = dict(max_seq_length=self.max_length, do_lower_case=False)
-        write_json(directory / "sentence_bert_config.json", limits)
-        prompts = dict(prompts=self.prompts, default_prompt_name=self.default_prompt_name, similarity_fn_name="cosine")
-        write_json(directory / "config_sentence_transformers.json", prompts)
-        if self.tokenizer is not None:
-            self.tokenizer.save(str(directory / "tokenizer.json"))
-            special = hf_files.special_tokens(self.tokenizer, self.config)
-            limits = dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=self.max_length)
-            write_json(directory / "tokenizer_config.json", special | limits)
+        sentence_files.write_directory(self, Path(directory))
+        hf_files.save_model(self, directory, elsewhere=("dense.", "token_dense."))
 
 
-# our mode -> its key in a pooling module's config.json, before sentence-transformers 6 one for each mode
-_MODE_KEYS = {
-    "cls": "cls_token", "max": "max_tokens", "mean": "mean_tokens", "mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-    "weightedmean": "weightedmean_tokens", "lasttoken": "lasttoken",
-}  # fmt: skip
-
-
-def _read_json_if_there(path):
-    return read_json(path) if path.exists() else {}
-
-
-def _read_modules(directory, allow_pickle):
-    """(arguments of SentenceEmbedder, the encoder's folder) from modules.json."""
-    found, folder = dict(pooling="mean", normalize=False, dense=[], weights=[]), ""
-    if not (directory / "modules.json").exists():
-        return found, folder
-    for module in hf_files.read_list(directory / "modules.json"):
-        kind, place = module["type"].rsplit(".", 1)[-1], inside(directory, module["path"])
-        if kind == "Transformer":
-            folder = module["path"]
-        elif kind == "Pooling":
-            values = read_json(place / "config.json")
-            modes = [mode for mode, key in _MODE_KEYS.items() if values.get(f"pooling_mode_{key}")]
-            named = values.get("pooling_mode")
-            modes = modes if named is None else [named] if isinstance(named, str) else list(named)
-            if len(modes) != 1 or modes[0] not in MODES:
-                raise ValueError(f"{place / 'config.json'} asks for {modes or 'no pooling'}: expected one of {MODES}")
-            found["pooling"] = modes[0]
-            found["include_prompt"] = values.get("include_prompt", True)
-        elif kind == "Dense":
-            values = read_json(place / "config.json")
-            activation = values.get("activation_function", "Tanh").rsplit(".", 1)[-1]
-            if activation not in _ACTIVATIONS:
-                raise ValueError(
-                    f"{place / 'config.json'}: activation {activation!r}, expected one of {list(_ACTIVATIONS)}"
-                )
-            found["dense"].append((values["in_features"], values["out_features"], values.get("bias", True), activation))
-            tensors = hf_files.stored_tensors(place, allow_pickle)
-            found["weights"].append({name.removeprefix("linear."): read() for name, (*_, read) in tensors.items()})
-        elif kind == "Normalize":
-            found["normalize"] = True
-        else:
-            raise ValueError(f"{directory / 'modules.json'} has a module {module['type']}: it is not known here")
-    return found, folder
-
-
-def _read_limits(folder):
-    """max_length, by the first file that gives one."""
-    for file, key in (("sentence_bert_config.json", "max_seq_length"), ("tokenizer_config.json", "model_max_length")):
-        length = _read_json_if_there(folder / file).get(key)
-        # transformers writes 1e30 for no limit
-        if isinstance(length, int) and length < 1 << 20:
-            return dict(max_length=length)
-    return {}
+def _lower_case(tokenizer):
+    """Let a tokenizer lower the case of a text first, as sentence-transformers does."""
+    steps = tokenizer.normalizer
+    steps = [] if steps is None else [*steps] if isinstance(steps, normalizers.Sequence) else [steps]
+    if not any(isinstance(step, normalizers.Lowercase) for step in steps):
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *steps])
 
 
 def _batch(encodings):

@@ -82,14 +82,18 @@ class PretrainConfig:
         EMBEDDING_SHARING,
     )  # fmt: skip
     max_seq_length: int = option(128, "Maximum tokens in a sequence, [CLS] and [SEP] included.", least=8)
-    tokens_per_batch: int = option(8192, "Maximum tokens in a micro-batch. None of them is padding.")
+    tokens_per_batch: int = option(
+        8192, "Maximum tokens in a micro-batch. None of them is padding.", least=8, most=MAX_TOKENS
+    )
     gradient_accumulation_steps: int = option(1, "Micro-batches per step.", least=1)
     max_steps: int | None = option(None, "Length of the run, in steps.", least=1)
-    epochs: float | None = option(None, "Length of the run, in passes over the text; 1 if no length is given.", above=0)
-    max_minutes: float | None = option(
-        None, "Length of the run, in minutes of training; the schedule follows the clock.", above=0
+    epochs: float | None = option(
+        None, "Length of the run, in passes over the text; 1 if no length is given.", above=0, most=1e4
     )
-    learning_rate: float = option(5e-4, "Peak learning rate.", above=0)
+    max_minutes: float | None = option(
+        None, "Length of the run, in minutes of training; the schedule follows the clock.", above=0, most=1e7
+    )
+    learning_rate: float = option(5e-4, "Peak learning rate. --resume may lower it.", above=0)
     schedule: str = option("linear", "Learning rate schedule after the warm-up.", tuple(optim.SCHEDULES))
     warmup_ratio: float = option(0.06, "Share of the run spent on warm-up.", least=0, most=1)
     warmup_steps: int | None = option(None, "Warm-up in steps. Overrides --warmup-ratio.", least=0)
@@ -104,13 +108,13 @@ class PretrainConfig:
         None, "Dropout of hidden states and attention. The model's own by default.", least=0, below=1
     )
     bf16: bool = option(False, "Run matrix products in bfloat16.")
-    seed: int = option(0, "Seed of everything random.")
+    seed: int = option(0, "Seed of everything random.", least=-(2**63), most=2**63 - 1)
     resume: bool = option(False, "Resume the run in the output directory from its last good checkpoint.")
     save_steps: int = option(1000, "Steps between checkpoints.", least=1)
     save_total_limit: int = option(2, "Checkpoints to keep.", least=1)
     eval_steps: int = option(500, "Steps between evaluations.", least=1)
     logging_steps: int = option(10, "Steps between rows of the log.", least=1)
-    num_workers: int | None = option(None, "Threads that prepare text. One per core by default.", least=1)
+    num_workers: int | None = option(None, "Threads that prepare text. One per core by default.", least=1, most=1024)
     verify: bool = option(True, "Compare token shards with their sha256 at the start.")
     device: str = option("auto", "auto, cpu, cuda or cuda:1.")
 
@@ -119,8 +123,6 @@ class PretrainConfig:
         for name in ("train_file", "output_dir"):
             if not getattr(self, name):
                 raise ValueError(f"{flag(name)} is missing")
-        if self.tokens_per_batch > MAX_TOKENS:
-            raise ValueError(f"--tokens-per-batch is {self.tokens_per_batch}: expected at most {MAX_TOKENS}")
         if self.tokens_per_batch < self.max_seq_length:
             raise ValueError(
                 f"--tokens-per-batch is {self.tokens_per_batch}: expected at least --max-seq-length, "
@@ -139,6 +141,8 @@ MAY_DIFFER = {
     "train_file", "eval_file", "output_dir", "tokenizer", "max_steps", "epochs", "max_minutes", "resume", "save_steps",
     "save_total_limit", "eval_steps", "logging_steps", "num_workers", "verify", "device",
 }  # fmt: skip
+# these it may lower, after training diverged
+MAY_FALL = {"learning_rate"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,7 +174,7 @@ def pretrain(config: PretrainConfig) -> dict:
         tokenizer = _known_tokenizer(config, sources[0], resumed)
         state = checkpoint.read_state(resumed) if resumed else None
         if state:
-            checkpoint.check_same_run(resumed, state, config, tokenizer_hash(tokenizer), MAY_DIFFER)
+            checkpoint.check_same_run(resumed, state, config, tokenizer_hash(tokenizer), MAY_DIFFER, MAY_FALL)
         _check_vocabulary(config, model_config, tokenizer)
 
         # text -> tokenizer -> shards; under torchrun the first process makes them for all
@@ -211,7 +215,7 @@ def pretrain(config: PretrainConfig) -> dict:
         progress = Progress()
         if resumed:
             checkpoint.load_checkpoint(resumed, model, optimizer)
-            progress = Progress(**state["progress"])
+            progress = Progress.restored(state["progress"])
         total, warmup = length(config, loader)
         facts = {
             "config": dataclasses.asdict(config), "model_config": model_config.to_dict(),
@@ -221,6 +225,8 @@ def pretrain(config: PretrainConfig) -> dict:
 
         with processes.signals() as caught:
             run = Run(config, model, optimizer, tokenizer, facts, progress, log, total, caught)
+            # the first process alone writes checkpoints
+            run.resumed = resumed if rank == 0 else None
             for step in run.steps(loader, evaluates=held_out is not None):
                 if step.batches is None:
                     step.row = evaluate(model, held_out, bf16=config.bf16, interrupted=lambda: caught)

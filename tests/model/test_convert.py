@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from test_families import ONE_EACH, theirs_of
 from tokenizers import Tokenizer, models
 
+from fastbert import files
 from fastbert.cli import main
+from fastbert.model import hf_files
 from fastbert.model.convert import convert
 
 
@@ -82,3 +84,32 @@ def test_bad_sources_are_one_clear_line(tmp_path):
     save_file({name: x for name, x in load_file(path).items() if "layer.2.output.dense" not in name}, path)
     refuses("lacks 2 of the encoder's tensors, the first is bert.encoder.layer.2.output.dense")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_head_that_is_not_stored_is_not_invented(tmp_path):
+    theirs_of("bert", "Model").save_pretrained(tmp_path / "in")
+    path = tmp_path / "in" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": ["BertForMaskedLM"]}))
+    with pytest.raises(ValueError, match="lacks cls.predictions.bias"):
+        convert(tmp_path / "in", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_written_beside_a_run_or_left_in_halves(tmp_path, monkeypatch):
+    theirs_of("bert", "ForMaskedLM").save_pretrained(tmp_path / "in")
+    out = tmp_path / "out"
+    with files.lock(out), pytest.raises(ValueError, match="out is in use by a live run"):
+        convert(tmp_path / "in", out)
+    whole = hf_files.save_file
+
+    def full(tensors, path, **options):
+        path.write_bytes(b"a part")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(hf_files, "save_file", full)
+    with pytest.raises(OSError, match="model.safetensors cannot be written: .*No space left") as caught:
+        convert(tmp_path / "in", out)
+    assert "\n" not in str(caught.value) and not [*out.glob("model*"), *out.glob("config*")]
+    monkeypatch.setattr(hf_files, "save_file", whole)
+    convert(tmp_path / "in", out)
+    assert len({(out / name).stat().st_mode for name in ("model.safetensors", "config.json")}) == 1

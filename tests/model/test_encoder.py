@@ -29,7 +29,7 @@ def test_presets_have_distinct_shapes_and_unknown_names_are_refused():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden_size": 100}, "hidden_size 100 is not divisible by num_attention_heads 12"),
+        ({"hidden_size": 100}, "hidden_size is 100: expected a multiple of num_attention_heads, 12"),
         ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ({"hidden_dropout_prob": 1.0}, "hidden_dropout_prob is 1.0"),
         ({"vocab_size": 0}, "vocab_size is 0"),

@@ -260,13 +260,13 @@ def test_dropout_is_replayed_by_its_seed():
 
 @pytest.mark.parametrize(
     "values",
-    [dict(position_biased_input=True), dict(model_type="deberta-v2", relative_attention=False)],
+    [dict(position_biased_input=True), dict(model_type="deberta-v2", relative_attention=False, pos_att_type=[])],
     ids=["positions in the input", "plain attention"],
 )
 def test_where_it_has_no_place(values):
-    with pytest.raises(ValueError, match="enhanced_mask_decoder is true: expected disentangled attention"):
+    with pytest.raises(ValueError, match="enhanced_mask_decoder is True: expected disentangled attention"):
         hf_files.config_from_hf({"model_type": "deberta", **SIZES, **values})
-    with pytest.raises(ValueError, match="enhanced_mask_decoder is true"):
+    with pytest.raises(ValueError, match="enhanced_mask_decoder is True"):
         presets.preset("bert-base").replace(enhanced_mask_decoder=True)
 
 

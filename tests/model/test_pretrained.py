@@ -10,8 +10,9 @@ from test_families import CASES, theirs_of
 
 from fastbert.model import families
 from fastbert.model.convert import convert
-from fastbert.model.heads import MaskedLM, SequenceClassifier, TokenClassifier
+from fastbert.model.heads import MaskedLM, Pretraining, ReplacedTokenDetector, SequenceClassifier, TokenClassifier
 from fastbert.model.sentences import SentenceEmbedder
+from fastbert.packing import pack
 
 
 @pytest.fixture
@@ -31,16 +32,16 @@ CONFIGS = {
     "a size in quotes": (dict(hidden_size="36"), "hidden_size is '36': expected int"),
     "a fraction": (dict(hidden_size=36.0), "hidden_size is 36.0: expected int"),
     "a word for a number": (dict(hidden_dropout_prob="high"), "hidden_dropout_prob is 'high': expected float"),
-    "no layers": (dict(num_hidden_layers=0), "num_hidden_layers is 0: expected at least 1"),
+    "no layers": (dict(num_hidden_layers=0), "num_hidden_layers is 0: expected 1 to 1024"),
     "padding outside": (dict(pad_token_id=99), "pad_token_id is 99: expected 0 to 98"),
-    "pooling": (dict(model_type="modernbert", classifier_pooling="max"), "head_pooling is .max.: expected one of cls"),
+    "pooling": (dict(model_type="modernbert", classifier_pooling="max"), "classifier_pooling is .max.: expected "),
     "even width": (dict(model_type="deberta-v2", conv_kernel_size=4), "conv_kernel_size is 4: expected an odd number"),
     "activation": (dict(model_type="deberta-v2", conv_act="relu"), "conv_act is 'relu': expected one of tanh, gelu"),
     "unknown term": (
         dict(model_type="deberta-v2", relative_attention=True, pos_att_type="c2p|p2p"),
         "expected some of c2p, p2c",
     ),
-    "a decoder": (dict(is_decoder=True), "is_decoder is true: expected false, an encoder"),
+    "a decoder": (dict(is_decoder=True), "is_decoder is True: expected False"),
     "relative": (dict(position_embedding_type="relative_key"), "position_embedding_type is 'relative_key'"),
     "no type": (dict(model_type=None), "model_type None: expected one of bert, roberta"),
     "unknown": (dict(model_type="llama"), "model_type 'llama': expected one of bert, roberta.*modernbert"),
@@ -74,7 +75,7 @@ def with_another_decoder(tensors):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (with_integers, "bert.encoder.layer.0.output.dense.weight is of torch.int8: expected floating-point"),
+        (with_integers, "bert.encoder.layer.0.output.dense.weight is of I8: expected floating-point"),
         (with_another_decoder, "cls.predictions.decoder.weight is not the same as bert.embeddings.word_embed"),
     ],
     ids=["quantised", "not tied"],
@@ -181,8 +182,16 @@ ONES = torch.ones(2, 3, dtype=torch.int64)
         (MaskedLM, dict(input_ids=ONES, labels=-ONES), "labels hold -1: expected 0 to 98"),
         (TokenClassifier, dict(input_ids=ONES, labels=2 * ONES), "labels hold 2: expected 0 to 1"),
         (SequenceClassifier, dict(input_ids=ONES, labels=2 * ONES[:, 0]), "labels hold 2: expected 0 to 1"),
+        (ReplacedTokenDetector, dict(input_ids=ONES, labels=2 * ONES), "labels hold 2: expected 0 to 1"),
+        (Pretraining, dict(input_ids=ONES, next_sentence_label=2 * ONES[:, 0]), "pair labels hold 2: expected 0 to 1"),
+        (MaskedLM, dict(input_ids=pack(99 * ONES)[0]), "input_ids hold 99: expected 0 to 98"),
+        (MaskedLM, dict(input_ids=pack(ONES, position_ids=99 * ONES)[0]), "position_ids hold 99"),
+        (MaskedLM, dict(input_ids=pack(ONES, token_type_ids=99 * ONES)[0]), "token_type_ids hold 99"),
     ],
-    ids=["one row", "floats", "short labels", "short segments", "few masks", "label", "negative", "token", "text"],
+    ids=[
+        "one row", "floats", "short labels", "short segments", "few masks", "label", "negative", "token", "text", "rtd",
+        "pair", "packed ids", "packed positions", "packed segments",
+    ],
 )  # fmt: skip
 def test_inputs_that_do_not_fit(head, inputs, message):
     model = head(families.config_of("bert", **CASES["bert"][1]))

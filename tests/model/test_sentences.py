@@ -101,7 +101,7 @@ def test_linear_layers_after_pooling(tmp_path):
     model = embedder(dense=[(36, 20, True, "Tanh"), (20, 7, False, "Identity")])
     theirs = theirs_of(model, tmp_path)
     first, second = model.dense
-    expected = torch.tanh(pooled(theirs, TEXTS, "mean") @ first.weight.T + first.bias) @ second.weight.T
+    expected = torch.tanh(first.linear(pooled(theirs, TEXTS, "mean"))) @ second.linear.weight.T
     got = model.encode(TEXTS)
     assert np.abs(got - F.normalize(expected, dim=-1).numpy()).max() < 1e-5
     assert np.array_equal(SentenceEmbedder.from_pretrained(tmp_path).encode(TEXTS), got)
@@ -135,7 +135,7 @@ def test_bad_input(tmp_path):
     modules = json.loads((tmp_path / "modules.json").read_text())
     modules.append(dict(idx=9, name="9", path="9_LSTM", type="sentence_transformers.models.LSTM"))
     (tmp_path / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(ValueError, match="has a module sentence_transformers.models.LSTM: it is not known here"):
+    with pytest.raises(ValueError, match="has a module 'sentence_transformers.models.LSTM': it is not known here"):
         SentenceEmbedder.from_pretrained(tmp_path)
 
 
