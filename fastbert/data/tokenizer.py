@@ -22,6 +22,8 @@ PREFIX = "##"
 LONGEST_WORD = 100
 _TOO_LONG = re.compile(rf"[^\W{IDEOGRAPHS}]{{{LONGEST_WORD + 1},}}")
 MAX_ALPHABET = 1000
+# the trainers take memory for every piece before they begin
+MAX_VOCABULARY = 1 << 22
 
 
 class SpecialIds(NamedTuple):
@@ -46,6 +48,8 @@ def train_wordpiece(
     Returns a tokenizers.Tokenizer. Raises ValueError when the text has fewer pieces than vocab_size, or when its
     letters alone are more.
     """
+    if vocab_size > MAX_VOCABULARY:
+        raise ValueError(f"a vocabulary of {vocab_size} is too large: expected at most {MAX_VOCABULARY}")
     files = expand(files)
     specials = list(SPECIALS)
     if vocab_size >= 1000:
@@ -85,6 +89,8 @@ def train_bpe(files, vocab_size=50265, *, text_column="text", layout="auto", min
     text always gives the same vocabulary. Returns a tokenizers.Tokenizer. Raises ValueError when the text has fewer
     pieces than vocab_size. Source: Radford et al. 2019, section 2.2.
     """
+    if vocab_size > MAX_VOCABULARY:
+        raise ValueError(f"a vocabulary of {vocab_size} is too large: expected at most {MAX_VOCABULARY}")
     files = expand(files)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     if vocab_size < len(letters) + len(BPE_SPECIALS):

@@ -196,8 +196,8 @@ def test_a_long_line_is_cut_before_a_blank(name, tmp_path, monkeypatch):
     documents = list(read_documents([str(write_as(tmp_path / name, [[line]]))], layout="line"))
     assert "".join(part for document in documents for part in document) == line
     assert all(len(part) <= 100 for document in documents for part in document)
-    assert {document[0][0] for document in documents[1:]} == {" ", "\u672c"}
-    assert all(document[0][1:2] != " " for document in documents)
+    _, *rest = (part for document in documents for part in document)
+    assert {part[0] for part in rest} == {" ", "\u672c"} and all(part[1:2] != " " for part in rest)
 
 
 @pytest.mark.parametrize("name, where", [("a.txt", "line 4"), ("a.jsonl", "line 2"), ("a.parquet", "row 2")])

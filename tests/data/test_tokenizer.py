@@ -81,6 +81,9 @@ def test_vocabulary_larger_or_smaller_than_the_text_supports(tmp_path):
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="a vocabulary of 20 is too small"):
         train_wordpiece([path], 20, progress=False)
+    for train in (train_wordpiece, train_bpe):
+        with pytest.raises(ValueError, match="a vocabulary of 1073741824 is too large: expected at most 4194304"):
+            train([path], 1 << 30, progress=False)
 
 
 @pytest.mark.parametrize("kind", ["uncased", "cased", "bpe"])
