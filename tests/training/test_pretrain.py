@@ -178,7 +178,7 @@ def test_bfloat16_products_learn_in_float32_parameters(options):
         ({"max_seq_length": 193}, "--tokens-per-batch is 192: expected at least --max-seq-length, 193"),
         ({"vocab_size": 201, "train_file": "text"}, "the tokenizer has 201 pieces: .* has a vocab_size of 200"),
         ({"model": "bert-huge"}, "no model is called 'bert-huge'"),
-        ({"model": "missing.json"}, "missing.json is not a readable JSON file"),
+        ({"model": "missing.json"}, "missing.json cannot be read"),
         ({"model": "odd"}, "hidden_size is 30: expected a multiple of num_attention_heads, 4"),
         ({"tokenizer": "nowhere"}, "no tokenizer in nowhere"),
         ({"objective": "clm"}, "--objective is 'clm': expected one of mlm, mlm.nsp, mlm.sop"),
