@@ -40,7 +40,7 @@ from fastbert.model.heads import MaskedLM
 from fastbert.training import optim
 from fastbert.training.loop import accumulate
 
-# lines that the tokenizers library gets at a time: faster than 5,000 and than all
+# lines in a batch for the tokenizers library: faster than 5,000, and than all at once
 BATCH = 1000
 
 
@@ -62,14 +62,14 @@ def timed(call):
 
 
 def prepare_row(files, tokenizer, work, rounds):
-    """`prepare` against `encode_batch_fast` of the lines, which stand in memory."""
+    """`prepare` against `encode_batch_fast` on the same lines in memory."""
     lines = [line for file in files for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
 
     def alone():
-        # what a program does that wants token ids, all cores at work inside the library; all lines at once take longer
+        # the library uses all cores by itself; all lines in one batch take longer
         return [
             encoding.ids
             for start in range(0, len(lines), BATCH)
@@ -153,21 +153,21 @@ def loader_rows(shards, device, rounds, quick):
     kinds |= {f"loader, {objective}": {"objective": objective} for objective in OBJECTIVES if objective != "mlm"}
     loaders = {name: loader_of(shards, length, tokens, **options) for name, options in kinds.items()}
     for one in loaders.values():
-        # plans its epoch, and warms up
+        # plans the epoch, and warms up
         drained(one, 1)
-    eaten, beside, made = [], [], {name: [] for name in loaders}
+    trained, beside, made = [], [], {name: [] for name in loaders}
     made_tokens = {}
     for _ in range(rounds):
-        eaten.append(timed(lambda: eater.eat(kept))[0])
+        trained.append(timed(lambda: eater.eat(kept))[0])
         beside.append(timed(lambda: eater.eat(islice(loader.epoch(0), count)))[0])
         for name, one in loaders.items():
-            # many batches: the first ones come before the thread is at work
+            # many batches, because the loader's thread is slow to start
             number = min(4 * count, one.num_batches(1))
             seconds, made_tokens[name] = drained(one, number)
             made[name].append(seconds)
     real = sum(int(batch.cu_seqlens[-1]) for batch in kept)
-    rows = [row_of(name, made_tokens[name], made[name], what, real, eaten) for name in loaders]
-    rows.append(row_of(f"{what}, with the loader beside it", real, beside, "batches in memory", real, eaten))
+    rows = [row_of(name, made_tokens[name], made[name], what, real, trained) for name in loaders]
+    rows.append(row_of(f"{what}, with the loader beside it", real, beside, "batches in memory", real, trained))
     return rows
 
 

@@ -44,13 +44,13 @@ from fastbert.proof import op_cases
 # what is measured first comes first
 SWEEPS = ("fill", "batch", "picked", "length", "families", "sentences")
 FILES = {"sweeps": "models", "step": "training_step", "families": "families"}
-# (least, most) timed calls on a CPU; on a GPU they agree more, and a number is enough
+# (least, most) timed calls on a CPU; on a GPU times vary less, and one number is enough
 ROUNDS = {
     "sweeps": {"inference": (5, 20), "train": (4, 12)}, "step": {"train": (12, 20)},
     "families": {"inference": (5, 20), "train": (5, 20)},
 }  # fmt: skip
 ON_A_GPU = {"sweeps": 20, "step": 15}
-# sequences from here on without transformers' eager attention: its scores would take gigabytes
+# from this length on, transformers' eager attention is left out: its scores would take gigabytes
 LONG = 4096
 # the batches of `step` on a CPU: evenly spread lengths, which fill 60 % of their rectangle, and full ones
 LENGTHS = {"text, 60 % fill": (26, 40, 55, 70, 84, 99, 113, 128), "no padding": (128,) * 8}
@@ -79,13 +79,13 @@ def cases(device, models, only, quick):
     dtype, tokens, S = ("bfloat16", tokens_on(device), 128) if on_gpu else ("float32", 512, 128)
     if quick:
         tokens, S = 64, 32
-    # it compiles for most of a minute: only where it tells most
+    # compiling takes most of a minute: only where it tells most
     uncompiled = tuple(name for name in IMPLEMENTATIONS if name != "transformers compiled")
     compiled = uncompiled if quick else IMPLEMENTATIONS
-    # in a sweep of one model eager attention, never the fastest, tells nothing new
+    # eager attention is never the fastest: one sweep has it
     few = tuple(name for name in uncompiled if name != "transformers eager")
     both = ("inference", "train")
-    # of three layers of ModernBERT one sees everything, as in the whole model every third
+    # one of ModernBERT's three layers has global attention, the same share as in the whole model
     whole, of_modernbert, of_families = (2, 2, 2) if quick else (None, None, None) if on_gpu else (None, 3, 4)
     found = []
 
@@ -96,7 +96,7 @@ def cases(device, models, only, quick):
         for width in (128, 512) if on_gpu and not quick else (S,):
             for fill in (0.6, 1.0) if quick else (0.6, 1.0, 0.4, 0.8):
                 lengths = lengths_of(tokens // width, width, fill)
-                # without a mask it is another graph, and to compile that as well takes too long on a CPU
+                # without a mask there is another graph to compile, which takes too long on a CPU
                 wanted = compiled if on_gpu or fill < 1 else uncompiled
                 if fill in (0.4, 0.8) and not on_gpu:
                     wanted = tuple(name for name in wanted if name != "transformers eager")
@@ -108,7 +108,7 @@ def cases(device, models, only, quick):
         for B in (1, 2, 4) if quick else (1, 2, 4, 8, 16, *((64, 256) if on_gpu else ())):
             lengths = lengths_of(B, S, 1.0 if B == 1 else 0.6)
             add("batch", model, lengths, "inference", compiled if B == 1 else few)
-        # 15 % picked stands among the fills
+        # the fill sweep has 15 %
         for share in (0.05, 0.3) if quick or not on_gpu else (0.05, 0.3, 0.6, 1.0):
             add("picked", model, lengths_of(tokens // S, S, 0.6), "train", few, picked=share)
         if model != "modernbert-base":
@@ -122,7 +122,7 @@ def cases(device, models, only, quick):
             wanted = uncompiled if width < LONG else few
             around = max(tokens if on_gpu or quick else 1024, width)
             add("length", "modernbert-base", (width,) * (around // width), "inference", wanted, layers=layers)
-            # on a CPU a step of 4096 tokens would take a minute in all
+            # on a CPU, rounds of a step of 4096 tokens would take a minute
             if on_gpu or quick or width in (128, 512, 2048):
                 around = max(tokens, width)
                 add("length", "modernbert-base", (width,) * (around // width), "train", few, layers=layers)
@@ -134,7 +134,7 @@ def cases(device, models, only, quick):
             for passes in both:
                 add("families", model, lengths_of(tokens // S, S, fill), passes, wanted, layers=of_families)
         if quick or family in ("bert", "modernbert"):
-            # they have their lengths above
+            # their lengths are above
             continue
         for width in (512, 1024, 2048) if family == "deberta-v2" else (512,):
             for passes in both if width == 512 or on_gpu else ("inference",):
@@ -166,7 +166,7 @@ def step_cases(device, is_own=False):
     elif device.type == "cuda":
         dtype, implementations = "bfloat16", ("transformers", "transformers compiled", "fastbert", OWN)
         tokens = tokens_on(device)
-        # as many sequences as fill the rectangle
+        # as many sequences as the rectangle has rows
         found = {f"S={S}, text": op_cases.ragged_lengths(2 * tokens, S)[: tokens // S] for S in (128, 512)}
         found |= {f"S={S}, no padding": op_cases.full_lengths(tokens, S) for S in (128, 512)}
         if is_own:
@@ -228,7 +228,7 @@ def run_case(case, model, device, rates, rounds, not_measured, seconds=20.0):
     calls, difference = checked(model, case, device, not_measured)
 
     def prepare(name):
-        # modules are shared: the mode and the attention that a call wants are set before its clock starts
+        # implementations share modules: set the mode and the attention that this one needs
         model.module(name, case)
 
     def failed(name, failure):
@@ -269,12 +269,12 @@ def run_case(case, model, device, rates, rounds, not_measured, seconds=20.0):
 
 def compile_kernels(case, model, device):
     """Compile what fastbert's step launches, many kernels at a time."""
-    # it wants triton, which a CPU does without
+    # needs triton, which may be missing on a CPU
     import precompile
 
     try:
         batch, packed = batches(model.config, case, device)
-        # the optimizer would move the weights by gradients that mean nothing
+        # without the optimizer: these gradients mean nothing
         with precompile.compiling():
             model_pairs.train_step(model.module(OWN, case), {"input_ids": packed}, autocast=model.autocast(case))
     except Exception as failure:  # told again where it is timed
@@ -311,10 +311,10 @@ def sentence_rows(device, rates, rounds, counts, not_measured, of_sweep=True):
         calls = {names.get(name, name): call for name, call in calls.items()}
     for count in counts if calls else ():
         texts = model_pairs.verses()[:count]
-        # before its lengths: encode sets the tokenizer to cut and not to pad
+        # before the lengths are read: encode makes the tokenizer truncate and not pad
         vectors = {name: call(texts) for name, call in calls.items()}
         lengths = [len(encoding.ids) for encoding in ours.tokenizer.encode_batch(texts)]
-        # what a library pads that sorts by length
+        # the padding of a library that sorts by length
         in_order = sorted(lengths, reverse=True)
         padded = sum(n * len(in_order[i : i + 32]) for i in range(0, count, 32) for n in in_order[i : i + 1])
         truth = next(iter(vectors.values()))
@@ -336,7 +336,7 @@ def sentence_rows(device, rates, rounds, counts, not_measured, of_sweep=True):
 
 
 def line_of(row):
-    """A row in a line: fastbert, and how many times its time the others take; below 1 is a loss."""
+    """A row in one line: fastbert, and how many times its time the others take. Below 1 is a loss."""
     own = record.ours_of(row["seconds"])
     ours, others = row["summary"][own], []
     for name, figures in row["summary"].items():

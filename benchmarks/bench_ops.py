@@ -36,7 +36,7 @@ from fastbert.proof.op_cases import TABLE, Case, results
 
 LENGTHS = (26, 40, 55, 70, 84, 99, 113, 128)
 TOLERANCE = {torch.bfloat16: 0.03, torch.float16: 0.005, torch.float32: 1e-4}
-# torch.compile is in them
+# these call torch.compile
 COMPILING = ("compiled", "flex", "cut_cross_entropy, compiled")
 ROWS = [(op, name) for op in op_cases.OPS for name in variants(op) if name not in COMPILING]
 
@@ -91,7 +91,7 @@ def cases(device, quick=False):
 
 
 def _on_a_gpu(device):
-    # a quarter where memory is short
+    # a quarter with less memory
     tokens = 65536 if machine.memory(device) > 40 * 2**30 else 16384
     ragged, full = op_cases.ragged_lengths, op_cases.full_lengths
     found = []
@@ -100,7 +100,7 @@ def _on_a_gpu(device):
         for S in (128, 512) if by_length or op == "pooling" else (128,):
             for lengths in (ragged, full) if by_length else (ragged,):
                 found.append(Case(op, entry.models[0], tuple(lengths(tokens, S))))
-    # other widths, should time be left
+    # other widths, if there is time
     for model in ("bert-large", "minilm"):
         for op in ("attention", "layer_norm", "bias_gelu", "masked_cross_entropy"):
             found.append(Case(op, model, tuple(ragged(tokens, 128))))
@@ -115,7 +115,7 @@ def _on_a_cpu():
     for op, entry in TABLE.items():
         # sentences are embedded with MiniLM
         model = "minilm" if op in ("pooling", "contrastive_cross_entropy") else entry.models[0]
-        # half as many where each is compared with the whole vocabulary
+        # half as many where each has logits for the whole vocabulary
         tokens = 512 if op == "masked_cross_entropy" else 1024
         shapes = [(model, ragged(tokens, 128))]
         if op != "contrastive_cross_entropy":  # knows no lengths
@@ -135,11 +135,11 @@ def _on_a_cpu():
 def agreeing(case, device, passed, compiles=True):
     """{variant: Run} of those that agree with the reference, their errors, and {variant: why not} of the others."""
     torch._dynamo.reset()
-    # the same numbers in every run, whichever cases it has
+    # the same numbers in every run, whatever its cases
     torch.manual_seed(0)
     arguments = case.arguments(device)
     if case.dropout_p:
-        # the reference's masks of every score would take most of the memory
+        # the reference stores a mask of every score, which would take most of the memory
         few = replace(case, lengths=tuple(itertools.islice(case.lengths, 8)))
         few_arguments = few.arguments(device)
         wanted = truth(few, few_arguments)
@@ -265,7 +265,7 @@ def measure(case, runs, errors, refused, clock, ceilings, rounds, budget):
         attempt(name, runs, refused, clock.device, lambda: count(name, run))  # noqa: B023
     for passes in seconds.values():
         passes["both"] = [sum(pair) for pair in zip(passes["forward"], passes["backward"])]
-    # such a call waits for the device, and then the device for the host: that is in its time
+    # such a call waits for the device within, so its time includes the host's
     waiting = [name for name in runs if 2 * late[name] > len(seconds[name]["forward"])]
     floor = case.floor()
     least = {x: max(size / ceilings["copy"], flops / ceilings["product"]) for x, (size, flops) in floor.items()}
@@ -339,7 +339,7 @@ def main():
     folder = options.output or machine.folder(device)
     rounds = options.rounds or (7 if options.quick else 20)
     compiles = not (options.quick or machine.rehearsing(device))
-    # what a case may take in turns beyond five rounds
+    # seconds that a case may take, beyond five rounds
     budget = 1e9 if device.type == "cuda" else 0.5 if options.quick else 2.0
     ceilings = machine.ceilings(device)
     result = record.new(

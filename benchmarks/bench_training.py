@@ -38,6 +38,7 @@ import fastbert
 from fastbert.data.batches import MaskedBatches
 from fastbert.data.shards import Shards, prepare
 from fastbert.data.tokenizer import train_wordpiece
+from fastbert.model.config import EncoderConfig
 from fastbert.model.heads import MaskedLM
 from fastbert.training import optim
 from fastbert.training.log import read_metrics
@@ -48,18 +49,20 @@ MASKED_AT_LEAST = 0.01
 
 
 def settings(quick):
-    """(EncoderConfig, options of pretrain) for the machine at hand: the demo's, the model on a CPU with two layers."""
-    model, options, _ = demo.settings()
-    model = model.replace(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    del options["max_minutes"]
-    if not torch.cuda.is_available():
-        # half of the demo's: in the minutes of three runs four layers do not leave the plateau that the demo tells of
-        model = model.replace(num_hidden_layers=2)
+    """(EncoderConfig, options of pretrain) for the machine at hand: a BERT, which every library has."""
+    model = EncoderConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    if torch.cuda.is_available():
+        sizes = dict(hidden_size=512, num_hidden_layers=8, num_attention_heads=8, intermediate_size=2048)
+        model = model.replace(vocab_size=8192, max_position_embeddings=128, **sizes)
+        options = {"tokens_per_batch": 16384, "learning_rate": 7e-4, "bf16": True}
+    else:
+        # BERT's initial weights are meant for three times the width
+        sizes = dict(hidden_size=256, num_hidden_layers=2, num_attention_heads=4, intermediate_size=1024)
+        model = model.replace(vocab_size=4096, max_position_embeddings=32, initializer_range=0.04, **sizes)
+        options = {"tokens_per_batch": 2048, "learning_rate": 1e-3, "bf16": demo.bf16_is_faster()}
     if quick:
-        model = model.replace(
-            hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, vocab_size=500
-        )
-        options |= {"tokens_per_batch": 256}
+        sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128)
+        model, options = model.replace(vocab_size=500, **sizes), options | {"tokens_per_batch": 256}
     return model, options
 
 
@@ -129,8 +132,14 @@ def in_order(loader, steps):
     return list(islice(chain.from_iterable(map(loader.epoch, count())), steps))
 
 
-class InOrder(torch.utils.data.IterableDataset, list):
-    """What the Trainer takes for examples: batches that are whole already, in their order."""
+class InOrder(torch.utils.data.IterableDataset):
+    """What the Trainer takes for examples: batches that are whole already, in their order, and have no length."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
 
 
 def run_trainer(work, options, swapped):
@@ -190,7 +199,7 @@ def run_trainer(work, options, swapped):
             logging_steps=options["logging_steps"], save_strategy="no", report_to="none", disable_tqdm=True,
             dataloader_pin_memory=device.type == "cuda", remove_unused_columns=False,
         ),
-        train_dataset=InOrder(map(padded, train)),
+        train_dataset=InOrder([padded(batch) for batch in train]),
         data_collator=lambda batches: batches[0],
         optimizers=(optimizer, schedule),
         callbacks=[Clock()],
@@ -232,7 +241,7 @@ def rounded(rows):
 
 
 def seconds_to(held_out, accuracy):
-    """When a run is first as accurate on held-out text, between evaluations along a line; None if it never is."""
+    """When a run first reaches an accuracy on held-out text, interpolated between evaluations; None if never."""
     before = {"seconds": 0.0, "accuracy": 0.0}
     for row in held_out:
         if row["accuracy"] >= accuracy:
@@ -249,7 +258,7 @@ def common_accuracy(rows):
 
 
 def largest_difference(rows, upto=20):
-    """How far the losses of the first `upto` logged points are apart: until rounding has grown, the runs are one."""
+    """How far apart the losses of the first `upto` logged points are, before rounding errors have grown."""
     curves = [[point["loss"] for point in row["curve"][:upto]] for row in rows]
     return max((max(losses) - min(losses) for losses in zip(*curves)), default=0.0)
 

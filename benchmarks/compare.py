@@ -23,7 +23,7 @@ LEAST_SPREAD, LEAST_ROUNDS = 0.03, 3
 
 @dataclass(frozen=True)
 class Ratio:
-    """Median over the rounds of another's time over ours, and the spread that is granted to it."""
+    """Median over the rounds of another's time over ours, and the spread that the gate allows."""
 
     median: float
     spread: float

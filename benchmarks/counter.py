@@ -235,10 +235,10 @@ def _aten_kernel(function, args, kwargs, result):
     if name == "copy_":
         inputs = inputs[1:]
     if name == "nll_loss_forward":
-        # one of the V log-probabilities of each row
+        # reads one of the V log-probabilities of each row
         kernel.loaded["inputs"] = inputs[1].numel() * (inputs[0].element_size() + inputs[1].element_size())
     elif name == "nll_loss_backward":
-        # the log-probabilities only say the shape
+        # needs only the shape of the log-probabilities
         kernel.loaded["inputs"] = sum(distinct(x) for x in inputs if x.dim() < 2)
     elif name in _PICKS:
         picked = min(distinct(inputs[0]), kernel.stored["outputs"])

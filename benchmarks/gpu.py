@@ -38,9 +38,9 @@ NEEDED = ("torch", "triton", "numpy", "safetensors", "tokenizers", "click", "ric
 SECONDS = 480
 ARCHIVE = "gpu.tar.gz"
 OPS = ("attention", "layer_norm", "bias_gelu", "masked_cross_entropy")
-# tests that want the device for themselves: its memory, or its time
+# tests that need the device for themselves: its memory, or its time
 ALONE = "repeats or beyond_two_to_the_31 or current_stream"
-# of a log, the end is what tells; an archive stays small enough to send
+# keep the end of a long log, so that the archive stays small enough to send
 LOG_BYTES = 2**20
 
 
@@ -75,7 +75,7 @@ def plan(on_gpu):
     others = tests_on_a_device()
     own = next(file for file in others if Path(file).name == "test_gpu.py")
     others.remove(own)
-    # a worker of xdist that is lost to a CUDA error is replaced, so even one is better than none
+    # xdist replaces a worker that a CUDA error has ended, so even one worker is better than none
     has_workers = on_gpu and importlib.util.find_spec("xdist")
     together, one_process = (("-n", str(workers())), ("-n", "1")) if has_workers else ((), ())
     few, alone, shared, only = ("--rounds", "2"), f"({ALONE})", f"not ({ALONE})", ""
@@ -122,7 +122,7 @@ def warming():
 
 def start(command, log, environment):
     def before():
-        # which a shell makes what it starts in the background ignore: pytest could no longer be asked to end
+        # a shell makes background jobs ignore SIGINT, which asks pytest to end
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if sys.platform == "linux":
             # PR_SET_PDEATHSIG: a step must not outlive this command, even when that is killed
@@ -136,12 +136,12 @@ def start(command, log, environment):
 
 
 def end(process, grace):
-    """End a process and what it started: first as Ctrl-C does, upon which pytest still tells what it has seen."""
+    """End a process and its children: first by SIGINT, after which pytest still reports what it has seen."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(grace)
-    # what it started may outlive it, and would run beside what the next step times
+    # a child may outlive it, and would run while the next step is timed
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -156,7 +156,7 @@ def command_of(step, seconds, work, is_rehearsal):
     if step.name == "page":
         return [*command, "--device", str(work / "results")]
     if step.name != "device":
-        # what it has begun then, it has the rest of its time for
+        # the rest is for the case that it has begun by then
         command += ["--seconds", str(int(seconds * 0.85))]
     if step.name != "tuning":
         command += ["--output", str(work / "results")]
@@ -194,7 +194,7 @@ def run(step, seconds, environment, work, is_rehearsal=False, meanwhile=()):
 
 
 def echo(log, said, step):
-    """Show the lines of a benchmark as they come; a test's log is long, and only told about at its end."""
+    """Show the lines of a benchmark as they come. A test's log is long: only its last line is shown, at its end."""
     if not step.script:
         return said
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
@@ -209,7 +209,7 @@ def counts(last, xml, file):
     content = {what: 0 for what in ("passed", "failed", "skipped")}
     content |= {what: int(number) for number, what in re.findall(r"(\d+) (passed|failed|skipped|error)", last)}
     content["failures"] = []
-    # a pytest that had to be killed leaves none, or a part
+    # a pytest that was killed leaves no file, or part of one
     with contextlib.suppress(FileNotFoundError, ElementTree.ParseError):
         for case in ElementTree.parse(xml).iter("testcase"):
             if case.find("failure") is not None or case.find("error") is not None:
@@ -248,7 +248,7 @@ def put_in_place(archive, root=ROOT):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         try:
-            # whole: tarfile does not read as far as the checksum
+            # decompress all of it: tarfile does not check the checksum
             content = io.BytesIO(gzip.decompress(archive.read_bytes()))
             with tarfile.open(fileobj=content) as tar:
                 tar.extractall(folder, filter="data")
@@ -382,7 +382,7 @@ def main(arguments=None):
         for i, step in enumerate(todo):
             left = options.seconds - (time.monotonic() - began)
             later = sum(other.seconds for other in todo[i + 1 :]) * max(options.seconds / SECONDS, 1)
-            # in a short run a step gets what it needs, at the expense of the last ones
+            # in a short run the first steps get their full time, and the last ones are left out
             seconds = min(left, max(left - later, step.seconds))
             print(f"[{i + 1}/{len(todo)}] {step.name}, at most {max(seconds, 0):.0f} s", flush=True)
             if seconds < step.seconds / 2:

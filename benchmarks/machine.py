@@ -55,7 +55,7 @@ def folder(device):
 
 def cpu_folder(processor, cores):
     """The name of the folder for results of a processor: cpu-amd-epyc-family-25-model-1-2-cores."""
-    # what says nothing that the rest does not: "Intel(R) Xeon(R) CPU @ 2.20GHz", "AMD EPYC 9B45 128-Core Processor"
+    # leave out what adds nothing: "Intel(R) Xeon(R) CPU @ 2.20GHz", "AMD EPYC 9B45 128-Core Processor"
     said = re.sub(r"\((r|tm)\)|@.*?hz|\d+-core|\bcpu\b|\bprocessor\b", " ", processor.lower())
     return "-".join(["cpu", *re.findall(r"[a-z0-9]+", said), str(cores), "core" if cores == 1 else "cores"])
 
@@ -80,7 +80,7 @@ def describe(device):
             "cuda": torch.version.cuda or f"hip {torch.version.hip}", "driver": _driver(),
         }  # fmt: skip
     else:
-        # a figure taken beside other work is worth less
+        # a busy machine's figures are worth less
         load = round(os.getloadavg()[0], 2)
         facts |= {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "load_average": load}
     # switches that change what compiled peers are
@@ -93,7 +93,7 @@ def describe(device):
 
 
 def memory(device):
-    """Bytes of a GPU's memory in all. Sizes go by it, not by what is free, lest they depend on what else runs."""
+    """Bytes of a GPU's total memory. Sizes go by it, not by free memory, which depends on what else runs."""
     return torch.cuda.get_device_properties(device).total_memory
 
 
@@ -113,7 +113,7 @@ def processor(cpuinfo=Path("/proc/cpuinfo")):
     # of the first core
     facts = {name.strip().lower(): value.strip() for name, _, value in (x.partition(":") for x in reversed(lines))}
     name = facts.get("model name") or platform.processor() or platform.machine()
-    # x86 has the first two, Arm, which often has no name, the others
+    # x86 has the first two; Arm has the others, and often no name
     wanted = {"cpu family": "family", "model": "model", "cpu implementer": "implementer", "cpu part": "part"}
     numbers = ", ".join(f"{word} {facts[key]}" for key, word in wanted.items() if facts.get(key))
     return f"{name} ({numbers})" if numbers else name
@@ -166,7 +166,7 @@ class Clock:
 
     def __init__(self, device):
         self.device = device
-        # ones: memory that was never written may not exist
+        # ones: pages that were never written may not exist
         self.cold = torch.ones(1 if rehearsing(device) else COLD[device.type], device=device)
         # whether the last calls waited for the host: then their time is not the device's alone
         self.was_late = False

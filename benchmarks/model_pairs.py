@@ -57,7 +57,7 @@ FLOPS = (
 
 
 class Unavailable(Exception):
-    """This implementation cannot be had here, and why."""
+    """This implementation is not available here, and why."""
 
 
 @dataclass(frozen=True)

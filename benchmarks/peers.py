@@ -1,4 +1,4 @@
-"""What the variants of op_peers.py share: why one cannot be had, what compiles, the padded rectangle."""
+"""What the variants of op_peers.py share: why one is unavailable, compilation, the padded rectangle."""
 
 import importlib
 
@@ -8,11 +8,11 @@ from fastbert.proof.op_cases import run_of
 
 
 class Unavailable(Exception):
-    """This variant cannot be had here, and why."""
+    """This variant is not available here, and why."""
 
 
 class NotApplicable(Exception):
-    """This variant would be another one over again."""
+    """This variant would be the same as another one."""
 
 
 def device_of(arguments):
@@ -40,7 +40,7 @@ def gpu_only(arguments, why="runs on GPUs only"):
 
 
 def compiled(function):
-    # for these shapes alone. Who compiles for many cases resets torch._dynamo between them
+    # for these shapes alone: reset torch._dynamo between cases
     return torch.compile(function, dynamic=False)
 
 
@@ -63,7 +63,7 @@ class Padded:
         self.S, self.lengths = max(arguments.lengths), lengths
         self.mask = torch.arange(self.S, device=lengths.device) < lengths[:, None]
         self.is_full = min(arguments.lengths) == self.S
-        # None where nothing is padded: then a model without packing needs no mask either
+        # None without padding: then a model without packing needs no mask either
         self.key_mask = None if self.is_full else self.mask[:, None, None, :]
 
     def rectangle(self, rows):

@@ -52,7 +52,7 @@ def _flex(arguments):
     padded = peers.Padded(arguments)
     bias, block_mask, score_mod = arguments.get("bias"), None, None
     if not padded.is_full:
-        # of both: with padding among the queries left in, their blocks would be computed too
+        # of queries too: otherwise blocks of padding rows among the queries would be computed
         def is_token(b, h, query, key):
             return (query < padded.lengths[b]) & (key < padded.lengths[b])
 
@@ -213,7 +213,7 @@ def _disentangled_flash(arguments):
         module = TorchTrainingDisentangledSelfAttention(config, assume_unpadded=padded.is_full).train()
     run = Run(None, [*rows, *tables])
     module._project_qkv = lambda hidden: run.leaves[:3]
-    # rows of the projected tables are the projections of the tables' rows
+    # project the tables once: projecting rows that were picked gives the same
     module._project_active_positions = lambda _, slots: [
         x.index_select(0, slots).transpose(0, 1) for x in run.leaves[3:]
     ]

@@ -104,7 +104,7 @@ def _cut_cross_entropy(impl):
             peers.gpu_only(arguments)
         elif not on_a_cpu:
             raise peers.NotApplicable  # what "compiled" is
-        # its own kernels leave out gradients that are small, which those of an untrained model are
+        # its own kernels drop small gradients, and those of an untrained model are small
         options = dict(impl=impl, reduction="sum", **({} if on_a_cpu else {"filter_eps": None}))
         if "query" in arguments or "bias" in inspect.signature(linear_cross_entropy).parameters:
 
@@ -140,7 +140,7 @@ def _quack_cross_entropy(arguments):
         return _vocabulary_or_documents(call)(arguments)
     hidden, weight, bias, labels = (arguments[name] for name in ("hidden", "weight", "bias", "labels"))
     (M, D), V = hidden.shape, len(weight)
-    # what is filled up: rows without a label, words that no softmax sees
+    # fill up with rows without a label and words without probability
     weight = _with_rows(_and_columns(weight, bias), -V % 128)
     weight[V:, D] = _NEVER
     run = Run(None, [_with_rows(_and_columns(hidden, torch.ones_like(hidden[:, 0])), -M % 8), weight])
@@ -150,7 +150,7 @@ def _quack_cross_entropy(arguments):
     return run
 
 
-# a logit that leaves no probability, in every dtype
+# a logit whose probability is 0 in every dtype
 _NEVER = -1e4
 
 

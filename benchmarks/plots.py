@@ -45,10 +45,10 @@ def save(figure, path, title, handles=None, columns=4):
     if handles:
         place = dict(loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
         figure.legend(handles.values(), handles.keys(), **place)
-    # so many letters of this size go into a line
+    # a line of the title has room for this many letters
     title = textwrap.fill(title, int(14 * figure.get_figwidth()))
     figure.suptitle(title, fontsize=8, color="#52606d")
-    # no date and no version in the file: the same results give the same picture
+    # without date and version, so that the same results give the same file
     figure.savefig(path, dpi=130, metadata={"Software": None})
     plt.close(figure)
 
@@ -91,7 +91,7 @@ def plot_speed(rows, caption, path):
             for name in present:
                 value = row["summary"][name]["times_fastbert"]
                 axis.barh(height, value, 0.9, color=colours[name])
-                # right of the blue line too, which would cross it
+                # the blue line would cross the number: write it to the right
                 place = 1 if 0.85 < value < 1 else value
                 axis.text(place, height, f" {value:.2f}", va="center", fontsize=6.5)
                 height += 1
@@ -241,7 +241,7 @@ def plot_training(result, caption, path):
     for axis, (x, label, y, title) in zip(axes, panels):
         for i, row in enumerate(result["rows"]):
             name, points = row["implementation"], row["held_out"] if y == "accuracy" else row["curve"]
-            # the curves of the middle panel lie on each other: the first is the widest, so that all can be seen
+            # curves against tokens lie on each other: draw the first one widest
             width = 1.2 + (1.6 * (len(result["rows"]) - 1 - i) if x == "tokens" else 0.6)
             marker = dict(marker="o", markersize=3.5) if y == "accuracy" else {}
             points = zip(*((point[x], point[y]) for point in points))

@@ -47,7 +47,7 @@ def memory_panels(results):
             ("peak_gib", "a step of BERT-base beyond the weights, GiB"),
         ):
             values = {name: figures[figure] for name, figures in row["summary"].items() if figures.get(figure)}
-            # by the name that it has among the models
+            # the name that it has in models.json
             values = {"transformers sdpa" if name == "transformers" else name: x for name, x in values.items()}
             if values:
                 panels.setdefault(title, []).append((row["case"], values))
@@ -261,7 +261,7 @@ def draw(folder, results, history):
         pictures["training"] = "Loss against time and tokens, and held-out accuracy against time"
     rooflines = {"roofline": measured_points(ops)} if ops else {}
     if not any("capability" in facts_of(result) for result in results.values()):
-        # no GPU's own: the kernels as counted
+        # without a GPU's own: counted
         rooflines["floors"] = counted_points()
     for name, (points, ceilings, title) in rooflines.items():
         if points:

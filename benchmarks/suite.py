@@ -82,7 +82,7 @@ def run(ops=(), models=(), device="auto", quick=False, compare=None, output=None
     folder = Path(output).resolve() if output else ROOT / "runs" / "bench"
     if not (output or quick or ops or models):
         folder = machine.folder(here)
-    # before any work is lost
+    # before any work is done
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -93,7 +93,7 @@ def run(ops=(), models=(), device="auto", quick=False, compare=None, output=None
     todo = steps(ops, models, here, quick, folder)
 
     environment = {name: value for name, value in os.environ.items() if not name.startswith("FASTBERT_")}
-    # a user's own switches would measure something else
+    # the user's own switches would change what is measured
     environment.pop("TRITON_INTERPRET", None)
     environment |= {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     if here.type == "cpu":

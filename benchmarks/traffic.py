@@ -211,7 +211,7 @@ def as_on_device():
         for module in modules:
             if hasattr(module, "multiprocessors"):
                 stack.enter_context(mock.patch.object(module, "multiprocessors", lambda: MULTIPROCESSORS))
-        stack.enter_context(mock.patch.object(cross_entropy, "_product", product))
+        stack.enter_context(mock.patch.object(cross_entropy, "product", product))
         yield
 
 

@@ -24,7 +24,7 @@ class Failure(click.ClickException):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Exit code 2 for errors of the user, 1 for training that diverged, 130 for Ctrl-C. Never a traceback."""
+    """Exit code 2 for errors of the user and for too little memory, 1 for training that diverged, 130 for Ctrl-C."""
     try:
         yield
     except click.UsageError as error:
@@ -35,6 +35,11 @@ def one_line_errors():
         raise Failure(1, error) from None
     except KeyboardInterrupt:
         raise Failure(130, "interrupted") from None
+    except (MemoryError, RuntimeError) as error:
+        # PyTorch's is a RuntimeError
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        raise Failure(2, f"out of memory: {error}") from None
 
 
 def spread(args, several):
@@ -158,7 +163,9 @@ def tokenizer():
 @tokenizer.command(cls=Command)
 @click.option("--train-file", "files", multiple=True, required=True, help="Text files, folders or globs to read.")
 @click.option("--output-dir", required=True, help="Directory for the tokenizer.")
-@click.option("--vocab-size", default=30522, show_default=True, help="Vocabulary size.")
+@click.option(
+    "--vocab-size", type=click.IntRange(1, 2**31 - 1), default=30522, show_default=True, help="Vocabulary size."
+)
 @click.option("--cased", is_flag=True, help="Keep case and accents. Byte-level BPE always keeps them.")
 @click.option("--kind", type=click.Choice(["wordpiece", "bpe"]), default="wordpiece", show_default=True,
               help="WordPiece, as in BERT, or byte-level BPE, as in RoBERTa.")  # fmt: skip
@@ -167,13 +174,15 @@ def tokenizer():
 def train(files, output_dir, vocab_size, cased, kind, text_column, layout):
     """Train a tokenizer on text files."""
     from .data.tokenizer import save_tokenizer, train_bpe, train_wordpiece
+    from .files import unused
 
     reading = dict(text_column=text_column, layout=layout)
-    if kind == "bpe":
-        made = train_bpe(files, vocab_size, **reading)
-    else:
-        made = train_wordpiece(files, vocab_size, lowercase=not cased, **reading)
-    save_tokenizer(made, output_dir)
+    with unused(output_dir):
+        if kind == "bpe":
+            made = train_bpe(files, vocab_size, **reading)
+        else:
+            made = train_wordpiece(files, vocab_size, lowercase=not cased, **reading)
+        save_tokenizer(made, output_dir)
     click.echo(f"{output_dir}: a tokenizer of {made.get_vocab_size():,} pieces")
 
 
@@ -183,7 +192,7 @@ def train(files, output_dir, vocab_size, cased, kind, text_column, layout):
 @click.option("--output-dir", required=True, help="Directory for the shards.")
 @click.option("--text-column", default="text", show_default=True, help="Column of .jsonl, .csv and .parquet files.")
 @click.option("--layout", default="auto", show_default=True, help="Documents in .txt files: auto, blank-line or line.")
-@click.option("--num-workers", type=int, help="Number of threads.  [default: one per core]")
+@click.option("--num-workers", type=click.IntRange(1, 1024), help="Number of threads.  [default: one per core]")
 def prepare(files, tokenizer, output_dir, text_column, layout, num_workers):
     """Tokenize text into shards that pretrain --train-file reads."""
     from .data import shards
@@ -288,4 +297,6 @@ def bench(**options):
 
 if __name__ == "__main__":
     # without this, `python -m fastbert.cli` does nothing and exits with 0
-    main(prog_name="fastbert")
+    import runpy
+
+    runpy.run_module("fastbert", run_name="__main__")

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from filelock import FileLock, Timeout
@@ -38,6 +39,22 @@ def lock(directory):
     finally:
         holder.unlink(missing_ok=True)
         held.release()
+
+
+@contextlib.contextmanager
+def unused(directory):
+    """Hold the lock of `directory` and of those above it, where they have one. Raises ValueError while a run goes on.
+
+    For a command that writes into a directory of the user's choice, and leaves no lock of its own.
+    """
+    path = Path(directory).absolute()
+    with contextlib.ExitStack() as held:
+        for folder in (path, *path.parents):
+            if (folder / ".lock").exists():
+                # a directory that cannot be written has no run
+                with contextlib.suppress(OSError):
+                    held.enter_context(lock(folder))
+        yield
 
 
 def write(path, data):
@@ -78,6 +95,11 @@ def sha256(path):
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def is_sha256(value):
+    """Whether a value read from a file is a sha256 in hexadecimal digits."""
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 def read_json(path, kind=dict):
@@ -140,7 +162,10 @@ def verify_manifest(directory, required=()):
         raise ValueError(f"{path} does not list {missing[0]}")
     for name, (size, digest) in expected.items():
         file = inside(directory, name)
-        if not file.is_file():
+        if type(size) is not int or not is_sha256(digest):
+            raise ValueError(f"{path} has no size or no sha256 for {name}: it is damaged")
+        # False for a name that no file can have
+        if not os.path.isfile(file):
             raise ValueError(f"{file} is missing")
         if file.stat().st_size != size:
             raise ValueError(f"{file} has {file.stat().st_size} bytes: {size} were written")

@@ -8,10 +8,12 @@
     reference   plain PyTorch on any device
 
 If the requested implementation cannot run, the call raises. Arguments, shapes and results are those of the function of
-the same name in `reference.py`. On a CPU, torch.func's transforms and second derivatives use the reference.
+the same name in `reference.py`, which runs under torch.func's transforms, too. Second derivatives use it on a CPU;
+kernels have none.
 """
 
 import importlib.util
+import itertools
 import os
 from collections.abc import Sequence
 
@@ -19,7 +21,8 @@ import torch
 
 from . import reference
 from .cpu import ops as cpu
-from .cpu.dropout import in_memory as in_memory
+from .cpu.autograd import in_memory as in_memory
+from .cpu.autograd import is_transformed as is_transformed
 
 IMPLEMENTATIONS = ("auto", "triton", "cpu", "reference")
 IMPL = os.environ.get("FASTBERT_IMPL", "auto")
@@ -89,7 +92,16 @@ def uses_triton(device: torch.device, impl: str | None = None) -> bool:
 def _run(op, impl, x, *arguments, **options):
     """Run the chosen implementation of an op on x and the other arguments, without autocast."""
     chosen = implementation(x.device, impl)
-    function = _kernel(op) if chosen == "triton" else _on_cpu(op) if chosen == "cpu" else getattr(reference, op)
+    if is_transformed():
+        if chosen == "triton" and (impl or IMPL) == "triton":
+            raise RuntimeError(
+                f"{op}: torch.func and forward mode need plain PyTorch: expected impl='auto' or 'reference'"
+            )
+        chosen = "reference"
+    if chosen == "reference" or any(map(_is_wrapper, arguments)):
+        function = getattr(reference, op)
+    else:
+        function = _kernel(op) if chosen == "triton" else getattr(cpu, op)
     # on a small batch, entering an autocast that changes nothing takes longer than some ops
     if not _autocasts(x):
         return function(x, *arguments, **options)
@@ -97,17 +109,16 @@ def _run(op, impl, x, *arguments, **options):
         return function(x, *arguments, **options)
 
 
-def _on_cpu(op):
-    # torch.func can only differentiate plain PyTorch
-    is_transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-    return getattr(reference if is_transformed else cpu, op)
+def _is_wrapper(x):
+    """Whether x is a tensor subclass that computes in its own way, such as a quantised weight: it has no memory of the
+    kind that a kernel reads."""
+    return type(x) not in (torch.Tensor, torch.nn.Parameter) and hasattr(type(x), "__tensor_flatten__")
 
 
 def _library(op, x):
     """An op without a kernel: a GPU runs it with its own library."""
-    if implementation(x.device) == "reference" or x.device.type != "cpu" or _autocasts(x):
-        return getattr(reference, op)
-    return _on_cpu(op)
+    is_plain = implementation(x.device) == "reference" or x.device.type != "cpu" or _autocasts(x) or is_transformed()
+    return getattr(reference if is_plain else cpu, op)
 
 
 def _autocasts(x):
@@ -145,6 +156,64 @@ def _check_dropout(dropout_p, seed):
         raise ValueError(f"dropout_p is {dropout_p} and seed is None: expected an int64 tensor [1]")
 
 
+def _check_shape(name, x, *shape):
+    # a kernel would read past the end of a smaller tensor, where PyTorch raises or broadcasts
+    if x is not None and tuple(x.shape) != shape:
+        raise ValueError(f"{name} has shape {list(x.shape)}: expected {list(shape)}")
+
+
+def check_ids(name: str, ids: torch.Tensor, rows: int, ignore_index: int | None = None) -> None:
+    """Raise ValueError if `ids` are no integers, or if one is neither 0 .. rows - 1 nor `ignore_index`; see `check`."""
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"{name} are of {ids.dtype}: expected integers")
+    expected = f"expected 0 to {rows - 1}" + ("" if ignore_index is None else f", or {ignore_index} for none")
+    if ids.is_meta or not ids.numel():
+        return
+    is_known = ids.clamp(0, rows - 1) == ids
+    if ignore_index is not None:
+        is_known |= ids == ignore_index
+    if torch.compiler.is_compiling() or not _is_readable(ids):
+        check(is_known, f"{name} outside [0, {rows}): {expected}")
+    elif not is_known.all():
+        raise ValueError(f"{name} hold {int(ids[~is_known][0])}: {expected}")
+
+
+def check(is_right: torch.Tensor, error: str) -> None:
+    """Raise ValueError(error) unless all of `is_right` is true.
+
+    On a GPU and in compiled code the device asserts it, so that nothing waits for the values.
+    """
+    if torch.compiler.is_compiling() or is_right.is_cuda:
+        torch._assert_async(is_right.all(), error)
+    elif _is_readable(is_right) and not is_right.all():
+        raise ValueError(error)
+
+
+def _is_readable(x):
+    """Whether the host can read the values of x at once: in its memory, neither fake nor batched by torch.func."""
+    return x.device.type == "cpu" and type(x) is torch.Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def _check_sequences(cu_seqlens, rows, max_seqlen, name="cu_seqlens"):
+    """Raises ValueError unless the sequences follow one another within the rows and none is longer than max_seqlen.
+
+    On a CPU only: on a GPU the host would have to wait for the values.
+    """
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
+        raise ValueError(f"{name} has shape {tuple(cu_seqlens.shape)}: expected [B + 1]")
+    if torch.compiler.is_compiling() or not _is_readable(cu_seqlens):
+        return
+    starts = cu_seqlens.tolist()
+    lengths = [end - start for start, end in itertools.pairwise(starts)]
+    if starts[0] != 0 or starts[-1] > rows or min(lengths, default=0) < 0:
+        raise ValueError(f"{name} runs from {starts[0]} to {starts[-1]}: expected 0 to at most {rows} rows, ascending")
+    if max_seqlen is not None and max(lengths, default=0) > max_seqlen:
+        name = name.replace("cu_seqlens", "max_seqlen")
+        raise ValueError(
+            f"{name} is {max_seqlen}: expected at least {max(lengths)}, the length of the longest sequence"
+        )
+
+
 def dropout(x: torch.Tensor, dropout_p: float, seed: torch.Tensor | None, offset: int = 0) -> torch.Tensor:
     """Dropout of x [T, D] where no kernel includes it: see `reference.dropout`."""
     _check_dropout(dropout_p, seed)
@@ -158,6 +227,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 def linears(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> torch.Tensor:
     """Several linear layers of x [T, D], with their results concatenated: see `reference.linears`."""
+    if any(map(_is_wrapper, weights)):
+        return torch.cat([linear(x, weight, bias) for weight, bias in zip(weights, biases)], 1)
     return _library("linears", x)(x, weights, biases)
 
 
@@ -168,8 +239,8 @@ def linear_gelu(
     """GELU(linear(x)) for x [T, D], weight [F, D]. The bias is added for free: in the GELU's kernel, or on a CPU in the
     product."""
     chosen = implementation(x.device, impl)
-    if chosen == "cpu" and not _autocasts(x):
-        return _on_cpu("linear_gelu")(x, weight, bias, approximate=approximate)
+    if chosen == "cpu" and not _autocasts(x) and not is_transformed():
+        return cpu.linear_gelu(x, weight, bias, approximate=approximate)
     if chosen == "triton":
         return bias_gelu(linear(x, weight), bias, approximate=approximate, impl=impl)
     return bias_gelu(linear(x, weight, bias), None, approximate=approximate, impl=impl)
@@ -183,7 +254,7 @@ def attention(
 ) -> torch.Tensor:  # fmt: skip
     """Packed bidirectional softmax attention, also within a window, with dropout: see `reference.attention`."""
     _check_dropout(dropout_p, seed)
-    _check_attention(q, k, v, cu_seqlens, cu_seqlens_q, scale, window)
+    _check_attention(q, k, v, cu_seqlens, max_seqlen, scale, cu_seqlens_q, max_seqlen_q, window)
     q, k, v = _autocast(q, k, v)
     return _run(
         "attention", impl, q, k, v, cu_seqlens, max_seqlen, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
@@ -191,7 +262,7 @@ def attention(
     )  # fmt: skip
 
 
-def _check_attention(q, k, v, cu_seqlens, cu_seqlens_q, scale, window):
+def _check_attention(q, k, v, cu_seqlens, max_seqlen, scale, cu_seqlens_q=None, max_seqlen_q=None, window=None):
     shapes = [tuple(x.shape) for x in (q, k, v) if x is not None]
     if k is None:
         is_right = v is None and q.dim() == 4 and q.shape[1] == 3
@@ -204,8 +275,7 @@ def _check_attention(q, k, v, cu_seqlens, cu_seqlens_q, scale, window):
             f"q, k, v have shapes {', '.join(map(str, shapes))}: expected q [T, 3, H, K] alone, or q [M, H, K] with "
             "k [T, 2, H, K], or with k and v [T, H, K]"
         )
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
-        raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}: expected [B + 1]")
+    _check_sequences(cu_seqlens, len(q if k is None else k), max_seqlen)
     if cu_seqlens_q is None:
         if k is not None and len(k) != len(q):
             raise ValueError(f"q has {len(q)} rows and k {len(k)}: expected equal numbers, or cu_seqlens_q")
@@ -213,6 +283,8 @@ def _check_attention(q, k, v, cu_seqlens, cu_seqlens_q, scale, window):
         raise ValueError("cu_seqlens_q is given with q [T, 3, H, K]: expected q [M, H, K] with k and v")
     elif cu_seqlens_q.shape != cu_seqlens.shape:
         raise ValueError(f"cu_seqlens_q has shape {tuple(cu_seqlens_q.shape)}: expected {tuple(cu_seqlens.shape)}")
+    else:
+        _check_sequences(cu_seqlens_q, len(q), max_seqlen_q, "cu_seqlens_q")
     if scale is not None and not scale > 0:
         raise ValueError(f"scale is {scale}: expected a number above 0")
     if window is not None and not (isinstance(window, int) and window >= 0):
@@ -231,6 +303,7 @@ def biased_attention(
     Raises ValueError if the bias has too few rows for `max_seqlen`.
     """
     _check_dropout(dropout_p, seed)
+    _check_attention(q, k, v, cu_seqlens, max_seqlen, scale)
     if bias.shape[0] < 2 * max_seqlen:
         raise ValueError(
             f"bias has {bias.shape[0]} rows: expected at least {2 * max_seqlen} for max_seqlen {max_seqlen}"
@@ -248,7 +321,7 @@ def disentangled_attention(
 ) -> torch.Tensor:  # fmt: skip
     """DeBERTa's attention, with scores of relative positions: see `reference.disentangled_attention`."""
     _check_dropout(dropout_p, seed)
-    _check_attention(q, k, v, cu_seqlens, None, scale, None)
+    _check_attention(q, k, v, cu_seqlens, max_seqlen, scale)
     _check_positions(q, pos_key, pos_query, position_buckets, max_relative_positions)
     q, k, v, pos_key, pos_query = _autocast(q, k, v, pos_key, pos_query)
     return _run(
@@ -282,6 +355,9 @@ def layer_norm(
 ) -> torch.Tensor:  # fmt: skip
     """LayerNorm(dropout(x) + residual) in one pass: see `reference.layer_norm`."""
     _check_dropout(dropout_p, seed)
+    _check_shape("weight", weight, x.shape[-1])
+    _check_shape("bias", bias, x.shape[-1])
+    _check_shape("residual", residual, *x.shape)
     dtype = dtype or _wide_under_autocast(x, residual)
     return _run(
         "layer_norm", impl, x, weight, bias, residual=residual, dropout_p=dropout_p, seed=seed, offset=offset, eps=eps,
@@ -293,6 +369,7 @@ def bias_gelu(
     x: torch.Tensor, bias: torch.Tensor | None, *, approximate: str = "none", impl: str | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """GELU(x + bias) in one pass: see `reference.bias_gelu`."""
+    _check_shape("bias", bias, x.shape[-1])
     return _run("bias_gelu", impl, x, bias, approximate=approximate)
 
 
@@ -301,6 +378,8 @@ def gelu_layer_norm(
     approximate: str = "none", eps: float = 1e-12, dtype: torch.dtype | None = None, impl: str | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """LayerNorm(GELU(x + bias)) in one pass: see `reference.gelu_layer_norm`."""
+    for name, parameter in (("bias", bias), ("weight", weight), ("ln_bias", ln_bias)):
+        _check_shape(name, parameter, x.shape[-1])
     dtype = dtype or _wide_under_autocast(x)
     return _run("gelu_layer_norm", impl, x, bias, weight, ln_bias, approximate=approximate, eps=eps, dtype=dtype)
 
@@ -313,6 +392,16 @@ def embedding(
 ) -> torch.Tensor:  # fmt: skip
     """Three lookups, their sum, LayerNorm and dropout in one pass: see `reference.embedding`."""
     _check_dropout(dropout_p, seed)
+    given = (("input", input_ids, word), ("position", position_ids, position))
+    for name, ids, table in (*given, ("token_type", token_type_ids, token_type)):
+        if table is not None:
+            if ids is None:
+                raise ValueError(f"{name}_ids is None: expected ids, as there is a table")
+            _check_shape(name, table, len(table), word.shape[1])
+            _check_shape(f"{name}_ids", ids, *input_ids.shape)
+            check_ids(f"{name}_ids", ids, len(table))
+    _check_shape("weight", weight, word.shape[1])
+    _check_shape("bias", bias, word.shape[1])
     dtype = dtype or _wide_under_autocast(word, position, token_type)
     return _run(
         "embedding", impl, input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias,
@@ -325,6 +414,7 @@ def pooling(
     dtype: torch.dtype | None = None, impl: str | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """One vector for each packed sequence, with L2 normalisation, in one pass: see `reference.pooling`."""
+    _check_sequences(cu_seqlens, len(hidden), None)
     if normalize or mode in ("mean", "mean_sqrt_len_tokens", "weightedmean"):
         dtype = dtype or _wide_under_autocast(hidden)
     return _run("pooling", impl, hidden, cu_seqlens, mode=mode, normalize=normalize, eps=eps, dtype=dtype)
@@ -335,6 +425,10 @@ def masked_cross_entropy(
     ignore_index: int = -100, label_smoothing: float = 0.0, impl: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Projection to the vocabulary and cross-entropy without the logits: see `reference.masked_cross_entropy`."""
+    _check_shape("weight", weight, len(weight), hidden.shape[1])
+    _check_shape("bias", bias, len(weight))
+    _check_shape("labels", labels, len(hidden))
+    check_ids("labels", labels, len(weight), ignore_index)
     hidden, weight, bias = _autocast(hidden, weight, bias)
     options = dict(ignore_index=ignore_index, label_smoothing=label_smoothing)
     return _run("masked_cross_entropy", impl, hidden, weight, bias, labels, **options)
@@ -356,6 +450,8 @@ def contrastive_cross_entropy(
         raise ValueError(f"{shapes}: expected a document for each query, or labels with the document of each query")
     if labels is not None and labels.shape != query.shape[:1]:
         raise ValueError(f"{shapes}, labels {list(labels.shape)}: expected labels [B], one for each query")
+    if labels is not None:
+        check_ids("labels", labels, len(document), ignore_index)
     query, document = _autocast(query, document)
     options = dict(scale=scale, symmetric=symmetric, ignore_index=ignore_index)
     return _run("contrastive_cross_entropy", impl, query, document, labels, **options)

@@ -63,8 +63,15 @@ class Layout(NamedTuple):
         return self._replace(indices=None, shape=shape)
 
     def with_queries(self, rows):
-        """The same sequences with queries from `rows` alone (int64 [M], ascending)."""
-        cu_seqlens_q = torch.searchsorted(rows, self.cu_seqlens.to(rows.dtype)).to(torch.int32)
+        """The same sequences with queries from `rows` alone (int64 [M], ascending).
+
+        Picks that fill up a batch repeat the last row: the repetitions belong to no sequence, or one would be longer
+        than max_seqlen.
+        """
+        cu_seqlens_q = torch.searchsorted(rows, self.cu_seqlens.to(rows.dtype))
+        if len(rows):
+            cu_seqlens_q = torch.minimum(cu_seqlens_q, torch.searchsorted(rows, rows[-1:]) + 1)
+        cu_seqlens_q = cu_seqlens_q.to(torch.int32)
         return self._replace(query_rows=rows, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=min(self.max_seqlen, len(rows)))
 
 

@@ -362,8 +362,8 @@ def check_pooling(mode):
 def masked_cross_entropy(hidden, weight, bias, labels, *, ignore_index=-100, label_smoothing=0.0):
     """Cross-entropy of `hidden @ weightᵀ + bias` against `labels`, over the rows whose label is not `ignore_index`.
 
-    hidden [M, D], weight [V, D], bias [V] or None, labels [M] int64 or int32, in 0 .. V - 1 or `ignore_index` (anything
-    else makes the loss NaN). label_smoothing: as in F.cross_entropy. Returns `(loss_sum, count, correct)`,
+    hidden [M, D], weight [V, D], bias [V] or None, labels [M] int64 or int32, in 0 .. V - 1 or `ignore_index` (`ops.py`
+    refuses others; here the loss is NaN). label_smoothing: as in F.cross_entropy. Returns `(loss_sum, count, correct)`,
     0-dimensional: the sum of the losses (fp32, natural log), the number of rows with a label, and the number of correct
     predictions among them (int64; of equal logits the first is the prediction). Without a label all three, and all
     gradients, are 0.

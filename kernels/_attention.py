@@ -66,10 +66,11 @@ def zero_slack(
 
 
 @triton.jit
-def zero_slack_of_lse(ptr, H, M, h, end, program, programs, IS_FP32: tl.constexpr, BLOCK_M: tl.constexpr):
-    """`zero_slack` of what `store_lse` writes for head h."""
-    for part in tl.static_range(2 if IS_FP32 else 1):
-        zero_slack(ptr, 1, part * H + h, M, end, M, program, programs, 1, BLOCK_M, 1)
+def zero_slack_of_lse(ptr, H, M, end, program, programs, IS_FP32: tl.constexpr, BLOCK_M: tl.constexpr):
+    """`zero_slack` of what `store_lse` writes for the head that starts at `ptr`."""
+    zero_slack(ptr, 1, 0, 0, end, M, program, programs, 1, BLOCK_M, 1)
+    if IS_FP32:
+        zero_slack(at(ptr, H, M, 0, 0), 1, 0, 0, end, M, program, programs, 1, BLOCK_M, 1)
 
 
 @triton.jit

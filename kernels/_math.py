@@ -87,6 +87,13 @@ def parameter(ptr, offs_d, mask):
 
 
 @triton.jit
+def columns(i, mask_t, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(columns [1, BLOCK_D] of tile i, mask [BLOCK_T, BLOCK_D] of those that exist in the rows of mask_t)."""
+    offs_d = i * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    return offs_d, mask_t & (offs_d < D)
+
+
+@triton.jit
 def row_sum(tiles):
     """[R]: the sums of R rows, given as a tuple of [R, BLOCK_D] tiles."""
     total = tiles[0]

@@ -82,10 +82,11 @@ def _attention_short_fwd_kernel(
 ):  # fmt: skip
     b = tl.program_id(0) // H
     h = tl.program_id(0) % H
+    lse_ptr = at(lse_ptr, 0, 1, h, M)
 
     end = tl.load(cu_seqlens_q_ptr + B)
     zero_slack(out_ptr, stride_om, h, stride_oh, end, M, b, B, K, BLOCK_M, BLOCK_K)
-    zero_slack_of_lse(lse_ptr, H, M, h, end, b, B, IS_FP32, BLOCK_M)
+    zero_slack_of_lse(lse_ptr, H, M, end, b, B, IS_FP32, BLOCK_M)
 
     start_q, rows = sequence(cu_seqlens_q_ptr, b)
     start, length = sequence(cu_seqlens_ptr, b)
@@ -101,7 +102,7 @@ def _attention_short_fwd_kernel(
     highest = tl.maximum(tl.max(s, 1), -1e30) * (1.0 if IS_FP32 else scale_log2)
     p = tl.exp2(exponent(s, scale_log2, highest, IS_FP32))
     total = tl.maximum(tl.sum(p, 1), 1e-30)
-    store_lse(at(lse_ptr, start_q, 1, h, M), rows, H, M, highest, total, IS_FP32, BLOCK_M)
+    store_lse(lse_ptr + start_q, rows, H, M, highest, total, IS_FP32, BLOCK_M)
     if HAS_DROPOUT:
         row = start_q + tl.arange(0, BLOCK_M)
         keep = attention_keep_mask(row, h, 0, tl.load(seed_ptr), offset, threshold, BLOCK_N)
@@ -200,10 +201,11 @@ def _attention_tiled_fwd_kernel(
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PEEL: tl.constexpr,
 ):  # fmt: skip
     b, h, tile, program, programs = _sequence_of_program(cu_seqlens_q_ptr, B, H, tiles, BLOCK_M, IS_BOUNDED)
+    lse_ptr = at(lse_ptr, 0, 1, h, M)
 
     end = tl.load(cu_seqlens_q_ptr + B)
     zero_slack(out_ptr, stride_om, h, stride_oh, end, M, program, programs, K, BLOCK_M, BLOCK_K)
-    zero_slack_of_lse(lse_ptr, H, M, h, end, program, programs, IS_FP32, BLOCK_M)
+    zero_slack_of_lse(lse_ptr, H, M, end, program, programs, IS_FP32, BLOCK_M)
 
     m = tile * BLOCK_M
     start_q, rows = sequence(cu_seqlens_q_ptr, b, m)
@@ -244,7 +246,7 @@ def _attention_tiled_fwd_kernel(
                 HAS_DROPOUT, HAS_WINDOW, IS_FP32, PRECISION, UPCAST, K, BLOCK_M, BLOCK_N, BLOCK_K, False,
             )  # fmt: skip
     total = tl.maximum(total, 1e-30)
-    store_lse(at(lse_ptr, start_q, 1, h, M), rows, H, M, highest, total, IS_FP32, BLOCK_M)
+    store_lse(lse_ptr + start_q, rows, H, M, highest, total, IS_FP32, BLOCK_M)
     out = acc * (keep_scale / total)[:, None]
     store_tile(out_ptr, start_q, stride_om, h, stride_oh, rows, out, K, BLOCK_M, BLOCK_K)
 
@@ -421,10 +423,12 @@ def _attention_tiled_dkdv_kernel(
 
     dout_ptr = at(dout_ptr, start_q, stride_dom, h, stride_doh)
     q_ptr = at(q_ptr, start_q, stride_qm, h, stride_qh)
+    k_ptr = at(k_ptr, start, stride_kt, h, stride_kh)
+    v_ptr = at(v_ptr, start, stride_vt, h, stride_vh)
     lse_ptr = at(lse_ptr, start_q, 1, h, M)
     delta_ptr = at(delta_ptr, start_q, 1, h, M)
-    k = load_tile(k_ptr, start, stride_kt, h, stride_kh, length, K, BLOCK_N, BLOCK_K, UPCAST)
-    v = load_tile(v_ptr, start, stride_vt, h, stride_vh, length, K, BLOCK_N, BLOCK_K, UPCAST)
+    k = load_tile(k_ptr, 0, stride_kt, 0, 0, length, K, BLOCK_N, BLOCK_K, UPCAST)
+    v = load_tile(v_ptr, 0, stride_vt, 0, 0, length, K, BLOCK_N, BLOCK_K, UPCAST)
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     dk = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)

@@ -74,8 +74,9 @@ def _place(B, tiles):
 
     Programs of one head are adjacent, since they read the same rows of the tables.
     """
-    pid = tl.program_id(0)
-    return pid // tiles % B, pid // tiles // B, pid % tiles, pid % (B * tiles), B * tiles
+    tile = tl.program_id(0) % tiles
+    b = tl.program_id(0) // tiles % B
+    return b, tl.program_id(0) // tiles // B, tile, b * tiles + tile, B * tiles
 
 
 @triton.jit
@@ -96,7 +97,7 @@ def _disentangled_attention_fwd_kernel(
 
     end = tl.load(cu_seqlens_ptr + B)
     zero_slack(out_ptr, stride_ot, h, stride_oh, end, T, program, programs, K, BLOCK_M, BLOCK_K)
-    zero_slack_of_lse(lse_ptr, H, T, h, end, program, programs, IS_FP32, BLOCK_M)
+    zero_slack_of_lse(at(lse_ptr, 0, 1, h, T), H, T, end, program, programs, IS_FP32, BLOCK_M)
 
     start, length = sequence(cu_seqlens_ptr, b)
     start_q = start + tile * BLOCK_M
@@ -291,15 +292,20 @@ def _add_dband(
 ):  # fmt: skip
     """dband / scale plus the contribution of the tile of query rows from `m` and keys from `n` on."""
     offs = m + tl.arange(0, BLOCK)
-    q = load_tile(q_ptr, start + m, stride_qt, h, stride_qh, length - m, K, BLOCK, BLOCK_K, UPCAST)
-    k = load_tile(k_ptr, start + n, stride_kt, h, stride_kh, length - n, K, BLOCK, BLOCK_K, UPCAST)
+    # addresses first: with the loads in between, fp32 with dropout spills on sm_90
+    q_ptr = at(q_ptr, start + m, stride_qt, h, stride_qh)
+    k_ptr = at(k_ptr, start + n, stride_kt, h, stride_kh)
+    v_ptr = at(v_ptr, start + n, stride_vt, h, stride_vh)
+    dout_ptr = at(dout_ptr, start + m, stride_dot, h, stride_doh)
+    q = load_tile(q_ptr, 0, stride_qt, 0, 0, length - m, K, BLOCK, BLOCK_K, UPCAST)
+    k = load_tile(k_ptr, 0, stride_kt, 0, 0, length - n, K, BLOCK, BLOCK_K, UPCAST)
     if IS_EARLY:
-        dout = load_tile(dout_ptr, start + m, stride_dot, h, stride_doh, length - m, K, BLOCK, BLOCK_K, UPCAST)
-        v = load_tile(v_ptr, start + n, stride_vt, h, stride_vh, length - n, K, BLOCK, BLOCK_K, UPCAST)
+        dout = load_tile(dout_ptr, 0, stride_dot, 0, 0, length - m, K, BLOCK, BLOCK_K, UPCAST)
+        v = load_tile(v_ptr, 0, stride_vt, 0, 0, length - n, K, BLOCK, BLOCK_K, UPCAST)
     s = scores(q, k, key_band, query_band, HAS_KEY, HAS_QUERY, PRECISION, BLOCK, BLOCK, 2 * BLOCK)
     if not IS_EARLY:
-        dout = load_tile(dout_ptr, start + m, stride_dot, h, stride_doh, length - m, K, BLOCK, BLOCK_K, UPCAST)
-        v = load_tile(v_ptr, start + n, stride_vt, h, stride_vh, length - n, K, BLOCK, BLOCK_K, UPCAST)
+        dout = load_tile(dout_ptr, 0, stride_dot, 0, 0, length - m, K, BLOCK, BLOCK_K, UPCAST)
+        v = load_tile(v_ptr, 0, stride_vt, 0, 0, length - n, K, BLOCK, BLOCK_K, UPCAST)
     highest, log_total = load_lse(at(lse_ptr, start + m, 1, h, T), length - m, H, T, IS_FP32, BLOCK)
     delta = tl.load(delta_ptr + start + offs, mask=offs < length, other=0.0)
     _, ds = score_gradients(

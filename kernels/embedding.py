@@ -40,7 +40,7 @@ from ._launch import (
     unit_columns,
     walk_settings,
 )
-from ._math import keep_mask, layer_norm_dz, load_rows, parameter, row_moments
+from ._math import columns, keep_mask, layer_norm_dz, load_rows, parameter, row_moments
 
 # CHUNK sorted tokens per program; one warp has BLOCK_D columns
 SEGMENTS = dict(CHUNK=64, BLOCK_D=256, STAGES=4, num_warps=1)
@@ -87,8 +87,7 @@ def _embedding_fwd_kernel(
 
     z = ()
     for i in tl.static_range(TILES):
-        offs_d = i * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-        mask = mask_t & (offs_d < D)
+        offs_d, mask = columns(i, mask_t, D, BLOCK_D)
         z = z + (_lookup(word_ptr, position_ptr, token_type_ptr, word_row, position_row, type_row, offs_d, mask, D),)
 
     mean, rstd = row_moments(z, eps, D, BLOCK_D)
@@ -96,8 +95,7 @@ def _embedding_fwd_kernel(
     tl.store(rstd_ptr + offs_t, rstd, mask=offs_t < T)
 
     for i in tl.static_range(TILES):
-        offs_d = i * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-        mask = mask_t & (offs_d < D)
+        offs_d, mask = columns(i, mask_t, D, BLOCK_D)
         y = (z[i] - mean[:, None]) * rstd[:, None] * parameter(weight_ptr, offs_d, mask)
         if HAS_BIAS:
             y += parameter(bias_ptr, offs_d, mask)
@@ -146,8 +144,7 @@ def _embedding_bwd_kernel(
 
         g, z_hat, new_dweight, new_dbias = (), (), (), ()
         for i in tl.static_range(TILES):
-            offs_d = i * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-            mask = mask_t & (offs_d < D)
+            offs_d, mask = columns(i, mask_t, D, BLOCK_D)
             dy = load_rows(dy_ptr, row, stride_dyt, offs_d, mask, ALIGN)
             if HAS_DROPOUT:
                 keep = keep_mask(offs_t, 0, i * BLOCK_D, tl.load(seed_ptr), offset, threshold, BLOCK_D)
@@ -163,8 +160,8 @@ def _embedding_bwd_kernel(
         dz = layer_norm_dz(g, z_hat, rstd, D)
         new_dtypes = ()
         for i in tl.static_range(TILES):
-            offs_d = i * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-            tl.store(dz_ptr + row * D + offs_d, dz[i], mask=mask_t & (offs_d < D))
+            offs_d, mask = columns(i, mask_t, D, BLOCK_D)
+            tl.store(dz_ptr + row * D + offs_d, dz[i], mask=mask)
             for k in tl.static_range(TYPES):
                 # rows past the end have g = 0 and rstd = 0, hence dz = 0: they add nothing
                 new_dtypes = new_dtypes + (dtypes[i * TYPES + k] + tl.where(type_row == k, dz[i], 0.0),)

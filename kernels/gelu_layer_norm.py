@@ -31,7 +31,7 @@ from ._launch import (
     unit_columns,
     walk_settings,
 )
-from ._math import gelu, gelu_derivative, layer_norm_dz, load_rows, parameter, row_moments
+from ._math import columns, gelu, gelu_derivative, layer_norm_dz, load_rows, parameter, row_moments
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -49,8 +49,7 @@ def _gelu_layer_norm_fwd_kernel(
 
     h = ()
     for i in tl.static_range(TILES):
-        offs_d = i * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-        mask = mask_t & (offs_d < D)
+        offs_d, mask = columns(i, mask_t, D, BLOCK_D)
         u = load_rows(x_ptr, row, stride_xt, offs_d, mask, ALIGN)
         if HAS_BIAS:
             u += parameter(bias_ptr, offs_d, mask)
@@ -61,8 +60,7 @@ def _gelu_layer_norm_fwd_kernel(
     tl.store(rstd_ptr + offs_t, rstd, mask=offs_t < T)
 
     for i in tl.static_range(TILES):
-        offs_d = i * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-        mask = mask_t & (offs_d < D)
+        offs_d, mask = columns(i, mask_t, D, BLOCK_D)
         y = (h[i] - mean[:, None]) * rstd[:, None] * parameter(weight_ptr, offs_d, mask)
         if HAS_LN_BIAS:
             y += parameter(ln_bias_ptr, offs_d, mask)
@@ -95,8 +93,7 @@ def _gelu_layer_norm_bwd_kernel(
 
         g, h_hat, slope, new_dweight, new_dln_bias = (), (), (), (), ()
         for i in tl.static_range(TILES):
-            offs_d = i * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-            mask = mask_t & (offs_d < D)
+            offs_d, mask = columns(i, mask_t, D, BLOCK_D)
             dy = load_rows(dy_ptr, row, stride_dyt, offs_d, mask, ALIGN)
             u = load_rows(x_ptr, row, stride_xt, offs_d, mask, ALIGN)
             if HAS_BIAS:
@@ -112,11 +109,11 @@ def _gelu_layer_norm_bwd_kernel(
         dh = layer_norm_dz(g, h_hat, rstd, D)
         new_dbias = ()
         for i in tl.static_range(TILES):
-            offs_d = i * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+            offs_d, mask = columns(i, mask_t, D, BLOCK_D)
             dx = dh[i] * slope[i]
             # rows past the end have g = 0 and rstd = 0, hence dx = 0: they add nothing
             new_dbias = new_dbias + (dbias[i] + dx,)
-            tl.store(dx_ptr + row * D + offs_d, dx, mask=mask_t & (offs_d < D))
+            tl.store(dx_ptr + row * D + offs_d, dx, mask=mask)
         dbias = new_dbias
 
     for i in tl.static_range(TILES):

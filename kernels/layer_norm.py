@@ -36,7 +36,7 @@ from ._launch import (
     unit_columns,
     walk_settings,
 )
-from ._math import keep_mask, layer_norm_dz, load_rows, parameter, row_moments
+from ._math import columns, keep_mask, layer_norm_dz, load_rows, parameter, row_moments
 
 
 @triton.jit(do_not_specialize=["T", "offset"])
@@ -55,8 +55,7 @@ def _layer_norm_fwd_kernel(
 
     z = ()
     for i in tl.static_range(TILES):
-        offs_d = i * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-        mask = mask_t & (offs_d < D)
+        offs_d, mask = columns(i, mask_t, D, BLOCK_D)
         tile = load_rows(x_ptr, row, stride_xt, offs_d, mask, ALIGN)
         if HAS_DROPOUT:
             keep = keep_mask(offs_t, 0, i * BLOCK_D, tl.load(seed_ptr), offset, threshold, BLOCK_D)
@@ -70,8 +69,7 @@ def _layer_norm_fwd_kernel(
     tl.store(rstd_ptr + offs_t, rstd, mask=offs_t < T)
 
     for i in tl.static_range(TILES):
-        offs_d = i * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-        mask = mask_t & (offs_d < D)
+        offs_d, mask = columns(i, mask_t, D, BLOCK_D)
         y = (z[i] - mean[:, None]) * rstd[:, None]
         if HAS_WEIGHT:
             y *= parameter(weight_ptr, offs_d, mask)
@@ -106,8 +104,7 @@ def _layer_norm_bwd_kernel(
 
         g, z_hat, keeps, new_dweight, new_dbias = (), (), (), (), ()
         for i in tl.static_range(TILES):
-            offs_d = i * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-            mask = mask_t & (offs_d < D)
+            offs_d, mask = columns(i, mask_t, D, BLOCK_D)
             dy = load_rows(dy_ptr, row, stride_dyt, offs_d, mask, ALIGN)
             z = load_rows(x_ptr, row, stride_xt, offs_d, mask, ALIGN)
             if HAS_DROPOUT:
@@ -127,8 +124,7 @@ def _layer_norm_bwd_kernel(
 
         dz = layer_norm_dz(g, z_hat, rstd, D)
         for i in tl.static_range(TILES):
-            offs_d = i * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-            mask = mask_t & (offs_d < D)
+            offs_d, mask = columns(i, mask_t, D, BLOCK_D)
             dx = dz[i]
             if WRITE_DRESIDUAL:
                 tl.store(dresidual_ptr + row * D + offs_d, dx, mask=mask)

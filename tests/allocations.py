@@ -1,4 +1,4 @@
-"""What an op allocates, counted tensor by tensor."""
+"""What an op allocates, tensor by tensor."""
 
 import weakref
 

@@ -55,14 +55,14 @@ def _product_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def _serialised_kernel(x_ptr, y_ptr, rows, BLOCK: tl.constexpr, IS_AWAITED: tl.constexpr):
-    # two sums of products at once, whose other factor comes out of a product of the same pass
+    # two sums of products at once, each with a factor from a product of the same iteration
     offs = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     y = tl.load(y_ptr + offs)
     a = tl.zeros([BLOCK, BLOCK], tl.float32)
     b = tl.zeros([BLOCK, BLOCK], tl.float32)
     for m in range(0, rows, BLOCK):
         if IS_AWAITED:
-            # times 1, which the compiler does not know
+            # times a 1 that the compiler cannot see
             b *= 1.0 + 0.0 * rows
         x = tl.load(x_ptr + m * BLOCK + offs)
         s = tl.dot(x, tl.trans(y))

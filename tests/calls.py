@@ -1,4 +1,4 @@
-"""One small call of every op, from the table of ops: what tests of all ops at once go through. A new op: an entry."""
+"""One small call of every op, from the table of ops, for the tests of all ops. A new op needs an entry here."""
 
 import inspect
 from collections.abc import Callable
@@ -89,7 +89,7 @@ def _documents(**options):
 
 
 def _ids(types=2):
-    # words twice; none is the padding, whose gradient is left out of what the function's own would be
+    # words that repeat; none is the padding, whose gradient is left out
     words = torch.tensor([3, 1, 7, 1, 10, 5, 9, 4, 3])
     ids = dict(input_ids=words, position_ids=torch.arange(9) % 5, token_type_ids=torch.arange(9) % types)
     return dict(**ids, token_type=torch.randn(types, 37), padding_idx=2)

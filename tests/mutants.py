@@ -1,4 +1,4 @@
-"""Planted faults: each must turn the tests of its wing red. `make mutants` runs them; no part of the suite.
+"""Planted faults: each must turn the tests of its wing red. `make mutants` runs them; they are no part of the suite.
 
     python tests/mutants.py                     # all
     python tests/mutants.py pair-labels         # those named
@@ -140,6 +140,14 @@ MUTANTS = [
         "range(tl.maximum(start, last) + 1, stop_chunk, BLOCK_T)",
         "tests/kernels/test_pooling.py::test_many_slack_rows",
     ),
+    # ops
+    Mutant(
+        "ids-outside-their-table-pass",
+        "fastbert/ops.py",
+        "is_known = ids.clamp(0, rows - 1) == ids",
+        "is_known = ids.clamp(0, rows) == ids",
+        "tests/test_ops.py::test_an_id_outside_its_table_is_named",
+    ),
     # cpu: its functions are tested beside the kernels of the same ops
     Mutant(
         "cpu-attention-dk-off-by-1-percent",
@@ -238,9 +246,16 @@ MUTANTS = [
     Mutant(
         "swap-drops-a-hook",
         "fastbert/swapping/steps.py",
-        "or module._forward_hooks\n",
-        "or False\n",
+        "and not any(attributes[kind] for kind in HOOKS)\n",
+        "",
         "tests/swapping/test_swap_models.py::test_a_hook_that_changes_something_changes_it",
+    ),
+    Mutant(
+        "swap-unpads-over-a-hook",
+        "fastbert/swapping/stacks.py",
+        'if is_watched(self, hooks=kwargs.get("cu_seq_lens_q") is None) or _own_attention(self):',
+        "if False:",
+        "tests/swapping/test_own_code.py::test_hooks_that_mix_tokens",
     ),
     Mutant(
         "swap-leaves-padding-as-it-is",
@@ -270,7 +285,7 @@ def copy_tree(place):
 
 def run_tests(place, tests, **options):
     """pytest on `tests` in the copy."""
-    # compiled files are told apart by seconds and sizes, which a fault may leave as they were
+    # Python recognises a stale compiled file by time in seconds and size, which a fault may not change
     environment = os.environ | {"PYTHONPATH": str(place), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *tests]
     return subprocess.run(command, cwd=place, env=environment, text=True, check=False, **options)

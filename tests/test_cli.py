@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from fastbert.cli import main
 from fastbert.data.tokenizer import load_tokenizer, save_tokenizer
+from fastbert.files import lock
 from fastbert.model.config import EncoderConfig
 from fastbert.model.heads import MaskedLM
 from fastbert.training import pretrain as script
@@ -181,6 +182,17 @@ def test_training_that_diverges_is_one_line_and_exit_code_1(monkeypatch):
 def test_the_exit_code_names_the_signal(signal, code, monkeypatch):
     monkeypatch.setattr(script, "pretrain", lambda config: {"signal": signal})
     assert call("pretrain", *BASICS).exit_code == code
+
+
+@pytest.mark.parametrize("folder", ["run", "run/generator"])
+def test_a_tokenizer_is_not_written_into_a_live_run(folder, place, tmp_path):
+    arguments = ["tokenizer", "train", "--train-file", place / "text.txt", "--vocab-size", 60, "--output-dir"]
+    with lock(tmp_path / "run"):
+        assert_one_line_error(call(*arguments, tmp_path / folder), "is in use by a live run")
+    assert not list((tmp_path / "run").glob("**/*.json"))
+    assert call(*arguments, tmp_path / folder).exit_code == 0
+    # a directory of its own gets no lock
+    assert call(*arguments, tmp_path / "own").exit_code == 0 and not (tmp_path / "own" / ".lock").exists()
 
 
 def test_prepare_writes_shards(place, model):

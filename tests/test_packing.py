@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastbert.packing import best_fit, pack, unpack
+from fastbert.packing import Layout, best_fit, pack, unpack
 
 
 @pytest.mark.parametrize("mask", [[[1, 1, 1, 0], [1, 0, 0, 0]], [[0, 0, 1, 1], [0, 1, 1, 1]], [[1, 0, 1, 1], [0] * 4]])
@@ -20,6 +20,16 @@ def test_pack_and_unpack(mask):
     assert batch.cu_seqlens.dtype == torch.int32 and batch.max_seqlen == mask.sum(1).max()
     assert batch.input_ids[batch.picks].tolist() == ([12] if mask[0, 2] else [])
     assert torch.equal(unpack(batch.input_ids, indices, 2, 4), ids * mask)
+
+
+@pytest.mark.parametrize(
+    "picks, ends", [([1, 3, 8, 8, 8, 8, 8], [0, 1, 2, 3]), ([1, 8], [0, 1, 1, 2]), ([], [0, 0, 0, 0])]
+)
+def test_picks_that_fill_up_a_batch_belong_to_no_sequence(picks, ends):
+    layout = Layout(torch.tensor([0, 3, 6, 9], dtype=torch.int32), 3)
+    queries = layout.with_queries(torch.tensor(picks, dtype=torch.int64))
+    assert queries.cu_seqlens_q.tolist() == ends and queries.cu_seqlens_q.dtype == torch.int32
+    assert queries.max_seqlen_q >= queries.cu_seqlens_q.diff().max()
 
 
 def random_lengths(kind, count=20000):

@@ -17,8 +17,8 @@ from itertools import pairwise
 import torch
 
 from .. import reference
-from .derivatives import derivatives
-from .dropout import attention_keep_mask, in_memory
+from .autograd import derivatives, in_memory, runs_by_autograd
+from .dropout import attention_keep_mask
 from .groups import in_groups, uniform
 from .matmul import ONEDNN_SIZE, bmm
 
@@ -88,7 +88,7 @@ class InCacheFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         q, k, v, bias, *kept = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if runs_by_autograd(dout):
             return *derivatives(functools.partial(_meaning, options=ctx.options), (q, k, v, bias), dout), None
         with torch.autocast("cpu", enabled=False):
             return *_backward(dout, q, k, v, bias, iter(kept), ctx.needs_input_grad, *ctx.options), None

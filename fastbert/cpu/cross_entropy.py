@@ -3,7 +3,7 @@
 import torch
 
 from .. import reference
-from .derivatives import derivatives
+from .autograd import derivatives, runs_by_autograd
 from .matmul import matmul
 
 # rows whose logits are held at once
@@ -18,14 +18,13 @@ class MaskedCrossEntropyFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, scale, ignore_index, label_smoothing, wants):
+    def forward(ctx, hidden, weight, bias, labels, ignore_index, label_smoothing, wants):
         has_label = labels != ignore_index
         count = has_label.sum()
         picked, is_complete = _pick(has_label, count)
         loss_sum = torch.zeros((), dtype=reference.wide(hidden.dtype), device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         dbias = loss_sum.new_zeros(len(weight)) if wants[2] else None
-        dscale = torch.zeros_like(loss_sum) if wants[3] else None
         drows, earlier = [], None
         # dlogits and rows of the last chunk
         last = hidden.new_zeros(0, len(weight)), hidden.new_zeros(0, hidden.shape[1])
@@ -37,7 +36,7 @@ class MaskedCrossEntropyFunction(torch.autograd.Function):
             if not is_complete:
                 labelled = has_label[chunk, None]
                 rows = rows.where(labelled, 0)
-            logits = _logits(rows, weight, bias, scale)
+            logits = matmul(rows, weight.t(), bias).to(loss_sum.dtype)
             losses, is_right, dlogits = _softmax(logits, target, labelled, label_smoothing)
             loss_sum += losses.sum()
             correct += is_right.sum()
@@ -46,11 +45,9 @@ class MaskedCrossEntropyFunction(torch.autograd.Function):
             _dlogits(dlogits, target, labelled, label_smoothing)
             if wants[2]:
                 dbias += dlogits.sum(0)
-            dlogits = dlogits if scale is not None else dlogits.to(rows.dtype)
-            if wants[0] or wants[3]:
-                drows.append(matmul(dlogits, weight.to(dlogits.dtype)).to(rows.dtype))
-            if wants[3]:
-                dscale += (rows * drows[-1]).sum(dtype=dscale.dtype)
+            dlogits = dlogits.to(rows.dtype)
+            if wants[0]:
+                drows.append(matmul(dlogits, weight))
             last = dlogits, rows
             if wants[1] and start + ROWS < M:
                 share = _word_sums(dlogits, rows).to(loss_sum.dtype)
@@ -58,47 +55,34 @@ class MaskedCrossEntropyFunction(torch.autograd.Function):
         if any(wants):
             drows = drows[0] if len(drows) == 1 else torch.cat(drows) if drows else last[1]
             ctx.save_for_backward(
-                hidden, weight, bias, labels, scale, picked, drows, dbias, dscale, earlier,
-                *(last if wants[1] else (None, None)),
-            )  # fmt: skip
-        ctx.wants, ctx.options = wants, (ignore_index, label_smoothing)
+                hidden, weight, bias, labels, picked, drows, dbias, earlier, *(last if wants[1] else (None, None))
+            )
+        ctx.wants, ctx.options = wants, dict(ignore_index=ignore_index, label_smoothing=label_smoothing)
         ctx.mark_non_differentiable(count, correct)
         return loss_sum, count, correct
 
     @staticmethod
     def backward(ctx, dloss, dcount, dcorrect):
-        hidden, weight, bias, labels, scale, picked, drows, dbias, dscale, earlier, dlogits, rows = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            dhidden, dweight, dbias, dscale = derivatives(
-                lambda *inputs: _meaning(*inputs, labels, *ctx.options), (hidden, weight, bias, scale), dloss
-            )
-            return dhidden, dweight, dbias, None, dscale, None, None, None
+        hidden, weight, bias, labels, picked, drows, dbias, earlier, dlogits, rows = ctx.saved_tensors
+        if runs_by_autograd(dloss):
+            loss = lambda *inputs: reference.masked_cross_entropy(*inputs, labels, **ctx.options)[0]  # noqa: E731
+            return *derivatives(loss, (hidden, weight, bias), dloss), None, None, None, None
         # one dimension: a 0-dimensional tensor would be rounded to half precision in a product with it
         dloss = dloss.reshape(1)
-        factor = dloss if scale is None else dloss * scale
         dhidden = dweight = None
         if ctx.wants[0]:
-            dhidden = (drows * factor).to(drows.dtype)
+            dhidden = (drows * dloss).to(drows.dtype)
             if picked is not None:
                 dhidden = torch.zeros_like(hidden).index_copy_(0, picked, dhidden)
         if ctx.wants[1]:
             # the factor goes into the smaller tensor, unless fp16 might not hold it there
             if rows.dtype == torch.float16:
-                dweight = _word_sums(dlogits, rows) * factor
+                dweight = _word_sums(dlogits, rows) * dloss
             else:
-                dweight = _word_sums(dlogits, rows * factor.to(rows.dtype))
-            dweight = (dweight if earlier is None else (earlier * factor).add_(dweight)).to(weight.dtype)
+                dweight = _word_sums(dlogits, rows * dloss.to(rows.dtype))
+            dweight = (dweight if earlier is None else (earlier * dloss).add_(dweight)).to(weight.dtype)
         dbias = (dbias * dloss).to(bias.dtype) if ctx.wants[2] else None
-        dscale = dscale * dloss[0] if ctx.wants[3] else None
-        return dhidden, dweight, dbias, None, dscale, None, None, None
-
-
-def _meaning(hidden, weight, bias, scale, labels, ignore_index, label_smoothing):
-    """The loss, by the reference; hidden and weight widened where there is a scale."""
-    if scale is not None:
-        hidden, weight = hidden.to(scale.dtype) * scale, weight.to(scale.dtype)
-    options = dict(ignore_index=ignore_index, label_smoothing=label_smoothing)
-    return reference.masked_cross_entropy(hidden, weight, bias, labels, **options)[0]
+        return dhidden, dweight, dbias, None, None, None, None
 
 
 def _pick(has_label, count):
@@ -110,15 +94,6 @@ def _pick(has_label, count):
     if (number := int(count)) > 0.75 * len(has_label):
         return None, number == len(has_label)
     return has_label.nonzero()[:, 0], True
-
-
-def _logits(rows, weight, bias, scale):
-    """The logits in fp32 or wider: a scale would magnify rounding errors."""
-    wide = reference.wide(rows.dtype)
-    if scale is None:
-        return matmul(rows, weight.t(), bias).to(wide)
-    logits = matmul(rows.to(wide) * scale, weight.to(wide).t())
-    return logits if bias is None else logits.add_(bias)
 
 
 def _place(target, V):
@@ -173,33 +148,28 @@ def _word_sums(dlogits, rows):
     return matmul(dlogits.t(), rows.to(dlogits.dtype))
 
 
-def _cross_entropy(hidden, weight, bias, labels, scale, ignore_index, label_smoothing=0.0):
+def masked_cross_entropy(hidden, weight, bias, labels, *, ignore_index=-100, label_smoothing=0.0):
     # checked here: inside a Function gradients look disabled, and needs_input_grad ignores no_grad
     enabled = torch.is_grad_enabled()
-    wants = [enabled and x is not None and x.requires_grad for x in (hidden, weight, bias, scale)]
-    return MaskedCrossEntropyFunction.apply(hidden, weight, bias, labels, scale, ignore_index, label_smoothing, wants)
-
-
-def masked_cross_entropy(hidden, weight, bias, labels, *, ignore_index=-100, label_smoothing=0.0):
-    return _cross_entropy(hidden, weight, bias, labels, None, ignore_index, label_smoothing)
+    wants = [enabled and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    return MaskedCrossEntropyFunction.apply(hidden, weight, bias, labels, ignore_index, label_smoothing, wants)
 
 
 def contrastive_cross_entropy(query, document, labels=None, *, scale=1.0, symmetric=False, ignore_index=-100):
-    wide = reference.wide(query.dtype)
-    scale = torch.as_tensor(scale, device=query.device).to(wide)
+    # fp32 or wider: a scale magnifies rounding errors
+    query, document = (x.to(reference.wide(query.dtype)) for x in (query, document))
     numbers = torch.arange(len(query), device=query.device)
     if labels is None:
-        forward = _cross_entropy(query, document, None, numbers, scale, -1)
-    else:
-        forward = _cross_entropy(query, document, None, labels, scale, ignore_index)
+        labels, ignore_index = numbers, -1
+    picked = labels != ignore_index
+    # a query without a label may hold anything
+    query = query.masked_fill(~picked[:, None], 0.0)
+    forward = masked_cross_entropy(query * scale, document, None, labels, ignore_index=ignore_index)
     if not symmetric:
         return forward
-    own, absent = document[: len(query)], None
-    if labels is not None:
-        picked = labels != ignore_index
-        # a query without a label is not a negative
-        own, query = document[labels.masked_fill(~picked, 0)], query.masked_fill(~picked[:, None], 0.0)
-        absent = scale.new_zeros(len(query)).masked_fill(~picked, -float("inf"))
-        numbers = numbers.masked_fill(~picked, -1)
-    backward = _cross_entropy(own, query, absent, numbers, scale, -1)
+    own = document.index_select(0, labels.masked_fill(~picked, 0))
+    # nor is it a negative
+    absent = query.new_zeros(len(query)).masked_fill(~picked, -float("inf"))
+    numbers = numbers.masked_fill(~picked, -1)
+    backward = masked_cross_entropy(own * scale, query, absent, numbers, ignore_index=-1)
     return (forward[0] + backward[0]) / 2, *forward[1:]

@@ -5,6 +5,7 @@ import functools
 import torch
 
 from .. import reference
+from .autograd import derivatives, runs_by_autograd
 from .dropout import attention_keep_mask, drop
 from .groups import TakeFunction, arrange, groups, no_rows
 
@@ -76,6 +77,8 @@ class DisentangledScoresFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dscores):
         q, k, key_table, query_table = ctx.saved_tensors
+        if runs_by_autograd(dscores):
+            return tuple(derivatives(_scores, ctx.saved_tensors, dscores))
         dq, dk = dscores @ k, dscores.transpose(-1, -2) @ q
         dkey_table = dquery_table = None
         if key_table is not None:
@@ -83,6 +86,19 @@ class DisentangledScoresFunction(torch.autograd.Function):
         if query_table is not None:
             dquery_table = _relative_gradient(dscores.transpose(-1, -2), k, query_table, dk)
         return dq, dk, dkey_table, dquery_table
+
+
+def _scores(q, k, key_table, query_table):
+    """The same, by products with the whole tables."""
+    L = q.shape[2]
+    position = torch.arange(L, device=q.device)
+    distance = (position[:, None] - position + L - 1).expand(*q.shape[:2], L, L)
+    scores = q @ k.transpose(-1, -2)
+    if key_table is not None:
+        scores = scores + (q @ key_table[:, None].transpose(-1, -2)).gather(3, distance)
+    if query_table is not None:
+        scores = scores + (query_table[:, None] @ k.transpose(-1, -2)).gather(2, distance)
+    return scores
 
 
 def _add_relative(scores, x, table):

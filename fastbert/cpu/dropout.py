@@ -14,21 +14,13 @@ import numpy as np
 import torch
 
 from .. import reference
+from .autograd import in_memory, runs_by_autograd
 
 # counters at a time: four words of 64 bits each, 512 KiB in total
 _BLOCK = 2**14
 _UINT32 = 0xFFFFFFFF
 _HALF = np.uint64(32)
 _FACTOR_A, _FACTOR_B = np.uint64(0xCD9E8D57), np.uint64(0xD2511F53)
-
-
-def in_memory(*tensors):
-    """Whether these are plain CPU tensors, and neither torch.compile nor torch.func traces them."""
-    return (
-        all(type(x) is torch.Tensor and x.device.type == "cpu" for x in tensors)
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-    )
 
 
 def keep_mask(row, head, columns, seed, offset, dropout_p):
@@ -61,12 +53,19 @@ class DropFunction(torch.autograd.Function):
     def forward(ctx, x, keep, scale):
         ctx.save_for_backward(keep)
         ctx.scale = scale
-        # bytes: torch converts them with vector instructions, booleans without
-        return keep.view(torch.uint8).to(x.dtype).mul_(x).mul_(scale)
+        return DropFunction.drop(x, keep, scale)
 
     @staticmethod
     def backward(ctx, dout):
-        return DropFunction.apply(dout, *ctx.saved_tensors, ctx.scale), None, None
+        (keep,) = ctx.saved_tensors
+        if runs_by_autograd(dout):
+            return dout * keep * ctx.scale, None, None
+        return DropFunction.drop(dout, keep, ctx.scale), None, None
+
+    @staticmethod
+    def drop(x, keep, scale):
+        # bytes: torch converts them with vector instructions, booleans without
+        return keep.view(torch.uint8).to(x.dtype).mul_(x).mul_(scale)
 
 
 def draw(row, head, columns, seed, offset, threshold, lanes):

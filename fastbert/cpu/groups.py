@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
 from .. import reference
-from .derivatives import derivatives
+from .autograd import derivatives, runs_by_autograd
 from .dropout import attention_keep_mask, drop
 
 _BUCKET = 16
@@ -113,7 +113,7 @@ class FlashFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         q, k, v, mask, added, out, lse = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if runs_by_autograd(dout):
             gradients = derivatives(lambda q, k, v: _attend_in_steps(q, k, v, ctx.scale, mask), (q, k, v), dout)
         else:
             backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -190,15 +190,18 @@ class TakeFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, there, back):
-        ctx.there, ctx.back = there, back
-        index, holes = there
-        if len(x) == 0:
-            return x.new_zeros(len(index), *x.shape[1:])
-        return x.index_select(0, index).index_fill_(0, holes, 0)
+        ctx.back = back
+        return TakeFunction.take(x, *there)
 
     @staticmethod
     def backward(ctx, dout):
-        return TakeFunction.apply(dout, ctx.back, ctx.there), None, None
+        return TakeFunction.take(dout, *ctx.back), None, None
+
+    @staticmethod
+    def take(x, index, holes):
+        if len(x) == 0:
+            return x.new_zeros(len(index), *x.shape[1:])
+        return x.index_select(0, index).index_fill_(0, holes, 0)
 
 
 def no_rows(q, *inputs):

@@ -1,7 +1,6 @@
-"""LayerNorm and embedding on a CPU: fast dropout, and sums in place on fresh tensors."""
+"""LayerNorm and embedding on a CPU, with the fast dropout."""
 
 import torch
-import torch.nn.functional as F
 
 from .. import reference
 from .dropout import dropout
@@ -19,11 +18,9 @@ def embedding(
     input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, *,
     padding_idx=-1, eps=1e-12, dropout_p=0.0, seed=None, offset=0, dtype=None,
 ):  # fmt: skip
-    z = F.embedding(input_ids, word, padding_idx if padding_idx >= 0 else None)
-    for ids, table in ((token_type_ids, token_type), (position_ids, position)):
-        if table is not None:
-            rows = F.embedding(ids, table)
-            z = z.add_(rows) if rows.dtype == z.dtype else z + rows
-    wanted = dtype or word.dtype
-    z = reference.layer_norm(z, weight, bias, eps=eps, dtype=torch.promote_types(word.dtype, wanted))
-    return dropout(z, dropout_p, seed, offset).to(wanted)
+    dtype = dtype or word.dtype
+    x = reference.embedding(
+        input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias,
+        padding_idx=padding_idx, eps=eps, dtype=torch.promote_types(word.dtype, dtype),
+    )  # fmt: skip
+    return dropout(x, dropout_p, seed, offset).to(dtype)

@@ -160,7 +160,6 @@ class MaskedLM(Model):
         return ops.linear(hidden, self.encoder.embeddings.word.weight, self.vocabulary_bias)
 
     def _masked_lm(self, hidden, batch):
-        _check_labels(batch.labels, self.config.vocab_size)
         weight, bias = self.encoder.embeddings.word.weight, self.vocabulary_bias
         return Loss(*ops.masked_cross_entropy(self.transform(hidden), weight, bias, batch.labels[batch.picks]))
 
@@ -204,7 +203,7 @@ class Pretraining(MaskedLM):
             output.losses["mlm"] = self._masked_lm(hidden[: len(picks)], batch)
         if batch.pair_labels is not None:
             scores = self._pair_logits(hidden[len(picks) :], batch, dropout)
-            output.losses["pair"] = _classification(scores, batch.pair_labels)
+            output.losses["pair"] = _classification(scores, batch.pair_labels, name="pair labels")
         return output
 
     def label_counts(self, batch: Batch) -> dict[str, int]:
@@ -344,6 +343,7 @@ class ReplacedTokenDetector(Model):
         logits = ops.linear(hidden, self.classifier.weight, self.classifier.bias)[:, 0]
         output = Output(logits)
         if batch.labels is not None:
+            ops.check_ids("labels", batch.labels, 2, -100)
             known, detected = batch.labels != -100, logits > 0
             replaced = batch.labels == 1
             losses = F.binary_cross_entropy_with_logits(logits.float(), replaced.to(torch.float32), reduction="none")
@@ -388,17 +388,9 @@ class QuestionAnswerer(_TokenScores):
         return output
 
 
-def _check_labels(labels, number):
-    """ValueError for a label outside 0 .. number - 1 that is not -100, on a CPU; elsewhere a kernel finds it."""
-    if not labels.is_cpu or torch.compiler.is_compiling():
-        return
-    outside = labels[(labels != -100) & ((labels < 0) | (labels >= number))]
-    if len(outside):
-        raise ValueError(f"labels hold {int(outside[0])}: expected 0 to {number - 1}, or -100 for none")
-
-
-def _classification(logits, labels, weight=1.0):
+def _classification(logits, labels, weight=1.0, name="labels"):
     """Loss of logits [N, C] for labels int64 [N], -100 for none."""
+    ops.check_ids(name, labels, logits.shape[-1], -100)
     known, scores = labels != -100, logits.float()
     correct = ((logits.argmax(-1) == labels) & known).sum()
     return Loss(F.cross_entropy(scores, labels, reduction="sum"), known.sum(), correct, weight)
@@ -416,7 +408,6 @@ def _label_loss(logits, labels, config=None):
     if kind == "single_label_classification":
         if labels.shape != logits.shape[:-1]:
             raise ValueError(f"labels have shape {tuple(labels.shape)}: expected {tuple(logits.shape[:-1])}")
-        _check_labels(labels, logits.shape[-1])
         return {"label": _classification(logits, labels)}
     scores, labels = logits.float(), labels.float()
     if labels.numel() != logits.numel():

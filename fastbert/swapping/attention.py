@@ -4,23 +4,33 @@ Letters as in `steps.py`.
 """
 
 import torch
+from torch import nn
 
 from .. import ops
 from ..packing import Layout
-from .steps import Replacement, attend, dropout_arguments, layer_norm, linear
+from .steps import Replacement, attend, dropout_arguments, is_plain, layer_norm, linear
 
 
 class Attention(Replacement):
+    """Runs only inside a stack that passes it a `Layout`."""
+
     PARTS = ("attention",)
     WHAT = "fused attention"
+    TOKENWISE = True
 
     @staticmethod
     def yields(args, kwargs):
         return not any(isinstance(x, Layout) for x in (*args, *kwargs.values()))
 
 
+def _misfit_dropout(module):
+    """For attention whose original calls its dropout on the probabilities, which ours does not store."""
+    dropout = module.dropout
+    return None if is_plain(dropout, nn.Dropout) or type(dropout) is nn.Identity else "has a dropout of its own"
+
+
 class BertSelfAttention(Attention):
-    QUERY, KEY, VALUE = "query", "key", "value"
+    QUERY, KEY, VALUE, DROPOUT = "query", "key", "value", "dropout"
 
     @staticmethod
     def refuses(module):
@@ -29,21 +39,24 @@ class BertSelfAttention(Attention):
         return None
 
     def forward(self, hidden_states, attention_mask, *args, **kwargs):
-        return self._attended(hidden_states, attention_mask, self.dropout), None
+        return self._attended(hidden_states, attention_mask), None
 
-    def _attended(self, hidden_states, layout, dropout):
+    def _attended(self, hidden_states, layout):
         q, k, v = (linear(getattr(self, name), hidden_states) for name in (self.QUERY, self.KEY, self.VALUE))
         heads = q.shape[-1] // self.attention_head_size
-        return attend(layout, q, k, v, heads, scale=self.scaling, **dropout_arguments(dropout, q.device))
+        # the original too reads the probability, and does not call the dropout
+        dropout = dropout_arguments(getattr(self, self.DROPOUT).p if self.training else 0.0, q.device)
+        return attend(layout, q, k, v, heads, scale=self.scaling, **dropout)
 
 
 class AlbertAttention(BertSelfAttention):
     """With the output projection and the norm."""
 
     WHAT = "fused attention, add and norm"
+    DROPOUT = "attention_dropout"
 
     def forward(self, hidden_states, attention_mask, *args, **kwargs):
-        out = linear(self.dense, self._attended(hidden_states, attention_mask, self.attention_dropout))
+        out = linear(self.dense, self._attended(hidden_states, attention_mask))
         return layer_norm(self.LayerNorm, out, hidden_states, self.output_dropout), None
 
 
@@ -53,13 +66,14 @@ class DistilBertSelfAttention(BertSelfAttention):
     QUERY, KEY, VALUE = "q_lin", "k_lin", "v_lin"
 
     def forward(self, hidden_states, attention_mask, *args, **kwargs):
-        return linear(self.out_lin, self._attended(hidden_states, attention_mask, self.dropout)), None
+        return linear(self.out_lin, self._attended(hidden_states, attention_mask)), None
 
 
 class MPNetSelfAttention(Attention):
     """`position_bias` is the `bias` of `ops.biased_attention`."""
 
     WHAT = "fused attention with a relative position bias"
+    misfit = staticmethod(_misfit_dropout)
 
     def forward(self, hidden_states, attention_mask, position_bias, *args, **kwargs):
         q, k, v = (linear(module, hidden_states) for module in (self.q, self.k, self.v))
@@ -73,6 +87,7 @@ class MPNetSelfAttention(Attention):
 
 class DebertaV2DisentangledSelfAttention(Attention):
     WHAT = "fused disentangled attention"
+    misfit = staticmethod(_misfit_dropout)
 
     @staticmethod
     def refuses(module):

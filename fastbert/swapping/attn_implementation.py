@@ -5,9 +5,9 @@
     model.set_attn_implementation("fastbert")
 
 transformers calls `mask` once in a forward pass, then `attention` in every layer. The mask is not a [B, 1, S, S] tensor
-but a `Mask`: where the tokens are, found once for all layers. Each layer packs by it, attends, and unpacks; results at
-padding are 0. Every other kind of attention (causal, to another sequence, under a custom mask) gets the mask and the
-attention of `sdpa`.
+but a `Mask`: where the tokens are, found once for all layers. Each layer packs by it, attends, and unpacks. Results at
+padding are 0, but for the first place of a sequence, which models pool. Every other kind of attention (causal, to
+another sequence, under a custom mask) gets the mask and the attention of `sdpa`.
 
 B sequences, S padded length, H heads, K head size.
 """
@@ -17,10 +17,12 @@ import sys
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from .. import ops
 from ..packing import Layout, full_layout, layout_of, tokens_before
-from .steps import dropout_arguments, from_file_of
+from .stacks import first_positions
+from .steps import dropout_arguments, from_file_of, is_dry
 
 NAME = "fastbert"
 _NO_ENCODER = ("is_decoder", "is_encoder_decoder", "add_cross_attention")
@@ -31,20 +33,36 @@ class Mask(NamedTuple):
 
     A tuple, like the Layout in it. window: None, or how many tokens a token sees to each side. restarts: None where the
     model was given a mask, else a dict for the sequences in a row as `position_ids` tell them, read once a pass.
+    begins_padded: whether a sequence may begin with padding.
     """
 
     layout: Layout
     window: int | None
     restarts: dict | None
+    begins_padded: bool = False
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        """Another attention got this mask, where modules keep another config than their model has (an encoder-decoder
+        pair). It gets a tensor: bool for sdpa, else one to add."""
+        query = args[0]
+
+        def dense(x):
+            if not isinstance(x, cls):
+                return x
+            sees = _dense(x, x.layout.cu_seqlens, query.device)
+            return sees if sees is None or function is F.scaled_dot_product_attention else _added(sees, query.dtype)
+
+        return function(*map(dense, args), **{name: dense(x) for name, x in (kwargs or {}).items()})
 
 
 def _mask(is_token, window, B, S, device):
     # read only in host memory: on a GPU the host would wait for the answer
-    if is_token is None or (ops.in_memory(is_token) and bool(is_token.all())):
-        layout = full_layout(B, S, device)
-    else:
-        layout = layout_of(is_token, padding_last=True)
-    return Mask(layout, window, {} if is_token is None else None)
+    is_known = is_token is None or ops.in_memory(is_token)
+    if is_known and (is_token is None or bool(is_token.all())):
+        return Mask(full_layout(B, S, device), window, {} if is_token is None else None)
+    begins_padded = not is_known or not bool(is_token[:, 0].all())
+    return Mask(layout_of(is_token, padding_last=True), window, None, begins_padded)
 
 
 def mask(**arguments):
@@ -93,7 +111,7 @@ def _encoder_mask(
 
 def _has_gaps(is_token):
     """Whether there may be padding between tokens, which brings them closer together when packed."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_dry(is_token):
         return True
     # runs of tokens in each sequence
     runs = (is_token[:, 1:] & ~is_token[:, :-1]).sum(1) + is_token[:, 0]
@@ -130,7 +148,7 @@ def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=No
     """
     B, H, S, K = query.shape
     found = attention_mask if isinstance(attention_mask, Mask) else None
-    cu_seqlens, max_seqlen = (None, None) if found is None else _sequences(found, B, S, **kwargs)
+    cu_seqlens, max_seqlen = (None, None) if found is None else _sequences(module, found, B, S, **kwargs)
     wants_weights = kwargs.get("output_attentions", False)
     if found is None or wants_weights or not _fits(query, key, value, kwargs):
         return _plain(
@@ -138,11 +156,27 @@ def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=No
             dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs,
         )  # fmt: skip
     layout = found.layout
+    if is_dry(query) and not ops.uses_triton(query.device):
+        return query.transpose(1, 2).contiguous(), None
     out = ops.attention(
         *(layout.pack(x.transpose(1, 2)) for x in (query, key, value)), cu_seqlens, max_seqlen,
         scale=scaling, window=found.window, **dropout_arguments(dropout, query.device),
     )  # fmt: skip
-    return layout.unpack(out), None
+    out = layout.unpack(out)
+    if found.begins_padded:
+        out = _with_first_place(out, found, query, key, value, dropout, scaling)
+    return out, None
+
+
+def _with_first_place(out, found, query, key, value, dropout, scaling):
+    """out [B, S, H, K], with what the first place of a sequence sees also where that is padding: models pool it."""
+    is_token = found.layout.is_token()
+    sees = is_token
+    if found.window is not None:
+        sees = is_token & (torch.arange(is_token.shape[1], device=out.device) <= found.window)
+    first = F.scaled_dot_product_attention(query[:, :, :1], key, value, sees[:, None, None], dropout, scale=scaling)
+    first = torch.where(is_token[:, :1, None, None], out[:, :1], first.transpose(1, 2).to(out.dtype))
+    return torch.cat((first, out[:, 1:]), 1)
 
 
 def _fits(query, key, value, kwargs):
@@ -155,19 +189,45 @@ def _fits(query, key, value, kwargs):
     return not is_triton or (query.shape[-1] <= 128 and query.dtype != torch.float64)
 
 
-def _sequences(found, B, S, cu_seq_lens_q=None, max_length_q=None, position_ids=None, **_):
+def _sequences(module, found, B, S, cu_seq_lens_q=None, max_length_q=None, position_ids=None, **_):
     """(cu_seqlens, max_seqlen) of the packed rows."""
     layout, restarts = found.layout, found.restarts
+    if position_ids is not None and is_dry(position_ids):
+        position_ids = None
     if cu_seq_lens_q is None and restarts is not None and position_ids is not None and position_ids.shape == (1, S):
         if not restarts:
             restarts["cu_seqlens"] = _restarts(position_ids)
         cu_seq_lens_q = restarts["cu_seqlens"]
     if cu_seq_lens_q is None:
         return layout.cu_seqlens, layout.max_seqlen
+    if position_ids is not None and len(cu_seq_lens_q) > 2 and _counts_from_padding_idx(type(module)):
+        _check_positions(module, first_positions(position_ids, cu_seq_lens_q))
     cu_seqlens = cu_seq_lens_q.to(torch.int32)
     if layout.indices is not None:
         cu_seqlens = tokens_before(layout.is_token())[cu_seqlens].to(torch.int32)
     return cu_seqlens, B * S if max_length_q is None else int(max_length_q)
+
+
+@functools.cache
+def _counts_from_padding_idx(cls):
+    """Whether the model of this attention class begins its positions after `padding_idx`, as RoBERTa does."""
+    classes = vars(sys.modules[cls.__module__]).values()
+    return any(hasattr(c, "create_position_ids_from_input_ids") for c in classes if isinstance(c, type))
+
+
+def _check_positions(module, starts):
+    """Raises ValueError for the positions of DataCollatorWithFlattening, which count from 0."""
+    offset = module.config.pad_token_id + 1
+    message = (
+        f"position_ids of the sequences begin at 0: {module.config.model_type} begins at {offset}, "
+        f"add {offset} to those of DataCollatorWithFlattening"
+    )
+    if ops.in_memory(starts):
+        if bool((starts == 0).any()):
+            raise ValueError(message)
+    else:
+        # the host does not wait for a GPU
+        torch._assert_async((starts != 0).all(), message)
 
 
 def _restarts(position_ids):
@@ -188,7 +248,7 @@ def _plain(module, query, key, value, attention_mask, found, cu_seqlens, wants_w
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if found is not None:
-        attention_mask = _dense(found, cu_seqlens, query)
+        attention_mask = sees = _dense(found, cu_seqlens, query.device)
         kwargs["is_causal"] = False
     eager = from_file_of(module, "eager_attention_forward") if wants_weights else None
     if eager is None:
@@ -199,26 +259,32 @@ def _plain(module, query, key, value, attention_mask, found, cu_seqlens, wants_w
         if attention_mask is None and is_causal and query.shape[2] > 1:
             attention_mask = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()[None, None]
         if attention_mask is not None and attention_mask.dtype == torch.bool:
-            lowest = torch.finfo(query.dtype).min
-            attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, lowest)
+            attention_mask = _added(attention_mask, query.dtype)
         out, weights = eager(module, query, key, value, attention_mask, **kwargs)
     if found is not None and found.layout.indices is not None:
-        out = out.masked_fill(~found.layout.is_token()[:, :, None, None], 0)
+        # the first place too, unless it sees a token, see `_with_first_place`
+        is_kept = torch.cat((sees[:, 0, :1].any(-1), found.layout.is_token()[:, 1:]), 1)
+        out = out.masked_fill(~is_kept[:, :, None, None], 0)
     return out, weights
 
 
-def _dense(found, cu_seqlens, query):
+def _added(sees, dtype):
+    """A mask to add to scores, of a bool mask."""
+    return torch.zeros_like(sees, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)
+
+
+def _dense(found, cu_seqlens, device):
     """bool [B, 1, S, S], which query sees which key; None where all do."""
     layout = found.layout
     B, S = layout.shape
-    place = torch.arange(S, device=query.device)
+    place = torch.arange(S, device=device)
     masks = []
     if layout.indices is not None:
         masks.append(layout.is_token()[:, None, None, :])
     if found.window is not None:
         masks.append(((place[:, None] - place).abs() <= found.window)[None, None])
     if cu_seqlens is not layout.cu_seqlens:
-        rows = torch.arange(B * S, device=query.device)
+        rows = torch.arange(B * S, device=device)
         sequence = layout.unpack(torch.bucketize(rows, cu_seqlens[1:], right=True))[:, None]
         masks.append(sequence[..., :, None] == sequence[..., None, :])
     return functools.reduce(torch.logical_and, masks).expand(B, 1, S, S) if masks else None

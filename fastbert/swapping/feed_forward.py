@@ -4,10 +4,25 @@ Letters as in `steps.py`.
 """
 
 from .. import ops
-from .steps import Replacement, gelu, gelu_form, gelu_norm, layer_norm, linear, linear_gelu, refuses_activation
+from .steps import (
+    Replacement,
+    gelu,
+    gelu_norm,
+    has_plain_parameters,
+    layer_norm,
+    linear,
+    linear_gelu,
+    refuses_activation,
+)
 
 
-class BertSelfOutput(Replacement):
+class TokenWise(Replacement):
+    """Of a module that acts on each token alone."""
+
+    TOKENWISE = True
+
+
+class BertSelfOutput(TokenWise):
     """LayerNorm(dropout(dense(x)) + residual)."""
 
     PARTS = ("layer_norm",)
@@ -17,7 +32,7 @@ class BertSelfOutput(Replacement):
         return layer_norm(self.LayerNorm, linear(self.dense, hidden_states), input_tensor, self.dropout)
 
 
-class MPNetAttention(Replacement):
+class MPNetAttention(TokenWise):
     PARTS = ("layer_norm",)
     WHAT = "fused dropout, add and norm"
 
@@ -26,16 +41,18 @@ class MPNetAttention(Replacement):
         return layer_norm(self.LayerNorm, attended, hidden_states, self.dropout), *rest
 
 
-class DebertaLayerNorm(Replacement):
+class DebertaLayerNorm(TokenWise):
     PARTS = ("layer_norm",)
     WHAT = "fused norm"
 
     def forward(self, hidden_states):
+        if not has_plain_parameters(self):
+            return super().forward(hidden_states)
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
         return ops.layer_norm(rows, self.weight, self.bias, eps=self.variance_epsilon).view(hidden_states.shape)
 
 
-class BertIntermediate(Replacement):
+class BertIntermediate(TokenWise):
     """gelu(dense(x))."""
 
     PARTS = ("gelu",)
@@ -46,7 +63,7 @@ class BertIntermediate(Replacement):
         return linear_gelu(self.dense, self.intermediate_act_fn, hidden_states)
 
 
-class FFN(Replacement):
+class FFN(TokenWise):
     """DistilBERT's."""
 
     PARTS = ("gelu",)
@@ -60,7 +77,7 @@ class FFN(Replacement):
         return super().forward(input)
 
 
-class TransformerBlock(Replacement):
+class TransformerBlock(TokenWise):
     """DistilBERT's."""
 
     PARTS = ("layer_norm",)
@@ -72,13 +89,13 @@ class TransformerBlock(Replacement):
         return layer_norm(self.output_layer_norm, self.ffn(x), x)
 
 
-class AlbertLayer(Replacement):
+class AlbertLayer(TokenWise):
     PARTS = ("layer_norm", "gelu")
     WHAT = "linear, fused bias and GELU, add and norm"
     refuses = refuses_activation("activation")
 
     def forward(self, hidden_states, attention_mask=None, **kwargs):
-        if self.chunk_size_feed_forward:
+        if self.chunk_size_feed_forward or "ff_chunk" in vars(self):
             return super().forward(hidden_states, attention_mask, **kwargs)
         x, _ = self.attention(hidden_states, attention_mask, **kwargs)
         if self.fastbert_options.gelu:
@@ -90,18 +107,17 @@ class AlbertLayer(Replacement):
         return self.full_layer_layer_norm(y + x)
 
 
-class ModernBertMLP(Replacement):
+class ModernBertMLP(TokenWise):
     PARTS = ("gelu",)
     WHAT = "linear, fused GELU"
     refuses = refuses_activation("act")
 
     def forward(self, hidden_states):
         x, gate = linear(self.Wi, hidden_states).chunk(2, -1)
-        x = gelu(x, gelu_form(self.act)) * gate
-        return linear(self.Wo, self.drop(x))
+        return linear(self.Wo, self.drop(gelu(self.act, x) * gate))
 
 
-class BertPredictionHeadTransform(Replacement):
+class BertPredictionHeadTransform(TokenWise):
     """LayerNorm(gelu(dense(x))), the first step of a masked-LM head."""
 
     PARTS = ("gelu", "layer_norm")
@@ -110,7 +126,7 @@ class BertPredictionHeadTransform(Replacement):
 
     def forward(self, hidden_states):
         if self.fastbert_options.gelu and self.fastbert_options.layer_norm:
-            return gelu_norm(self.dense, gelu_form(self.transform_act_fn), self.LayerNorm, hidden_states)
+            return gelu_norm(self.dense, self.transform_act_fn, self.LayerNorm, hidden_states)
         if self.fastbert_options.gelu:
             return self.LayerNorm(linear_gelu(self.dense, self.transform_act_fn, hidden_states))
         return layer_norm(self.LayerNorm, self.transform_act_fn(self.dense(hidden_states)))

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import ops
-from .stacks import is_static
-from .steps import Replacement, by_name, from_file_of, gelu_norm, is_plain, layer_norm, linear_gelu
+from .stacks import is_static, refuse_flattened
+from .steps import HOOKS, Replacement, by_name, from_file_of, gelu_norm, is_plain, layer_norm, linear_gelu
+from .tokenwise import own_code
 
 
 def _mean(loss_sum, count, num_items):
@@ -27,6 +28,7 @@ class BertForSequenceClassification(Replacement):
 
     def forward(self, *args, **kwargs):
         kwargs = by_name(self, args, kwargs)
+        refuse_flattened(self, kwargs)
         num_items, labels = kwargs.pop("num_items_in_batch", None), kwargs.get("labels")
         out = super().forward(**kwargs)
         if labels is None:
@@ -43,6 +45,24 @@ class BertForSequenceClassification(Replacement):
         return out
 
 
+class ElectraForPreTraining(BertForSequenceClassification):
+    """The discriminator. Its loss is the mean over real tokens, whatever the labels of padding say."""
+
+    def forward(self, *args, **kwargs):
+        kwargs = by_name(self, args, kwargs)
+        labels, mask, number = (kwargs.get(name) for name in ("labels", "attention_mask", "num_items_in_batch"))
+        if number is not None and labels is not None and mask is not None and mask.shape == labels.shape:
+            is_labelled = labels != -100
+            # in a step of one batch the number counts padding as `count` does, and both cancel
+            is_whole = torch.as_tensor(number, device=labels.device) == is_labelled.sum()
+            ops.check(
+                ~is_labelled | (mask == 1) | is_whole,
+                "labels hold numbers at padding, in a step of several batches: expected -100 there, since "
+                "num_items_in_batch counts labels",
+            )
+        return super().forward(**kwargs)
+
+
 class BertForMaskedLM(Replacement):
     """Head and loss on labelled tokens alone; in training no scores are kept."""
 
@@ -56,10 +76,13 @@ class BertForMaskedLM(Replacement):
     def refuses(module):
         if getattr(module.config, "is_decoder", False):
             return "it is a decoder"
-        return None if _vocabulary_head(module) is not None else "fastbert does not know its head"
+        return _own_head(module, hooks=False)
 
     def forward(self, *args, **kwargs):
         kwargs = by_name(self, args, kwargs)
+        refuse_flattened(self, kwargs)
+        if _has_own_loss(self):
+            return super().forward(**kwargs)
         pairs, pair_head, pair_scores = self.PAIRS
         labels, pair_labels = kwargs.pop("labels", None), kwargs.pop(pairs, None)
         num_items = kwargs.pop("num_items_in_batch", None)
@@ -67,9 +90,10 @@ class BertForMaskedLM(Replacement):
             return super().forward(**kwargs)
         return_dict = kwargs.pop("return_dict", None)
         return_dict = self.config.return_dict if return_dict is None else return_dict
-        if self.training and self.fastbert_options.logits == "evaluation":
+        head = _vocabulary_head(self) if self.training and self.fastbert_options.logits == "evaluation" else None
+        if head is not None:
             out = self.base_model(**kwargs, return_dict=True)
-            loss = self._labelled_loss(out[0], labels, num_items)
+            loss = self._labelled_loss(head, out[0], labels, num_items)
             fields = dict(hidden_states=out.get("hidden_states"), attentions=out.get("attentions"))
             if pairs:
                 fields[pair_scores] = self.get_submodule(pair_head)(out[1])
@@ -91,13 +115,14 @@ class BertForMaskedLM(Replacement):
         out = cls(**{**fields, "loss": loss})
         return out if return_dict else out.to_tuple()
 
-    def _labelled_loss(self, hidden, labels, num_items):
-        """The mean loss of hidden states [B, S, D], head included."""
+    @staticmethod
+    def _labelled_loss(head, hidden, labels, num_items):
+        """The mean loss of hidden states [B, S, D] through a head, see `_vocabulary_head`."""
         labels, hidden = labels.to(hidden.device).flatten(), hidden.flatten(0, -2)
         if not is_static():
             picks = (labels != -100).nonzero()[:, 0]
             labels, hidden = labels[picks], hidden[picks]
-        transform, decoder = _vocabulary_head(self)
+        transform, decoder = head
         hidden = transform(hidden)
         if is_plain(decoder, nn.Linear):
             loss_sum = ops.masked_cross_entropy(hidden, decoder.weight, decoder.bias, labels)[0]
@@ -122,25 +147,65 @@ class AlbertForPreTraining(BertForPreTraining):
 
 def _cross_entropy(scores, labels):
     """The sum, in fp32 or wider."""
+    ops.check_ids("labels", labels, scores.shape[-1], -100)
     return F.cross_entropy(scores.to(torch.promote_types(scores.dtype, torch.float32)), labels, reduction="sum")
 
 
+def _has_own_loss(model):
+    """Whether a user has set a loss: `loss_function`, the type of the loss, DistilBERT's module for it."""
+    loss = model._modules.get("mlm_loss_fct")
+    owner = next(cls for cls in type(model).__mro__ if "loss_function" in vars(cls))
+    return (
+        "_loss_function" in vars(model)
+        or owner.__module__ != "transformers.modeling_utils"
+        or getattr(model, "loss_type", None) not in (None, "ForMaskedLM")
+        or (loss is not None and not _is_usual(loss))
+    )
+
+
+def _is_usual(loss):
+    settings = loss.weight, loss.ignore_index, loss.reduction, loss.label_smoothing
+    return is_plain(loss, nn.CrossEntropyLoss) and settings == (None, -100, "mean", 0.0)
+
+
 def _vocabulary_head(model):
-    """(the transform of a masked-LM head, its last linear layer); None for a head that is not known."""
-    find = next((_VOCABULARY_HEADS[c.__name__] for c in type(model).__mro__ if c.__name__ in _VOCABULARY_HEADS), None)
-    try:
-        return None if find is None else find(model)
-    except AttributeError:
+    """(the transform of a masked-LM head, its last linear layer). None where the model must be called as a whole: there
+    is a user's code on the head or a hook before it."""
+    base = vars(model.base_model)
+    # a hook may expect the arguments where the original puts them
+    if "forward" in base or any(base[kind] for kind in HOOKS) or nn.modules.module._has_any_global_hook():
         return None
+    return None if _own_head(model) else _row(model)[1](model)
 
 
-def _lm_head(model):
-    head = model.lm_head
-    return lambda x: gelu_norm(head.dense, "none", head.layer_norm, x), head.decoder
+def _own_head(model, hooks=True):
+    """Why a masked-LM head cannot run on labelled tokens alone, else None. hooks: whether a hook is a reason."""
+    parts, _ = _row(model)
+    if not set(parts) <= model._modules.keys():
+        return "fastbert does not know its head"
+    own = own_code(model, hooks, parts)
+    return own and "its head: " + " ".join(own)
+
+
+def _row(model):
+    return next(_VOCABULARY_HEADS[c.__name__] for c in type(model).__mro__ if c.__name__ in _VOCABULARY_HEADS)
 
 
 def _bert_head(model):
     return model.cls.predictions.transform, model.cls.predictions.decoder
+
+
+def _electra_head(model):
+    return model.generator_predictions, model.generator_lm_head
+
+
+def _modernbert_head(model):
+    return model.head, model.decoder
+
+
+def _roberta_head(model):
+    head = model.lm_head
+    return lambda x: gelu_norm(head.dense, F.gelu, head.layer_norm, x), head.decoder
 
 
 def _albert_head(model):
@@ -155,17 +220,19 @@ def _distilbert_head(model):
     )
 
 
+_DISTILBERT = "vocab_transform", "activation", "vocab_layer_norm", "vocab_projector"
+# class -> the modules of its head, a function that finds transform and last layer
 _VOCABULARY_HEADS = {
-    "BertForMaskedLM": _bert_head,
-    "BertForPreTraining": _bert_head,
-    "RobertaForMaskedLM": _lm_head,
-    "XLMRobertaForMaskedLM": _lm_head,
-    "MPNetForMaskedLM": _lm_head,
-    "AlbertForMaskedLM": _albert_head,
-    "AlbertForPreTraining": _albert_head,
-    "DistilBertForMaskedLM": _distilbert_head,
-    "ElectraForMaskedLM": lambda model: (model.generator_predictions, model.generator_lm_head),
-    "DebertaForMaskedLM": _bert_head,
-    "DebertaV2ForMaskedLM": _bert_head,
-    "ModernBertForMaskedLM": lambda model: (model.head, model.decoder),
+    "AlbertForMaskedLM": (("predictions",), _albert_head),
+    "AlbertForPreTraining": (("predictions",), _albert_head),
+    "BertForMaskedLM": (("cls",), _bert_head),
+    "BertForPreTraining": (("cls",), _bert_head),
+    "DebertaForMaskedLM": (("cls",), _bert_head),
+    "DebertaV2ForMaskedLM": (("cls",), _bert_head),
+    "DistilBertForMaskedLM": (_DISTILBERT, _distilbert_head),
+    "ElectraForMaskedLM": (("generator_predictions", "generator_lm_head"), _electra_head),
+    "ModernBertForMaskedLM": (("head", "decoder"), _modernbert_head),
+    "MPNetForMaskedLM": (("lm_head",), _roberta_head),
+    "RobertaForMaskedLM": (("lm_head",), _roberta_head),
+    "XLMRobertaForMaskedLM": (("lm_head",), _roberta_head),
 }

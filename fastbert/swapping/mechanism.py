@@ -9,22 +9,24 @@ This file is the mechanism. `table.py` and `torch_nn.py` say what replaces what.
 
 import contextlib
 import functools
-import inspect
-import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrize
 
+from .. import ops
 from . import table, torch_nn
-from .steps import Options
+from .attention import Attention
+from .stacks import BertEncoder
+from .steps import Options, is_dry
+from .tokenwise import full_name, overrides, own_code
 
 # full name of a class -> what takes its place
 TABLE = {**torch_nn.TABLE, **table.TABLE}
+STACKS = BertEncoder, torch_nn.TransformerEncoder
 PARTS = ("attention", "layer_norm", "gelu", "loss")
 
 
@@ -108,8 +110,8 @@ def swap(
     """Make `model`, any nn.Module that contains modules of a known class, run fastbert's kernels, in place.
 
     attention, layer_norm, gelu, loss: the parts to swap. unpad: "auto" runs a stack of layers without padding unless
-    hooks or output_hidden_states look inside it, and leaves torch's encoders alone in a model with a decoder of
-    torch's, which may read their padding rows; True runs these without padding too; False never does. logits: whether
+    hooks or output_hidden_states look inside it; True does so too where others may read padding rows, in torch's
+    encoders beside a decoder and in torch's layers outside a stack; False never does. logits: whether
     a masked-language model that is given labels also returns scores: in "evaluation" only, or "always". Without labels
     it always does.
 
@@ -128,16 +130,16 @@ def swap(
     for name, value in wanted.items():
         if not isinstance(value, bool):
             raise ValueError(f"{name} is {value!r}: expected True or False")
-    options = Options(unpad=bool(unpad), logits=logits, **wanted)
+    options = Options(unpad=unpad, logits=logits, **wanted)
     unswap(model)
-    rows, found = [], list(model.named_modules())
+    rows, found = [], {}
     read = set() if unpad is True else _encoders_of_decoders(model)
-    for name, module in found:
-        known = next((cls for cls in type(module).__mro__ if _full_name(cls) in TABLE), None)
+    for name, module in model.named_modules():
+        known = next((cls for cls in type(module).__mro__ if full_name(cls) in TABLE), None)
         if known is None or hasattr(type(module), "replaces"):
             continue
-        row, replacement = Row(name, type(module).__name__), TABLE[_full_name(known)]
-        if _overrides(type(module), known) or parametrize.is_parametrized(module):
+        row, replacement = Row(name, type(module).__name__), TABLE[full_name(known)]
+        if overrides(type(module), known) or parametrize.is_parametrized(module):
             row.reason = f"a subclass of {known.__name__} with code of its own"
         elif not any(wanted[part] for part in replacement.PARTS):
             row.reason = f"switched off: {' and '.join(replacement.PARTS)}"
@@ -151,8 +153,29 @@ def swap(
             row.became = replacement.WHAT
             module.__class__ = _class_of(replacement, type(module))
             module.fastbert_options = options
+            found[module] = row
         rows.append(row)
+    _keep_stacks_with_own_code(found)
     return SwapReport(rows)
+
+
+def _keep_stacks_with_own_code(found):
+    """Give back the stacks that may not run unpadded, and attention without a stack around it. found: module -> Row."""
+    inside = set()
+    for module, row in found.items():
+        if isinstance(module, STACKS):
+            # a hook may go again: it is looked for in every call
+            own = own_code(module, hooks=False)
+            if own is None:
+                inside.update(module.modules())
+            else:
+                row.reason = "keeps its padding: " + " ".join(own)
+    for module, row in found.items():
+        if isinstance(module, Attention) and module not in inside:
+            row.reason = "it needs a stack around it that runs fastbert"
+        if row.reason:
+            row.became = ""
+            _give_back(module)
 
 
 def _encoders_of_decoders(model):
@@ -167,10 +190,14 @@ def _encoders_of_decoders(model):
 def unswap(model: nn.Module) -> None:
     """Give every module of `model` its original class back. Does nothing where nothing was swapped."""
     for module in model.modules():
-        original = vars(type(module)).get("replaces")
-        if original is not None:
-            module.__class__ = original
-            vars(module).pop("fastbert_options", None)
+        _give_back(module)
+
+
+def _give_back(module):
+    original = vars(type(module)).get("replaces")
+    if original is not None:
+        module.__class__ = original
+        vars(module).pop("fastbert_options", None)
 
 
 @contextlib.contextmanager
@@ -186,17 +213,6 @@ def swapped(model: nn.Module, **switches: bool | str) -> Iterator[SwapReport]:
                 module.__class__, module.fastbert_options = cls, options
 
 
-def _full_name(cls):
-    return f"{cls.__module__}.{cls.__qualname__}" if "replaces" not in vars(cls) else ""
-
-
-def _overrides(cls, base):
-    """Whether a class derived from `base` may compute something else: it overrides what `base` itself defines."""
-    between = itertools.takewhile(lambda c: c is not base, cls.__mro__)
-    names = {name for c in between for name in vars(c) if not name.startswith(("__", "get_", "set_"))}
-    return "forward" in names or any(inspect.isfunction(vars(base).get(name)) for name in names)
-
-
 @functools.cache
 def _class_of(replacement, original):
     """`original` with the forward of `replacement`. It keeps its name, by which others look classes up."""
@@ -204,7 +220,7 @@ def _class_of(replacement, original):
     # keeps the signature: HuggingFace's Trainer reads from it what to pass
     @functools.wraps(original.forward)
     def forward(self, *args, **kwargs):
-        if replacement.yields(args, kwargs) or _is_dry(args, kwargs):
+        if replacement.yields(args, kwargs) or _is_dry_run(args, kwargs) or ops.is_transformed():
             return replacement.call_original(self, *args, **kwargs)
         return replacement.forward(self, *args, **kwargs)
 
@@ -224,10 +240,10 @@ def _class_of(replacement, original):
     )
 
 
-def _is_dry(args, kwargs):
+def _is_dry_run(args, kwargs):
     """Whether a forward is for shapes only: meta and fake tensors have no lengths to pack by."""
     x = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
-    return x is not None and (x.is_meta or isinstance(x, FakeTensor))
+    return x is not None and is_dry(x)
 
 
 def _reduce(self, protocol):

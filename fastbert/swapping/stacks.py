@@ -2,19 +2,20 @@
 
 A stack removes the padding from its hidden states, calls its layers with [1, T, D], and restores the padding at the
 end, as zeros. In place of the mask it passes a `Layout`, which the layers pass on to their attention. All other modules
-work row by row and see no difference.
+work row by row and see no difference; where one may not, the original runs (`tokenwise.py`).
 
 Letters as in `steps.py`.
 """
 
-import functools
+import sys
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..packing import Layout, full_layout, layout_of
-from .steps import Replacement, by_name, from_file_of
+from .steps import PLAIN, Replacement, by_name, from_file_of, is_plain
+from .tokenwise import is_watched
 
 
 def key_mask(mask, B, S):
@@ -70,6 +71,8 @@ def layout_under(mask, hidden, kwargs, *, by_distance):
     """
     if is_static():
         return None
+    if type(hidden) not in PLAIN:
+        return None
     B, S = hidden.shape[:2]
     if kwargs.get("cu_seq_lens_q") is not None:
         cu_seqlens = kwargs["cu_seq_lens_q"].to(torch.int32)
@@ -87,56 +90,37 @@ def layout_under(mask, hidden, kwargs, *, by_distance):
         return layout.without_padding(B, S)
     # the model may read the first place of a sequence: if that is padding, its value depends on what it attends to
     differs = ~is_token[:, 0]
-    lengths = layout.cu_seqlens.diff()
     if by_distance:
         last = S - 1 - is_token.flip(1).int().argmax(1)
-        differs = differs | (last + 1 != lengths)
-    # without any token, attention is over the padding
-    if len(layout.indices) == 0 or bool((differs & (lengths > 0)).any()):
-        return None
-    return layout
-
-
-# hooks of these libraries look at no shape
-_BLIND = (
-    "torch.distributed", "accelerate", "deepspeed", "peft", "transformers.utils.output_capturing",
-    "transformers.modeling_utils",
-)  # fmt: skip
-
-
-def is_watched(module):
-    """Whether a hook of the user's is inside a module: shapes there must then be those of the original."""
-    return bool(nn.modules.module._has_any_global_hook()) or _has_hooks_inside(module)
-
-
-def _has_hooks_inside(module):
-    # runs in every call of a model, and Module.modules() takes three times as long
-    for inner in module._modules.values():
-        if inner is None:
-            continue
-        for hooks in (inner._forward_hooks, inner._forward_pre_hooks, inner._backward_hooks, inner._backward_pre_hooks):
-            if hooks and not all(_is_blind(hook) for hook in hooks.values()):
-                return True
-        if inner._modules and _has_hooks_inside(inner):
-            return True
-    return False
-
-
-def _is_blind(hook):
-    while isinstance(hook, functools.partial):
-        hook = hook.func
-    return (getattr(hook, "__module__", None) or "").startswith(_BLIND)
+        differs = differs | (last + 1 != layout.cu_seqlens.diff())
+    return None if bool(differs.any()) else layout
 
 
 def _requests(stack, kwargs, name):
     """Whether a call or the model's config requests output_hidden_states or output_attentions."""
     value = kwargs.get(name)
-    return bool(getattr(_config(stack), name, False) if value is None else value)
+    value = getattr(_config(stack), name, False) if value is None else value
+    # 0 is the number of a layer
+    return value is not None and value is not False
 
 
 def _config(stack):
     # DistilBERT's stack has none, but its attention does
     return next(config for module in stack.modules() if (config := vars(module).get("config")) is not None)
+
+
+def _own_attention(stack):
+    """Why the attention function that a config asks for must be called, else None."""
+    name = getattr(_config(stack), "_attn_implementation", None)
+    function = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS.get(name)
+    file = getattr(getattr(function, "func", function), "__module__", None)
+    is_known = function is None or (file or "").startswith(("transformers.", "fastbert."))
+    return None if is_known else f"its attention, {name}, is not one of transformers'"
+
+
+def first_positions(position_ids, cu_seqlens):
+    """The position of the first token of each sequence in a flattened batch; of an empty one at the end, the last's."""
+    return position_ids.flatten()[cu_seqlens[:-1].long().clamp(max=position_ids.numel() - 1)]
 
 
 class BertEncoder(Replacement):
@@ -151,22 +135,28 @@ class BertEncoder(Replacement):
         config = _config(module)
         if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
             return "a decoder's attention is causal, or reads another model"
-        return None
+        return _own_attention(module)
 
     @staticmethod
     def yields(args, kwargs):
-        return is_static()
+        return is_static() or Replacement.yields(args, kwargs)
 
     def call_original(self, *args, **kwargs):
+        named = by_name(self, args, kwargs)
+        is_flat = named.get("cu_seq_lens_q") is not None
+        if is_flat and not any(kind in str(_config(self)._attn_implementation) for kind in ("flash", "fastbert")):
+            raise ValueError(
+                f"cu_seq_lens_q is given, but this call runs the original {type(self).__name__}, whose "
+                f"{_config(self)._attn_implementation} attention would mix the sequences: pad them"
+            )
         out = super().call_original(*args, **kwargs)
-        kwargs = by_name(self, args, kwargs)
-        if kwargs.get("cu_seq_lens_q") is not None or not self._encodes(kwargs):
+        if is_flat or not self._encodes(named):
             return out
-        is_token, says_all = key_mask(kwargs.get("attention_mask"), *out[0].shape[:2])
+        is_token, says_all = key_mask(named.get("attention_mask"), *out[0].shape[:2])
         if is_token is None:
             return out
         # zeros at padding, as an unpadded run has; not in a sequence that begins with padding: the model may read it
-        padding = ~is_token & (is_token[:, :1] | ~is_token.any(1, keepdim=True)) & is_token.any()
+        padding = ~is_token & is_token[:, :1]
         if says_all is not True:
             padding = padding & says_all
         return self._zeroed(out, lambda x: x.masked_fill(padding[..., None], 0))
@@ -193,7 +183,10 @@ class BertEncoder(Replacement):
         """(the Layout or None where the original must run, whether the layers run on packed rows)."""
         if not self._encodes(kwargs) or _requests(self, kwargs, "output_attentions"):
             return None, False
-        seen = _requests(self, kwargs, "output_hidden_states") or is_watched(self)
+        # the shapes of flattened sequences are the same in the original
+        if is_watched(self, hooks=kwargs.get("cu_seq_lens_q") is None) or _own_attention(self):
+            return None, False
+        seen = _requests(self, kwargs, "output_hidden_states")
         layout = layout_under(attention_mask, hidden_states, kwargs, by_distance=self.BY_DISTANCE)
         if seen and self.BY_DISTANCE and layout is not None and layout.indices is not None:
             # what is seen of a sequence may not depend on whether another one in the batch has gaps
@@ -245,16 +238,22 @@ class MPNetEncoder(BertEncoder):
     ):  # fmt: skip
         outputs = dict(output_attentions=output_attentions, output_hidden_states=output_hidden_states)
         layout, unpads = self._layout(hidden_states, attention_mask, {**kwargs, **outputs})
-        if layout is None:
+        table = self.relative_attention_bias
+        # its weights are read
+        if layout is None or not (is_plain(table, nn.Embedding) and _only_looks_up(table)):
             return self.call_original(hidden_states, attention_mask, **outputs, return_dict=return_dict, **kwargs)
         # row max_seqlen + i - j is for a query at i and a key at j
         distance = torch.arange(-layout.max_seqlen, layout.max_seqlen, device=hidden_states.device)
-        buckets = F.one_hot(self.relative_position_bucket(-distance), self.relative_attention_bias.num_embeddings)
-        bias = buckets.to(hidden_states.dtype) @ self.relative_attention_bias.weight.to(hidden_states.dtype)
+        buckets = F.one_hot(self.relative_position_bucket(-distance), table.num_embeddings)
+        bias = buckets.to(hidden_states.dtype) @ table.weight.to(hidden_states.dtype)
         return _run(
             self, hidden_states, layout, unpads, lambda layer, x, inner: layer(x, inner, bias)[0],
             output_hidden_states, return_dict,
         )  # fmt: skip
+
+
+def _only_looks_up(table):
+    return table.padding_idx is None and table.max_norm is None and not table.scale_grad_by_freq
 
 
 def _run(stack, hidden_states, layout, unpads, call, output_hidden_states, return_dict, after_first=None):
@@ -291,7 +290,7 @@ class DebertaEncoder(BertEncoder):
     ):  # fmt: skip
         given = query_states is not None or relative_pos is not None or not torch.is_tensor(hidden_states)
         layout = None
-        if not given and not output_attentions and attention_mask.dim() == 2:
+        if not given and not output_attentions and attention_mask.dim() == 2 and not is_watched(self):
             layout = layout_under(attention_mask, hidden_states, {}, by_distance=True)
         if layout is None:
             return self.call_original(
@@ -301,7 +300,7 @@ class DebertaEncoder(BertEncoder):
         relative = self.get_rel_embedding()
         conv = getattr(self, "conv", None)
         return _run(
-            self, hidden_states, layout, self.fastbert_options.unpad and not is_watched(self),
+            self, hidden_states, layout, self.fastbert_options.unpad,
             lambda layer, x, inner: layer(x, inner, rel_embeddings=relative)[0], output_hidden_states, return_dict,
             after_first=None if conv is None else lambda first, x: conv(first, x, attention_mask),
         )  # fmt: skip
@@ -311,6 +310,13 @@ class ModernBertModel(BertEncoder):
     """The model is its own stack: the padding goes before the embeddings."""
 
     BY_DISTANCE = True
+
+    @staticmethod
+    def refuses(module):
+        kinds = {"dynamic", "longrope"}.intersection(getattr(module.rotary_emb, "rope_type", {}).values())
+        if kinds:
+            return f"its rotary embedding, {kinds.pop()}, depends on the padded length"
+        return BertEncoder.refuses(module)
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, **kwargs):
         x = input_ids if input_ids is not None else inputs_embeds
@@ -331,3 +337,36 @@ class ModernBertModel(BertEncoder):
         )  # fmt: skip
         out = _with_last(out, _leaving(layout, out[0], unpads))
         return out if (self.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
+
+
+class RobertaModel(Replacement):
+    """Flattened batches: their collator counts positions from 0, this family's table from `padding_idx + 1`."""
+
+    PARTS = ("attention",)
+    WHAT = "positions of flattened batches counted from padding_idx + 1"
+
+    def forward(self, *args, **kwargs):
+        kwargs = by_name(self, args, kwargs)
+        cu_seqlens, position_ids = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
+        if cu_seqlens is not None and position_ids is not None:
+            starts = first_positions(position_ids, cu_seqlens)
+            offset = self.config.pad_token_id + 1
+            kwargs["position_ids"] = torch.where((starts == 0).any(), position_ids + offset, position_ids)
+        return super().forward(**kwargs)
+
+
+class MPNetModel(Replacement):
+    """And DeBERTa: their attention knows no flattened sequences."""
+
+    PARTS = ("attention",)
+    WHAT = "refuses flattened sequences, which the original mixes"
+
+    def forward(self, *args, **kwargs):
+        refuse_flattened(self, kwargs)
+        return super().forward(*args, **kwargs)
+
+
+def refuse_flattened(model, kwargs):
+    """Raises ValueError for flattened sequences given to a model, with a head or without, that would mix them."""
+    if kwargs.get("cu_seq_lens_q") is not None and isinstance(model.base_model, MPNetModel):
+        raise ValueError(f"cu_seq_lens_q is given: {type(model).__name__} would mix the sequences, pad them")

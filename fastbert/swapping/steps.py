@@ -4,14 +4,21 @@ Letters: B sequences, S padded length, T real tokens, N rows (T where padding is
 H heads, K head size.
 """
 
+import functools
 import inspect
 import sys
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import ops
+
+# a module's own hooks, in its __dict__
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+PLAIN = (torch.Tensor, nn.Parameter)
 
 
 @dataclass(frozen=True)
@@ -22,18 +29,22 @@ class Options:
     layer_norm: bool
     gelu: bool
     loss: bool
-    unpad: bool
+    unpad: bool | str
     logits: str
 
 
 class Replacement:
     """A forward that takes the place of another class's; `self` is still an instance of that class.
 
-    PARTS: the switches of `swap` that ask for it. WHAT: what the report says runs now.
+    PARTS: the switches of `swap` that ask for it. WHAT: what the report says runs now. TOKENWISE: whether it acts on
+    each token alone, or takes a `Layout`. misfit: None, or a function of the module: why it cannot take one now, or
+    None.
     """
 
     PARTS = ()
     WHAT = ""
+    TOKENWISE = False
+    misfit = None
 
     @staticmethod
     def refuses(module):
@@ -55,17 +66,27 @@ def original(module):
     return getattr(type(module), "replaces", type(module))
 
 
+def is_dry(x):
+    """Whether a tensor has a shape but no values."""
+    return x.is_meta or isinstance(x, FakeTensor)
+
+
+def has_plain_parameters(module):
+    """Whether the parameters of a module itself are here as plain tensors: not offloaded, sharded or quantised."""
+    return all(p is None or type(p) in PLAIN and not p.is_meta for p in module._parameters.values())
+
+
 def is_plain(module, cls):
-    """Whether `module` is of `cls` (or of what replaced it) and calling it runs its forward and nothing else: no
-    adapter, hook or parametrization. Only then may its parameters be used without calling it."""
-    kind = type(module)
-    return (kind is cls or vars(kind).get("replaces") is cls) and not (
-        nn.modules.module._has_any_global_hook()
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in vars(module)
+    """Whether `module` is of `cls` (or of what replaced it) and calling it runs the forward of its library and nothing
+    else: no adapter, hook or parametrization. Only then may its parameters and settings be used without calling it."""
+    kind, attributes = type(module), vars(module)
+    return (
+        (kind is cls or vars(kind).get("replaces") is cls)
+        and "forward" not in attributes
+        and cls.forward.__module__ == cls.__module__
+        and not any(attributes[kind] for kind in HOOKS)
+        and not nn.modules.module._has_any_global_hook()
+        and has_plain_parameters(module)
     )
 
 
@@ -78,10 +99,10 @@ def linear(module, x):
 
 
 def dropout_arguments(dropout, device):
-    """An op's arguments for an nn.Dropout, or for a probability. The seed comes from torch's generator:
+    """An op's arguments for an nn.Dropout or nn.Identity, or for a probability. The seed comes from torch's generator:
     torch.manual_seed and activation checkpointing reproduce it."""
     if isinstance(dropout, nn.Module):
-        dropout = dropout.p if dropout.training else 0.0
+        dropout = getattr(dropout, "p", 0.0) if dropout.training else 0.0
     if dropout == 0.0:
         return {}
     return dict(dropout_p=dropout, seed=torch.randint(-(2**63), 2**63 - 1, (1,), device=device))
@@ -89,16 +110,14 @@ def dropout_arguments(dropout, device):
 
 def layer_norm(module, x, residual=None, dropout=None):
     """LayerNorm(dropout(x) + residual), in one pass where the modules allow it. x, residual [..., D]."""
-    eps = _eps(module)
-    if eps is None or module.weight is None:
-        x = x if dropout is None else dropout(x)
-        return module(x if residual is None else x + residual)
-    options = {}
-    if dropout is not None and dropout.training:
-        if is_plain(dropout, nn.Dropout):
+    eps, options = _eps(module), {}
+    if dropout is not None:
+        if eps is not None and is_plain(dropout, nn.Dropout):
             options = dropout_arguments(dropout, x.device)
         else:
             x = dropout(x)
+    if eps is None:
+        return module(x if residual is None else x + residual)
     rows = x.reshape(-1, x.shape[-1])
     residual = residual if residual is None else residual.reshape(rows.shape)
     return ops.layer_norm(rows, module.weight, module.bias, residual=residual, eps=eps, **options).view(x.shape)
@@ -107,44 +126,73 @@ def layer_norm(module, x, residual=None, dropout=None):
 def _eps(norm):
     """The epsilon of a LayerNorm over the last dimension whose parameters may be used; None for other modules."""
     if is_plain(norm, nn.LayerNorm):
-        return norm.eps if len(norm.normalized_shape) == 1 else None
+        return norm.eps if len(norm.normalized_shape) == 1 and norm.weight is not None else None
     # DeBERTa v1 has a class of its own that computes the same
     kind = original(norm)
-    return norm.variance_epsilon if kind.__name__ == "DebertaLayerNorm" and is_plain(norm, kind) else None
+    is_debertas = kind.__name__ == "DebertaLayerNorm" and kind.__module__.startswith("transformers.models.")
+    return norm.variance_epsilon if is_debertas and is_plain(norm, kind) else None
 
 
-def gelu_form(activation):
-    """The form of a GELU module of HuggingFace's or torch's, as `torch.nn.functional.gelu` names it, else None."""
+_GELUS = {
+    "GELUActivation": "none", "NewGELUActivation": "tanh", "GELUTanh": "tanh", "PytorchGELUTanh": "tanh",
+    "FastGELUActivation": "tanh",
+}  # fmt: skip
+
+
+def gelu_kind(activation):
+    """The form of a GELU of HuggingFace's or torch's, as `torch.nn.functional.gelu` names it, else None."""
+    if isinstance(activation, functools.partial) and activation.func is F.gelu and not activation.args:
+        return activation.keywords.get("approximate", "none") if activation.keywords.keys() <= {"approximate"} else None
+    if activation is F.gelu:
+        return "none"
     kind = original(activation)
     if kind is nn.GELU:
         return activation.approximate
-    return {
-        "GELUActivation": "none", "NewGELUActivation": "tanh", "GELUTanh": "tanh", "PytorchGELUTanh": "tanh",
-        "FastGELUActivation": "tanh",
-    }.get(kind.__name__)  # fmt: skip
+    return _GELUS.get(kind.__name__) if kind.__module__ == "transformers.activations" else None
+
+
+def gelu_form(activation):
+    """The same, but None for a module that must be called: one with a hook or code of its own."""
+    is_called = isinstance(activation, nn.Module) and not is_plain(activation, original(activation))
+    return None if is_called else gelu_kind(activation)
 
 
 def linear_gelu(dense, activation, x):
     """activation(dense(x)), the bias added inside the GELU's kernel."""
     approximate = gelu_form(activation)
-    if approximate is None or not is_plain(activation, original(activation)):
+    if approximate is None:
         return activation(linear(dense, x))
     if not is_plain(dense, nn.Linear):
-        return gelu(dense(x), approximate)
+        return gelu(activation, dense(x))
     rows = x.reshape(-1, x.shape[-1])
     y = ops.linear_gelu(rows, dense.weight, dense.bias, approximate=approximate)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def gelu(x, approximate):
-    """x [..., F]."""
+def gelu(activation, x):
+    """activation(x) of x [..., F]."""
+    approximate = gelu_form(activation)
+    if approximate is None:
+        return activation(x)
     return ops.bias_gelu(x.reshape(-1, x.shape[-1]), None, approximate=approximate).view(x.shape)
+
+
+def gelu_norm(dense, activation, norm, x):
+    """norm(activation(dense(x))), one pass after the matrix multiplication where the modules allow it."""
+    approximate, eps = gelu_form(activation), _eps(norm)
+    if approximate is None or eps is None or not is_plain(dense, nn.Linear):
+        return layer_norm(norm, gelu(activation, linear(dense, x)))
+    rows = x.reshape(-1, x.shape[-1])
+    y = ops.gelu_layer_norm(
+        ops.linear(rows, dense.weight), dense.bias, norm.weight, norm.bias, approximate=approximate, eps=eps
+    )
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def refuses_activation(name):
     def refuses(module):
         activation = getattr(module, name)
-        if gelu_form(activation) is None:
+        if gelu_kind(activation) is None:
             kind = getattr(activation, "__name__", type(activation).__name__)
             return f"its activation, {kind}, is no GELU"
         return None
@@ -159,17 +207,6 @@ def attend(layout, q, k, v, heads, op=ops.attention, **options):
     """
     q, k, v = (x.reshape(len(x), heads, -1) for x in map(layout.pack, (q, k, v)))
     return layout.unpack(op(q, k, v, layout.cu_seqlens, layout.max_seqlen, **options).flatten(1))
-
-
-def gelu_norm(dense, approximate, norm, x):
-    """LayerNorm(gelu(dense(x))), one pass after the matrix multiplication where the modules allow it."""
-    if not is_plain(dense, nn.Linear) or not is_plain(norm, nn.LayerNorm):
-        return layer_norm(norm, gelu(linear(dense, x), approximate))
-    rows = x.reshape(-1, x.shape[-1])
-    y = ops.gelu_layer_norm(
-        ops.linear(rows, dense.weight), dense.bias, norm.weight, norm.bias, approximate=approximate, eps=norm.eps
-    )
-    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def from_file_of(module, name):

@@ -2,6 +2,7 @@
 
 from .attention import (
     AlbertAttention,
+    Attention,
     BertSelfAttention,
     DebertaDisentangledSelfAttention,
     DebertaV2DisentangledSelfAttention,
@@ -20,8 +21,15 @@ from .feed_forward import (
     MPNetAttention,
     TransformerBlock,
 )
-from .losses import AlbertForPreTraining, BertForMaskedLM, BertForPreTraining, BertForSequenceClassification
-from .stacks import BertEncoder, DebertaEncoder, ModernBertModel, MPNetEncoder
+from .losses import (
+    AlbertForPreTraining,
+    BertForMaskedLM,
+    BertForPreTraining,
+    BertForSequenceClassification,
+    ElectraForPreTraining,
+)
+from .stacks import BertEncoder, DebertaEncoder, ModernBertModel, MPNetEncoder, MPNetModel, RobertaModel
+from .tokenwise import KNOWN
 
 # what most families copy from BERT, by the name without the family's
 _COPIED = {
@@ -42,9 +50,9 @@ _OWN = {
         "BertForPreTraining": BertForPreTraining,
         "BertPredictionHeadTransform": BertPredictionHeadTransform,
     },
-    ("roberta", "Roberta"): {},
-    ("xlm_roberta", "XLMRoberta"): {},
-    ("electra", "Electra"): {"ElectraForPreTraining": BertForSequenceClassification},
+    ("roberta", "Roberta"): {"RobertaModel": RobertaModel},
+    ("xlm_roberta", "XLMRoberta"): {"XLMRobertaModel": RobertaModel},
+    ("electra", "Electra"): {"ElectraForPreTraining": ElectraForPreTraining},
     ("albert", "Albert"): {
         "AlbertAttention": AlbertAttention,
         "AlbertForPreTraining": AlbertForPreTraining,
@@ -60,17 +68,20 @@ _OWN = {
     ("deberta", "Deberta"): {
         "DebertaEncoder": DebertaEncoder,
         "DebertaLayerNorm": DebertaLayerNorm,
+        "DebertaModel": MPNetModel,
         "DisentangledSelfAttention": DebertaDisentangledSelfAttention,
         "LegacyDebertaPredictionHeadTransform": BertPredictionHeadTransform,
     },
     ("deberta_v2", "DebertaV2"): {
         "DebertaV2Encoder": DebertaEncoder,
+        "DebertaV2Model": MPNetModel,
         "DisentangledSelfAttention": DebertaV2DisentangledSelfAttention,
         "LegacyDebertaV2PredictionHeadTransform": BertPredictionHeadTransform,
     },
     ("mpnet", "MPNet"): {
         "MPNetAttention": MPNetAttention,
         "MPNetEncoder": MPNetEncoder,
+        "MPNetModel": MPNetModel,
         "MPNetSelfAttention": MPNetSelfAttention,
     },
     ("modernbert", "ModernBert"): {
@@ -80,9 +91,29 @@ _OWN = {
     },
 }
 
+# classes inside a stack or a masked-LM head that only call the others
+_CALLERS = (
+    "Attention", "EncoderLayer", "Embeddings", "Layer", "LayerGroup", "RotaryEmbedding", "LMHead", "LMPredictionHead",
+    "MLMHead", "GeneratorPredictions", "OnlyMLMHead", "PredictionHead", "PredictionHeadTransform", "PreTrainingHeads",
+)  # fmt: skip
+
+
+def _full_name(file, name):
+    return f"transformers.models.{file}.modeling_{file}.{name}"
+
+
 # full name of HuggingFace's class -> what takes its place
 TABLE = {
-    f"transformers.models.{file}.modeling_{file}.{theirs}": ours
+    _full_name(file, theirs): ours
     for (file, family), own in _OWN.items()
     for theirs, ours in {**{f"{family}{name}": cls for name, cls in _COPIED.items()}, **own}.items()
 }
+# attention must be ours, the rest may also have stayed what it was
+KNOWN.update(
+    _full_name(file, f"{prefix}{family}{name}")
+    for file, family in _OWN
+    for name in _CALLERS
+    for prefix in ("", "Legacy")
+)
+KNOWN.update(name for name, cls in TABLE.items() if cls.TOKENWISE)
+KNOWN.difference_update(name for name, cls in TABLE.items() if issubclass(cls, Attention))

@@ -2,11 +2,10 @@
 
 Letters: B sequences, S padded length, T tokens, D hidden size.
 
-A layer and a stack of layers compute tokens alone, and return 0 at padding. (torch does the same in its fast path for
-inference; elsewhere it returns what the padding attended to.)
+A stack of layers computes tokens alone, and returns 0 at padding. (torch does the same in its fast path for inference;
+elsewhere it returns what the padding attended to, as layers and attention by themselves do here too.)
 """
 
-import functools
 import math
 
 import torch
@@ -14,9 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import ops
-from ..packing import Layout
-from .stacks import is_static, is_watched, layout_under
-from .steps import Replacement, dropout_arguments, gelu_form, is_plain, linear
+from ..packing import Layout, full_layout, layout_of
+from .stacks import is_static
+from .steps import Replacement, dropout_arguments, has_plain_parameters, is_plain, linear, linear_gelu
+from .tokenwise import is_watched
 
 # limits of the kernels: columns of a norm, head size
 MOST_COLUMNS, MOST_HEAD_SIZE = 8192, 128
@@ -34,6 +34,7 @@ def _takes(x):
 class LayerNorm(Replacement):
     PARTS = ("layer_norm",)
     WHAT = "fused norm"
+    TOKENWISE = True
 
     @staticmethod
     def refuses(module):
@@ -44,7 +45,7 @@ class LayerNorm(Replacement):
 
     def forward(self, input):
         shape = self.normalized_shape
-        if not _takes(input) or input.shape[-len(shape) :] != shape:
+        if not _takes(input) or input.shape[-len(shape) :] != shape or not has_plain_parameters(self):
             return super().forward(input)
         weight, bias = (p if p is None else p.flatten() for p in (self.weight, self.bias))
         rows = input.reshape(-1, math.prod(shape))
@@ -54,6 +55,7 @@ class LayerNorm(Replacement):
 class GELU(Replacement):
     PARTS = ("gelu",)
     WHAT = "fused GELU"
+    TOKENWISE = True
 
     def forward(self, input):
         # torch keeps the memory format of the input
@@ -66,9 +68,12 @@ class GELU(Replacement):
 # ------------------------------------------------------------------------------------------------------- transformer
 
 
-def _layout(x, padding, batch_first):
+def _layout(x, padding, batch_first, begins_padded=True):
     """The Layout of x [B, S, D] (or [S, B, D], or [S, D]) under torch's key_padding_mask: bool, True at padding, or
-    floating, added to the scores. None where that mask hides more than padding."""
+    floating, added to the scores. None where that mask hides more than padding.
+
+    begins_padded: whether sequences may begin with padding.
+    """
     if x.dim() not in (2, 3) or is_static():
         return None
     shape = x.shape[:-1]
@@ -88,8 +93,8 @@ def _layout(x, padding, batch_first):
                 return None
         else:
             return None
-    layout = layout_under(kept, x, {}, by_distance=False)
-    if layout is None:
+    layout = full_layout(B, S, x.device) if kept is None or bool(kept.all()) else layout_of(kept)
+    if layout.indices is not None and not begins_padded and not bool(kept[:, 0].all()):
         return None
     indices = layout.indices
     if not batch_first:
@@ -99,14 +104,10 @@ def _layout(x, padding, batch_first):
     return layout._replace(indices=indices, shape=tuple(shape))
 
 
-def _is_swapped(module, replacement):
-    """Whether calling `module` ends in the forward of `replacement`, through whatever hooks."""
-    return isinstance(module, replacement) and "forward" not in vars(module)
-
-
 class MultiheadAttention(Replacement):
     PARTS = ("attention",)
     WHAT = "fused self-attention; falls back to torch's with an attn_mask or need_weights"
+    TOKENWISE = True
 
     @staticmethod
     def refuses(module):
@@ -118,24 +119,41 @@ class MultiheadAttention(Replacement):
             return f"its head size is {module.head_dim}, more than the kernels' {MOST_HEAD_SIZE}"
         return None
 
+    def misfit(self):
+        # torch does not call `out_proj` either
+        is_here = has_plain_parameters(self) and has_plain_parameters(self.out_proj)
+        return None if is_here else "has weights that are sharded, offloaded or quantised"
+
     def forward(
         self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True,
         is_causal=False,
     ):  # fmt: skip
         layout = key_padding_mask if isinstance(key_padding_mask, Layout) else None
         is_other = need_weights or attn_mask is not None or is_causal
-        if layout is None and query is key and key is value and not is_other and _takes(query):
+        if layout is None and query is key and key is value and not (is_other or self.misfit()) and _takes(query):
             layout = _layout(query, key_padding_mask, self.batch_first)
         if layout is None:
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
-        rows = layout.pack(query)
-        qkv = ops.linear(rows, self.in_proj_weight, self.in_proj_bias).view(len(rows), 3, self.num_heads, -1)
-        options = dropout_arguments(self.dropout if self.training else 0.0, rows.device)
-        out = ops.attention(qkv, None, None, layout.cu_seqlens, layout.max_seqlen, **options).flatten(1)
-        # torch does not call this module either
-        return layout.unpack(ops.linear(out, self.out_proj.weight, self.out_proj.bias)), None
+        options = dropout_arguments(self.dropout if self.training else 0.0, query.device)
+        rows, weight, bias = layout.pack(query), self.in_proj_weight, self.in_proj_bias
+        if layout is key_padding_mask or len(rows) == math.prod(layout.shape):
+            qkv = ops.linear(rows, weight, bias).view(len(rows), 3, self.num_heads, -1)
+            out = ops.attention(qkv, None, None, layout.cu_seqlens, layout.max_seqlen, **options)
+        else:
+            # the caller may read padding rows, so these are query rows too
+            tokens, layout = layout, _layout(query, None, self.batch_first)
+            (weight_q, weight_kv), (bias_q, bias_kv) = (
+                (None, None) if x is None else x.tensor_split([self.embed_dim]) for x in (weight, bias)
+            )
+            q = ops.linear(layout.pack(query), weight_q, bias_q).unflatten(1, (self.num_heads, -1))
+            kv = ops.linear(rows, weight_kv, bias_kv).view(len(rows), 2, self.num_heads, -1)
+            out = ops.attention(
+                q, kv, None, tokens.cu_seqlens, tokens.max_seqlen, cu_seqlens_q=layout.cu_seqlens,
+                max_seqlen_q=layout.max_seqlen, **options,
+            )  # fmt: skip
+        return layout.unpack(ops.linear(out.flatten(1), self.out_proj.weight, self.out_proj.bias)), None
 
 
 # the methods that torch's layer calls, which a user may have set on an instance
@@ -147,14 +165,15 @@ class TransformerEncoderLayer(Replacement):
 
     PARTS = ("attention", "layer_norm", "gelu")
     WHAT = "fused norms and GELU; runs unpadded unless a src_mask is given"
+    TOKENWISE = True
 
     def forward(self, src, src_mask=None, src_key_padding_mask=None, is_causal=False):
         if isinstance(src_key_padding_mask, Layout):
             return self._block(src, key_padding_mask=src_key_padding_mask)
         if vars(self).keys() & _BLOCKS or not _takes(src) or (is_causal and src_mask is None):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
-        if src_mask is None and self.fastbert_options.unpad and _packs(self) and not is_watched(self):
-            layout = _layout(src, src_key_padding_mask, self.self_attn.batch_first)
+        if src_mask is None and self.fastbert_options.unpad is True and not is_watched(self):
+            layout = _layout(src, src_key_padding_mask, self.self_attn.batch_first, begins_padded=False)
             if layout is not None:
                 rows = layout.pack(src)
                 return layout.unpack(self._block(rows, key_padding_mask=layout.without_padding(len(rows))))
@@ -189,78 +208,32 @@ class TransformerEncoderLayer(Replacement):
         return ops.layer_norm(rows, norm.weight, norm.bias, residual=residual, eps=norm.eps, **options).view(x.shape)
 
     def _feed_forward(self, x):
-        approximate = _gelu_of(self.activation) if self.fastbert_options.gelu else None
-        if approximate is not None and is_plain(self.linear1, nn.Linear):
-            weight, bias = self.linear1.weight, self.linear1.bias
-            y = ops.linear_gelu(x.flatten(0, -2), weight, bias, approximate=approximate).view(*x.shape[:-1], -1)
+        if self.fastbert_options.gelu:
+            y = linear_gelu(self.linear1, self.activation, x)
         else:
             y = self.activation(linear(self.linear1, x))
         return linear(self.linear2, self.dropout(y))
-
-
-def _gelu_of(activation):
-    """The form of a GELU, as `torch.nn.functional.gelu` names it; None for another activation, or one with hooks."""
-    if activation is F.gelu:
-        return "none"
-    if isinstance(activation, functools.partial) and activation.func is F.gelu and not activation.args:
-        return activation.keywords.get("approximate", "none") if activation.keywords.keys() <= {"approximate"} else None
-    return gelu_form(activation) if isinstance(activation, nn.GELU) and is_plain(activation, nn.GELU) else None
-
-
-def _packs(layer):
-    """Whether a layer can be called with a Layout in place of its padding mask."""
-    # runs for every layer in every call: Module.__getattr__ would take most of the time
-    parts = layer._modules
-    is_ours = _is_swapped(layer, TransformerEncoderLayer) and _is_swapped(parts["self_attn"], MultiheadAttention)
-    return is_ours and not _BLOCKS & vars(layer).keys() and _is_rowwise(parts, (parts["self_attn"].embed_dim,))
-
-
-def _is_rowwise(parts, shape):
-    """Whether everything but attention works on each row alone, as far as its class tells. A user may have put in what
-    reads whole sequences (stochastic depth, a convolution, a norm over S and D)."""
-    activation = parts.get("activation")
-    if activation is not None and gelu_form(activation) is None:
-        is_torchs = type(activation).__module__ == nn.ReLU.__module__
-        if not is_torchs or hasattr(activation, "dim") or activation._parameters:
-            return False
-    for name in ("linear1", "linear2"):
-        # all kinds of linear layers have it
-        if not hasattr(parts[name], "in_features"):
-            return False
-    for name in ("norm1", "norm2"):
-        if getattr(parts[name], "normalized_shape", None) != shape:
-            return False
-    return all(isinstance(parts[name], (nn.Dropout, nn.Identity)) for name in ("dropout", "dropout1", "dropout2"))
 
 
 class TransformerEncoder(Replacement):
     PARTS = ("attention",)
     WHAT = "runs unpadded"
 
-    @staticmethod
-    def refuses(module):
-        # a layer that is also part of another stack may have been swapped already
-        kinds = [vars(type(layer)).get("replaces", type(layer)) for layer in module.layers]
-        others = {kind.__name__ for kind in kinds if kind.forward is not nn.TransformerEncoderLayer.forward}
-        return f"it has layers of another class, {', '.join(sorted(others))}" if others else None
-
     def forward(self, src, mask=None, src_key_padding_mask=None, is_causal=None):
         layout, unpads = None, self.fastbert_options.unpad
-        if mask is None and not is_causal and _takes(src) and not is_watched(self) and all(map(_packs, self.layers)):
+        if mask is None and not is_causal and _takes(src) and not is_watched(self):
             orders = {layer.self_attn.batch_first for layer in self.layers}
             if len(orders) == 1:
-                layout = _layout(src, src_key_padding_mask, *orders)
+                layout = _layout(src, src_key_padding_mask, *orders, begins_padded=False)
         if layout is None:
             return super().forward(src, mask, src_key_padding_mask, is_causal)
         x = layout.pack(src) if unpads else src
         inner = layout.without_padding(len(x)) if unpads else layout
         for layer in self.layers:
             x = layer(x, src_key_padding_mask=inner)
-        norm = self.norm
-        if norm is not None and is_plain(norm, nn.LayerNorm) and norm.normalized_shape == x.shape[-1:]:
-            x, norm = norm(x), None
-        x = layout.unpack(x) if unpads else x
-        return x if norm is None else norm(x)
+        if self.norm is not None:
+            x = self.norm(x)
+        return layout.unpack(x if unpads else layout.pack(x))
 
 
 class TransformerDecoder(Replacement):

@@ -1,5 +1,6 @@
 """The learning curve and the model card of a finished run."""
 
+import io
 import math
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -82,8 +83,9 @@ def learning_curve(directory):
         above.set_xlabel("tokens", fontsize=9)
         above.tick_params(labelsize=9, length=3)
         above.spines["top"].set_visible(False)
-    path = Path(directory) / "learning_curve.png"
-    figure.savefig(path)
+    path, picture = Path(directory) / "learning_curve.png", io.BytesIO()
+    figure.savefig(picture, format="png")
+    write(path, picture.getvalue())
     return path
 
 

@@ -20,37 +20,39 @@ import shutil
 import warnings
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..data.tokenizer import save_tokenizer
-from ..files import MANIFEST, all_files, sync, verify_manifest, write_manifest
+from ..files import all_files, read_json, sync, verify_manifest, write_manifest
 from .options import flag
 
-MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "trainer_state.json"
-_NAME = re.compile(r"checkpoint-(\d+)")
-_BUILDING, _REPLACED = ".building-", ".replaced-"
+CONFIG, MODEL, OPTIMIZER, STATE = "config.json", "model.safetensors", "optimizer.safetensors", "trainer_state.json"
+_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
+# the square root of the largest float32
+MAX_PARAMETER = 1.8e19
+_BUILDING, _REPLACED, _DELETED = ".building-", ".replaced-", ".deleted-"
 _EXACT = "parameter"
 
 
 def save_checkpoint(directory, step, model, optimizer, tokenizer, state, *, keep=None):
-    """Write `directory`/checkpoint-<step>, then delete all but the newest `keep` checkpoints (None: keep all).
+    """Write `directory`/checkpoint-<step>. keep: see `prune`, None keeps all.
 
     model: one of fastbert.model.heads. optimizer: a torch optimizer over its parameters. tokenizer: a
     tokenizers.Tokenizer. state: anything that JSON can hold. Returns the path.
 
-    Raises ValueError when a parameter is not finite and OSError when the files cannot be written. Earlier checkpoints
-    stay in both cases.
+    Raises ValueError when a parameter is dead, see `dead_parameter`, and OSError when the files cannot be written.
+    Earlier checkpoints stay in both cases.
     """
-    bad = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
-    if bad:
-        raise ValueError(f"step {step} is not saved: {len(bad)} parameters are not finite, the first is {bad[0]}")
+    if dead := dead_parameter(model):
+        raise ValueError(f"step {step} is not saved: {dead}")
     directory = Path(directory)
     final = directory / f"checkpoint-{step}"
     with _building(directory, final.name) as building:
         model.save_pretrained(building)
         save_file(_optimizer_tensors(model, optimizer), building / OPTIMIZER)
+        # safetensors' own are 0600
+        (building / OPTIMIZER).chmod((building / CONFIG).stat().st_mode)
         (building / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         _save_tokenizers(tokenizer, building)
         write_manifest(building)
@@ -59,11 +61,44 @@ def save_checkpoint(directory, step, model, optimizer, tokenizer, state, *, keep
             final.rename(directory / f"{_REPLACED}{final.name}")
         building.rename(final)
         sync(directory)
-    for old in _by_step(directory)[:-keep] if keep else []:
-        # the manifest first: a half-deleted checkpoint must not pass for a whole one
-        (old / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(old, ignore_errors=True)
+    if keep:
+        prune(final, keep)
     return final
+
+
+def dead_parameter(model):
+    """What is wrong with the first parameter that holds NaN, infinity, or a number whose square overflows; or None.
+
+    Attention and norms multiply such numbers with each other: no finite gradient can come of them.
+    """
+    for name, parameter in model.named_parameters():
+        largest = parameter.detach().abs().max().item() if parameter.numel() else 0.0
+        # NaN compares as false
+        if not largest < MAX_PARAMETER:
+            return f"{name} has a value of {largest:g}"
+    return None
+
+
+def prune(newest, keep):
+    """Delete older checkpoints beside checkpoint `newest` so that `keep` are left, itself included.
+
+    A damaged checkpoint neither counts nor is deleted. One with a higher step than `newest` stays.
+    """
+    older, kept = False, 1
+    for path in _newest_first(newest.parent):
+        if older and _fault(path) is None:
+            kept += 1
+            if kept > keep:
+                # a half-deleted checkpoint must not pass for a whole one, and must be found again
+                shutil.rmtree(path.rename(path.with_name(f"{_DELETED}{path.name}")), ignore_errors=True)
+        older = older or path == newest
+
+
+def set_aside(path):
+    """Rename checkpoint-<step>, whose parameters give no finite gradient, to diverged-<step>. Returns the new path."""
+    aside = path.with_name(path.name.replace("checkpoint", "diverged"))
+    shutil.rmtree(aside, ignore_errors=True)
+    return path.rename(aside)
 
 
 def load_checkpoint(path, model, optimizer):
@@ -83,16 +118,19 @@ def load_checkpoint(path, model, optimizer):
     # a parameter that has had no gradient yet has no state
     for key, value in load_file(path / OPTIMIZER).items():
         name, _, entry = key.rpartition("/")
+        parameter = parameters.get(name)
+        if parameter is None or value.shape not in (parameter.shape, ()):
+            raise ValueError(f"{path / OPTIMIZER} belongs to another model: {key} has the shape {tuple(value.shape)}")
         if entry == _EXACT:
-            parameters[name].data.copy_(value)
+            parameter.data.copy_(value)
         else:
-            optimizer.state[parameters[name]][entry] = value.to(parameters[name].device)
+            optimizer.state[parameter][entry] = value.to(parameter.device)
     return read_state(path)
 
 
 def read_state(path):
     """The JSON object that `save_checkpoint` was given as `state`."""
-    return json.loads((Path(path) / STATE).read_text(encoding="utf-8"))
+    return read_json(Path(path) / STATE)
 
 
 def latest(directory):
@@ -100,14 +138,12 @@ def latest(directory):
 
     A damaged one is skipped with a warning that says what is wrong with it. Raises ValueError when all are damaged.
     """
-    candidates = _by_step(directory)
-    for path in reversed(candidates):
-        try:
-            verify(path)
-        except ValueError as error:
-            warnings.warn(f"skipped a checkpoint: {error}", stacklevel=2)
-        else:
+    candidates = _newest_first(directory)
+    for path in candidates:
+        fault = _fault(path)
+        if fault is None:
             return path
+        warnings.warn(f"skipped a checkpoint: {fault}", stacklevel=2)
     if candidates:
         raise ValueError(f"every checkpoint in {directory} is damaged ({len(candidates)} checked)")
     return None
@@ -167,17 +203,22 @@ def to_resume(directory, resume):
     return None
 
 
-def check_same_run(path, state, config, tokenizer, may_differ):
+def check_same_run(path, state, config, tokenizer, may_differ, may_fall):
     """Raises ValueError unless checkpoint `path` has the options `config` and the tokenizer's hash.
 
-    state: what `read_state` returns. may_differ: names of options that a resumed run may change.
+    state: what `read_state` returns. may_differ, may_fall: names of options that a resume may change, or lower.
     """
+    for name, kind in (("config", dict), ("tokenizer", str), ("data", str), ("progress", dict)):
+        if not isinstance(state.get(name), kind):
+            raise ValueError(f"{path / STATE} has {state.get(name)!r} as {name!r}: it is damaged")
     # an option that is newer than the checkpoint had its default
     then = {field.name: field.default for field in dataclasses.fields(config)} | state["config"]
     now = json.loads(json.dumps(dataclasses.asdict(config)))
     for name in now:
-        if name not in may_differ and then[name] != now[name]:
-            raise ValueError(f"--resume: {flag(name)} is {now[name]!r}, but {then[name]!r} in {path}")
+        lower = name in may_fall and isinstance(then[name], int | float) and now[name] < then[name]
+        if name not in may_differ and not lower and then[name] != now[name]:
+            only = " (it may be lowered)" if name in may_fall else ""
+            raise ValueError(f"--resume: {flag(name)} is {now[name]!r}, but {then[name]!r} in {path}{only}")
     if tokenizer != state["tokenizer"]:
         raise ValueError(
             f"--resume: the tokenizer has sha256 {tokenizer[:12]}, but {state['tokenizer'][:12]} in {path}"
@@ -193,7 +234,7 @@ def clear_unfinished(directory):
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.rename(final)
-    for path in directory.glob(f"{_BUILDING}*"):
+    for path in (*directory.glob(f"{_BUILDING}*"), *directory.glob(f"{_DELETED}*")):
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -208,10 +249,20 @@ def _optimizer_tensors(model, optimizer):
 
 def _save_tokenizers(tokenizer, directory):
     """Save the tokenizer beside every model in `directory`."""
-    for path in directory.rglob("config.json"):
+    for path in directory.rglob(CONFIG):
         save_tokenizer(tokenizer, path.parent)
 
 
-def _by_step(directory):
-    steps = {int(match[1]): p for p in Path(directory).glob("checkpoint-*") if (match := _NAME.fullmatch(p.name))}
-    return [steps[step] for step in sorted(steps)]
+def _newest_first(directory):
+    """The paths of the checkpoints in a directory, whole or not, by falling steps."""
+    steps = {path: match[1] for path in Path(directory).iterdir() if (match := _NAME.fullmatch(path.name))}
+    return sorted(steps, key=lambda path: int(steps[path]), reverse=True)
+
+
+def _fault(path):
+    """What `verify` finds wrong with a checkpoint, or None."""
+    try:
+        verify(path)
+    except (OSError, ValueError) as error:
+        return error
+    return None

@@ -1,8 +1,12 @@
 """The log of a run: a progress bar and lines, metrics.jsonl, TensorBoard."""
 
+import contextlib
 import json
 import math
+import os
+import platform
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -38,11 +42,13 @@ class Log:
         return self
 
     def __exit__(self, *error):
-        for part in (self.rows, self.tensorboard):
-            if part is not None:
-                part.close()
         if self.bar is not None:
             self.bar.stop()
+        for part in (self.rows, self.tensorboard):
+            if part is not None:
+                # on a full disk closing fails once more
+                with contextlib.suppress(OSError):
+                    part.close()
 
     def say(self, line):
         # soft_wrap: no line breaks in a narrow terminal
@@ -88,11 +94,12 @@ class Log:
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in row.items()
         }
-        self.rows.write(json.dumps(row) + "\n")
-        if self.tensorboard is not None:
-            for name, value in row.items():
-                if name not in ("step", "elapsed") and value is not None:
-                    self.tensorboard.add_scalar(name.replace("eval_", "eval/", 1), value, row["step"])
+        try:
+            self.rows.write(json.dumps(row) + "\n")
+            if self.tensorboard is not None:
+                self.tensorboard.write(row)
+        except OSError as error:
+            raise OSError(f"the log in {self.directory} cannot be written: {error.strerror}") from None
         said = ", ".join(f"{name} {value}" for name, value in in_words(row).items())
         if is_evaluation(row):
             self.last_evaluation = row
@@ -130,14 +137,17 @@ def in_words(row, digits=1):
 
 
 def read_metrics(directory):
-    """The rows of a run's metrics.jsonl, without a last line that a crash has cut."""
+    """The rows of a run's metrics.jsonl, up to the first line that is none: a crash may have cut the last one."""
     path = Path(directory) / METRICS
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            break
+        rows.append(row)
     return rows
 
 
@@ -154,11 +164,44 @@ def peak_memory_mb(device):
 
 
 def _tensorboard(directory, step):
+    """TensorBoard's file of a run that begins after `step`, or None where TensorBoard is not installed."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        return TensorBoard(directory, step)
     except ImportError:
         return None
-    return SummaryWriter(str(directory), purge_step=step + 1)
+
+
+class TensorBoard:
+    """An event file. TensorBoard's own writer has a thread, whose errors nobody can catch."""
+
+    def __init__(self, directory, step):
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self.event, self.summary = Event, Summary
+        directory.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns()}.{platform.node()}.{os.getpid()}"
+        self.file = open(directory / name, "xb")  # noqa: SIM115 (closed by the log)
+        self.records = RecordWriter(self.file)
+        self._add(file_version="brain.Event:2")
+        # rows after `step` that an earlier process wrote do not count
+        self._add(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, row):
+        values = [
+            self.summary.Value(tag=name.replace("eval_", "eval/", 1), simple_value=value)
+            for name, value in row.items()
+            if name not in ("step", "elapsed") and value is not None
+        ]
+        self._add(step=row["step"], summary=self.summary(value=values))
+
+    def close(self):
+        self.file.close()
+
+    def _add(self, **fields):
+        self.records.write(self.event(wall_time=time.time(), **fields).SerializeToString())
+        self.file.flush()
 
 
 def clock(seconds):

@@ -15,6 +15,7 @@ import math
 import time
 from dataclasses import asdict, dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from .log import peak_memory_mb
 
 # the run gives up after so many steps in a row without a finite gradient
 MAX_NONFINITE = 5
+NO_GRADIENT = "no finite gradient in the {} steps up to {}"
 
 
 @dataclass
@@ -46,6 +48,20 @@ class Progress:
     evaluated: int = 0
     # sums since the last row of the log
     window: dict = field(default_factory=dict)
+
+    @classmethod
+    def restored(cls, values):
+        """From what a checkpoint says. Raises ValueError for other names and for values that no run has."""
+        for name, value in values.items():
+            kind = cls.__annotations__.get(name)
+            if kind is dict:
+                # sums may be NaN, after a step that was skipped
+                fits = isinstance(value, dict) and all(type(x) in (int, float) for x in value.values())
+            else:
+                fits = kind is not None and type(value) in (int, kind) and 0 <= value < 2**63
+            if not fits:
+                raise ValueError(f"the checkpoint's progress has {name} {value!r}: it is damaged")
+        return cls(**values)
 
     def place(self):
         """The first columns of every row of the log."""
@@ -85,17 +101,25 @@ class Run:
     finished: bool = False
     # steps in a row without a finite gradient
     nonfinite: int = 0
+    # the checkpoint that the run resumed from
+    resumed: Path | None = None
+    # the last checkpoint, until its parameters have given a finite gradient; older ones are kept until then
+    unproven: Path | None = None
 
     def steps(self, loader, *, evaluates):
         """Yields a Step for each step of training and each evaluation, until the run is finished or gets a signal.
 
         loader: gives the micro-batches, see `MaskedBatches.epoch`. evaluates: whether there is held-out text; the first
-        process evaluates.
+        process evaluates. Raises FloatingPointError when a parameter is dead, and when the run ends without a finite
+        gradient or held-out loss. The last checkpoint is then from before.
         """
-        config, progress = self.config, self.progress
-        rank, world_size = processes.join()
+        config, progress, self.unproven = self.config, self.progress, self.resumed
+        rank, _ = processes.join()
+        # an evaluation after the last checkpoint
+        progress.evaluated = max(progress.evaluated, self.log.last_evaluation.get("step", 0))
         stream = micro_batches(loader, progress.epoch, progress.batch)
-        saved, earlier, began = progress.step, progress.elapsed, time.monotonic()
+        saved, save_due = progress.step, False
+        earlier, began = progress.elapsed, time.monotonic()
         while True:
             elapsed = earlier + time.monotonic() - began
             progress.elapsed, stop = processes.total(elapsed if rank == 0 else 0.0, len(self.caught))
@@ -103,22 +127,36 @@ class Run:
             self.finished = position >= self.total
 
             # between steps: evaluate, save, end
-            due = progress.step > progress.evaluated and (self.finished or progress.step % config.eval_steps == 0)
-            if due and evaluates:
-                if rank == 0:
+            lost = False
+            if evaluates and (self.finished or progress.step % config.eval_steps == 0):
+                if rank == 0 and progress.step > progress.evaluated:
                     yield (step := Step(position))
                     if step.row is not None:
                         self.log.write(progress.place() | step.row)
                         progress.evaluated = progress.step
+                row = self.log.last_evaluation
+                lost = row.get("step") == progress.step and None in (row[name] for name in row if name.endswith("loss"))
                 # a resume repeats an evaluation that was interrupted here, unless a step comes first
-                (stop,) = processes.total(len(self.caught))
-            if progress.step != saved and (self.finished or stop or progress.step % config.save_steps == 0):
+                interrupted = rank == 0 and progress.step > progress.evaluated
+                stop, lost, interrupted = processes.total(len(self.caught), lost, interrupted)
+                self.finished = self.finished and not interrupted
+            if self.finished and lost:
+                raise self._diverged(f"the held-out loss after step {progress.step} is not finite")
+            if self.finished and self.nonfinite:
+                raise self._diverged(NO_GRADIENT.format(self.nonfinite, progress.step))
+            # a checkpoint waits for a finite gradient and a finite held-out loss
+            save_due = progress.step != saved and (save_due or progress.step % config.save_steps == 0)
+            if progress.step != saved and (self.finished or stop or save_due) and not self.nonfinite and not lost:
+                if dead := checkpoint.dead_parameter(self.model):
+                    raise self._diverged(f"after step {progress.step} parameter {dead}")
                 if rank == 0:
-                    checkpoint.save_checkpoint(
+                    self.unproven = checkpoint.save_checkpoint(
                         config.output_dir, progress.step, self.model, self.optimizer, self.tokenizer,
-                        self.facts | {"progress": asdict(progress)}, keep=config.save_total_limit,
+                        self.facts | {"progress": asdict(progress)},
                     )  # fmt: skip
-                saved = progress.step
+                saved, save_due = progress.step, False
+            if self.finished:
+                self._prune()
             if self.finished or stop:
                 return
 
@@ -140,6 +178,7 @@ class Run:
         else:
             norm = optim.clip_gradients(self.model.parameters(), config.max_grad_norm).item()
             if math.isfinite(norm):
+                self._prune()
                 for group in self.optimizer.param_groups:
                     group["lr"] = learning_rate
                 self.optimizer.step()
@@ -170,10 +209,21 @@ class Run:
             window.clear()
         self.log.advance(progress)
         if self.nonfinite == MAX_NONFINITE:
-            raise FloatingPointError(
-                f"training diverged: no finite gradient in the {self.nonfinite} steps up to {progress.step}; "
-                f"start again with a lower --learning-rate"
+            raise self._diverged(NO_GRADIENT.format(self.nonfinite, progress.step))
+
+    def _prune(self):
+        """The parameters of the last checkpoint have proved good: older checkpoints may go."""
+        if self.unproven is not None:
+            checkpoint.prune(self.unproven, self.config.save_total_limit)
+            self.unproven = None
+
+    def _diverged(self, why):
+        """The error that ends the run. A checkpoint that the run resumed from in vain is set aside."""
+        if self.unproven is not None and self.unproven == self.resumed:
+            self.log.say(
+                f"{self.unproven} gave no finite gradient: it is renamed {checkpoint.set_aside(self.unproven)}"
             )
+        return FloatingPointError(f"training diverged: {why}; continue with --resume and a lower --learning-rate")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from pathlib import Path
 def option(default, help, choices=None, **limits):
     """A dataclass field with its help text. A default () allows several values, a default None no value.
 
-    limits of a number: `least` and `most` are allowed themselves, `above` and `below` are not.
+    limits of a number: `least` and `most` are allowed themselves, `above` and `below` are not. Without `most` an int
+    ends at 2**31 - 1, and a float may be anything finite.
     """
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "limits": limits})
 
@@ -32,7 +33,10 @@ def tidy(options):
             object.__setattr__(options, name, str(value))
         elif choices and value is not None and value not in choices:
             raise ValueError(f"{flag(name)} is {value!r}: expected one of {', '.join(choices)}")
-        elif value is not None and (limits := field.metadata["limits"]):
+        elif value is not None and kind(field) in (int, float):
+            limits = dict(field.metadata["limits"])
+            if kind(field) is int:
+                limits.setdefault("most", 2**31 - 1)
             # not math.isfinite, which cannot take a huge int
             finite = -math.inf < value < math.inf
             if not finite or not all(LIMITS[key][0](value, limit) for key, limit in limits.items()):

@@ -73,14 +73,16 @@ class PretrainConfig:
         EMBEDDING_SHARING,
     )  # fmt: skip
     max_seq_length: int = option(128, "Maximum tokens in a sequence, [CLS] and [SEP] included.", least=8)
-    tokens_per_batch: int = option(8192, "Maximum tokens in a micro-batch. None of them is padding.")
+    tokens_per_batch: int = option(8192, "Maximum tokens in a micro-batch. None of them is padding.", least=8)
     gradient_accumulation_steps: int = option(1, "Micro-batches per step.", least=1)
     max_steps: int | None = option(None, "Length of the run, in steps.", least=1)
-    epochs: float | None = option(None, "Length of the run, in passes over the text; 1 if no length is given.", above=0)
-    max_minutes: float | None = option(
-        None, "Length of the run, in minutes of training; the schedule follows the clock.", above=0
+    epochs: float | None = option(
+        None, "Length of the run, in passes over the text; 1 if no length is given.", above=0, most=1e4
     )
-    learning_rate: float = option(5e-4, "Peak learning rate.", above=0)
+    max_minutes: float | None = option(
+        None, "Length of the run, in minutes of training; the schedule follows the clock.", above=0, most=1e7
+    )
+    learning_rate: float = option(5e-4, "Peak learning rate. --resume may lower it.", above=0)
     schedule: str = option("linear", "Learning rate schedule after the warm-up.", tuple(optim.SCHEDULES))
     warmup_ratio: float = option(0.06, "Share of the run spent on warm-up.", least=0, most=1)
     warmup_steps: int | None = option(None, "Warm-up in steps. Overrides --warmup-ratio.", least=0)
@@ -95,13 +97,13 @@ class PretrainConfig:
         None, "Dropout of hidden states and attention. The model's own by default.", least=0, below=1
     )
     bf16: bool = option(False, "Run matrix products in bfloat16.")
-    seed: int = option(0, "Seed of everything random.")
+    seed: int = option(0, "Seed of everything random.", least=-(2**63), most=2**63 - 1)
     resume: bool = option(False, "Resume the run in the output directory from its last good checkpoint.")
     save_steps: int = option(1000, "Steps between checkpoints.", least=1)
     save_total_limit: int = option(2, "Checkpoints to keep.", least=1)
     eval_steps: int = option(500, "Steps between evaluations.", least=1)
     logging_steps: int = option(10, "Steps between rows of the log.", least=1)
-    num_workers: int | None = option(None, "Processes that prepare text. One per core by default.", least=1)
+    num_workers: int | None = option(None, "Processes that prepare text. One per core by default.", least=1, most=1024)
     device: str = option("auto", "auto, cpu, cuda or cuda:1.")
 
     def __post_init__(self):
@@ -127,6 +129,8 @@ MAY_DIFFER = {
     "train_file", "eval_file", "output_dir", "tokenizer", "max_steps", "epochs", "max_minutes", "resume", "save_steps",
     "save_total_limit", "eval_steps", "logging_steps", "num_workers", "device",
 }  # fmt: skip
+# these it may lower, after training diverged
+MAY_FALL = {"learning_rate"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,7 +159,7 @@ def pretrain(config: PretrainConfig) -> dict:
         tokenizer = _known_tokenizer(config, sources[0], resumed)
         state = checkpoint.read_state(resumed) if resumed else None
         if state:
-            checkpoint.check_same_run(resumed, state, config, tokenizer_hash(tokenizer), MAY_DIFFER)
+            checkpoint.check_same_run(resumed, state, config, tokenizer_hash(tokenizer), MAY_DIFFER, MAY_FALL)
         _check_vocabulary(config, model_config, tokenizer)
 
         # text -> tokenizer -> shards; under torchrun the first process makes them for all
@@ -196,7 +200,7 @@ def pretrain(config: PretrainConfig) -> dict:
         progress = Progress()
         if resumed:
             checkpoint.load_checkpoint(resumed, model, optimizer)
-            progress = Progress(**state["progress"])
+            progress = Progress.restored(state["progress"])
         total, warmup = length(config, loader)
         facts = {
             "config": dataclasses.asdict(config), "model_config": model_config.to_dict(),
@@ -206,6 +210,8 @@ def pretrain(config: PretrainConfig) -> dict:
 
         with processes.signals() as caught:
             run = Run(config, model, optimizer, tokenizer, facts, progress, log, total, caught)
+            # the first process alone writes checkpoints
+            run.resumed = resumed if rank == 0 else None
             for step in run.steps(loader, evaluates=held_out is not None):
                 if step.batches is None:
                     step.row = evaluate(model, held_out, bf16=config.bf16, interrupted=lambda: caught)

@@ -15,12 +15,14 @@ def device_of(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device is {name!r}: expected auto, cpu, cuda or cuda:1") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device is {name!r}: PyTorch finds no GPU")
+    except (RuntimeError, ValueError, OverflowError):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device is {name!r}: expected auto, cpu, cuda or cuda:1")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if device.type == "cuda" and (not torch.cuda.is_available() or device.index >= max(torch.cuda.device_count(), 1)):
+        raise ValueError(f"--device is {name!r}: PyTorch finds no such GPU")
     return device
 
 
@@ -63,7 +65,7 @@ def first_process_first(rank):
 @contextlib.contextmanager
 def signals():
     """Yields a list that collects SIGTERM and SIGINT. A second signal has its usual effect."""
-    caught = []
+    caught, before, wakeup = [], {}, -1
 
     def note(number, frame):
         caught.append(number)
@@ -72,10 +74,13 @@ def signals():
     def restore():
         for number, handler in before.items():
             signal.signal(number, handler)
+        if before:
+            signal.set_wakeup_fd(wakeup)
 
-    before = {}
     # only the main thread may set handlers; in other threads the caller handles signals
     if threading.current_thread() is threading.main_thread():
+        # a step may take long: nobody else is told of a signal meanwhile
+        wakeup = signal.set_wakeup_fd(-1)
         before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield caught

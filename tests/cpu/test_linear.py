@@ -5,9 +5,10 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import IMPLEMENTATIONS
 from torch.autograd import gradgradcheck
 
-from fastbert import reference
+from fastbert import ops, reference
 from fastbert.cpu import ops as cpu
 from fastbert.cpu.matmul import LinearFunction, matmul
 
@@ -60,6 +61,67 @@ def test_linear_gelu_without_gradients(with_bias, approximate):
 def test_second_derivatives():
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((5, 3), (4, 3), (4,))]
     assert gradgradcheck(LinearFunction.apply, inputs)
+
+
+def large():
+    """What oneDNN multiplies."""
+    return torch.randn(150, 100), torch.randn(110, 100, requires_grad=True), torch.randn(110, requires_grad=True)
+
+
+def test_transforms_of_large_products():
+    """As plain PyTorch does: torch.func.grad, several cotangents at once, and a gradient of a gradient."""
+    x, weight, bias = large()
+
+    def results(linear):
+        loss = lambda weight: linear(x, weight, bias).sin().sum()  # noqa: E731
+        out = linear(x, weight, bias)
+        batched = torch.autograd.grad(out, weight, torch.ones(2, *out.shape), is_grads_batched=True, retain_graph=True)
+        (first,) = torch.autograd.grad(out.sin().sum(), weight, create_graph=True)
+        return torch.func.grad(loss)(weight), *batched, *torch.autograd.grad(first.square().sum(), weight)
+
+    for got, expected in zip(results(ops.linear), results(F.linear), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
+
+
+class Halved(torch.Tensor):
+    """A weight that is stored as its half: it can be a linear layer's, and no more than that, as quantised ones."""
+
+    @staticmethod
+    def __new__(cls, half):
+        return torch.Tensor._make_wrapper_subclass(cls, half.shape, dtype=half.dtype, device=half.device)
+
+    def __init__(self, half):
+        self.half_of_it = half
+
+    def __tensor_flatten__(self):
+        return ["half_of_it"], None
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is F.linear:
+            x, weight, bias = [*args, None][:3]
+            return F.linear(x, 2 * weight.half_of_it, bias)
+        return super().__torch_function__(function, types, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise NotImplementedError(f"{function} of a Halved")
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_a_weight_that_computes_in_its_own_way(impl, device, monkeypatch):
+    """No op looks into it; each calls F.linear."""
+    monkeypatch.setattr(ops, "IMPL", impl)
+    x, plain, bias = (t.detach().to(device) for t in large())
+    weight, labels = Halved(plain / 2), torch.arange(150, device=device) % 110
+    both = torch.cat((plain, plain)), torch.cat((bias, bias))
+    for got, expected in [
+        (ops.linear(x, weight, bias), F.linear(x, plain, bias)),
+        (ops.linears(x, [weight, weight], [bias, bias]), F.linear(x, *both)),
+        (ops.linear_gelu(x, weight, bias), F.gelu(F.linear(x, plain, bias))),
+        (ops.masked_cross_entropy(x, weight, bias, labels)[0], F.cross_entropy(x @ plain.T + bias, labels).mul(150)),
+    ]:
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("rows", [3, 150], ids=["few rows", "many"])

@@ -85,7 +85,7 @@ def test_more_rows_than_keys(device):
 
 
 def test_rows_past_the_last_sequence(path, seed, device):
-    """They hold NaN, give 0, get a gradient of 0, and change nothing elsewhere."""
+    """They hold NaN, give 0, get a gradient of 0, and do not affect other rows."""
     lengths, slack = [7, 0, 21], 150
     T = sum(lengths)
     cu_seqlens = cu_seqlens_of(lengths, device)
@@ -108,7 +108,7 @@ def test_rows_past_the_last_sequence(path, seed, device):
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")  # in rows that are not stored
 def test_scores_far_below_zero(path, device):
-    """Places without a key have a score of 0, which the log-sum-exp of the others would turn into infinity."""
+    """Keys past the end have a score of 0, which the log-sum-exp of the real keys would turn into infinity."""
     q = 10 + torch.rand(13, 2, 16, device=device)
     kv = torch.randn(13, 2, 2, 16, device=device)
     kv[:, 0] = -10 - kv[:, 0].abs() / 10
@@ -117,7 +117,7 @@ def test_scores_far_below_zero(path, device):
 
 
 def test_bfloat16(path, device):
-    """Triton's interpreter cuts bfloat16 off instead of rounding it, so this allows two of its steps, 2 ** -8 each."""
+    """Triton's interpreter truncates to bfloat16 instead of rounding, so the error may be two steps of 2 ** -8."""
     lengths = [16, 5]
     qkv = torch.randn(21, 3, 2, 16, device=device).bfloat16().requires_grad_()
     wide = qkv.detach().double().requires_grad_()
@@ -132,7 +132,7 @@ def test_bfloat16(path, device):
 
 
 def test_log_sum_exp(path, seed, device):
-    """To base 2, in fp32, of the scaled scores, and 0 in rows past the last sequence; of fp32 in two parts."""
+    """In base 2 and fp32, of the scaled scores; 0 in rows past the last sequence; in two parts for fp32 operands."""
     lengths = [14, 1]
     q, k, v = torch.randn(3, 17, 2, 16, dtype=torch.float16, device=device)
     cu_seqlens = cu_seqlens_of(lengths, device)
@@ -170,7 +170,7 @@ def test_window(lengths, window, dtype, dropout_p, seed, device):
 
 
 @pytest.mark.parametrize("lengths", [[16, 5, 1], [150, 20]], ids=["short", "tiled"])
-def test_window_leaves_out_what_is_far(lengths, device):
+def test_keys_outside_the_window_do_not_matter(lengths, device):
     """Keys outside a row's window hold NaN and infinity, their values are huge, and the row is the same to the bit."""
     cu_seqlens = cu_seqlens_of(lengths, device)
     clean = torch.randn(sum(lengths), 3, 1, 16, device=device)
@@ -197,7 +197,7 @@ def test_window_of_a_batch_is_a_band_of_each_sequence(path, device):
 
 @pytest.mark.parametrize("size", [100, 3000])
 def test_fp32_keeps_its_digits_at_large_scores(path, size, device):
-    """Scores that are exact in fp32 (small integers times powers of two): what is off is softmax's own doing."""
+    """Scores that are exact in fp32 (small integers times powers of two), so that any error is the softmax's."""
     lengths = [33, 20]
     q, k = torch.randint(-3, 4, (2, 53, 1, 16), device=device).float()
     q *= size / 32
@@ -217,7 +217,7 @@ def test_fp32_keeps_its_digits_at_large_scores(path, size, device):
 
 @pytest.mark.parametrize("rows, slack", [([130, 0, 10, 3], 0), ([0, 0, 200, 1], 70), ([64, 64, 64, 0], 70)], ids=str)
 def test_rows_without_a_bound(rows, slack, seed, device):
-    """Without max_seqlen_q programs find their sequence themselves: no more of them than tiles and sequences."""
+    """Without max_seqlen_q each program finds its sequence by bisection."""
     lengths = [20, 9, 3, 0]
     q = torch.randn(sum(rows) + slack, 1, 16, dtype=torch.float16, device=device)
     kv = torch.randn(sum(lengths), 2, 1, 16, dtype=torch.float16, device=device)
@@ -230,7 +230,7 @@ def test_rows_without_a_bound(rows, slack, seed, device):
 @pytest.mark.parametrize("number", [1, 2, 3])
 @pytest.mark.parametrize("window", [None, 50])
 def test_candidates(number, window, seed, device, monkeypatch):
-    """Every size of tiles that a search may choose gives right results, on sequences of several tiles."""
+    """Every tile size that a search may choose gives right results, on sequences of several tiles."""
     offered = {}
 
     def launch(run, kernel, key, default, candidates=()):
@@ -252,7 +252,7 @@ def test_candidates(number, window, seed, device, monkeypatch):
     (dict(dtype=torch.float64), TypeError, "float64"),
     (dict(K=136), ValueError, "136"),
 ], ids=["dtype", "head size"])  # fmt: skip
-def test_what_the_kernels_cannot(change, error, words, device):
+def test_unsupported_operands(change, error, words, device):
     qkv = torch.randn(4, 3, 1, change.pop("K", 16), dtype=change.pop("dtype", torch.float32), device=device)
     with pytest.raises(error, match=words):
         attention(qkv, None, None, cu_seqlens_of([4], device), 4)
@@ -282,7 +282,7 @@ def test_what_the_kernels_cannot(change, error, words, device):
     ids=str,
 )
 def test_bad_arguments(impl, change, words, device):
-    """The same words from both."""
+    """Both give the same message."""
     change = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in change.items()}
     shapes = change.pop("q", (4, 3, 1, 16)), change.pop("k", None), change.pop("v", None)
     operands = [None if shape is None else torch.randn(shape, device=device) for shape in shapes]

@@ -86,7 +86,7 @@ def test_as_sentence_transformers(N, symmetric, op, device, small_chunks):
 @directions
 @pytest.mark.parametrize("ignore_index", [-100, 0])
 def test_labels_say_which_document(ignore_index, symmetric, op, device, small_chunks):
-    """In any order, one for two queries, fewer documents than queries, some queries without; and a learned scale."""
+    """In any order, shared by two queries, fewer than queries, or absent; and the scale is learned."""
     query, document = make(5, 5, 16, device)
     query = torch.cat((query, query.flip(0)))
     labels = torch.tensor([3, 1, ignore_index, 4, 4, 1, 2, 2, ignore_index, 3], device=device)
@@ -116,7 +116,7 @@ def test_within_the_budget(scale, dtype, symmetric, op, device, small_chunks):
         return op(query, document, scale=scale, symmetric=symmetric)
 
     def plain(query, document, scale):
-        # scores in the dtype of the embeddings, as a user without this op would have them
+        # scores in the dtype of the embeddings, as plain PyTorch computes them
         labels = torch.arange(len(query), device=query.device)
         loss = written_out(query, document, labels, scale, symmetric)
         best = (query @ document.T).argmax(-1)
@@ -129,7 +129,7 @@ def test_within_the_budget(scale, dtype, symmetric, op, device, small_chunks):
 
 
 @all_ops
-def test_scores_of_halves_are_not_rounded(op, device):
+def test_half_precision_scores_are_not_rounded(op, device):
     """At a scale of 100, scores rounded to fp16 are off by up to 0.02 each, and the loss shows it."""
     query, document = make(16, 16, 32, device)
     document = F.normalize(document[:1] + 0.02 * document, dim=-1).half()
@@ -144,7 +144,7 @@ def test_scores_of_halves_are_not_rounded(op, device):
 
 
 def test_the_score_matrix_is_never_made(device, monkeypatch):
-    """Forward, which makes the gradients too, holds the scores of a chunk of queries."""
+    """The forward, which also computes the gradients, holds the scores of one chunk of queries."""
     monkeypatch.setattr(cross_entropy, "ROWS", 16)
     query, document = make(32, 256, 4, device)
     labels, scale = torch.arange(32, device=device), torch.tensor(20.0, device=device)

@@ -56,7 +56,7 @@ def check(op, *args, **kwargs):
 
 
 def by_row(op):
-    """The same op, one row at a time: its losses are a vector, whose largest error is no accident."""
+    """The same op, one row at a time: it gives a vector of losses, whose largest error is not a matter of chance."""
 
     def rows(hidden, weight, bias, labels, **kwargs):
         results = [op(hidden[m : m + 1], weight, bias, labels[m : m + 1], **kwargs) for m in range(len(hidden))]
@@ -158,7 +158,7 @@ def test_rounded_logits_row_by_row(op, device):
 
 
 def test_a_whole_vocabulary(device, monkeypatch):
-    # programs do not walk over rows that are not there
+    # so that programs do not loop over rows that do not exist
     monkeypatch.setattr(cross_entropy, "ROW_GROUP", 8)
     hidden, weight, bias, labels = make(2, 30522, 4, device)
     labels[1] = 30521
@@ -188,7 +188,7 @@ def test_counts_right_predictions(op, device):
 
 @all_ops
 def test_of_equal_maxima_the_first_is_the_prediction(op, device):
-    """Also when they are neighbours, or blocks apart in the same lane of the kernel."""
+    """Also when they are adjacent, or in different blocks of the same lane."""
     bias = torch.zeros(5000, device=device)
     bias[[9, 10, 9 + 2048, 9 + 4096]] = 3.0
     hidden, weight = torch.zeros(2, 8, device=device), torch.zeros(5000, 8, device=device)
@@ -287,7 +287,7 @@ def test_only_the_gradients_that_are_wanted(op, file, product, wanted, device, m
 
 
 def test_holds_a_chunk(device, monkeypatch):
-    """Peak of forward as the file's docstring states it."""
+    """The forward's peak memory is what the file's docstring states."""
     M, V, D = 48, 1000, 4
     monkeypatch.setattr(cross_entropy, "BUFFER", 24 * 1024 * 4)
     given = *make(M, V, D, device, ignored=range(0, 48, 2)), None
@@ -306,7 +306,7 @@ def test_holds_a_chunk_on_a_cpu():
 
 
 def test_nothing_waits_for_the_device(device):
-    """No operator that reads a value on the host, or whose result has as many rows as the data say."""
+    """No operator reads a value on the host, or has a result whose size depends on the data."""
     hidden, weight, bias, labels = make(7, 70, 8, device, ignored=[2])
     forward, _ = allocations(
         lambda: cross_entropy.masked_cross_entropy_fwd(
@@ -319,7 +319,7 @@ def test_nothing_waits_for_the_device(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-def test_products_of_halves_into_fp32(dtype, device):
+def test_half_precision_products_into_fp32(dtype, device):
     a, b = torch.randn(5, 64, device=device, dtype=dtype), torch.randn(64, 3, device=device, dtype=dtype)
     out = torch.full((5, 3), 7.0, device=device)
     wanted = a.double() @ b.double()
@@ -330,7 +330,7 @@ def test_products_of_halves_into_fp32(dtype, device):
 
 
 def test_chunks_are_even_and_bounded():
-    """No short last chunk that would pay for a whole share of dweight; no buffer beyond its bounds."""
+    """No short last chunk, which would cost a whole addition to dweight, and no buffer beyond its bounds."""
     hidden = torch.empty(1, 768, dtype=torch.bfloat16, device="meta")
 
     def rows(M, V, scale=None):

@@ -12,7 +12,7 @@ from fastbert.kernels import _bands
 from fastbert.kernels import disentangled_attention as kernels
 from fastbert.kernels.disentangled_attention import disentangled_attention
 
-# of the modules of transformers
+# the sizes of transformers' modules
 H, K = 2, 8
 D = H * K
 
@@ -181,7 +181,7 @@ def test_head_sizes(K, device, poison):
 
 @pytest.mark.parametrize("lengths", [[64, 65], [127, 2], [31, 32, 33]], ids=str)
 def test_lengths_at_the_edges_of_tiles(lengths, seed, device, poison):
-    """In half precision, whose tiles are larger; from 32 tokens on they are of 64."""
+    """In half precision, whose tiles are larger: 64 rows above 32 tokens."""
     args = arguments(lengths, 16, device, torch.float16, span=16)
     assert_kernel_within_budget(
         *args, position_buckets=16, max_relative_positions=100, dropout_p=0.1, seed=seed, scale=0.3
@@ -190,12 +190,12 @@ def test_lengths_at_the_edges_of_tiles(lengths, seed, device, poison):
 
 def test_more_distances_than_the_table_has(device, poison):
     """Without buckets, all far distances share the first and the last row."""
-    assert_kernel_within_budget(*arguments([50], 16, device, span=3), position_buckets=-1, max_relative_positions=3)
+    assert_kernel_within_budget(*arguments([20], 16, device, span=3), position_buckets=-1, max_relative_positions=3)
 
 
 def test_max_seqlen_longer_than_any_sequence(device, poison):
     *args, _ = arguments([5, 9], 16, device)
-    assert_kernel_within_budget(*args, 70, **BUCKETS)
+    assert_kernel_within_budget(*args, 40, **BUCKETS)
 
 
 @pytest.mark.parametrize("form", ["kv together", "rows and heads swapped"])
@@ -211,7 +211,7 @@ def test_forms_and_strides(form, device):
 
 
 def test_large_scores_in_half_precision(device):
-    """Scores of thousands: the maximum is taken out, so nothing overflows."""
+    """Scores in the thousands: the maximum is subtracted, so nothing overflows."""
     qkv, *rest = arguments([16, 30], 16, device, torch.float16)
     qkv[:, :2] *= 30
     assert_kernel_within_budget(qkv, *rest, **BUCKETS)
@@ -240,7 +240,7 @@ def test_large_scores(device):
 
 
 def test_bfloat16(device):
-    """Triton's interpreter cuts bfloat16 off instead of rounding it, so this allows two of its steps, 2 ** -8 each."""
+    """Triton's interpreter truncates to bfloat16 instead of rounding, so the error may be two steps of 2 ** -8."""
     args = arguments([16, 35], 16, device, torch.bfloat16)
 
     def run(function, dtype):
@@ -257,7 +257,7 @@ def test_bfloat16(device):
 
 @pytest.mark.parametrize("frozen", [(3,), (4,), (3, 4)], ids=str)
 def test_tables_that_want_no_gradient(frozen, device, poison):
-    """With none that does, the kernels of the tables are not launched; with one, its gradient is the same."""
+    """If neither does, their kernels are not launched; if one does, its gradient is the same."""
     args = list(arguments([9, 4], 16, device))
     for i in (0, 3, 4):
         args[i] = args[i].detach().requires_grad_(i not in frozen)
@@ -269,7 +269,7 @@ def test_tables_that_want_no_gradient(frozen, device, poison):
 
 
 def test_one_tensor_as_both_tables(device):
-    """As share_att_key may give: its gradient is the sum of both."""
+    """As with share_att_key: its gradient is the sum of both."""
     qkv, _, _, table, _, *rest = arguments([9, 14], 16, device)
     assert_within_budget(
         lambda qkv, table: disentangled_attention(qkv, None, None, table, table, *rest, **BUCKETS),
@@ -299,7 +299,7 @@ TABLES = [
 
 @pytest.mark.parametrize("make, sizes", TABLES)
 def test_tables_are_made_inside_a_cuda_graph(make, sizes, monkeypatch):
-    """Without a copy from the host, equal to those outside, and not kept: their memory is the graph's."""
+    """They are not copied from the host, equal those made outside, and are not cached: their memory is the graph's."""
     monkeypatch.setattr(_bands, "TABLES", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     full, cat = torch.full, torch.cat
@@ -313,18 +313,18 @@ def test_tables_are_made_inside_a_cuda_graph(make, sizes, monkeypatch):
         tensors = [x for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
         assert len({x.device for x in tensors}) <= 1, function
     assert "aten::cat" in {function.name() for function, *_ in seen.calls} and not _bands.TABLES
-    # the same with its numbers
+    # again, with real numbers
     with monkeypatch.context() as patch:
         patch.setattr(torch, "full", lambda *a, device, **k: full(*a, **k))
         assert torch.equal(_bands.device_table(torch.device("cuda", 0), make, *sizes), make(*sizes))
-    # one that is there serves the graph
+    # a cached one serves the graph
     outside = _bands.TABLES[make, sizes, torch.device("cuda", 0)] = cat([make(*sizes)])
     assert _bands.device_table(torch.device("cuda", 0), make, *sizes) is outside
 
 
 @pytest.mark.parametrize("make, sizes", TABLES)
 def test_tables_are_made_once_by_another_thread(make, sizes, monkeypatch):
-    """One whose memory is not taken from the pool of a graph that this thread is about to record."""
+    """So their memory does not come from the pool of a graph that this thread is about to record."""
     monkeypatch.setattr(_bands, "TABLES", {})
     threads, to = [], torch.Tensor.to
     with monkeypatch.context() as patch:
@@ -376,6 +376,6 @@ def test_bad_arguments(change, words, impl, device):
 
 
 @pytest.mark.parametrize("dtype, K, error", [(torch.float64, 16, TypeError), (torch.float32, 136, ValueError)])
-def test_what_the_kernels_do_not_take(dtype, K, error, device):
+def test_unsupported_operands(dtype, K, error, device):
     with pytest.raises(error):
         disentangled_attention(*arguments([4], K, device, dtype), **BUCKETS)

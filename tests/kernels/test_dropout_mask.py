@@ -1,4 +1,4 @@
-"""Kernels, NumPy and the reference draw the same dropout mask, bit for bit; and what a CPU makes of it."""
+"""Kernels, NumPy and the reference draw the same dropout mask, bit for bit; dropout on a CPU."""
 
 import shutil
 
@@ -120,7 +120,7 @@ def test_dropout_keeps_the_expectation_and_p0_is_the_identity(file):
     torch.testing.assert_close(dropped[kept], torch.full_like(dropped[kept], 65536 / (65536 - 6554)))
 
 
-def test_dropout_has_a_second_derivative_and_spares_its_argument():
+def test_dropout_has_a_second_derivative_and_leaves_its_argument_alone():
     x = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
     run = lambda x: dropout.dropout(x.transpose(0, 1), 0.4, torch.tensor([7]), 4)  # noqa: E731
     before = x.detach().clone()
@@ -140,7 +140,7 @@ def test_drop_rounds_once(dtype):
 
 
 def test_dropout_compiles_to_the_same_numbers():
-    """torch.compile gets it as PyTorch's own operations, eager on a CPU from NumPy."""
+    """torch.compile sees PyTorch operations; eager mode on a CPU uses NumPy."""
     x = torch.randn(5, 70, requires_grad=True)
     results = []
     for function in (
@@ -156,7 +156,7 @@ def test_dropout_compiles_to_the_same_numbers():
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile writes C++ for a CPU")
 def test_masks_in_compiled_code():
-    """Nothing overflows there, for seeds whose products are large, and for heads that are numbers counted up."""
+    """Nothing overflows there, for seeds with large products and for heads from an arange."""
 
     def draw(seed):
         row, head = torch.arange(5), torch.arange(12)[:, None]

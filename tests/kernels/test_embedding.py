@@ -67,9 +67,10 @@ def test_numbers_of_types(types, dropout_p, device):
     check(make(13, 37, device, types=types), **dropping(dropout_p, device))
 
 
-@pytest.mark.parametrize("absent", ["position", "types", "bias", "position types", "position types bias"])
-@pytest.mark.parametrize("types", [2, 3])
-def test_absent_tables(types, absent, device, small_chunks):
+@pytest.mark.parametrize(
+    "absent, types", [("position", 3), ("types", 2), ("bias", 3), ("position", 2), ("position types bias", 2)]
+)
+def test_absent_tables(absent, types, device, small_chunks):
     args = without(make(33, 37, device, types=types), *absent.split())
     check(args, **dropping(0.3, device))
     check(args, padding_idx=3)
@@ -102,7 +103,7 @@ def test_repeated_ids_over_several_levels(T, words, device, small_chunks):
     check(make(T, 8, device, types=3, words=words))
 
 
-def test_sums_of_halves_are_rounded_once(device, small_chunks):
+def test_half_precision_sums_are_rounded_once(device, small_chunks):
     """Between the levels they are fp32: the result is half a unit in the last place off, not one for each level."""
     rows, ids = torch.rand(70, 96).to(device, torch.float16), torch.arange(70, device=device) % 2
     (got,) = segment_sums(rows, ids.int(), [torch.zeros(2, 96, device=device, dtype=torch.float16)], -1)
@@ -112,14 +113,14 @@ def test_sums_of_halves_are_rounded_once(device, small_chunks):
 
 
 def test_default_chunks_over_three_levels(device):
-    ids = torch.cat([torch.full((2100,), 3), torch.arange(300) % 7]).to(device)
-    rows = torch.randn(2400, 4).to(device)
+    ids = torch.cat([torch.full((2060,), 3), torch.arange(60) % 7]).to(device)
+    rows = torch.randn(2120, 4).to(device)
     (got,) = segment_sums(rows, ids.int(), [torch.zeros(9, 4, device=device)], -1)
     wanted = torch.zeros(9, 4, dtype=torch.float64, device=device).index_add(0, ids, rows.double())
     torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("padding_idx", [0, 4, V - 1])
+@pytest.mark.parametrize("padding_idx", [0, V - 1])
 def test_the_padding_row_gets_no_gradient(padding_idx, device, small_chunks):
     args = make(33, 8, device)
     args[0][::2] = padding_idx

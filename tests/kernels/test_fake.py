@@ -13,7 +13,7 @@ from fastbert import ops
 from fastbert.model.config import EncoderConfig
 from fastbert.model.heads import MaskedLM
 
-# calls whose operators see other arguments than those of CALLS: dtypes that differ, gradients that are not wanted
+# calls that hand their operators other arguments than those of CALLS: absent ones, or of other dtypes
 MORE_CALLS = {
     "layer_norm-residual_of_another_dtype": ("layer_norm", dict(residual=torch.float32)),
     "layer_norm-no_dropout": ("layer_norm", dict(dropout_p=0.0)),
@@ -53,7 +53,7 @@ def recorded(name, device, layout=as_given, dtype=torch.float32):
     outputs = [x for x in call(arguments, "reference") if is_floating(x)]
     with Recorder() as recorder:
         if name == "masked_cross_entropy":
-            # its forward makes the gradients that are wanted: here none
+            # the operator also computes the gradients that are wanted: here none
             with torch.no_grad():
                 call(arguments)
         call.run(arguments, [layout(torch.randn_like(x)) for x in outputs])
@@ -98,7 +98,7 @@ def with_gradients(function, arguments):
     return *outputs, *torch.autograd.grad(outputs[0].square().sum(), list(leaves.values()))
 
 
-# the other ops stand in the model below; on a CPU only these have a way of their own under torch.compile
+# the model below has the other ops; on a CPU only these take another path under torch.compile
 @pytest.mark.parametrize(
     "name, impl",
     [

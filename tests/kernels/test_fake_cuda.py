@@ -27,14 +27,14 @@ CONFIG = EncoderConfig(
     vocab_size=VOCABULARY, hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
     intermediate_size=FFN, max_position_embeddings=64,
 )  # fmt: skip
-# how often each pass of an op stands in one step of the model
+# how often one step of the model runs each op
 CALLS = {"attention": LAYERS, "layer_norm": 2 * LAYERS, "bias_gelu": LAYERS, "gelu_layer_norm": 1, "embedding": 1}
 FORWARD = {f"{op}_fwd": count for op, count in CALLS.items()}
 STEP = FORWARD | {f"{op}_bwd": count for op, count in CALLS.items()} | {"masked_cross_entropy_fwd": 1}
 
 
 def batch(T=40, B=6, M=9):
-    """A Batch of fixed capacity, on the device; a fake one holds no lengths, only room for them."""
+    """A Batch of fixed capacity on the device; fake tensors hold no lengths, only room for them."""
 
     def ids(*shape, dtype=torch.int64):
         return torch.zeros(*shape, dtype=dtype, device="cuda")
@@ -46,7 +46,7 @@ def batch(T=40, B=6, M=9):
 
 
 def model_on_cuda(cls=MaskedLM, dtype=torch.float32):
-    # made where they belong: a module of fake tensors cannot be moved or cast
+    # made on the device in its dtype: a module of fake tensors cannot be moved or cast
     torch.set_default_dtype(dtype)
     try:
         with torch.device("cuda"):
@@ -72,7 +72,7 @@ def names_of(recorder):
 
 
 def check_a_training_step_runs_the_kernels():
-    """impl="auto": on CUDA tensors every op goes to its kernels, forward and backward, and no gradient is missing."""
+    """impl="auto": on CUDA tensors every op runs its kernels, forward and backward, and no gradient is missing."""
     for cls, dtype in (
         (MaskedLM, torch.float32), (MaskedLM, torch.bfloat16), (MaskedLM, torch.float16), (Pretraining, torch.float32),
     ):  # fmt: skip
@@ -119,12 +119,12 @@ def graphs_of(model, autocast):
 
 
 def check_the_step_is_one_graph():
-    """torch.compile(fullgraph=True): no graph break, every operator stands in the graph, with its results' outlines."""
+    """torch.compile(fullgraph=True): no graph break, and every operator is in the graph, with the right results."""
     model = model_on_cuda(dtype=torch.bfloat16)
     found = graphs_of(model, None)
     assert_ran([name for name, _ in found], STEP)
     assert_gradients(model)
-    # the last layer works on the picked rows alone
+    # the last layer computes picked rows only
     rows = {"attention_fwd": [(40, HEADS, 24)] * (LAYERS - 1) + [(9, HEADS, 24)],
             "layer_norm_fwd": [(40, HIDDEN)] * (2 * LAYERS - 2) + [(9, HIDDEN)] * 2,
             "bias_gelu_fwd": [(40, FFN)] * (LAYERS - 1) + [(9, FFN)],
@@ -141,7 +141,7 @@ def check_the_step_is_one_graph():
 
 
 def check_the_step_is_one_graph_under_autocast():
-    """fp32 parameters, 16-bit work: between the layers the stream stays in 16 bits."""
+    """fp32 parameters, 16-bit arithmetic: what passes between the layers stays in 16 bits."""
     for dtype in (torch.bfloat16, torch.float16):
         model = model_on_cuda()
         found = graphs_of(model, dtype)
@@ -152,7 +152,7 @@ def check_the_step_is_one_graph_under_autocast():
 
 
 def check_ops_under_autocast_give_what_torch_gives():
-    """Matrix products come in autocast's dtype, losses in fp32, GELU as it was given."""
+    """Matrix products give autocast's dtype, losses fp32, GELU its input's dtype."""
     given = batch()
     x, weight, bias = (torch.zeros(shape, device="cuda") for shape in ((40, HIDDEN), (VOCABULARY, HIDDEN), VOCABULARY))
     for dtype in (torch.bfloat16, torch.float16):
@@ -177,7 +177,7 @@ def check_ops_under_autocast_give_what_torch_gives():
 
 
 def check_other_lengths_make_no_second_graph():
-    """Batches of one capacity share a graph whatever lengths they hold; other numbers of tokens do when marked so."""
+    """Batches of one capacity share a graph, whatever their lengths; so do other sizes if marked dynamic."""
     model = model_on_cuda()
     backend = AotEagerAndRecordGraphs()
     torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""What only a GPU can show: real sizes, every dtype, races, streams, graphs, memory. `make gpu` runs it.
+"""What only a GPU can show: real sizes, every dtype, races, streams, graphs, memory. `make gpu` runs these tests.
 
 Without a GPU, what can runs at tiny sizes in Triton's interpreter, so that the file does not rot; the rest is skipped.
 """
@@ -68,7 +68,7 @@ def assert_as_close_as_plain(got, case, arguments):
 
 
 def variants():
-    """(op, dropout_p, longest sequence): of each op that has dropout both, of each that looks at lengths all."""
+    """(op, dropout_p, longest sequence): with and without dropout, and all lengths, where an op depends on them."""
     for op in OPS:
         lengths = LENGTHS if op in ("attention", "disentangled_attention", "pooling") else LENGTHS[:1]
         dropout = [0.0] * (ON_GPU or op not in WITH_DROPOUT) + [0.1] * (op in WITH_DROPOUT)
@@ -84,7 +84,7 @@ def test_values_and_gradients(op, dropout_p, longest, dtype, device, poison):
 
 
 def settings_offered(op, arguments, monkeypatch):
-    """How many settings the kernel of this op offers that offers most."""
+    """The largest number of settings that a kernel of this op offers."""
     offered = [0]
 
     def look(run, kernel, key, candidates, overwrites):
@@ -105,7 +105,7 @@ def search_with(choose, monkeypatch):
 @pytest.mark.parametrize("dtype", [DTYPES[-1], torch.float32] if ON_GPU else [torch.float32], ids=str)
 @every_op
 def test_every_setting_that_is_offered_is_right(op, dtype, device, poison, monkeypatch):
-    """A search hides a wrong setting until it is the fastest."""
+    """In a search a wrong setting would stay hidden until it is the fastest."""
     case = case_of(op, dtype, dropout_p=0.1 if op in WITH_DROPOUT else 0.0)
     arguments = case.arguments(device)
     count = settings_offered(op, arguments, monkeypatch)
@@ -183,7 +183,7 @@ def last_rows(op, arguments, cu_seqlens=None, rows=200):
     for function, part in ((kernels(op), arguments), (functools.partial(getattr(reference, op)), alone)):
         run = run_of(function, part)
         output = run.forward()
-        # the same gradient for the last row of either
+        # the last rows of both get the same gradient
         gradient = torch.linspace(-1, 1, output.shape[-1], device=output.device).to(output.dtype).expand_as(output)
         wanted = [leaf for key, leaf in zip(floating(part), run.leaves) if key == name]
         gradients = torch.autograd.grad(output, wanted, gradient)
@@ -196,7 +196,7 @@ def last_rows(op, arguments, cu_seqlens=None, rows=200):
 @needs_gpu
 @pytest.mark.parametrize("op", [op for op in OPS if "cross_entropy" not in op])
 def test_offsets_beyond_two_to_the_31(op, device):
-    """A row number times its width overflows 32 bits: the last rows must be right, and be those that were written."""
+    """Row number times width overflows 32 bits: the last rows must be right, and must be the ones that are written."""
     case = case_of(op, torch.bfloat16)
     widths = {"attention": 2304, "disentangled_attention": 2304, "bias_gelu": 3072}
     tokens = (2**31 // widths.get(op, 768) // 128 + 2) * 128
@@ -231,7 +231,7 @@ def check_long_embedding(arguments):
 
 @needs_gpu
 def test_logits_beyond_two_to_the_31(device):
-    """The masked-LM loss of as many logits as 72k picked tokens have, and a chunk that is as large by itself."""
+    """The masked-LM loss of 72k picked tokens, and a single chunk with as many logits."""
     for M, V, D in ((72_000, 30_522, 64), (4_096, 600_000, 64)):
         hidden = torch.randn(M, D, device=device, dtype=torch.bfloat16, requires_grad=True)
         weight = (0.1 * torch.randn(V, D, device=device)).to(torch.bfloat16).requires_grad_()
@@ -257,7 +257,7 @@ SWITCHES = {"allow_tf32": (False, True), "fp32_precision": ("ieee", "tf32")}
 @pytest.mark.parametrize("switch", [name for name in SWITCHES if hasattr(torch.backends.cuda.matmul, name)])
 @pytest.mark.parametrize("op", [op for op in OPS if "attention" in op or "cross_entropy" in op])
 def test_fp32_is_fp32_unless_tf32_is_allowed(op, switch, device):
-    """Triton's own default for a product of fp32 is tf32; ours is torch's switch."""
+    """Triton multiplies fp32 in tf32 by default; ours follows torch's switch."""
     case = case_of(op)
     arguments = case.arguments(device)
     exact = tensors(truth(case, arguments, torch.float64))
@@ -286,10 +286,10 @@ def test_work_goes_to_the_current_stream(op, device):
     gradient = cotangent(run)
     stream, busy = torch.cuda.Stream(), torch.cuda.Event()
     with torch.cuda.stream(stream):
-        # the stream's own memory and library handles, whose making may wait for the device
+        # the stream allocates memory and library handles of its own, which may wait for the device
         torch.autograd.grad(run.forward(), run.leaves, gradient)
     torch.cuda.synchronize()
-    # a second of nothing on the default stream: what is queued behind it cannot be done before
+    # the default stream idles for a second: work queued behind it cannot finish earlier
     torch.cuda._sleep(2 * 10**9)
     busy.record()
     with torch.cuda.stream(stream):
@@ -317,7 +317,7 @@ def test_a_gpu_that_is_not_the_current_one(op):
         assert torch.equal(g.cpu(), w.cpu())
 
 
-# the widths of BERT-base, whose kernels other tests here compile too: another width compiles for seconds
+# the widths of BERT-base, whose kernels other tests here compile too: another width would take seconds to compile
 CONFIG = EncoderConfig(vocab_size=997, num_hidden_layers=2, max_position_embeddings=64)
 ROOM = dict(tokens=256, sequences=10, picks=48)
 
@@ -369,7 +369,7 @@ def test_a_whole_training_step_as_a_cuda_graph(dtype, device, monkeypatch):
         for _ in range(3):
             step(model, optimizers[0], static)
     torch.cuda.current_stream().wait_stream(stream)
-    # gradients that are there belong to the memory outside the graph
+    # existing gradients belong to memory outside the graph
     optimizers[0].zero_grad(set_to_none=True)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -392,7 +392,7 @@ def test_a_whole_training_step_as_a_cuda_graph(dtype, device, monkeypatch):
 
 @needs_gpu
 def test_disentangled_attention_first_called_inside_a_cuda_graph(device, monkeypatch):
-    """The tables of distances are made in the graph then, and neither copied from the host nor kept for later calls."""
+    """The tables of distances are then made in the graph, neither copied from the host nor cached for later calls."""
     arguments = case_of("disentangled_attention", torch.bfloat16, dropout_p=0.1).arguments(device)
     run = run_of(kernels("disentangled_attention"), arguments)
     wanted = tensors(results(run))
@@ -444,7 +444,7 @@ def test_torch_compile_with_inductor(device, monkeypatch):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
         got.backward()
         wanted.backward()
-    # the gradient of a key's bias is zero, and in either run what rounding left of it
+    # the gradient of the key bias is zero up to rounding, which differs between the two
     size = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
     for (name, a), b in zip(model.named_parameters(), compiled.parameters(), strict=True):
         assert (a.grad - b.grad).norm() < 1e-3 * a.grad.norm() + 1e-5 * size, name

@@ -34,7 +34,7 @@ def model(impl, device):
 
 
 def padded(device, width=9, pad=0):
-    """ids, mask and labels [3, width] of sequences of 5, 1 and 9 tokens; what stands in the padding is `pad`."""
+    """ids, mask and labels [3, width] of sequences of 5, 1 and 9 tokens; the padding holds `pad`."""
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(1, 37, (3, 9), generator=generator)
     labels = torch.where(torch.rand(3, 9, generator=generator) < 0.4, ids, -100)
@@ -76,7 +76,7 @@ def expected(impl, model, device, kept={}):  # noqa: B006
 
 
 def test_padding_changes_nothing(model, expected, device):
-    """However much, and whatever it holds, even where its positions' embeddings are NaN: the packed batch's bits."""
+    """Padding of any length and content, even where embeddings are NaN, gives the packed batch's bits."""
     assert_same_bits(step(model, **padded(device)), expected)
     with torch.no_grad():
         logits = model(**{k: v for k, v in padded(device).items() if k != "labels"}).logits
@@ -91,7 +91,7 @@ def test_padding_changes_nothing(model, expected, device):
 
 
 def test_rows_of_padding_alone(model, device):
-    """Some rows, or all: as if they were not there; their logits are 0."""
+    """Some rows or all of them: the result is that without them, and their logits are 0."""
     inputs = padded(device)
     for kept in ([0, 2], []):
         masked = {k: v.clone() for k, v in inputs.items()}
@@ -107,7 +107,7 @@ def test_rows_of_padding_alone(model, device):
 
 
 def test_slack_and_empty_sequences(model, expected, device):
-    """A batch filled up to a capacity: what fills it does not matter to the bit, that it is filled only to rounding."""
+    """A batch filled up to a capacity: what fills it changes no bit, and filling it changes only rounding."""
     filled = step(model, packed(device, slack=4, more_sequences=3, slack_id=1, more_picks=2))
     assert_same_bits(filled, step(model, packed(device, slack=4, more_sequences=3, slack_id=30, more_picks=2)))
     assert_same_bits(filled[1:3], expected[1:3])
@@ -116,7 +116,7 @@ def test_slack_and_empty_sequences(model, expected, device):
 
 
 def test_alone_and_in_a_batch(model, device):
-    """A text's scores hardly depend on what is beside it: the matrix library alone may sum in another order."""
+    """A text's scores depend on its batch only in rounding: the matrix library may sum in another order."""
     inputs = padded(device)
     del inputs["labels"]
     with torch.no_grad():
@@ -147,7 +147,7 @@ def test_a_packed_batch_without_tokens(model, device):
 
 @pytest.mark.parametrize("picked", [0, 1, 15], ids=["none", "one", "all"])
 def test_labels(picked, model, device):
-    """Without one the loss is 0 and so are the gradients, through both doors, where transformers gives NaN."""
+    """Without a label the loss and the gradients are 0, padded and packed, where transformers gives NaN."""
     inputs, batch = padded(device), packed(device)
     batch.labels = torch.where(torch.arange(15, device=device) < picked, batch.input_ids, -100)
     batch.picks = (batch.labels != -100).nonzero()[:, 0]
@@ -172,7 +172,7 @@ def one_by_one(batch):
 
 
 def test_accumulated_gradients_are_those_of_one_batch(model, device):
-    """Micro-batches of unequal picks, one of none: the sum is divided once, by what all of them picked."""
+    """Micro-batches with different numbers of picks, one without: the sum is divided once, by the total."""
     batch = packed(device)
     batch.picks = torch.tensor([1, 3, 7, 8, 9, 14], device=device)
     batch.labels = torch.full_like(batch.labels, -100).index_copy(0, batch.picks, batch.input_ids[batch.picks])
@@ -196,7 +196,7 @@ def theirs():
 
 
 def test_accumulation_in_transformers_inflates_the_gradient(theirs, tmp_path):
-    """Its Trainer divides nothing and hands the models `num_items_in_batch`, which BERT's ignores: n micro-batches
+    """Its Trainer leaves the division to the model through `num_items_in_batch`, which BERT ignores: n micro-batches
     give n times the gradient of one batch. Ours give that of one batch (huggingface/transformers#47688)."""
     theirs.save_pretrained(tmp_path)
     ours = MaskedLM.from_pretrained(tmp_path)
@@ -218,7 +218,7 @@ def test_accumulation_in_transformers_inflates_the_gradient(theirs, tmp_path):
 
 
 def test_flattening_in_transformers_loses_segments_and_labels(theirs, tmp_path):
-    """Its collator drops token_type_ids and the first label of each sequence; packing keeps both, and the model's
+    """Its collator drops token_type_ids and the first label of each sequence. Packing keeps both, and the model's
     scores are those of the padded batch."""
     examples = [
         {"input_ids": [3, 4, 5, 6], "token_type_ids": [0, 0, 1, 1], "labels": [3, -100, 5, -100]},

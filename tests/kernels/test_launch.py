@@ -18,7 +18,7 @@ DEFAULT, FAST, SLOW, HUGE = ({"BLOCK": block, "num_warps": 4} for block in (64, 
 
 
 class Kernel:
-    """Plays the `run` of a launcher: notes its settings, and refuses what does not fit the device."""
+    """Stands for the `run` of a launcher: records its settings, and refuses those that do not fit the device."""
 
     def __init__(self, candidates=(FAST, SLOW, HUGE), key="bf16 D768"):
         self.tried, self.ran, self.candidates, self.key = [], [], candidates, key
@@ -86,7 +86,7 @@ def test_a_profile_is_used(profile):
     assert _launch.measured() == {"toy_fwd": {"bf16 D768": FAST}}
 
 
-def test_a_profile_is_of_its_device_and_its_class_of_shapes(profile, monkeypatch):
+def test_a_profile_belongs_to_its_device_and_its_class_of_shapes(profile, monkeypatch):
     profile(FAST)
     assert Kernel(key="bf16 D1024").launch() == DEFAULT
     monkeypatch.setattr(_launch, "device_name", lambda: "toy_9001")
@@ -109,7 +109,7 @@ def test_the_search_finds_the_fastest_once(search):
     search(10.0, 5.0, 20.0)
     kernel = Kernel()
     assert kernel.launch() == FAST
-    # all ran but the one that does not fit, then the launch itself
+    # all but the one that does not fit, then the launch itself
     assert kernel.ran == [DEFAULT, FAST, SLOW, FAST]
     assert kernel.launch() == FAST
     assert len(kernel.ran) == 5
@@ -154,7 +154,7 @@ def test_a_kernel_that_works_in_place_runs_once_on_its_input(search, device):
     assert x.tolist() == [0.0, 2.0, 4.0, 6.0, 8.0]
 
 
-def test_an_error_that_is_no_lack_of_room_is_raised(search):
+def test_other_errors_are_raised(search):
     search(1.0)
 
     def broken(settings):

@@ -60,7 +60,7 @@ def test_widths(D, mode, device):
 
 @both
 def test_gradients_along_the_result(normalize, device):
-    """Normalisation takes out what points along y: in half precision little is left, and must not be y's rounding."""
+    """Normalisation removes the part along y. What is left in half precision must not be y's rounding error."""
     hidden, cu_seqlens = make([5, 40], 96, device, torch.float16)
     y, dhidden = run(hidden, cu_seqlens, reference.pooling(hidden, cu_seqlens, normalize=True), normalize=normalize)
     truth = run(hidden.double(), cu_seqlens, reference.pooling(hidden, cu_seqlens, normalize=True).double(),

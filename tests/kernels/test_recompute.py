@@ -23,7 +23,7 @@ def gradients(block, layout, x, cotangent, use_reentrant=None):
     """(output, gradients of x and of every parameter). use_reentrant: None keeps all activations."""
 
     def forward(x):
-        # a place of its own in the random stream for this layer, the same when it runs again
+        # the stream begins at the same place when the forward runs again
         return block(x, layout, DropoutStream(torch.tensor([2**35 + 7], device=x.device)))
 
     block.zero_grad()
@@ -31,7 +31,7 @@ def gradients(block, layout, x, cotangent, use_reentrant=None):
     if use_reentrant is None:
         y = forward(x)
     else:
-        # the masks come from the seed alone, so the generator's state need not be kept, and may change meanwhile
+        # masks depend on the seed alone, so the generator's state need not be kept and may change in between
         y = checkpoint(forward, x, use_reentrant=use_reentrant, preserve_rng_state=False)
         torch.rand(3)
     y.backward(cotangent)
@@ -49,14 +49,14 @@ def test_activation_checkpointing_changes_no_bit(impl, use_reentrant, device, mo
     again = gradients(block, layout, x, cotangent, use_reentrant)
     for one, other in zip(kept, again, strict=True):
         assert torch.equal(one, other)
-    # and there was something to replay: without dropout the values are others
+    # there was something to replay: without dropout the values differ
     assert not torch.equal(kept[0], block(x, layout, DropoutStream(None)))
 
 
 @pytest.mark.parametrize("use_reentrant", RECOMPUTE.values(), ids=RECOMPUTE)
 @pytest.mark.parametrize("pre_norm", [False, True], ids=["post-norm", "pre-norm"])
 def test_every_block_of_an_encoder_may_be_recomputed(pre_norm, use_reentrant, device, monkeypatch):
-    """As a user does it: each block's forward through checkpoint, with the DropoutStream that the encoder hands out."""
+    """As a user does it: each block's forward runs through checkpoint, with the encoder's DropoutStream."""
     config = CONFIG.replace(pre_norm=pre_norm, output_dropout=0.2, mlp_dropout=0.1)
     encoder = Encoder(config).to(device).train()
     batch = Batch(
@@ -97,7 +97,7 @@ def test_formulas_by_finite_differences(name, impl):
     leaves = [arguments[name].requires_grad_() for name in names]
     assert torch.autograd.gradcheck(function, leaves, nondet_tol=0.0, fast_mode=True)
     assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
-    # that check looks at gradients with a graph alone, which on a CPU come by another way
+    # gradgradcheck asks for gradients with a graph only, which a CPU computes in another way
     out = function(*leaves)[0]
     cotangent = torch.randn_like(out)
     once, differentiable = (
@@ -108,7 +108,7 @@ def test_formulas_by_finite_differences(name, impl):
 
 
 def penalised(call, arguments, impl):
-    """Backward of a gradient penalty: what asks for second derivatives."""
+    """Backward of a gradient penalty, which needs second derivatives."""
     leaves = {name: x.detach().requires_grad_() for name, x in arguments.items() if is_floating(x)}
     out = next(x for x in call(arguments | leaves, impl=impl) if x.requires_grad)
     # a cotangent that is 1 everywhere would make LayerNorm's gradient 0
@@ -120,7 +120,7 @@ def penalised(call, arguments, impl):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_kernels_refuse_a_second_derivative_by_name(name, device):
-    # two ops run on another's Function
+    # two ops use the Function of another op
     op = CALLS[name].op.replace("contrastive", "masked").replace("biased", "disentangled")
     with pytest.raises(RuntimeError, match=f"{op} has no second derivative"):
         penalised(CALLS[name], CALLS[name].arguments(device), "triton")

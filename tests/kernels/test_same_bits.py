@@ -62,7 +62,7 @@ def test_programs_in_another_order(name, monkeypatch, poison):
 
 
 def test_a_race_shows(monkeypatch):
-    """The instrument itself: a kernel whose programs add to one place without atomics, or pass values on."""
+    """The instrument itself: it sees a kernel whose programs pass values on to each other."""
     import triton
     import triton.language as tl
 

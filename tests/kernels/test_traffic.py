@@ -112,8 +112,8 @@ def test_each_launch_touches_its_arguments_once(case):
 
 
 def test_full_size_follows_from_small(monkeypatch):
-    """A larger batch counted access by access moves what was foretold for it from a small one."""
-    # of the interpreter, which is counted
+    """A larger batch, counted access by access, moves the bytes that were predicted from a small one."""
+    # the interpreter's, which are counted
     monkeypatch.setattr(traffic, "MULTIPROCESSORS", 4)
     for case in traffic.CASES:
         if case.op == "attention" and (case.dropout_p or case.full["S"] > 128):
@@ -127,7 +127,7 @@ def test_full_size_follows_from_small(monkeypatch):
         foretold, counted = traffic.fused(case, larger), traffic.count(case.fused, larger)
         for mine, theirs in zip(foretold, counted):
             assert sum(kernel.flops for kernel in mine) == sum(kernel.flops for kernel in theirs)
-            # PyTorch's own are counted the same way in both; around products a CPU needs more of them
+            # PyTorch's own kernels are counted alike in both, but a CPU needs more of them around products
             mine, theirs = ([kernel for kernel in kernels if kernel.size] for kernels in (mine, theirs))
             assert [kernel.name for kernel in mine] == [kernel.name for kernel in theirs]
             total = sum(kernel.bytes for kernel in theirs)
@@ -148,7 +148,7 @@ PRODUCTS = {
 @pytest.mark.parametrize("lengths", [[20, 1, 43], [100, 7, 290]], ids=["short", "tiled"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids=["", "dropout"])
 def test_attention_multiplies_tiles_that_exist(lengths, dropout_p):
-    """FLOPs by the closed form; rows of the looping operands pass once a tile of the others, everything else once."""
+    """FLOPs equal the closed form. The loop's operands are read once per tile of the others, everything else once."""
     H, K = 2, 32
     seed = torch.tensor([3]) if dropout_p else None
     forward, backward = passes(lambda: attention(lengths, H, K, dropout_p=dropout_p, seed=seed))
@@ -178,7 +178,7 @@ def test_attention_multiplies_tiles_that_exist(lengths, dropout_p):
         assert floor <= rows_moved([kernel], sum(lengths) * row) <= 1.05 * floor, kernel.name
 
 
-def test_a_window_visits_the_tiles_inside_it_alone():
+def test_a_window_visits_only_the_tiles_inside_it():
     """Of 8 x 8 tiles of 64 and a window of 40 positions, those beside the diagonal: less work, forward and backward."""
     wide, narrow = (passes(lambda w=w: attention([512], 1, 32, window=w)) for w in (None, 40))
     for all_tiles, some in zip(wide, narrow):
@@ -187,7 +187,7 @@ def test_a_window_visits_the_tiles_inside_it_alone():
 
 
 def test_every_kernel_is_counted_above():
-    """A kernel that no case launches would be one of which the table says nothing."""
+    """The table would say nothing of a kernel that no case launches."""
     launched = {k.name for case in traffic.CASES for p in traffic.counted(case) for k in p}
     for path in sorted(Path(traffic.ROOT / "kernels").glob("[!_]*.py")):
         text = path.read_text(encoding="utf-8")
@@ -196,7 +196,7 @@ def test_every_kernel_is_counted_above():
         assert kernels <= launched, f"{path.name}: {sorted(kernels - launched)}"
 
 
-def test_the_counter_sees_too_much_and_what_lies_outside():
+def test_the_counter_sees_repeated_and_outside_accesses():
     """Bytes asked for twice count twice, elements once; an access outside all arguments is an error."""
     import triton
     import triton.language as tl

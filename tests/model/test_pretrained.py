@@ -10,8 +10,9 @@ from test_families import CASES, theirs_of
 
 from fastbert.model import families
 from fastbert.model.convert import convert
-from fastbert.model.heads import MaskedLM, SequenceClassifier, TokenClassifier
+from fastbert.model.heads import MaskedLM, Pretraining, ReplacedTokenDetector, SequenceClassifier, TokenClassifier
 from fastbert.model.sentences import SentenceEmbedder
+from fastbert.packing import pack
 
 
 @pytest.fixture
@@ -181,8 +182,16 @@ ONES = torch.ones(2, 3, dtype=torch.int64)
         (MaskedLM, dict(input_ids=ONES, labels=-ONES), "labels hold -1: expected 0 to 98"),
         (TokenClassifier, dict(input_ids=ONES, labels=2 * ONES), "labels hold 2: expected 0 to 1"),
         (SequenceClassifier, dict(input_ids=ONES, labels=2 * ONES[:, 0]), "labels hold 2: expected 0 to 1"),
+        (ReplacedTokenDetector, dict(input_ids=ONES, labels=2 * ONES), "labels hold 2: expected 0 to 1"),
+        (Pretraining, dict(input_ids=ONES, next_sentence_label=2 * ONES[:, 0]), "pair labels hold 2: expected 0 to 1"),
+        (MaskedLM, dict(input_ids=pack(99 * ONES)[0]), "input_ids hold 99: expected 0 to 98"),
+        (MaskedLM, dict(input_ids=pack(ONES, position_ids=99 * ONES)[0]), "position_ids hold 99"),
+        (MaskedLM, dict(input_ids=pack(ONES, token_type_ids=99 * ONES)[0]), "token_type_ids hold 99"),
     ],
-    ids=["one row", "floats", "short labels", "short segments", "few masks", "label", "negative", "token", "text"],
+    ids=[
+        "one row", "floats", "short labels", "short segments", "few masks", "label", "negative", "token", "text", "rtd",
+        "pair", "packed ids", "packed positions", "packed segments",
+    ],
 )  # fmt: skip
 def test_inputs_that_do_not_fit(head, inputs, message):
     model = head(families.config_of("bert", **CASES["bert"][1]))

@@ -37,3 +37,13 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(ops, "attention", recorded)
     return seen
+
+
+@pytest.fixture
+def shapes(monkeypatch):
+    """The shapes of what ops.layer_norm gets."""
+    seen, layer_norm = [], ops.layer_norm
+    monkeypatch.setattr(
+        ops, "layer_norm", lambda x, *rest, **kwargs: seen.append(x.shape) or layer_norm(x, *rest, **kwargs)
+    )
+    return seen

@@ -120,10 +120,27 @@ def test_padding_gives_zero_and_costs_nothing(impl, calls):
     for mask in ("right", "left", "holes", "a row of padding"):
         inputs, real = batch(mask)
         fast(**inputs)
-        assert all((out[~real] == 0).all() and (out[real] != 0).all() for out in outs)
+        # but for the first place, which a pooler reads
+        padding = ~real
+        padding[:, 0] = False
+        assert all((out[padding] == 0).all() and (out[real] != 0).all() for out in outs)
         cu_seqlens = calls[-1][3]
         assert cu_seqlens.tolist() == [0, *real.sum(1).cumsum(0).tolist()]
         outs.clear()
+
+
+@pytest.mark.parametrize("mask", ["left", "holes", "a row of padding"])
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("Bert", "Model"), ("Roberta", "ForSequenceClassification"), ("Albert", "Model"),
+     ("DistilBert", "ForSequenceClassification"), ("ModernBert", "ForSequenceClassification")],
+)  # fmt: skip
+def test_padding_at_the_first_place_is_pooled_as_before(family, kind, mask):
+    sdpa, fast = build(family, kind, "sdpa"), build(family, kind, "fastbert")
+    inputs, _ = batch(mask)
+    name = "pooler_output" if kind == "Model" else "logits"
+    for more in ({}, dict(output_attentions=True)):
+        assert_close(fast(**inputs, **more)[name], sdpa(**inputs)[name])
 
 
 def test_what_stands_in_the_padding_does_not_matter(impl):
@@ -260,6 +277,30 @@ def test_decoder_and_cross_attention_are_left_to_sdpa(output_attentions, calls):
         m.generate(ids, max_new_tokens=4, do_sample=False, attention_mask=torch.ones_like(ids)) for m in (eager, fast)
     ]
     assert torch.equal(*tokens)
+
+
+@pytest.mark.parametrize("others", ["sdpa", "eager"])
+def test_a_pair_whose_modules_keep_another_config(others):
+    pair = transformers.EncoderDecoderModel(
+        encoder=build("Bert", attn_implementation=others),
+        decoder=build("Bert", "LMHeadModel", others, is_decoder=True, add_cross_attention=True),
+    ).eval()
+    inputs, real = batch("left")
+    arguments = dict(**inputs, decoder_input_ids=inputs["input_ids"])
+    wanted = pair(**arguments)
+    pair.set_attn_implementation("fastbert")
+    got = pair(**arguments)
+    assert_close(got.encoder_last_hidden_state[real], wanted.encoder_last_hidden_state[real])
+    assert_close(got.logits, wanted.logits)
+
+
+@pytest.mark.parametrize("with_lengths", [True, False])
+def test_positions_that_begin_before_the_familys_are_refused(with_lengths):
+    flattened = DataCollatorWithFlattening(return_flash_attn_kwargs=with_lengths)(sequences())
+    flattened.pop("labels")
+    fast = build("Roberta", attn_implementation="fastbert")
+    with pytest.raises(ValueError, match="^position_ids .* begin at 0: roberta begins at 1, add 1 to those of Data"):
+        fast(**flattened)
 
 
 def test_mask_functions_of_ones_own_are_built_out():

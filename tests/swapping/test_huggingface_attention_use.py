@@ -7,6 +7,7 @@ import torch
 import transformers
 from small import output, start
 from test_huggingface_attention import MASKS, B, S, assert_close, assert_same_gradients, batch, build, gradients, pair
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastbert import ops
 from fastbert.packing import Layout
@@ -198,6 +199,19 @@ def test_nothing_asks_the_device(mask, monkeypatch):
     assert model(**inputs).last_hidden_state.shape == (B, S, 28)
     lengths = torch.zeros(5, dtype=torch.int32, device="meta")
     model(**inputs, cu_seq_lens_q=lengths, cu_seq_lens_k=lengths, max_length_q=7, max_length_k=7)
+
+
+@pytest.mark.parametrize("family", ["Bert", "ModernBert"])
+@pytest.mark.parametrize("mask", ["none", "left"])
+def test_shapes_without_values(family, mask):
+    model = build(family, attn_implementation="fastbert")
+    inputs = {name: x for name, x in batch(mask)[0].items() if x is not None}
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = {name: mode.from_tensor(x) for name, x in inputs.items()}
+        assert model(**fake).last_hidden_state.shape == (B, S, 28)
+    if mask == "none":
+        # transformers reads a mask
+        assert model.to("meta")(inputs["input_ids"].to("meta")).last_hidden_state.shape == (B, S, 28)
 
 
 def test_a_mask_is_walked_like_any_tuple():

@@ -64,14 +64,6 @@ class OwnAttention(nn.Module):
         return self.out((weights[..., None] * v).sum(1, keepdim=True) - q), None
 
 
-def test_a_block_of_ones_own_is_called():
-    module, swapped, _ = pair(an_encoder(batch_first=True))
-    for each in (module, swapped):
-        each.layers[1]._ff_block = lambda x: x * 0.5
-    x = torch.randn(3, S, D)
-    assert_equal_results(results(module, at_tokens(), x), results(swapped, at_tokens(), x))
-
-
 @pytest.mark.parametrize("name", ["layers.0", "layers.1.norm1", "layers.0.linear1", "layers.0.self_attn", "norm"])
 def test_hooks_inside_see_what_they_saw(name):
     module, swapped, _ = pair(an_encoder(norm=True, norm_first=True, batch_first=True))

@@ -83,17 +83,22 @@ def draw_nothing(patch):
     patch.setattr(card, "learning_curve", lambda *_: None)
 
 
-def stop_in(monkeypatch, name, call):
-    """SIGTERM arrives in call number `call` of the function `name` of pretrain.py."""
+def stop_in(monkeypatch, name, call, *signals):
+    """Signals, SIGTERM by default, arrive in call number `call` of the function `name` of pretrain.py."""
     real, calls = getattr(pretrain, name), [0]
 
     def function(*args, **kwargs):
         calls[0] += 1
         if calls[0] == call:
-            os.kill(os.getpid(), signal.SIGTERM)
+            for number in signals or [signal.SIGTERM]:
+                os.kill(os.getpid(), number)
         return real(*args, **kwargs)
 
     monkeypatch.setattr(pretrain, name, function)
+
+
+def checkpoints(directory):
+    return sorted(path.name for path in directory.glob("checkpoint-*"))
 
 
 def cut(batch, groups):

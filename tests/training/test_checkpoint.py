@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import packed_batch
+from runs import checkpoints
 from tokenizers import Tokenizer, models
 
 from fastbert import files
@@ -76,6 +77,34 @@ def test_only_the_newest_are_kept(tmp_path, tokenizer):
         checkpoint.save_checkpoint(tmp_path, step, model, optimizer, tokenizer, {}, keep=2)
     # counted as numbers, not as text
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-100"]
+
+
+@pytest.mark.parametrize("damage", [lambda path: shutil.rmtree(path), lambda path: flip(path / checkpoint.MODEL)])
+def test_pruning_deletes_only_whole_and_older_ones(damage, tmp_path, tokenizer):
+    model, optimizer = trained()
+    for step in (1, 2, 3, 30):
+        checkpoint.save_checkpoint(tmp_path, step, model, optimizer, tokenizer, {})
+    for step in (3, 30):
+        damage(tmp_path / f"checkpoint-{step}")
+        (tmp_path / f"checkpoint-{step}").mkdir(exist_ok=True)
+    path = checkpoint.save_checkpoint(tmp_path, 4, model, optimizer, tokenizer, {}, keep=2)
+    assert checkpoints(tmp_path) == ["checkpoint-2", "checkpoint-3", "checkpoint-30", "checkpoint-4"]
+    with pytest.warns(UserWarning, match="checkpoint-30"):
+        assert checkpoint.latest(tmp_path) == path
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_files_have_the_permissions_of_new_files(umask, tmp_path, tokenizer):
+    before = os.umask(umask)
+    try:
+        path = checkpoint.save_checkpoint(tmp_path, 1, *trained(), tokenizer, {})
+        checkpoint.publish(tmp_path, trained()[0], tokenizer)
+    finally:
+        os.umask(before)
+    modes = {
+        file.name: file.stat().st_mode & 0o777 for file in (*path.iterdir(), *tmp_path.iterdir()) if file.is_file()
+    }
+    assert set(modes.values()) == {0o666 & ~umask}, modes
 
 
 def truncate(file):
@@ -229,13 +258,12 @@ def test_a_full_disk_gives_one_line_and_keeps_the_last_checkpoint(tmp_path, toke
     assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint-1"
 
 
-def test_parameters_that_are_not_finite_are_not_saved(tmp_path, tokenizer):
+@pytest.mark.parametrize("value", [math.nan, -math.inf, 1e30])
+def test_a_dead_parameter_is_not_saved(value, tmp_path, tokenizer):
     model, optimizer = trained()
     with torch.no_grad():
-        model.vocabulary_bias[3] = math.nan
-    with pytest.raises(
-        ValueError, match="step 4 is not saved: 1 parameters are not finite, the first is vocabulary_bias"
-    ):
+        model.vocabulary_bias[3] = value
+    with pytest.raises(ValueError, match="step 4 is not saved: vocabulary_bias has a value of "):
         checkpoint.save_checkpoint(tmp_path, 4, model, optimizer, tokenizer, {})
     assert list(tmp_path.iterdir()) == []
 

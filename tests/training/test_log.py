@@ -1,5 +1,6 @@
 """What a run reports: rows of the log in words, the picture, the card; a new loss needs only a name."""
 
+import errno
 import json
 import shutil
 
@@ -12,7 +13,7 @@ from fastbert.data.shards import Shards
 from fastbert.data.tokenizer import load_tokenizer
 from fastbert.model import hf_files
 from fastbert.model.heads import TokenClassifier
-from fastbert.training import card, checkpoint, log, loop, optim, processes
+from fastbert.training import card, checkpoint, log, loop, optim, pretrain, processes
 from fastbert.training.pretrain import PretrainConfig
 
 MLM = {"loss": 2.0, "masked_accuracy": 0.25, "picked_tokens": 40}
@@ -119,3 +120,47 @@ def test_an_old_checkpoint_with_sums_of_every_objective_resumes(options, whole, 
     ))  # fmt: skip
     run(options, resume=True)
     assert_same_run(whole, directory)
+
+
+def test_tensorboard_reads_the_event_file(tmp_path):
+    loader = pytest.importorskip("tensorboard.backend.event_processing.event_file_loader")
+    writer = log.TensorBoard(tmp_path / "events", 3)
+    writer.write({"step": 5, "elapsed": 1.5, "loss": 2.5, "eval_loss": None, "eval_masked_accuracy": 0.25, "tokens": 9})
+    writer.close()
+    [file] = (tmp_path / "events").iterdir()
+    version, start, row = loader.LegacyEventFileLoader(str(file)).Load()
+    assert version.file_version == "brain.Event:2" and (start.step, start.session_log.status) == (4, 1)
+    values = {value.tag: value.simple_value for value in row.summary.value}
+    assert row.step == 5 and values == {"loss": 2.5, "eval/masked_accuracy": 0.25, "tokens": 9}
+
+
+def test_a_run_whose_directory_is_deleted_still_saves_its_model(options, monkeypatch, capfd):
+    monkeypatch.undo()  # with TensorBoard
+    real, calls = pretrain.accumulate, [0]
+
+    def accumulate(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == 6:
+            shutil.rmtree(options["output_dir"])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(pretrain, "accumulate", accumulate)
+    assert run(options)["step"] == 12
+    assert (options["output_dir"] / checkpoint.MODEL).exists() and "Traceback" not in capfd.readouterr().err
+
+
+def test_a_log_that_cannot_be_written_is_one_line(tmp_path):
+    class Full:
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def close(self):
+            self.write("")
+
+    with (
+        pytest.raises(OSError, match="^the log in .* cannot be written: No space left on device$"),
+        log.Log(tmp_path, 0) as journal,
+    ):
+        journal.begin(loop.Progress(), 12, in_seconds=False)
+        journal.rows = Full()
+        journal.write({"step": 1, "eval_loss": 1.0})

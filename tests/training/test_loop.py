@@ -1,13 +1,14 @@
 """The loop of training: what a step adds up, the step itself, its length, and several processes."""
 
 import math
+import shutil
 import time
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import packed_batch
-from runs import MODEL, alone_and_in_two_processes, cut, run, training_rows
+from runs import MODEL, alone_and_in_two_processes, checkpoints, cut, run, training_rows
 from safetensors.torch import load_file
 
 from fastbert.data.batches import MaskedBatches
@@ -102,13 +103,71 @@ def test_a_gradient_that_is_not_finite_leaves_the_parameters_untouched(options, 
     assert [r["gradient_norm"] is None for r in rows] == [step in (2, 3, 6) for step in range(12)]
 
 
-def test_five_in_a_row_abort_and_keep_the_last_good_checkpoint(options, monkeypatch):
-    poison(monkeypatch, range(4, 100))
-    with pytest.raises(FloatingPointError, match="no finite gradient in the 5 steps up to 9"):
-        run(options, save_steps=4, gradient_accumulation_steps=1)
-    found = checkpoint.latest(options["output_dir"])
-    assert found.name == "checkpoint-8"
-    assert all(tensor.isfinite().all() for tensor in load_file(found / checkpoint.MODEL).values())
+def test_five_in_a_row_abort_and_keep_the_checkpoints_from_before(options, monkeypatch):
+    """checkpoint-4 has given no finite gradient yet: checkpoint-2 must stay, too. Then a lower rate goes on."""
+    options |= {"save_steps": 2, "save_total_limit": 1, "gradient_accumulation_steps": 1}
+    with monkeypatch.context() as patched:
+        poison(patched, range(4, 100))
+        with pytest.raises(FloatingPointError, match="no finite gradient in the 5 steps up to 9; .* --learning-rate"):
+            run(options)
+    assert checkpoints(options["output_dir"]) == ["checkpoint-2", "checkpoint-4"]
+    run(options, resume=True, learning_rate=1e-4)
+    assert checkpoints(options["output_dir"]) == ["checkpoint-12"]
+
+
+def test_a_checkpoint_that_gives_no_finite_gradient_after_a_resume_is_set_aside(options, whole, monkeypatch):
+    directory = shutil.copytree(whole, options["output_dir"])
+    with monkeypatch.context() as patched:
+        poison(patched, range(100))
+        with pytest.raises(FloatingPointError, match="5 steps up to 17"):
+            run(options, resume=True, max_steps=20)
+    assert checkpoints(directory) == ["checkpoint-4", "checkpoint-8"] and (directory / "diverged-12").is_dir()
+    assert run(options, resume=True, max_steps=9, learning_rate=1e-4)["step"] == 9
+
+
+@pytest.mark.parametrize("value", [1e30, math.inf])
+def test_a_dead_parameter_displaces_no_checkpoint(value, options, monkeypatch):
+    real = pretrain.accumulate
+
+    def accumulate(model, batches, **kwargs):
+        sums = real(model, batches, **kwargs)
+        if len(seen) == 5:
+            next(model.parameters()).data.view(-1)[0] = value
+        return sums
+
+    seen = poison(monkeypatch, [])
+    real = pretrain.accumulate
+    monkeypatch.setattr(pretrain, "accumulate", accumulate)
+    with pytest.raises(FloatingPointError, match=r"after step 5 parameter \S+ has a value of (1e\+30|inf)"):
+        run(options, save_steps=1, save_total_limit=2)
+    assert checkpoints(options["output_dir"]) == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_a_run_that_ends_without_a_finite_gradient_is_not_done(options, monkeypatch):
+    poison(monkeypatch, {10, 11})
+    with pytest.raises(FloatingPointError, match="no finite gradient in the 2 steps up to 12"):
+        run(options, save_steps=5)
+    assert checkpoints(options["output_dir"]) == ["checkpoint-10", "checkpoint-5"]
+    assert not (options["output_dir"] / checkpoint.MODEL).exists()
+
+
+def test_a_model_whose_held_out_loss_is_not_finite_is_not_published(options, monkeypatch):
+    real, rows = pretrain.evaluate, []
+
+    def evaluate(*args, **kwargs):
+        rows.append(real(*args, **kwargs))
+        # the first of three
+        return rows[-1] | ({"eval_loss": math.nan} if len(rows) != 2 else {})
+
+    monkeypatch.setattr(pretrain, "evaluate", evaluate)
+    with pytest.raises(FloatingPointError, match="the held-out loss after step 12 is not finite"):
+        run(options, save_steps=4)
+    # that of step 4 waits for step 5
+    assert checkpoints(options["output_dir"]) == ["checkpoint-5", "checkpoint-8"]
+    assert not (options["output_dir"] / checkpoint.MODEL).exists()
+    # a resume cannot publish it either
+    with pytest.raises(FloatingPointError):
+        run(options, save_steps=4, resume=True)
 
 
 def test_dropout_has_another_seed_in_every_place():

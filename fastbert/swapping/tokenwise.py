@@ -1,0 +1,160 @@
+"""Which modules act on each token alone: the condition for running a stack of layers without padding.
+
+Without padding, every module inside a stack gets the tokens of all sequences in one row, and a `Layout` in place of the
+mask. A module that looks along the row would see other texts. So each must be of a class that is known here, and
+without code of its user's: a hook, a method set on the instance, a function of one's own as activation.
+"""
+
+import functools
+import inspect
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .steps import HOOKS, Replacement
+
+_TORCH = {
+    "activation": "CELU ELU GELU Hardshrink Hardsigmoid Hardswish Hardtanh LeakyReLU LogSigmoid Mish ReLU ReLU6 SELU "
+    "Sigmoid SiLU Softplus Softshrink Softsign Tanh Tanhshrink Threshold",
+    "container": "ModuleDict ModuleList ParameterDict ParameterList Sequential",
+    "dropout": "Dropout",
+    "linear": "Identity Linear NonDynamicallyQuantizableLinear",
+    "normalization": "LayerNorm RMSNorm",
+    "sparse": "Embedding",
+}
+# DeBERTa's stack calls this one with padded hidden states: its convolution may look at several tokens
+CONVOLVES = "transformers.models.deberta_v2.modeling_deberta_v2.ConvLayer"
+# full names of classes that act on each token alone if the modules inside them do; `table.py` adds transformers'
+KNOWN = {f"torch.nn.modules.{file}.{name}" for file, names in _TORCH.items() for name in names.split()} | {
+    "peft.tuners.lora.dora.DoraLinearLayer",
+    "peft.tuners.lora.layer.Linear",
+    "peft.utils.other.ModulesToSaveWrapper",
+    CONVOLVES,
+    "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper",
+    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel",
+}
+# classes that torch derives from a module's at run time come from here (fully_shard, parametrize)
+_DERIVING = ("torch.distributed.", "torch.nn.utils.parametrize")
+# hooks from here do not look at shapes
+_BLIND = (
+    "torch.distributed", "accelerate", "deepspeed", "transformers.utils.output_capturing",
+    "transformers.modeling_utils",
+)  # fmt: skip
+
+_FUNCTIONS = {F.gelu, F.relu, F.silu, F.elu, F.leaky_relu, F.mish, F.hardtanh, torch.relu, torch.tanh, torch.sigmoid}
+_ACTIVATIONS = ("activation", "act", "intermediate_act_fn")
+
+
+def full_name(cls):
+    """Module and name of a class; "" for one made by the swap."""
+    return f"{cls.__module__}.{cls.__qualname__}" if "replaces" not in vars(cls) else ""
+
+
+def overrides(cls, base):
+    """Whether a class derived from `base` may compute something else: it overrides what `base` itself defines, or the
+    forward of `base` was replaced for all its modules."""
+    if "replaces" not in vars(base) and "forward" in vars(base) and base.forward.__module__ != base.__module__:
+        return True
+    between = itertools.takewhile(lambda c: c is not base, cls.__mro__)
+    names = {name for c in between if not c.__module__.startswith(_DERIVING) for name in vars(c)}
+    names = {name for name in names if not name.startswith(("__", "get_", "set_")) or name == "__call__"}
+    return bool(names & {"forward", "__call__"}) or any(inspect.isfunction(vars(base).get(name)) for name in names)
+
+
+def own_code(module, hooks=True, parts=None):
+    """(name, reason) of the first module inside `module` that may look beyond each token, else None.
+
+    hooks: whether a hook is a reason. parts: the names of the children to look at, if not all. Runs in every call of a
+    stack, so classes are looked up once.
+    """
+    for name in parts or module._modules:
+        inner = module._modules[name]
+        # parametrizations act on parameters
+        if inner is None or name == "parametrizations":
+            continue
+        cls, attributes = type(inner), vars(inner)
+        if cls not in _CLASSES:
+            _CLASSES[cls] = _learned(cls)
+        if _CLASSES[cls] is None:
+            return name, f"({cls.__name__}) may look at other tokens"
+        methods, check, convolves = _CLASSES[cls]
+        for method in methods:
+            if method in attributes and not _is_harmless(inner, method):
+                return name, f"({cls.__name__}) has a {method} of its own"
+        has_hooks = (
+            attributes["_forward_hooks"] or attributes["_forward_pre_hooks"] or attributes["_backward_hooks"]
+            or attributes["_backward_pre_hooks"]
+        )  # fmt: skip
+        if hooks and has_hooks and not _has_blind_hooks(inner):
+            return name, f"({cls.__name__}) has a hook"
+        if check is not None and (reason := check(inner)):
+            return name, f"({cls.__name__}) {reason}"
+        if inner._modules:
+            rest = [part for part, x in inner._modules.items() if type(x) is not nn.Conv1d] if convolves else None
+            found = own_code(inner, hooks, rest)
+            if found is not None:
+                return f"{name}.{found[0]}", found[1]
+    return None
+
+
+# class -> (names of its methods, a check of each module, whether it is `CONVOLVES`); None: not known
+_CLASSES = {}
+
+
+def _learned(cls):
+    for base in cls.__mro__:
+        replacement, name = vars(base).get("replacement"), full_name(base)
+        if replacement is not None or name in KNOWN or base.__module__ == "transformers.activations":
+            break
+    else:
+        return None
+    if overrides(cls, base) or (replacement is not None and not replacement.TOKENWISE):
+        return None
+    check = replacement and replacement.misfit
+    if issubclass(base, (nn.LayerNorm, nn.RMSNorm)):
+        check = _normalizes_more
+    own = [c for c in itertools.takewhile(lambda c: c is not nn.Module, base.__mro__) if c is not Replacement]
+    methods = {name for c in own for name, value in vars(c).items() if inspect.isfunction(value)}
+    methods = {name for name in methods if not name.startswith(("__", "get_", "set_", "extra_repr", "reset_"))}
+    if name.startswith("transformers.") or isinstance(replacement, type):
+        methods.update(_ACTIVATIONS)
+    return tuple(methods), check, name == CONVOLVES
+
+
+def _normalizes_more(norm):
+    return "normalizes over several tokens" if len(norm.normalized_shape) > 1 else None
+
+
+def is_watched(stack, hooks=True):
+    """Whether there is a user's code on or inside a stack: a module or a method of their own, a hook."""
+    cls = type(stack)
+    methods = (name for name in vars(stack) if inspect.isfunction(getattr(cls, name, None)))
+    return (
+        any(not _is_harmless(stack, name) for name in methods)
+        or (hooks and bool(nn.modules.module._has_any_global_hook()))
+        or own_code(stack, hooks) is not None
+    )
+
+
+def _is_harmless(module, name):
+    """Whether what was set on a module under the name of a method or an activation looks at no other token."""
+    value = vars(module)[name]
+    if name == "forward":
+        # accelerate's forward moves tensors between devices and calls the original
+        return type(vars(module).get("_hf_hook")).__module__.startswith("accelerate.")
+    if name in _ACTIVATIONS and isinstance(value, functools.partial) and not value.args:
+        value = value.func
+    return not callable(value) or (name in _ACTIVATIONS and value in _FUNCTIONS)
+
+
+def _has_blind_hooks(module):
+    return all(_is_blind(hook) for kind in HOOKS for hook in vars(module)[kind].values())
+
+
+def _is_blind(hook):
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    module = getattr(hook, "__module__", None) or ""
+    return any(module == blind or module.startswith(f"{blind}.") for blind in _BLIND)
