@@ -34,16 +34,16 @@ def test_a_signal_in_an_import_is_one_line(module, number):
     assert done.stderr == f"fastbert: error: stopped by {number.name}\n" and not done.stdout
 
 
-# waits in a call of the system that goes on after a signal, as calls into Rust do
+# waits in a call of the system that goes on after a signal, as calls into Rust do; says so from another thread
 BLOCKED = """
 import os, threading
 from fastbert import interrupts
 interrupts.PATIENCE = 0.1
 interrupts.install()
-read, write = os.pipe()
-threading.Timer(30, os.write, (write, b"x")).start()
-print("waiting", flush=True)
-os.read(read, 1)
+timer = threading.Timer(1, print, ("waiting",), {"flush": True})
+timer.daemon = True
+timer.start()
+os.read(os.pipe()[0], 1)
 """
 
 

@@ -174,7 +174,8 @@ def _building(directory, name):
         yield building
     except (OSError, SafetensorError) as error:
         shutil.rmtree(building, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or error
+        # the error may name the hidden file
+        reason = (getattr(error, "strerror", None) or str(error)).rpartition(" cannot be written: ")[2]
         free = shutil.disk_usage(directory).free / 1e6
         raise OSError(f"{directory / name} cannot be written: {reason} ({free:,.0f} MB are free there)") from None
     clear_unfinished(directory)
