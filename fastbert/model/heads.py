@@ -196,6 +196,9 @@ class Pretraining(MaskedLM):
         # the rows that either head reads in one ascending list, and the place of each in it
         rows, order = torch.sort(torch.cat((picks, first_rows(batch))), stable=True)
         place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        if len(rows):
+            # repetitions of the last row belong to no sequence: read the first
+            place = place.minimum(torch.searchsorted(rows, rows[-1:]))
         dropout = self.encoder.dropout(batch)
         hidden = self.encoder(batch, rows, dropout)[place]
         output = Output()

@@ -43,11 +43,13 @@ def test_a_batch_of_padding_alone(pair):
 
 def test_masked_tokens_alone_and_pairs_alone():
     model = Pretraining(presets.preset("bert-tiny")).eval()
-    ids, pairs = torch.randint(5, 99, (2, 4)), torch.tensor([0, 1])
-    tokens, both = model(ids, labels=ids), model(ids, labels=ids, next_sentence_label=pairs)
-    pairs = model(ids, next_sentence_label=pairs)
-    assert [*tokens.losses] == ["mlm"] and [*pairs.losses] == ["pair"] and pairs.losses["pair"].count == 2
-    torch.testing.assert_close(both.loss, tokens.loss + pairs.loss)
+    ids, labels = torch.randint(5, 99, (2, 4)), torch.tensor([0, 1])
+    # the second time the last text is one token, whose row both heads read
+    for mask in (torch.ones_like(ids), torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]])):
+        tokens, both = model(ids, mask, labels=ids), model(ids, mask, labels=ids, next_sentence_label=labels)
+        pairs = model(ids, mask, next_sentence_label=labels)
+        assert [*tokens.losses] == ["mlm"] and [*pairs.losses] == ["pair"] and pairs.losses["pair"].count == 2
+        torch.testing.assert_close(both.loss, tokens.loss + pairs.loss)
 
 
 def test_old_names_bare_encoders_and_other_heads_load(tmp_path):
