@@ -142,7 +142,7 @@ def loader_rows(shards, device, rounds, quick):
         preset, length, tokens, count, bf16 = "bert-mini", 128, 8192, 4, demo.bf16_is_faster()
     if quick:
         preset, tokens, count = "bert-tiny", 1024, 2
-    config = fastbert.preset(preset).replace(vocab_size=shards.tokenizer.get_vocab_size())
+    config = fastbert.preset(preset).replace(vocab_size=shards.manifest["vocab_size"])
     eater = Eater(config, device, bf16)
     what = f"{preset}, training in {'bf16' if bf16 else 'fp32'}"
     loader = loader_of(shards, length, tokens)

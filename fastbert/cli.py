@@ -193,14 +193,18 @@ def train(files, output_dir, vocab_size, cased, kind, text_column, layout):
 @click.option("--text-column", default="text", show_default=True, help="Column of .jsonl, .csv and .parquet files.")
 @click.option("--layout", default="auto", show_default=True, help="Documents in .txt files: auto, blank-line or line.")
 @click.option("--num-workers", type=click.IntRange(1, 1024), help="Number of threads.  [default: one per core]")
-def prepare(files, tokenizer, output_dir, text_column, layout, num_workers):
-    """Tokenize text into shards that pretrain --train-file reads."""
+@click.option("--verify/--no-verify", default=True, help="Compare finished shards with their sha256.")
+def prepare(files, tokenizer, output_dir, text_column, layout, num_workers, verify):
+    """Tokenize text into shards that pretrain --train-file reads.
+
+    Run again, it continues what was interrupted, and makes shards that are damaged or missing again.
+    """
     from .data import shards
     from .data.tokenizer import load_tokenizer
 
     manifest = shards.prepare(
         files, load_tokenizer(tokenizer), output_dir,
-        text_column=text_column, layout=layout, num_workers=num_workers,
+        text_column=text_column, layout=layout, num_workers=num_workers, verify=verify,
     )  # fmt: skip
     click.echo(
         f"{output_dir}: {manifest['tokens']:,} tokens in {manifest['documents']:,} documents, "

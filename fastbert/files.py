@@ -72,6 +72,8 @@ def write(path, data):
         building.replace(path)
         sync(path.parent)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            building.unlink(missing_ok=True)
         raise OSError(f"{path} cannot be written: {error.strerror}") from None
 
 

@@ -220,6 +220,20 @@ MUTANTS = [
         "self.rank + start",
         "tests/data/test_batches.py::test_ranks_share_an_epoch",
     ),
+    Mutant(
+        "damaged-shards-count-as-whole",
+        "fastbert/data/shards.py",
+        '"" if found == digest else',
+        '"" if found else',
+        "tests/data/test_shards.py::test_damaged_shards_are_made_again",
+    ),
+    Mutant(
+        "long-sentences-cut-anywhere",
+        "fastbert/data/encoding.py",
+        "if whole == ids + self._ids(gap[0] + right):",
+        "if whole:",
+        "tests/data/test_encoding.py::test_the_ids_of_a_long_sentence_are_those_of_the_whole",
+    ),
     # training
     Mutant(
         "loss-divided-by-the-micro-batch-count",

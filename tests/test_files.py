@@ -67,6 +67,8 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="file.json cannot be written: No space left on device") as error:
             files.write(path, "new")
     assert path.read_bytes() == b"older" and "\n" not in str(error.value)
+    # nor half of a new one
+    assert [p.name for p in tmp_path.iterdir()] == ["file.json"]
     files.write(path, "new")
     assert [p.name for p in tmp_path.iterdir()] == ["file.json"]
 
@@ -85,9 +87,10 @@ def test_a_manifest_knows_its_files(tmp_path):
     (tmp_path / "deep" / "a").write_text("abd")
     with pytest.raises(ValueError, match="deep/a is damaged: its sha256"):
         files.verify_manifest(tmp_path)
-    for damaged in ("{", "[]", '{"deep/a": 3}'):
+    no_sha256 = json.dumps({"deep/a": {"size": 3, "sha256": None}})
+    for damaged in ("{", "[]", '{"deep/a": 3}', no_sha256, no_sha256.replace("3", "null"), "[" * 200_000):
         (tmp_path / files.MANIFEST).write_text(damaged)
-        with pytest.raises(ValueError, match="MANIFEST.json (cannot be read|holds no JSON object)"):
+        with pytest.raises(ValueError, match="MANIFEST.json (cannot be read|holds no JSON object|has no size)"):
             files.verify_manifest(tmp_path)
 
 

@@ -14,6 +14,9 @@ from .sequences import PAIRS, cut_sequences
 from .threads import ordered_map
 from .tokenizer import special_ids, word_starts
 
+# tokens of a batch: no GPU holds the activations of more, and indices stay in 32 bits
+MAX_TOKENS = 1 << 24
+
 
 class MaskedBatches:
     """Masked, packed batches of prepared text.
@@ -49,9 +52,9 @@ class MaskedBatches:
         capacity=False,
     ):
         self.index = cut_sequences(shards, max_seq_length, objective)
-        if tokens_per_batch < max_seq_length:
+        if not max_seq_length <= tokens_per_batch <= MAX_TOKENS:
             raise ValueError(
-                f"tokens_per_batch is {tokens_per_batch}: expected at least max_seq_length, {max_seq_length}"
+                f"tokens_per_batch is {tokens_per_batch}: expected max_seq_length, {max_seq_length}, to {MAX_TOKENS}"
             )
         if not 0 < mlm_probability <= 1:
             raise ValueError(f"mlm_probability is {mlm_probability}: expected more than 0 and at most 1")
@@ -70,7 +73,8 @@ class MaskedBatches:
         self.mlm_probability, self.objective, self.seed = mlm_probability, objective, seed
         self.rank, self.world_size, self.num_workers = rank, world_size, num_workers
         self.special = special_ids(shards.tokenizer)
-        self.vocab_size = shards.manifest["vocab_size"]
+        # the ids of a vocabulary may have gaps
+        self.words = np.setdiff1d(list(shards.tokenizer.get_vocab().values()), self.special)
         self.starts = np.array(word_starts(shards.tokenizer)) if whole_word_mask else None
         self._lengths = self.index.length[ids] + (3 if objective in PAIRS else 2)
         self.max_sequences = self.max_picks = None
@@ -147,7 +151,7 @@ class MaskedBatches:
             cu_seqlens,
             keys,
             special=self.special,
-            vocab_size=self.vocab_size,
+            words=self.words,
             probability=self.mlm_probability,
             starts=self.starts,
             fates=ELECTRA_FATES if self.objective == "rtd" else BERT_FATES,

@@ -9,12 +9,12 @@ BERT_FATES, ELECTRA_FATES = (0.8, 0.9), (0.85, 0.85)
 IGNORED = -100
 
 
-def mask_tokens(input_ids, cu_seqlens, keys, *, special, vocab_size, probability=0.15, starts=None, fates=BERT_FATES):
+def mask_tokens(input_ids, cu_seqlens, keys, *, special, words, probability=0.15, starts=None, fates=BERT_FATES):
     """Pick tokens to predict in each packed sequence, and mask most of them (Devlin et al. 2019, 3.1).
 
     input_ids: int64 [T]. cu_seqlens: [B + 1]. keys: uint64 [B] from `sequence_keys`. special: SpecialIds; special
-    tokens are never picked. starts: bool [vocab_size], whether a piece begins a word, for whole-word masking; None:
-    tokens are picked one by one. All are numpy arrays.
+    tokens are never picked. words: int64, the other ids of the vocabulary, ascending. starts: bool by id, whether a
+    piece begins a word, for whole-word masking; None: tokens are picked one by one. All are numpy arrays.
 
     Of the n candidates (tokens or words) of a sequence exactly floor(n * probability + u) are picked, u uniform in
     [0, 1). So the expectation is exact and the variance minimal. fates: the share of the picks that become [MASK], and
@@ -27,10 +27,8 @@ def mask_tokens(input_ids, cu_seqlens, keys, *, special, vocab_size, probability
     lengths = np.diff(cu_seqlens)
     sequence = np.repeat(np.arange(len(lengths)), lengths)
     position = np.arange(len(input_ids)) - np.repeat(cu_seqlens[:-1], lengths)
-    ordinary = np.ones(vocab_size, dtype=bool)
-    ordinary[list(special)] = False
 
-    rows = np.flatnonzero(ordinary[input_ids])
+    rows = np.flatnonzero(~np.isin(input_ids, special))
     if starts is None:
         first, candidate = rows, np.arange(len(rows))
     else:
@@ -54,7 +52,6 @@ def mask_tokens(input_ids, cu_seqlens, keys, *, special, vocab_size, probability
     labels[rows] = input_ids[rows]
     masked[rows[fate < fates[0]]] = special.mask
     changed = rows[(fate >= fates[0]) & (fate < fates[1])]
-    words = np.flatnonzero(ordinary)
     chosen = uniform(draw(keys[sequence[changed]], WORD, position[changed])) * len(words)
     masked[changed] = words[chosen.astype(np.int64)]
     return masked, labels

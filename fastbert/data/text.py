@@ -6,21 +6,46 @@
     .parquet  as .jsonl and .csv: one document per row, in a text column
     .gz       of .txt, .jsonl and .csv
 
-A line or document of more than MAX_SIZE bytes or characters is cut there, and the rest is another document: memory
-stays bounded. Lines that are not UTF-8 and rows without text are counted and skipped.
+Text is UTF-8, or UTF-16 or UTF-32 where a byte-order mark or the NULs between its letters show it. Lines that are not
+valid and rows without text are counted and skipped. A document of more than MAX_SIZE letters is cut at a blank, and the
+rest, which begins with this blank, is another document: memory stays bounded.
 """
 
+import codecs
+import contextlib
 import csv
 import glob
 import gzip
+import io
 import json
 import os
+import re
 import zlib
 from collections import Counter
 
 MAX_SIZE = 1 << 24
+MAX_WORD = 1 << 20
 KINDS = (".txt", ".jsonl", ".csv", ".parquet")
 LAYOUTS = ("auto", "blank-line", "line")
+
+# what separates words for every tokenizer: some remove other blanks, which joins the words beside them; and letters
+# each of which is a word
+BLANKS, IDEOGRAPHS = " \t\r\u00a0\u3000", "\u3400-\u9fff\uf900-\ufaff"
+# each ends, being greedy, at the last place of its kind: a single blank within a sentence, any blank, ideographs
+_CUTS = [
+    re.compile(rf"(?s).*[^{BLANKS}.!?](?=[{BLANKS}][^{BLANKS}])"),
+    re.compile(rf"(?s).*[^{BLANKS}](?=[{BLANKS}])"),
+    re.compile(rf"(?s).*[{IDEOGRAPHS}](?=[{IDEOGRAPHS}])"),
+]
+# looks at a word from its first letter only, so that the time is linear
+_LONG_WORD = re.compile(rf"(?<![^{BLANKS}{IDEOGRAPHS}])[^{BLANKS}{IDEOGRAPHS}]{{{MAX_WORD + 1}}}")
+# UTF-32's mark begins with UTF-16's
+_MARKS = [
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+]
 
 
 def _kind(path):
@@ -35,8 +60,9 @@ def _kind(path):
 def expand(paths):
     """The text files of `paths` (files, folders with their subfolders, globs), each once, folders in sorted order.
 
-    Raises FileNotFoundError for a path that does not exist, ValueError for a named file that is empty, has only blank
-    lines or is of an unknown type. In folders and globs such files are skipped; at least one file must have text.
+    In folders and globs, files without text or of an unknown type, hidden ones and dangling links are skipped; at least
+    one file must have text. Raises FileNotFoundError for a path that does not exist, ValueError for a named file that
+    is empty, has only blank lines or is of an unknown type.
     """
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
@@ -47,9 +73,7 @@ def expand(paths):
                 raise ValueError(f"{path} has an unknown type: expected {', '.join(KINDS)} (or .gz of the first three)")
             stats = Counter()
             if not _has_text(path, stats):
-                bad = stats["skipped_lines"]
-                why = f"{bad} lines are not UTF-8" if bad else "it is empty or has only blank lines"
-                raise ValueError(f"{path} holds no text: {why}")
+                raise ValueError(f"{path} holds no text: {why_skipped(stats) or 'it is empty or has only blank lines'}")
             files.append(path)
             continue
         if os.path.isdir(path):
@@ -61,7 +85,7 @@ def expand(paths):
                 raise FileNotFoundError(f"no file matches {path}")
         else:
             raise FileNotFoundError(f"no such file or folder: {path}")
-        found = [file for file in found if _kind(file) and _has_text(file, Counter())]
+        found = [file for file in found if _kind(file) and os.path.isfile(file) and _has_text(file, Counter())]
         if not found:
             raise ValueError(f"the {what} {path} has no file with text ({', '.join(KINDS)}, or .gz of the first three)")
         files += found
@@ -75,19 +99,25 @@ def expand(paths):
 
 
 def _below(folder):
-    return [
-        os.path.join(root, name)
-        for root, folders, names in os.walk(folder)
-        # os.walk descends in the order of the list that is sorted in place
-        for name in (folders.sort() or sorted(names))
-        if not name.startswith(".")
-    ]
+    found = []
+    for root, folders, names in os.walk(folder):
+        # os.walk descends into what is left in this list, in its order
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [os.path.join(root, name) for name in sorted(names) if not name.startswith(".")]
+    return found
 
 
 def _has_text(path, stats):
     if _kind(path) == ".parquet":
         return os.path.getsize(path) > 0
-    return any(line.strip() for line in _lines(path, stats))
+    return any(line.strip() for _, line in _lines(path, stats))
+
+
+def why_skipped(stats):
+    """What the counters of `read_documents` say was skipped, in words; empty if nothing was."""
+    without = stats["no_text"]
+    counts = {"lines are not valid text": stats["skipped_lines"] - without, "rows have no text": without}
+    return ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
 
 
 def read_documents(files, *, text_column="text", layout="auto", stats=None):
@@ -95,29 +125,30 @@ def read_documents(files, *, text_column="text", layout="auto", stats=None):
 
     layout, for .txt files: "blank-line" (blank lines between documents), "line" (one document per line), or "auto":
     blank-line if the file has a blank line between two lines of text, else line. stats: a collections.Counter;
-    "skipped_lines" counts lines that are not UTF-8 and rows without text, "bytes" the bytes read.
+    "skipped_lines" counts invalid lines and rows without text, "no_text" the latter alone, "bytes" the bytes read.
 
-    Raises ValueError for a missing text column, a damaged file, or a first row that is not text.
+    Raises ValueError, with file and line, for a missing text column, a damaged file, a file that changes while it is
+    read, a first row that is not text, a CSV row with more fields than the header, or a word of more than MAX_WORD
+    letters.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}: expected one of {', '.join(LAYOUTS)}")
     stats = Counter() if stats is None else stats
     done = 0
     for path in files:
-        kind = _kind(path)
+        kind, size = _kind(path), os.path.getsize(path)
         if kind == ".txt":
-            yield from _documents_of_txt(path, layout, stats, done)
+            yield from _grouped(_lines(path, stats, done), _detect_layout(path) if layout == "auto" else layout)
         else:
             rows = {".jsonl": _rows_of_jsonl, ".csv": _rows_of_csv, ".parquet": _rows_of_parquet}[kind]
-            for text in rows(path, text_column, stats, done):
+            for number, text in rows(path, text_column, stats, done):
                 # JSON can hold half a surrogate pair, which is no character and breaks tokenizers
                 text = text.encode("utf-8", "replace").decode("utf-8")
-                for first in range(0, len(text), MAX_SIZE):
-                    lines = (line.strip() for line in text[first : first + MAX_SIZE].split("\n"))
-                    document = [line for line in lines if line]
-                    if document:
-                        yield document
-        done += os.path.getsize(path)
+                lines = ((n, part) for n, line in enumerate(text.split("\n")) for part in _parts(path, number, line))
+                yield from _grouped(lines, "row")
+        if os.path.getsize(path) != size:
+            raise ValueError(f"{path} changed while it was read: from {size:,} to {os.path.getsize(path):,} bytes")
+        done += size
         stats["bytes"] = done
 
 
@@ -128,40 +159,113 @@ def check_columns(files, text_column):
             next(read_documents([path], text_column=text_column), None)
 
 
+def _encoding(path):
+    """(encoding, how it treats errors) of a text file. An invalid line then has half a surrogate pair."""
+    with _opened(path) as (_, file):
+        start = file.read(1 << 12)
+    mark = next((name for mark, name in _MARKS if start.startswith(mark)), None)
+    if mark or 0 not in start:
+        return (mark, "surrogatepass") if mark else ("utf-8-sig", "surrogateescape")
+    # the share of NULs at every fourth byte; in UTF-16 a letter's low byte is rarely NUL, its high byte often
+    zeros = [start[i::4].count(0) / len(start[i::4] or b"1") for i in range(4)]
+    for name, high, low in (
+        ("utf-32-le", min(zeros[2:]), max(zeros[:1])),
+        ("utf-32-be", min(zeros[:2]), max(zeros[3:])),
+        ("utf-16-le", min(zeros[1::2]), max(zeros[0::2])),
+        ("utf-16-be", min(zeros[0::2]), max(zeros[1::2])),
+    ):
+        if high > (0.9 if "32" in name else 0.05) and low < high / 2:
+            return name, "surrogatepass"
+    if max(zeros) > 0.1:
+        raise ValueError(f"{path} is not text: {start.count(0) / len(start):.0%} of its first bytes are NUL")
+    return "utf-8", "surrogateescape"
+
+
+@contextlib.contextmanager
+def _opened(path):
+    """(the file, its unpacked content), both binary."""
+    try:
+        with open(path, "rb") as raw:
+            yield raw, gzip.GzipFile(fileobj=raw) if path.lower().endswith(".gz") else raw
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is not a whole gzip file: {error}") from None
+
+
 def _lines(path, stats, done=0):
-    """The lines of a file as str with their line ends. Lines that are not UTF-8 are counted and skipped."""
-    with open(path, "rb") as raw:
-        file = gzip.open(raw) if path.lower().endswith(".gz") else raw  # noqa: SIM115
-        try:
-            first = True
-            while line := file.readline(MAX_SIZE):
-                # a long line is not cut within a character
-                if len(line) == MAX_SIZE:
-                    while len(line) < MAX_SIZE + 3 and b"\x80" <= file.peek(1)[:1] < b"\xc0":
-                        line += file.read(1)
-                stats["bytes"] = done + raw.tell()
-                try:
-                    text = line.decode("utf-8-sig" if first else "utf-8")
-                except UnicodeDecodeError:
+    """(number, line with its end) of a text file, without invalid lines, which are counted.
+
+    A line of more than MAX_SIZE letters comes in parts, which share its number; only a .txt file may have one.
+    """
+    parts, short = _parts if _kind(path) == ".txt" else _whole, min(MAX_WORD, MAX_SIZE)
+    encoding, errors = _encoding(path)
+    with _opened(path) as (raw, file):
+        text = io.TextIOWrapper(file, encoding, errors, newline="\n")
+        number, line = 1, ""
+        while True:
+            try:
+                more = text.readline(MAX_WORD)
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path} line {number} is not {encoding.upper()}: {error.reason}") from None
+            stats["bytes"] = done + raw.tell()
+            line += more
+            at_end = not more or more.endswith("\n")
+            if not at_end and len(line) <= MAX_SIZE:
+                continue
+            ready = [line] if len(line) <= short else list(parts(path, number, line))
+            line = "" if at_end else ready.pop()
+            for part in ready:
+                if _is_valid(part):
+                    yield number, part
+                else:
                     stats["skipped_lines"] += 1
-                    continue
-                finally:
-                    first = False
-                yield text
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{path} is not a whole gzip file: {error}") from None
+            if not more:
+                return
+            number += at_end
 
 
-def _documents_of_txt(path, layout, stats, done):
-    if layout == "auto":
-        layout = _detect_layout(path)
-    document, size = [], 0
-    for line in _lines(path, stats, done):
-        line = line.strip()
+def _is_valid(line):
+    try:
+        return line.isascii() or bool(line.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def _whole(path, number, line):
+    if len(line) > MAX_SIZE:
+        raise ValueError(f"{path} line {number} has more than {MAX_SIZE:,} letters: expected shorter rows")
+    return [line]
+
+
+def _parts(path, number, line):
+    """The parts of a line that documents may have. Raises ValueError for a word that is too long."""
+    if len(line) > MAX_WORD and _LONG_WORD.search(line):
+        what = "row" if _kind(path) == ".parquet" else "line"
+        raise ValueError(f"{path} {what} {number} has a word of more than {MAX_WORD:,} letters: expected blanks")
+    return cut_line(line, MAX_SIZE)
+
+
+def cut_line(line, size):
+    """Yields parts of a line of at most `size` letters, each but the first with the blank it begins with."""
+    start = 0
+    while len(line) - start > size:
+        found = (cut.match(line, start, start + size) for cut in _CUTS)
+        end = next((match.end() for match in found if match), start + size)
+        yield line[start:end]
+        start = end
+    yield line[start:]
+
+
+def _grouped(lines, layout):
+    """Documents of (number, line). layout "row": all lines are one document, as far as MAX_SIZE allows."""
+    document, size, before = [], 0, None
+    for number, line in lines:
+        # the rest of a line that was cut keeps its blank
+        line = line.rstrip() if number == before else line.strip()
+        before = number
         if line:
             document.append(line)
             size += len(line)
-        if document and (layout == "line" or not line or size >= MAX_SIZE):
+        if document and (layout == "line" or size >= MAX_SIZE or (not line and layout == "blank-line")):
             yield document
             document, size = [], 0
     if document:
@@ -170,7 +274,7 @@ def _documents_of_txt(path, layout, stats, done):
 
 def _detect_layout(path):
     text, blank = False, False
-    for line in _lines(path, Counter()):
+    for _, line in _lines(path, Counter()):
         if line.strip():
             if blank:
                 return "blank-line"
@@ -181,12 +285,14 @@ def _detect_layout(path):
 
 
 def _missing(path, column, columns):
+    if column in columns:
+        return ValueError(f"{path} has {columns.count(column)} columns named {column!r}: expected one")
     return ValueError(f"{path} has no column {column!r}: it has {', '.join(map(repr, columns)) or 'none'}")
 
 
 def _rows_of_jsonl(path, column, stats, done):
     first = True
-    for line in _lines(path, stats, done):
+    for number, line in _lines(path, stats, done):
         if not line.strip():
             continue
         try:
@@ -197,30 +303,50 @@ def _rows_of_jsonl(path, column, stats, done):
             if not isinstance(row, dict):
                 raise ValueError(f"{path} does not begin with a JSON object on one line: {line.strip()[:40]!r}")
             if column not in row:
-                raise _missing(path, column, row)
+                raise _missing(path, column, list(row))
             first = False
         text = row.get(column) if isinstance(row, dict) else None
         if isinstance(text, str):
-            yield text
+            yield number, text
         else:
+            # a row without text, or an invalid line
             stats["skipped_lines"] += 1
+            stats["no_text"] += isinstance(row, dict)
 
 
 def _rows_of_csv(path, column, stats, done):
     # the default of 128 KB is less than a long article
     csv.field_size_limit(MAX_SIZE)
-    rows = csv.DictReader(_lines(path, stats, done))
+    number = 0
+
+    def lines():
+        nonlocal number
+        for number, line in _lines(path, stats, done):  # noqa: B007
+            yield line
+
+    # strict: a quote that is never closed is an error, not a field with the rest of the file
+    rows = csv.reader(lines(), strict=True)
+    start = 1
     try:
-        if column not in (rows.fieldnames or ()):
-            raise _missing(path, column, rows.fieldnames or ())
+        header = next(rows, [])
+        if header.count(column) != 1:
+            raise _missing(path, column, header)
+        place = header.index(column)
+        start = number + 1
         for row in rows:
-            # a row with too few fields
-            if row[column] is None:
+            if any(row[len(header) :]):
+                raise ValueError(
+                    f"{path} line {start} has {len(row)} fields, the header has {len(header)}: "
+                    "text with commas needs quotes around it"
+                )
+            if len(row) > place:
+                yield start, row[place]
+            elif row:
                 stats["skipped_lines"] += 1
-            else:
-                yield row[column]
+                stats["no_text"] += 1
+            start = number + 1
     except csv.Error as error:
-        raise ValueError(f"{path} line {rows.line_num} is not CSV: {error}") from None
+        raise ValueError(f"{path} line {start} is not CSV, or a quote is never closed: {error}") from None
 
 
 def _rows_of_parquet(path, column, stats, done):
@@ -230,22 +356,32 @@ def _rows_of_parquet(path, column, stats, done):
     except ImportError:
         raise ValueError(f"{path}: reading .parquet needs pyarrow (pip install pyarrow)") from None
     try:
-        with pq.ParquetFile(path) as file:
+        # buffered: column chunks may be larger than memory
+        with pq.ParquetFile(path, buffer_size=1 << 20) as file:
             names = file.schema_arrow.names
-            if column not in names:
+            if names.count(column) != 1:
                 raise _missing(path, column, names)
             kind = file.schema_arrow.field(column).type
             kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+            if pa.types.is_null(kind):
+                raise ValueError(f"{path}: column {column!r} holds no text: all its values are null")
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
                 raise ValueError(f"{path}: column {column!r} holds {kind}: expected text")
             read, size = 0, os.path.getsize(path)
-            for batch in file.iter_batches(batch_size=256, columns=[column]):
+            for batch in file.iter_batches(batch_size=64, columns=[column]):
+                for number, text in enumerate(batch.column(0), read + 1):
+                    try:
+                        text = text.as_py()
+                    except UnicodeDecodeError:
+                        stats["skipped_lines"] += 1
+                        continue
+                    if text is None:
+                        stats["skipped_lines"] += 1
+                        stats["no_text"] += 1
+                    else:
+                        yield number, text
                 read += batch.num_rows
                 stats["bytes"] = done + size * read // file.metadata.num_rows
-                for text in batch.column(0):
-                    if text.is_valid:
-                        yield text.as_py()
-                    else:
-                        stats["skipped_lines"] += 1
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} is not a whole parquet file: {str(error).splitlines()[0]}") from None
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} is not a whole parquet file: {reason}") from None

@@ -4,19 +4,26 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 
-def ordered_map(function, items, threads):
-    """map(function, items), in order, on `threads` threads that read a few items ahead; 0 reads none ahead."""
+def ordered_map(function, items, threads, *, size=lambda item: 1, ahead=None):
+    """map(function, items), in order, on `threads` threads; 0 maps here.
+
+    The threads read items ahead of what was taken, of the sum of sizes `ahead` in all, by default two for each thread.
+    """
     if threads == 0:
         yield from map(function, items)
         return
+    ahead = 2 * threads if ahead is None else ahead
     pool = ThreadPoolExecutor(threads)
     try:
-        waiting = deque()
+        waiting, total = deque(), 0
         for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > 2 * threads:
-                yield waiting.popleft().result()
+            waiting.append((size(item), pool.submit(function, item)))
+            total += size(item)
+            while total > ahead:
+                taken, future = waiting.popleft()
+                total -= taken
+                yield future.result()
         while waiting:
-            yield waiting.popleft().result()
+            yield waiting.popleft()[1].result()
     finally:
         pool.shutdown(cancel_futures=True)

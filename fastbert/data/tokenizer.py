@@ -1,15 +1,18 @@
 """Train, save and load tokenizers (the `tokenizers` library): BERT's WordPiece, RoBERTa's byte-level BPE."""
 
+import base64
 import hashlib
 import json
 import re
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from .text import expand, read_documents
+from ..files import read_json, write
+from .text import IDEOGRAPHS, cut_line, expand, read_documents
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # RoBERTa's names for them, in the same order
@@ -17,8 +20,10 @@ BPE_SPECIALS = ("<pad>", "<unk>", "<s>", "</s>", "<mask>")
 PREFIX = "##"
 # WordPiece makes [UNK] of a longer word, so the trainer need not see it; an ideograph is a word of its own
 LONGEST_WORD = 100
-_TOO_LONG = re.compile(rf"[^\W\u3400-\u9fff\uf900-\ufaff]{{{LONGEST_WORD + 1},}}")
+_TOO_LONG = re.compile(rf"[^\W{IDEOGRAPHS}]{{{LONGEST_WORD + 1},}}")
 MAX_ALPHABET = 1000
+# the trainers take memory for every piece before they begin
+MAX_VOCABULARY = 1 << 22
 
 
 class SpecialIds(NamedTuple):
@@ -43,6 +48,8 @@ def train_wordpiece(
     Returns a tokenizers.Tokenizer. Raises ValueError when the text has fewer pieces than vocab_size, or when its
     letters alone are more.
     """
+    if vocab_size > MAX_VOCABULARY:
+        raise ValueError(f"a vocabulary of {vocab_size} is too large: expected at most {MAX_VOCABULARY}")
     files = expand(files)
     specials = list(SPECIALS)
     if vocab_size >= 1000:
@@ -82,6 +89,8 @@ def train_bpe(files, vocab_size=50265, *, text_column="text", layout="auto", min
     text always gives the same vocabulary. Returns a tokenizers.Tokenizer. Raises ValueError when the text has fewer
     pieces than vocab_size. Source: Radford et al. 2019, section 2.2.
     """
+    if vocab_size > MAX_VOCABULARY:
+        raise ValueError(f"a vocabulary of {vocab_size} is too large: expected at most {MAX_VOCABULARY}")
     files = expand(files)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     if vocab_size < len(letters) + len(BPE_SPECIALS):
@@ -118,9 +127,10 @@ def _batches(files, text_column, layout):
     """Lists of lines, about 64 KB each, without words that are too long for a vocabulary."""
     batch, size = [], 0
     for document in read_documents(files, text_column=text_column, layout=layout):
-        for line in document:
-            batch.append(_TOO_LONG.sub(" ", line))
-            size += len(line)
+        # the library takes a hundred times the memory of a line
+        for part in (part for line in document for part in cut_line(line, 1 << 16)):
+            batch.append(_TOO_LONG.sub(" ", part))
+            size += len(part)
             if size > 1 << 16:
                 yield batch
                 batch, size = [], 0
@@ -135,22 +145,31 @@ def _check_size(vocab, vocab_size, min_frequency):
         )
 
 
-def _wordpiece(vocab, lowercase):
-    """BERT's tokenizer for a vocabulary {piece: id} that holds the five special tokens."""
+def _wordpiece(vocab, lowercase=True, strip_accents=None, chinese=True, names=SPECIALS, added=()):
+    """BERT's tokenizer for a vocabulary {piece: id}. names: its five special tokens. added: tokens of users."""
     tokenizer = Tokenizer(
         models.WordPiece(
-            vocab, unk_token="[UNK]", continuing_subword_prefix=PREFIX, max_input_chars_per_word=LONGEST_WORD
+            vocab, unk_token=names[1], continuing_subword_prefix=PREFIX, max_input_chars_per_word=LONGEST_WORD
         )
     )
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        lowercase=lowercase, strip_accents=strip_accents, handle_chinese_chars=chinese
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix=PREFIX)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", vocab["[CLS]"]), ("[SEP]", vocab["[SEP]"])],
-    )
-    tokenizer.add_special_tokens(list(SPECIALS))
+    tokenizer.add_tokens(list(added))
+    missing = [name for name in names if tokenizer.token_to_id(name) is None]
+    if missing:
+        raise ValueError(f"it has no {missing[0]} token")
+    cls, sep = ((name, tokenizer.token_to_id(name)) for name in names[2:4])
+    if names[2] == "[CLS]":
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[cls, sep]
+        )
+    else:
+        # MPNet has WordPiece and RoBERTa's special tokens
+        tokenizer.post_processor = processors.RobertaProcessing(sep, cls, True, False)
+    tokenizer.add_special_tokens([name for name in names if name not in {token.content for token in added}])
     return tokenizer
 
 
@@ -159,34 +178,56 @@ def save_tokenizer(tokenizer, directory):
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(str(directory / "tokenizer.json"))
-        config = {f"{name}_token": tokenizer.id_to_token(i) for name, i in special_ids(tokenizer)._asdict().items()}
-        if isinstance(tokenizer.model, models.WordPiece):
-            vocab = tokenizer.get_vocab()
-            pieces = sorted(vocab, key=vocab.get)
-            (directory / "vocab.txt").write_text("".join(f"{piece}\n" for piece in pieces), encoding="utf-8")
-            rules = json.loads(tokenizer.to_str()).get("normalizer") or {}
-            config |= {
-                "tokenizer_class": "BertTokenizer",
-                "do_lower_case": rules.get("lowercase", False),
-                "strip_accents": rules.get("strip_accents"),
-                "tokenize_chinese_chars": rules.get("handle_chinese_chars", True),
-            }
-        else:
-            tokenizer.model.save(str(directory))
-            config |= {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "bos_token": config["cls_token"],
-                "eos_token": config["sep_token"],
-            }
-        text = json.dumps(config, indent=2) + "\n"
-        (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
     except OSError as error:
         raise OSError(f"{directory} cannot be written: {error.strerror or error}") from None
+    write(directory / "tokenizer.json", tokenizer.to_str(pretty=True))
+    config = {f"{name}_token": tokenizer.id_to_token(i) for name, i in special_ids(tokenizer)._asdict().items()}
+    rules = json.loads(tokenizer.to_str())
+    if isinstance(tokenizer.model, models.WordPiece):
+        # a line for each id, an empty one for an id that no piece has
+        pieces = (tokenizer.id_to_token(i) or "" for i in range(vocabulary_size(tokenizer)))
+        write(directory / "vocab.txt", "".join(f"{piece}\n" for piece in pieces))
+    else:
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                contents = {Path(file).name: Path(file).read_bytes() for file in tokenizer.model.save(folder)}
+        # the tokenizers library raises bare Exceptions
+        except Exception as error:
+            raise OSError(f"a temporary copy of the vocabulary cannot be written: {error}") from None
+        for name, content in contents.items():
+            write(directory / name, content)
+    if isinstance(tokenizer.model, models.WordPiece) and config["cls_token"] == "[CLS]" and _is_berts(rules):
+        config |= {
+            "tokenizer_class": "BertTokenizer",
+            "do_lower_case": rules["normalizer"]["lowercase"],
+            "strip_accents": rules["normalizer"]["strip_accents"],
+            "tokenize_chinese_chars": rules["normalizer"]["handle_chinese_chars"],
+        }
+    else:
+        config |= {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": config["cls_token"],
+            "eos_token": config["sep_token"],
+        }
+    write(directory / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
 
-def load_tokenizer(path):
+def _is_berts(rules):
+    """Whether a WordPiece tokenizer.json has nothing that transformers' BertTokenizer would not build."""
+    normalizer, before = rules["normalizer"] or {}, rules["pre_tokenizer"] or {}
+    return (
+        (normalizer.get("type"), normalizer.get("clean_text"), before.get("type"))
+        == ("BertNormalizer", True, "BertPreTokenizer")
+        and rules["model"]["max_input_chars_per_word"] == LONGEST_WORD
+        and rules["model"]["continuing_subword_prefix"] == PREFIX
+    )
+
+
+def load_tokenizer(path, *, as_saved=False):
     """The tokenizers.Tokenizer of a directory (tokenizer.json, else vocab.txt) or of one of these files.
+
+    It does what transformers' AutoTokenizer of the directory does: where tokenizer_config.json disagrees with
+    tokenizer.json, the former counts. as_saved: tokenizer.json alone, for what `save_tokenizer` wrote.
 
     Raises FileNotFoundError if there is none, ValueError if it cannot be read or lacks BERT's special tokens.
     """
@@ -197,22 +238,125 @@ def load_tokenizer(path):
     if not file.is_file():
         raise FileNotFoundError(f"no tokenizer in {path}: expected a folder with tokenizer.json or vocab.txt")
     try:
+        settings = {} if as_saved else _settings(file.parent)
         text = file.read_text(encoding="utf-8")
-        if file.name != "vocab.txt":
-            tokenizer = Tokenizer.from_str(text)
+        if file.name == "vocab.txt":
+            vocab = {piece.rstrip(): i for i, piece in enumerate(text.removesuffix("\n").split("\n"))}
+            tokenizer = _from_vocabulary(vocab, settings)
         else:
-            config = file.with_name("tokenizer_config.json")
-            config = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-            pieces = text.removesuffix("\n").split("\n")
-            vocab = {piece.removesuffix("\r"): i for i, piece in enumerate(pieces)}
-            tokenizer = _wordpiece(vocab, config.get("do_lower_case", True))
-    except KeyError as error:
-        raise ValueError(f"{file} has no {error.args[0]} token: expected a BERT vocabulary") from None
+            tokenizer = _from_json(json.loads(text), settings)
     # the tokenizers library raises bare Exceptions
     except Exception as error:
         raise ValueError(f"{file} is not a readable tokenizer: {error}") from None
     special_ids(tokenizer)
     return tokenizer
+
+
+# transformers' class for the tokenizers of a model type, where tokenizer_config.json names none
+_CLASSES = {
+    "bert": "BertTokenizer",
+    "electra": "BertTokenizer",
+    "distilbert": "BertTokenizer",
+    "mpnet": "MPNetTokenizer",
+    "roberta": "RobertaTokenizer",
+    "deberta": "DebertaTokenizer",
+    "deberta-v2": "DebertaV2Tokenizer",
+    "albert": "AlbertTokenizer",
+}
+_WORDPIECE = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "MobileBertTokenizer", "MPNetTokenizer")
+
+
+def _settings(folder):
+    """What the files beside a tokenizer say about it: tokenizer_config.json, its class, the tokens that were added."""
+
+    def read(name):
+        return read_json(folder / name) if (folder / name).is_file() else {}
+
+    model, settings = read("config.json"), read("tokenizer_config.json")
+    added = settings.get("added_tokens_decoder")
+    if added is None:
+        settings |= read("special_tokens_map.json")
+        added = {
+            i: {"content": content, "special": content in map(_content, settings.values())}
+            for content, i in read("added_tokens.json").items()
+        }
+        added = {i: token | {"normalized": not token["special"]} for i, token in added.items()} or None
+    settings["added"] = added
+    named = settings.get("tokenizer_class") or model.get("tokenizer_class") or _CLASSES.get(model.get("model_type"))
+    # transformers does not believe what ModernBERT's directories say
+    settings["class"] = None if model.get("model_type") == "modernbert" else str(named or "").removesuffix("Fast")
+    return settings
+
+
+def _content(token):
+    """The text of a special token, which is a string or an object in the files."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _added_tokens(settings):
+    tokens = sorted((settings.get("added") or {}).items(), key=lambda item: int(item[0]))
+    return [AddedToken(**{key: value for key, value in token.items() if key != "id"}) for _, token in tokens]
+
+
+def _from_vocabulary(vocab, settings):
+    """The tokenizer of a vocab.txt."""
+    kind = settings.get("class") or "BertTokenizer"
+    if kind not in (*_WORDPIECE, "PreTrainedTokenizer"):
+        raise ValueError(f"a vocab.txt of the class {kind}, expected one of {', '.join(_WORDPIECE)}")
+    names = ("<pad>", "[UNK]", "<s>", "</s>", "<mask>") if kind == "MPNetTokenizer" else SPECIALS
+    parts = zip(("pad", "unk", "cls", "sep", "mask"), names, strict=True)
+    return _wordpiece(
+        vocab,
+        settings.get("do_lower_case", True),
+        settings.get("strip_accents"),
+        settings.get("tokenize_chinese_chars", True),
+        [_content(settings.get(f"{part}_token")) or name for part, name in parts],
+        _added_tokens(settings),
+    )
+
+
+def _from_json(rules, settings):
+    """The tokenizer of a tokenizer.json, with what transformers' class sets anew."""
+    kind, model, added = settings.get("class"), rules["model"].get("type"), _added_tokens(settings)
+    is_berts = kind in _WORDPIECE and model == "WordPiece"
+    is_bytes = kind in ("RobertaTokenizer", "DebertaTokenizer") and model == "BPE"
+    anew = added and (is_berts or is_bytes)
+    tokenizer = Tokenizer.from_str(json.dumps(rules | {"added_tokens": []} if anew else rules))
+    # ignores those that are there
+    tokenizer.add_tokens(added)
+    if anew:
+        tokenizer.add_special_tokens([tokenizer.id_to_token(i) for i in special_ids(tokenizer)])
+    if is_berts:
+        tokenizer.normalizer = normalizers.BertNormalizer(
+            lowercase=settings.get("do_lower_case", True),
+            strip_accents=settings.get("strip_accents"),
+            handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+        )
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    elif is_bytes:
+        tokenizer.normalizer = None
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=settings.get("add_prefix_space", False))
+    elif kind == "AlbertTokenizer" and model == "Unigram":
+        quotes = [normalizers.Replace("``", '"'), normalizers.Replace("''", '"')]
+        accents = [] if settings.get("keep_accents", False) else [normalizers.NFKD(), normalizers.StripAccents()]
+        case = [normalizers.Lowercase()] if settings.get("do_lower_case", True) else []
+        tokenizer.normalizer = normalizers.Sequence([*quotes, *accents, *case, *_precompiled(rules["normalizer"])])
+    elif kind == "DebertaV2Tokenizer" and model == "Unigram":
+        case = [normalizers.Lowercase()] if settings.get("do_lower_case", False) else []
+        blanks = normalizers.Replace(Regex(r"\s{2,}|[\n\r\t]"), " ")
+        end = normalizers.Strip(left=False, right=True)
+        tokenizer.normalizer = normalizers.Sequence([*case, blanks, normalizers.NFC(), end])
+        marks = [pre_tokenizers.Punctuation("isolated")] if settings.get("split_by_punct", False) else []
+        scheme = "always" if settings.get("add_prefix_space", True) else "first"
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*marks, pre_tokenizers.Metaspace(prepend_scheme=scheme)])
+    return tokenizer
+
+
+def _precompiled(normalizer):
+    """SentencePiece's own normalizer in the JSON of a normalizer, if it is there."""
+    parts = (normalizer or {}).get("normalizers", [normalizer or {}])
+    maps = [part["precompiled_charsmap"] for part in parts if part.get("type") == "Precompiled"]
+    return [normalizers.Precompiled(base64.b64decode(table)) for table in maps]
 
 
 def special_ids(tokenizer):
@@ -225,9 +369,14 @@ def special_ids(tokenizer):
     return SpecialIds(*ids)
 
 
+def vocabulary_size(tokenizer):
+    """The largest id plus 1. `Tokenizer.get_vocab_size` is less where ids have gaps."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
 def check_vocabulary(tokenizer, config):
     """Raises ValueError if the tokenizer has ids without an embedding in a model of `config`."""
-    pieces = max(tokenizer.get_vocab().values(), default=-1) + 1
+    pieces = vocabulary_size(tokenizer)
     if pieces > config.vocab_size:
         raise ValueError(f"the tokenizer has {pieces} pieces: the model has a vocab_size of {config.vocab_size}")
 
@@ -246,7 +395,7 @@ def word_starts(tokenizer):
     In WordPiece these are the pieces without its prefix. In byte-level BPE and SentencePiece they are the pieces that
     start with a blank, and the special tokens except the unknown one. Raises ValueError for other tokenizers.
     """
-    pieces = [tokenizer.id_to_token(i) or "" for i in range(tokenizer.get_vocab_size())]
+    pieces = [tokenizer.id_to_token(i) or "" for i in range(vocabulary_size(tokenizer))]
     if isinstance(tokenizer.model, models.WordPiece):
         prefix = tokenizer.model.continuing_subword_prefix
         return [not piece.startswith(prefix) for piece in pieces]

@@ -1,11 +1,10 @@
 """Any checkpoint of a known family, rewritten as current transformers and sentence-transformers store it."""
 
-import contextlib
 import warnings
 from pathlib import Path
 
 from ..data.tokenizer import check_vocabulary, load_tokenizer
-from ..files import lock, read_json
+from ..files import read_json, unused
 from . import families, heads, hf_files
 from .config import checked
 from .sentences import SentenceEmbedder
@@ -55,8 +54,7 @@ def convert(source, destination, *, allow_pickle=False):
             raise ValueError(str(warning)) from None
     if (Path(source) / "tokenizer.json").exists():
         check_vocabulary(load_tokenizer(source), model.config)
-    # a run that trains there holds its lock
-    with lock(destination) if (destination / ".lock").exists() else contextlib.nullcontext():
+    with unused(destination):
         destination.mkdir(parents=True, exist_ok=True)
         # config.json, which says that there is a model, is written last
         hf_files.copy_tokenizer(source, destination)

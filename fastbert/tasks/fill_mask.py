@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from ..data.tokenizer import check_vocabulary, load_tokenizer, special_ids
+from ..data.tokenizer import check_vocabulary, load_tokenizer, special_ids, vocabulary_size
 from ..model.heads import MaskedLM
 from ..packing import Batch
 
@@ -48,8 +48,9 @@ def fill_mask(model, tokenizer, text, top_k=5):
     )
     device = next(model.parameters()).device
     # the model's vocabulary may be rounded up beyond the tokenizer's
-    logits = model.eval().logits(batch.to(device), rows.to(device))[:, :vocab_size]
-    probabilities, words = logits.float().softmax(-1).topk(top_k)
+    logits = model.eval().logits(batch.to(device), rows.to(device))[:, : vocabulary_size(tokenizer)].float()
+    logits[:, [i for i in range(logits.shape[1]) if tokenizer.id_to_token(i) is None]] = -torch.inf
+    probabilities, words = logits.softmax(-1).topk(top_k)
     return [
         [(tokenizer.id_to_token(word), probability) for word, probability in zip(*row, strict=True)]
         for row in zip(words.tolist(), probabilities.tolist(), strict=True)

@@ -19,17 +19,26 @@ import dataclasses
 import hashlib
 import json
 import signal
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from ..data.batches import MaskedBatches
+from ..data.batches import MAX_TOKENS, MaskedBatches
 from ..data.sequences import OBJECTIVES, PAIRS, held_out_split
 from ..data.shards import Shards, prepare
 from ..data.text import LAYOUTS, check_columns, expand
-from ..data.tokenizer import load_tokenizer, save_tokenizer, special_ids, tokenizer_hash, train_bpe, train_wordpiece
+from ..data.tokenizer import (
+    load_tokenizer,
+    save_tokenizer,
+    special_ids,
+    tokenizer_hash,
+    train_bpe,
+    train_wordpiece,
+    vocabulary_size,
+)
 from ..files import lock
 from ..model import families, hf_files, presets
 from ..model.heads import MaskedLM, Pretraining
@@ -73,7 +82,9 @@ class PretrainConfig:
         EMBEDDING_SHARING,
     )  # fmt: skip
     max_seq_length: int = option(128, "Maximum tokens in a sequence, [CLS] and [SEP] included.", least=8)
-    tokens_per_batch: int = option(8192, "Maximum tokens in a micro-batch. None of them is padding.", least=8)
+    tokens_per_batch: int = option(
+        8192, "Maximum tokens in a micro-batch. None of them is padding.", least=8, most=MAX_TOKENS
+    )
     gradient_accumulation_steps: int = option(1, "Micro-batches per step.", least=1)
     max_steps: int | None = option(None, "Length of the run, in steps.", least=1)
     epochs: float | None = option(
@@ -103,7 +114,8 @@ class PretrainConfig:
     save_total_limit: int = option(2, "Checkpoints to keep.", least=1)
     eval_steps: int = option(500, "Steps between evaluations.", least=1)
     logging_steps: int = option(10, "Steps between rows of the log.", least=1)
-    num_workers: int | None = option(None, "Processes that prepare text. One per core by default.", least=1, most=1024)
+    num_workers: int | None = option(None, "Threads that prepare text. One per core by default.", least=1, most=1024)
+    verify: bool = option(True, "Compare token shards with their sha256 at the start.")
     device: str = option("auto", "auto, cpu, cuda or cuda:1.")
 
     def __post_init__(self):
@@ -127,7 +139,7 @@ class PretrainConfig:
 # A resumed run may change these options. The text and the tokenizer are compared by content.
 MAY_DIFFER = {
     "train_file", "eval_file", "output_dir", "tokenizer", "max_steps", "epochs", "max_minutes", "resume", "save_steps",
-    "save_total_limit", "eval_steps", "logging_steps", "num_workers", "device",
+    "save_total_limit", "eval_steps", "logging_steps", "num_workers", "verify", "device",
 }  # fmt: skip
 # these it may lower, after training diverged
 MAY_FALL = {"learning_rate"}
@@ -148,7 +160,10 @@ def pretrain(config: PretrainConfig) -> dict:
     output_dir = Path(config.output_dir)
     device = processes.device_of(config.device)
     model_config = _model_config(config)
-    sources = [_source(paths, config) for paths in (config.train_file, config.eval_file)]
+    sources = [
+        _source(config.train_file, config, output_dir / "data", rank),
+        _source(config.eval_file, config, output_dir / "data-eval", rank),
+    ]
 
     with lock(output_dir) if rank == 0 else contextlib.nullcontext(), Log(output_dir, rank) as log:
         resumed = checkpoint.to_resume(output_dir, config.resume)
@@ -173,7 +188,7 @@ def pretrain(config: PretrainConfig) -> dict:
                     text_column=config.text_column, layout=config.layout, progress=log.console.is_terminal,
                 )  # fmt: skip
             elif tokenizer is None:
-                tokenizer = load_tokenizer(output_dir)
+                tokenizer = load_tokenizer(output_dir, as_saved=True)
             if rank == 0:
                 save_tokenizer(tokenizer, output_dir)
             train, evaluation = (
@@ -182,7 +197,7 @@ def pretrain(config: PretrainConfig) -> dict:
             )
         for shards in (train, evaluation):
             if shards is not None and (skipped := shards.manifest["skipped_lines"]):
-                log.say(f"{shards.directory}: {skipped:,} lines skipped that are not UTF-8 text")
+                log.say(f"{shards.directory}: {skipped:,} lines skipped that are not valid text")
         loader, held_out = _loaders(config, train, evaluation, rank, world_size)
         fingerprint = _fingerprint(train, evaluation)
         if state and state["data"] != fingerprint:
@@ -190,7 +205,7 @@ def pretrain(config: PretrainConfig) -> dict:
 
         # model and optimizer
         if config.model in presets.PRESETS:
-            size, pad = tokenizer.get_vocab_size(), special_ids(tokenizer).pad
+            size, pad = vocabulary_size(tokenizer), special_ids(tokenizer).pad
             model_config = families.with_vocabulary(model_config, size, pad)
         model = _model(config, model_config).to(device).train()
         optimizer = optim.adamw(
@@ -292,18 +307,28 @@ def _with_dropout(found, config):
     return found.replace(hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout)
 
 
-def _source(paths, config):
-    """The source that --train-file or --eval-file names: Shards of a prepared directory, text files, or None."""
+def _source(paths, config, directory, rank):
+    """The source that --train-file or --eval-file names: Shards of a prepared directory, text files, or None.
+
+    A run that is resumed goes on with its own shards, in `directory`, when the text is gone.
+    """
     if not paths:
         return None
+    verify = config.verify and rank == 0
     prepared = [path for path in paths if (Path(path) / "manifest.json").is_file()]
     if len(prepared) == 1 and len(paths) == 1:
-        return Shards.open(paths[0])
+        return Shards.open(paths[0], verify=verify, progress=True)
     if prepared:
         raise ValueError(f"{prepared[0]} is a prepared directory: it cannot be combined with other files")
-    files = expand(paths)
-    check_columns(files, config.text_column)
-    return files
+    try:
+        files = expand(paths)
+        check_columns(files, config.text_column)
+        return files
+    except (ValueError, OSError) as error:
+        if not (config.resume and (directory / "manifest.json").is_file()):
+            raise
+        warnings.warn(f"{error}: resuming with the shards in {directory}", stacklevel=2)
+        return Shards.open(directory, verify=verify, progress=True)
 
 
 def _known_tokenizer(config, source, resumed):
@@ -312,7 +337,7 @@ def _known_tokenizer(config, source, resumed):
     if not directory and (resumed or (Path(config.model) / "tokenizer.json").is_file()):
         directory = resumed or config.model
     if not isinstance(source, Shards):
-        return load_tokenizer(directory) if directory else None
+        return load_tokenizer(directory, as_saved=directory == resumed) if directory else None
     if config.tokenizer and tokenizer_hash(load_tokenizer(config.tokenizer)) != tokenizer_hash(source.tokenizer):
         raise ValueError(f"--tokenizer {config.tokenizer} is not the one that {config.train_file[0]} was prepared with")
     return source.tokenizer
@@ -322,7 +347,7 @@ def _check_vocabulary(config, model_config, tokenizer):
     """Raises ValueError when the tokenizer does not fit the model. A preset takes the tokenizer's size."""
     if config.model in presets.PRESETS:
         return
-    size = config.vocab_size if tokenizer is None else tokenizer.get_vocab_size()
+    size = config.vocab_size if tokenizer is None else vocabulary_size(tokenizer)
     if size > model_config.vocab_size:
         raise ValueError(
             f"the tokenizer has {size} pieces: {config.model} has a vocab_size of {model_config.vocab_size}"
@@ -342,6 +367,7 @@ def _shards(source, tokenizer, directory, config, rank):
         prepare(
             source, tokenizer, directory,
             text_column=config.text_column, layout=config.layout, num_workers=config.num_workers,
+            verify=config.verify,
         )  # fmt: skip
     return Shards.open(directory)
 

@@ -247,7 +247,8 @@ def test_capacity_gives_every_batch_the_same_shapes(shards, objective, whole_wor
     "arguments, message",
     [
         ({"max_seq_length": 7}, "max_seq_length is 7: expected at least 8"),
-        ({"tokens_per_batch": 31}, "tokens_per_batch is 31: expected at least max_seq_length, 32"),
+        ({"tokens_per_batch": 31}, "tokens_per_batch is 31: expected max_seq_length, 32, to 16777216"),
+        ({"tokens_per_batch": 10**20}, "tokens_per_batch is 10+: expected"),
         ({"objective": "nsp"}, "objective is 'nsp': expected one of mlm, mlm.nsp, mlm.sop"),
         ({"mlm_probability": 0}, "mlm_probability is 0: expected more than 0"),
         ({"rank": 2, "world_size": 2}, "rank is 2: expected 0 to 1"),

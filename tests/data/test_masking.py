@@ -32,7 +32,7 @@ def run(ids, cu_seqlens, *, first_id=0, probability=0.15, whole_word=False, seed
         cu_seqlens,
         keys,
         special=SPECIAL,
-        vocab_size=VOCAB,
+        words=np.setdiff1d(np.arange(VOCAB), SPECIAL),
         probability=probability,
         starts=STARTS if whole_word else None,
     )

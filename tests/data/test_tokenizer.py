@@ -6,9 +6,11 @@ import time
 
 import pytest
 from corpus import make_documents, small_tokenizer, words, write_text
-from tokenizers import Tokenizer, models
+from test_sentencepiece import sentencepiece
+from tokenizers import Tokenizer, models, normalizers
 
 from fastbert.data.tokenizer import (
+    SPECIALS,
     load_tokenizer,
     save_tokenizer,
     special_ids,
@@ -79,6 +81,9 @@ def test_vocabulary_larger_or_smaller_than_the_text_supports(tmp_path):
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="a vocabulary of 20 is too small"):
         train_wordpiece([path], 20, progress=False)
+    for train in (train_wordpiece, train_bpe):
+        with pytest.raises(ValueError, match="a vocabulary of 1073741824 is too large: expected at most 4194304"):
+            train([path], 1 << 30, progress=False)
 
 
 @pytest.mark.parametrize("kind", ["uncased", "cased", "bpe"])
@@ -122,10 +127,106 @@ def test_loading_what_is_no_tokenizer(tmp_path):
     with pytest.raises(ValueError, match=r"has no \[PAD\] token"):
         load_tokenizer(tmp_path)
     (tmp_path / "vocab.txt").write_text("a\nb\n")
-    with pytest.raises(ValueError, match=r"vocab.txt has no \[CLS\] token"):
+    with pytest.raises(ValueError, match=r"vocab.txt is not a readable tokenizer: it has no \[PAD\] token"):
         load_tokenizer(tmp_path / "vocab.txt")
     with pytest.raises(OSError, match="tokenizer.json cannot be written"):
         save_tokenizer(small_tokenizer(tmp_path), tmp_path / "tokenizer.json")
+
+
+CASES = {
+    "uncased": {"do_lower_case": True},
+    "cased": {"do_lower_case": False},
+    "no settings": {},
+    "keeps accents": {"do_lower_case": True, "strip_accents": False},
+    "cased without accents": {"do_lower_case": False, "strip_accents": True},
+    "Chinese words": {"tokenize_chinese_chars": False},
+    "added tokens": {"added_tokens_decoder": {
+        "900": {"content": "<num>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False,
+                "special": True},
+        "901": {"content": "wörd", "lstrip": False, "normalized": True, "rstrip": False, "single_word": True,
+                "special": False},
+    }},
+    "DistilBERT": {"do_lower_case": False, "tokenizer_class": "DistilBertTokenizer"},
+    "MPNet": {"tokenizer_class": "MPNetTokenizer"},
+}  # fmt: skip
+HARD = [*STRINGS, "Naïve CAFÉ 中文字 <num>x Wörd wörds", "[UNK] <mask> </s> [MASK]"]
+
+
+@pytest.mark.parametrize("files", ["vocab.txt", "tokenizer.json", "added_tokens.json"])
+@pytest.mark.parametrize("case", CASES)
+def test_reads_what_transformers_reads(case, files, tmp_path, monkeypatch):
+    """vocab.txt alone, and a tokenizer.json that says something else than tokenizer_config.json."""
+    transformers = pytest.importorskip("transformers")
+    settings = CASES[case]
+    names = ["<pad>", "[UNK]", "<s>", "</s>", "<mask>"] if case == "MPNet" else list(SPECIALS)
+    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGNWéïöü中文字<>[]/"
+    pieces = [*names, *letters, *(f"##{letter}" for letter in letters), "naive", "naïve", "中文字", "[UNUSED]"]
+    (tmp_path / "vocab.txt").write_text("".join(f"{piece}\n" for piece in pieces), encoding="utf-8")
+    if settings:
+        kind = {"tokenizer_class": "BertTokenizer"}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(kind | settings))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mpnet" if case == "MPNet" else "bert"}))
+    if files == "tokenizer.json":
+        tokenizer = load_tokenizer(tmp_path / "vocab.txt")
+        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=not settings.get("do_lower_case", True))
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+    elif files == "added_tokens.json":
+        (tmp_path / files).write_text(json.dumps({"<num>": len(pieces), "Wörd": len(pieces) + 1}))
+        (tmp_path / "special_tokens_map.json").write_text(
+            json.dumps({"mask_token": {"content": names[-1], "lstrip": True}})
+        )
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    for text in HARD:
+        assert ours.encode(text).ids == theirs(text)["input_ids"]
+    # what is saved means the same to both
+    save_tokenizer(ours, tmp_path / "saved")
+    assert tokenizer_hash(load_tokenizer(tmp_path / "saved", as_saved=True)) == tokenizer_hash(ours)
+    for again in (load_tokenizer(tmp_path / "saved"), transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")):
+        encode = again.encode if again.__class__ is Tokenizer else lambda text: again(text)  # noqa: B023
+        for text in HARD:
+            ids = encode(text)
+            assert (ids.ids if hasattr(ids, "ids") else ids["input_ids"]) == ours.encode(text).ids
+
+
+@pytest.mark.parametrize("settings", [{}, {"do_lower_case": False}, {"keep_accents": True}, {"split_by_punct": True},
+                                      {"do_lower_case": True}, {"add_prefix_space": True}])  # fmt: skip
+@pytest.mark.parametrize("kind", ["AlbertTokenizer", "DebertaV2Tokenizer", "RobertaTokenizer"])
+def test_settings_of_other_classes_count(kind, settings, wide_text, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    if kind == "RobertaTokenizer":
+        tokenizer, model_type = train_bpe([wide_text], 400, progress=False), "roberta"
+    else:
+        model_type = {"AlbertTokenizer": "albert", "DebertaV2Tokenizer": "deberta-v2"}[kind]
+        tokenizer = sentencepiece(model_type, [wide_text])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind} | settings))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    for text in ("Bada ``Kilo'', zuvó!", "naïve  ÀÉ", " don't", "\tba\n ku "):
+        assert ours.encode(text).ids == theirs(text)["input_ids"]
+
+
+def test_a_vocabulary_of_a_class_that_is_not_known_is_refused(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(SPECIALS))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertJapaneseTokenizer"}')
+    with pytest.raises(ValueError, match="of the class BertJapaneseTokenizer, expected one of BertTokenizer"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "file", ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json"]
+)
+@pytest.mark.parametrize("content", ["[]", "3", '"x"', "{", "[" * 100_000, '{"x": []}', '{"added_tokens_decoder": [1]}',
+                                     '{"tokenizer_class": 3}', '{"do_lower_case": "no"}'])  # fmt: skip
+def test_odd_files_beside_a_tokenizer_are_one_clear_line(content, file, tokenizer, tmp_path):
+    save_tokenizer(tokenizer, tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / f"{file}.json").write_text(content)
+    for name in ("tokenizer.json", "vocab.txt"):
+        try:
+            load_tokenizer(tmp_path / name)
+        except ValueError as error:
+            assert str(tmp_path) in str(error) and "\n" not in str(error)
 
 
 def test_hash_is_of_what_decides_the_ids(tokenizer):
