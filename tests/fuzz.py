@@ -177,7 +177,8 @@ def read_manifests(folder, draw):
     if kind < 0.5:
         files = sorted((folder / "shards").iterdir())
         mutate_file(folder / "shards" / "manifest.json" if draw.random() < 0.7 else draw.choice(files), draw)
-        shards = Shards.open(folder / "shards")
+        # as every run opens them
+        shards = Shards.open(folder / "shards", verify=True)
         next(MaskedBatches(shards, max_seq_length=16, tokens_per_batch=64, num_workers=1).epoch(0), None)
         return
     newest = max((folder / "run").glob("checkpoint-*"))
