@@ -99,7 +99,10 @@ def bf16_is_faster():
 def settings():
     """(EncoderConfig, options of pretrain, a sentence for the reader) for the machine at hand."""
     # A BERT of this size gets 17 % right, by word frequency and copying, for its first 2 million tokens, and only then
-    # learns to look at a word's neighbours. With rotary positions and norms before each layer it does so at 0.1 million
+    # learns to look at a word's neighbours. With rotary positions and norms before each layer it does so at once: after
+    # 0.2 million tokens 20.5 and 20.4 % of the picks are right (seeds 0 and 1), after 0.5 million 27.2 % of those held
+    # out. With a feed-forward of 1024 these are 26.5 %, with a learning rate of 3e-3 23.5 %; 4e-3 learns later still. A
+    # token takes 1.06 times a BERT's time
     model = presets.preset("modernbert-base").replace(
         hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512, vocab_size=4096,
         max_position_embeddings=32, windows=(None,) * 4, rope_thetas=(10000.0,) * 4, pad_token_id=0,

@@ -72,9 +72,15 @@ def mutate_bytes(data, draw):
 
 def mutate_file(path, draw):
     """Damage a file as JSON or as bytes, or take it away, or put something else in its place."""
-    kind = draw.random()
+    kind, value = draw.random(), None
     if path.suffix == ".json" and kind < 0.75:
-        path.write_text(json.dumps(mutate_json(json.loads(path.read_text(encoding="utf-8")), draw)))
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            # damaged before: as bytes
+            kind = 0.8
+    if value is not None:
+        path.write_text(json.dumps(mutate_json(value, draw)))
     elif kind < 0.92:
         path.write_bytes(mutate_bytes(path.read_bytes(), draw))
     else:

@@ -28,7 +28,7 @@ from pathlib import Path
 from damage import mutate_bytes, mutate_file
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "training")]
+sys.path[:0] = [str(ROOT), *(str(ROOT / "tests" / wing) for wing in ("training", "data"))]
 
 # seconds for one input on a busy machine, and for a process to start; bytes of memory beyond those of the libraries
 LIMIT, START, MEMORY = 20, 120, 3 << 30
@@ -61,11 +61,15 @@ def make_texts(folder):
 def read_texts(folder, draw):
     from fastbert.data.text import LAYOUTS, check_columns, expand, read_documents
 
-    path = draw.choice(sorted(folder.iterdir()))
-    data = path.read_bytes()
-    if draw.random() < 0.15 and path.suffix != ".parquet":
-        data = data.decode("utf-8", "replace").encode(draw.choice(("utf-16", "utf-16-le", "utf-32", "utf-8-sig")))
-    path.write_bytes(mutate_bytes(data, draw))
+    if draw.random() < 0.5:
+        import hostile
+
+        (name, data), *_ = hostile.texts(draw.getrandbits(32), 1)
+        path = folder / name
+        path.write_bytes(data)
+    else:
+        path = draw.choice(sorted(folder.iterdir()))
+        path.write_bytes(mutate_bytes(path.read_bytes(), draw))
     files = expand([draw.choice((path, folder))])
     column = draw.choice(("text", "text", "text", "id", "", "nothing"))
     check_columns(files, column)
@@ -173,7 +177,8 @@ def read_manifests(folder, draw):
     if kind < 0.5:
         files = sorted((folder / "shards").iterdir())
         mutate_file(folder / "shards" / "manifest.json" if draw.random() < 0.7 else draw.choice(files), draw)
-        shards = Shards.open(folder / "shards")
+        # as every run opens them
+        shards = Shards.open(folder / "shards", verify=True)
         next(MaskedBatches(shards, max_seq_length=16, tokens_per_batch=64, num_workers=1).epoch(0), None)
         return
     newest = max((folder / "run").glob("checkpoint-*"))

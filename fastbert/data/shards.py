@@ -418,7 +418,8 @@ class Shards:
             path = _path(directory, record, part)
             try:
                 array = np.lib.format.open_memmap(path, mode="r")
-            except (OSError, ValueError, EOFError, OverflowError) as error:
+            # NumPy reads the header as Python, whose tokenizer and parser raise errors of their own
+            except Exception as error:
                 raise ValueError(f"{path} is missing or damaged: {error}") from None
             dtypes = ("uint16", "uint32") if part == "tokens" else ("int64",)
             size = record[part] + (part != "tokens")
