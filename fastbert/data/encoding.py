@@ -14,7 +14,7 @@ from .tokenizer import vocabulary_size
 
 # a rough rule is enough: these borders only say where a pair of segments may be split
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
-# Letters of one call of the tokenizer, whose result is a hundred times as large as the text, and of what is read ahead
+# Letters of one call of the tokenizer, whose result is some 60 times as large as the text, and of what is read ahead
 # of the threads. These and the number of threads bound the memory.
 CALL, AHEAD, MAX_THREADS = 1 << 14, 1 << 22, 16
 # where a long sentence may be cut, if the ids allow it: at a single blank, between two ideographs

@@ -156,7 +156,7 @@ def _started(directory, work):
 
 def _holds_tokenizer(directory, expected):
     try:
-        return tokenizer_hash(load_tokenizer(directory, as_saved=True)) == expected
+        return tokenizer_hash(load_tokenizer(directory / "tokenizer.json", as_saved=True)) == expected
     except (ValueError, OSError):
         return False
 

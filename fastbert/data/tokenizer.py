@@ -127,7 +127,7 @@ def _batches(files, text_column, layout):
     """Lists of lines, about 64 KB each, without words that are too long for a vocabulary."""
     batch, size = [], 0
     for document in read_documents(files, text_column=text_column, layout=layout):
-        # the library takes a hundred times the memory of a line
+        # the library takes many times the memory of a line
         for part in (part for line in document for part in cut_line(line, 1 << 16)):
             batch.append(_TOO_LONG.sub(" ", part))
             size += len(part)

@@ -245,7 +245,7 @@ def test_memory_does_not_grow_with_the_text(is_one_line, tmp_path, tokenizer):
         )  # fmt: skip
         peaks.append(int(done.stdout) / 1024)
     assert os.path.getsize(text) > 4e6
-    # MEASURED
+    # one call of the tokenizer for all of the text would take some 60 times its size
     assert peaks[1] - peaks[0] < 12, f"peaks in MB: {peaks}"
 
 
@@ -366,11 +366,11 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path, tokenizer):
 
 
 @pytest.mark.filterwarnings("ignore:.*made again")
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0])
 def test_hostile_manifests_are_one_clear_line(seed, tmp_path, tokenizer):
     text, out = write_text(tmp_path / "a.txt", make_documents(60)), tmp_path / "out"
     manifest = prepare([text], tokenizer, out, shard_tokens=1000, progress=False)
-    for content in hostile.manifests(manifest, seed, 60):
+    for content in hostile.manifests(manifest, seed, 50):
         (out / "manifest.json").write_bytes(content)
         for call in (
             lambda: Shards.open(out),
