@@ -63,7 +63,7 @@ class Layout(NamedTuple):
         return self._replace(indices=None, shape=shape)
 
     def with_queries(self, rows):
-        """The same sequences with queries from `rows` alone (int64 [M], ascending; some may repeat).
+        """The same sequences with queries from `rows` alone (int64 [M], ascending, each once but the last).
 
         Picks that fill up a batch repeat the last row: the repetitions belong to no sequence, or one would be longer
         than max_seqlen.
@@ -72,12 +72,7 @@ class Layout(NamedTuple):
         if len(rows):
             cu_seqlens_q = torch.minimum(cu_seqlens_q, torch.searchsorted(rows, rows[-1:]) + 1)
         cu_seqlens_q = cu_seqlens_q.to(torch.int32)
-        max_seqlen_q = min(self.max_seqlen, len(rows))
-        is_here = type(cu_seqlens_q) is torch.Tensor and cu_seqlens_q.device.type == "cpu"
-        if is_here and len(cu_seqlens_q) > 1 and not torch.compiler.is_compiling():
-            # a sequence whose tokens are all picked may repeat its first row; only a CPU can look without waiting
-            max_seqlen_q = int(cu_seqlens_q.diff().max())
-        return self._replace(query_rows=rows, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q)
+        return self._replace(query_rows=rows, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=min(self.max_seqlen, len(rows)))
 
 
 def full_layout(B, S, device):

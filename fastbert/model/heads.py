@@ -193,12 +193,12 @@ class Pretraining(MaskedLM):
             pair_logits = self._pair_logits(hidden[first_rows(batch)], batch, dropout)
             return Output(restore(logits), pair_logits=pair_logits)
         picks = batch.picks if batch.labels is not None else batch.input_ids.new_empty(0)
-        # the rows that either head reads in one ascending list, and the place of each in it
-        rows, order = torch.sort(torch.cat((picks, first_rows(batch))), stable=True)
-        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        if len(rows):
-            # repetitions of the last row belong to no sequence: read the first
-            place = place.minimum(torch.searchsorted(rows, rows[-1:]))
+        # the rows that either head reads, each once and ascending; repetitions of the last fill the list up
+        wanted = torch.cat((picks, first_rows(batch)))
+        rows = wanted.sort().values
+        is_new = rows.diff(prepend=rows[:1] - 1) != 0
+        rows = rows.where(is_new, rows[-1:]).sort().values
+        place = torch.searchsorted(rows, wanted)
         dropout = self.encoder.dropout(batch)
         hidden = self.encoder(batch, rows, dropout)[place]
         output = Output()
