@@ -197,7 +197,7 @@ class Promises(threading.Thread):
                 is_slow = True
                 console.print(
                     "[bold]This machine is too slow for the demo, or too busy:[/] training takes about "
-                    f"{minutes:.0f} minutes, not 4. It learns the same. Ctrl-C ends it."
+                    f"{minutes:.0f} minutes, not 6. It learns the same. Ctrl-C ends it."
                 )
 
 
