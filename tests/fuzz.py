@@ -402,6 +402,9 @@ def findings(reader, count, seed=0):
             raise RuntimeError(f"{reader}: {row.get('failed', 'nothing was read')}")
         if "begins" in row:
             found.append((begun, "hangs outside of Python" if is_late else f"kills the process: {process.returncode}"))
+        elif "failed" in row:
+            # at this input or while the next was made
+            found.append((begun, row["failed"]))
         first = begun + 1
     return found
 
