@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import torch
 
 from . import reference
+from .cpu import libraries as libraries
 from .cpu import ops as cpu
 from .cpu.autograd import in_memory as in_memory
 from .cpu.autograd import is_transformed as is_transformed

@@ -9,6 +9,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# the same bits in every process of the suite, whatever else runs; test_libraries.py is about the choice
+os.environ["FASTBERT_MATMUL"] = "onednn"
 
 import pytest
 import torch._dynamo  # notes torch's functions by their identity: before a test puts others in their places

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from .. import ops
 from . import checkpoint, optim, processes
 from .log import peak_memory_mb
 
@@ -152,7 +153,7 @@ class Run:
                 if rank == 0:
                     self.unproven = checkpoint.save_checkpoint(
                         config.output_dir, progress.step, self.model, self.optimizer, self.tokenizer,
-                        self.facts | {"progress": asdict(progress)},
+                        self.facts | {"progress": asdict(progress), "products": ops.libraries.chosen()},
                     )  # fmt: skip
                 saved, save_due = progress.step, False
             if self.finished:

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 
+from .. import ops
 from ..data.batches import MAX_TOKENS, MaskedBatches
 from ..data.sequences import OBJECTIVES, PAIRS, held_out_split
 from ..data.shards import Shards, prepare
@@ -223,7 +224,9 @@ def pretrain(config: PretrainConfig) -> dict:
         }  # fmt: skip
         log.begin(progress, total, in_seconds=config.max_minutes is not None)
 
-        with processes.signals() as caught:
+        # a resumed run multiplies by the libraries that it began with
+        products = state.get("products") if state else {}
+        with ops.libraries.restored(products), processes.signals() as caught:
             run = Run(config, model, optimizer, tokenizer, facts, progress, log, total, caught)
             # the first process alone writes checkpoints
             run.resumed = resumed if rank == 0 else None
