@@ -21,6 +21,7 @@ import torch
 
 from . import reference
 from .cpu import libraries as libraries
+from .cpu import matmul
 from .cpu import ops as cpu
 from .cpu.autograd import in_memory as in_memory
 from .cpu.autograd import is_transformed as is_transformed
@@ -88,6 +89,17 @@ def implementation(device: torch.device, impl: str | None = None) -> str:
 def uses_triton(device: torch.device, impl: str | None = None) -> bool:
     """Whether an op on tensors of `device` runs the kernels."""
     return implementation(device, impl) == "triton"
+
+
+def pays(x: torch.Tensor, tokens: int, places: int, width: int) -> bool:
+    """Whether a stack of another's layers, `width` wide, is faster with our ops on `tokens` packed rows than with its
+    own modules on `places` padded rows. x: a tensor on their device.
+
+    On a GPU always, and with an `impl` that is asked for. On a CPU by what was measured there.
+    """
+    if x.device.type != "cpu" or IMPL != "auto" or places == 0 or torch.compiler.is_compiling():
+        return True
+    return matmul.pays(tokens, places, width, torch.is_grad_enabled(), torch.get_num_threads())
 
 
 def _run(op, impl, x, *arguments, **options):

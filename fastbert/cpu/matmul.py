@@ -1,12 +1,13 @@
 """Matrix products and linear layers on a CPU, each by the faster of torch's two matrix libraries: see libraries.py."""
 
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
 
 from .autograd import in_memory, runs_by_autograd
-from .libraries import LEAST, prefers_onednn
+from .libraries import LEAST, prefers_onednn, share_saved
 
 
 def _may_use_onednn(size, *tensors):
@@ -73,6 +74,21 @@ def _bmm_by_onednn(a, b):
         weight = b.transpose(1, 2).reshape(G * N, C, 1, 1)
         out = torch.ops.mkldnn._convolution_pointwise(pixels, weight, None, [0, 0], [1, 1], [1, 1], G, "none", [], "")
     return out.view(G, N, M).transpose(1, 2)
+
+
+# seconds that our path costs in a layer of another's stack, in calls of Python: without gradients, and with
+_OVERHEAD = 4e-4, 2e-3
+# multiply-adds of a layer's linear products without gradients and with, in units of tokens * width**2
+_LAYER = 12, 36
+
+
+@functools.lru_cache(maxsize=4096)
+def pays(tokens, places, width, wants_gradients, threads):
+    """Whether a layer of another's stack gains more than it loses by running our ops on `tokens` packed rows instead of
+    its own on `places` padded rows of this width. threads: torch's, which the answer depends on."""
+    seconds, saved = share_saved("forward", (places, width, width), candidates)
+    left = tokens / places
+    return _LAYER[wants_gradients] * seconds * (1 - left + left * saved) > _OVERHEAD[wants_gradients]
 
 
 def candidates(kind, sizes):

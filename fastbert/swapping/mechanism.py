@@ -21,7 +21,7 @@ from .. import ops
 from . import table, torch_nn
 from .attention import Attention
 from .stacks import BertEncoder
-from .steps import Options, is_dry
+from .steps import Options, is_dry, plain
 from .tokenwise import full_name, overrides, own_code
 
 # full name of a class -> what takes its place
@@ -217,9 +217,13 @@ def swapped(model: nn.Module, **switches: bool | str) -> Iterator[SwapReport]:
 def _class_of(replacement, original):
     """`original` with the forward of `replacement`. It keeps its name, by which others look classes up."""
 
+    own, is_tokenwise = original.forward, replacement.TOKENWISE
+
     # keeps the signature: HuggingFace's Trainer reads from it what to pass
-    @functools.wraps(original.forward)
+    @functools.wraps(own)
     def forward(self, *args, **kwargs):
+        if is_tokenwise and not torch.compiler.is_compiling() and plain.is_on:
+            return own(self, *args, **kwargs)
         if replacement.yields(args, kwargs) or _is_dry_run(args, kwargs) or ops.is_transformed():
             return replacement.call_original(self, *args, **kwargs)
         return replacement.forward(self, *args, **kwargs)

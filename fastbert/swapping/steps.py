@@ -4,9 +4,11 @@ Letters: B sequences, S padded length, T real tokens, N rows (T where padding is
 H heads, K head size.
 """
 
+import contextlib
 import functools
 import inspect
 import sys
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +33,25 @@ class Options:
     loss: bool
     unpad: bool | str
     logits: str
+
+
+class _Plain(threading.local):
+    """Whether a stack of this thread runs its original modules, also those inside it."""
+
+    is_on = False
+
+
+plain = _Plain()
+
+
+@contextlib.contextmanager
+def plain_modules():
+    """Within it, the swapped modules that act on each token alone run their originals."""
+    before, plain.is_on = plain.is_on, True
+    try:
+        yield
+    finally:
+        plain.is_on = before
 
 
 class Replacement:
@@ -217,5 +238,9 @@ def from_file_of(module, name):
 
 def by_name(self, args, kwargs):
     """The arguments of a call of the original forward, all by name."""
-    names = list(inspect.signature(original(self).forward).parameters)[1:]
-    return {**dict(zip(names, args)), **kwargs}
+    return {**dict(zip(_parameters(original(self).forward), args)), **kwargs}
+
+
+@functools.cache
+def _parameters(forward):
+    return list(inspect.signature(forward).parameters)[1:]
