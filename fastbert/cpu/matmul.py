@@ -95,8 +95,8 @@ def candidates(kind, sizes):
     """A product of this kind and these sizes by oneDNN, and by torch, as functions.
 
     Kinds, with M rows, K inputs and N outputs: forward x [M, K] @ weight [N, K].T; gelu the same with a GELU behind it;
-    dx dout [M, N] @ weight [N, K]; dweight dout [M, N].T @ x [M, K]; batched [G, M, C] @ [G, C, N], the second by rows,
-    or batched-transposed by columns.
+    packed and packed-gelu the same with a weight that oneDNN has packed before; dx dout [M, N] @ weight [N, K]; dweight
+    dout [M, N].T @ x [M, K]; batched [G, M, C] @ [G, C, N], the second by rows, or batched-transposed by columns.
     """
     if kind.startswith("batched"):
         G, M, C, N = sizes
@@ -105,7 +105,15 @@ def candidates(kind, sizes):
         return lambda: _bmm_by_onednn(a, b), lambda: torch.bmm(a, b)
     P, Q, R = sizes
     a = torch.ones(Q, P).t() if kind == "dweight" else torch.ones(P, Q)
-    b = torch.ones(R, Q).t() if kind in ("forward", "gelu") else torch.ones(Q, R)
+    b = torch.ones(Q, R) if kind in ("dx", "dweight") else torch.ones(R, Q).t()
+    if kind.startswith("packed"):
+        packed = torch.ops.mkldnn._reorder_linear_weight(b.t(), P)
+        activation, form = ("gelu", "none") if kind == "packed-gelu" else ("none", "")
+        activate = F.gelu if kind == "packed-gelu" else lambda y: y
+        return (
+            lambda: torch.ops.mkldnn._linear_pointwise(a, packed, None, activation, [], form),
+            lambda: activate(_by_torch(a, b)),
+        )
     if kind == "gelu":
         return lambda: _by_onednn(a, b, None, "gelu", "none"), lambda: F.gelu(_by_torch(a, b))
     return lambda: _by_onednn(a, b), lambda: _by_torch(a, b)
