@@ -9,7 +9,7 @@ from torch import nn
 
 from .. import ops
 from .stacks import is_static, refuse_flattened
-from .steps import HOOKS, Replacement, by_name, from_file_of, gelu_norm, is_plain, layer_norm, linear_gelu
+from .steps import HOOKS, Replacement, by_name, from_file_of, gelu_norm, is_plain, layer_norm, linear_gelu, original
 from .tokenwise import own_code
 
 
@@ -35,8 +35,9 @@ class BertForSequenceClassification(Replacement):
             return out
         loss = out[0] if isinstance(out, tuple) else out.loss
         count = (labels != -100).sum().to(loss.device)
-        # without labels their mean is NaN
-        loss = torch.where(count == 0, 0, loss)
+        if not labels.is_floating_point():
+            # without labels their mean is NaN
+            loss = torch.where(count == 0, 0, loss)
         if num_items is not None:
             loss = _mean(loss * count, count, num_items)
         if isinstance(out, tuple):
@@ -100,8 +101,7 @@ class BertForMaskedLM(Replacement):
             cls = from_file_of(self, self.OUTPUT)
         else:
             out = super().forward(**kwargs, return_dict=True)
-            scores = out[self.SCORES].flatten(0, -2)
-            flat = labels.to(scores.device).flatten()
+            scores, flat = _rows(out[self.SCORES], labels)
             picks = (flat != -100).nonzero()[:, 0]
             loss = _mean(_cross_entropy(scores[picks], flat[picks]), len(picks), num_items)
             fields, cls = dict(out), type(out)
@@ -118,7 +118,7 @@ class BertForMaskedLM(Replacement):
     @staticmethod
     def _labelled_loss(head, hidden, labels, num_items):
         """The mean loss of hidden states [B, S, D] through a head, see `_vocabulary_head`."""
-        labels, hidden = labels.to(hidden.device).flatten(), hidden.flatten(0, -2)
+        hidden, labels = _rows(hidden, labels)
         if not is_static():
             picks = (labels != -100).nonzero()[:, 0]
             labels, hidden = labels[picks], hidden[picks]
@@ -143,6 +143,13 @@ class BertForPreTraining(BertForMaskedLM):
 class AlbertForPreTraining(BertForPreTraining):
     OUTPUT = "AlbertForPreTrainingOutput"
     PAIRS = "sentence_order_label", "sop_classifier", "sop_logits"
+
+
+def _rows(x, labels):
+    """(x [B, S, D] as rows, their labels)."""
+    if labels.numel() != x.shape[:-1].numel():
+        raise ValueError(f"labels has shape {tuple(labels.shape)}: expected {tuple(x.shape[:-1])}")
+    return x.flatten(0, -2), labels.to(x.device).flatten()
 
 
 def _cross_entropy(scores, labels):
@@ -171,9 +178,10 @@ def _is_usual(loss):
 def _vocabulary_head(model):
     """(the transform of a masked-LM head, its last linear layer). None where the model must be called as a whole: there
     is a user's code on the head or a hook before it."""
-    base = vars(model.base_model)
-    # a hook may expect the arguments where the original puts them
-    if "forward" in base or any(base[kind] for kind in HOOKS) or nn.modules.module._has_any_global_hook():
+    base, cls = vars(model.base_model), original(model.base_model)
+    # a user's code may expect the arguments where the original puts them
+    is_own = "forward" in base or not cls.forward.__module__.startswith("transformers.")
+    if is_own or any(base[kind] for kind in HOOKS) or nn.modules.module._has_any_global_hook():
         return None
     return None if _own_head(model) else _row(model)[1](model)
 
