@@ -26,7 +26,8 @@ def key_mask(mask, B, S):
     """
     if mask is None:
         return None, True
-    if not torch.is_tensor(mask) or mask.dim() not in (2, 3, 4) or mask.shape[-1] != S:
+    # one with a gradient may be any number in the next step
+    if not torch.is_tensor(mask) or mask.dim() not in (2, 3, 4) or mask.shape[-1] != S or mask.requires_grad:
         return None, False
     if mask.dim() == 2:
         return mask.bool().expand(B, S), True
@@ -106,13 +107,15 @@ def _requests(stack, kwargs, name):
 
 def _config(stack):
     # DistilBERT's stack has none, but its attention does
-    return next(config for module in stack.modules() if (config := vars(module).get("config")) is not None)
+    configs = (vars(module).get("config") for module in stack.modules())
+    return next((config for config in configs if hasattr(config, "_attn_implementation")), None)
 
 
 def _own_attention(stack):
     """Why the attention function that a config asks for must be called, else None."""
     name = getattr(_config(stack), "_attn_implementation", None)
     function = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS.get(name)
+    function = function or from_file_of(stack, "eager_attention_forward")
     file = getattr(getattr(function, "func", function), "__module__", None)
     is_known = function is None or (file or "").startswith(("transformers.", "fastbert."))
     return None if is_known else f"its attention, {name}, is not one of transformers'"
