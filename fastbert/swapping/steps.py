@@ -73,7 +73,15 @@ def is_dry(x):
 
 def has_plain_parameters(module):
     """Whether the parameters of a module itself are here as plain tensors: not offloaded, sharded or quantised."""
-    return all(p is None or type(p) in PLAIN and not p.is_meta for p in module._parameters.values())
+    attributes = vars(module)
+    # a user may also keep them as buffers or attributes
+    tensors = (
+        *module._parameters.values(),
+        *module._buffers.values(),
+        attributes.get("weight"),
+        attributes.get("bias"),
+    )
+    return all(p is None or type(p) in PLAIN and not p.is_meta for p in tensors)
 
 
 def is_plain(module, cls):
@@ -148,7 +156,12 @@ def gelu_kind(activation):
     kind = original(activation)
     if kind is nn.GELU:
         return activation.approximate
-    return _GELUS.get(kind.__name__) if kind.__module__ == "transformers.activations" else None
+    if kind.__module__ != "transformers.activations":
+        return None
+    # some are a shell around a function
+    inner = vars(activation).get("act")
+    is_own = inner is not None and getattr(inner, "__self__", None) is not activation and gelu_kind(inner) is None
+    return None if is_own else _GELUS.get(kind.__name__)
 
 
 def gelu_form(activation):
