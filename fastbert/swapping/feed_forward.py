@@ -70,11 +70,10 @@ class FFN(TokenWise):
     WHAT = "linear, fused bias and GELU"
     refuses = refuses_activation("activation")
 
-    def ff_chunk(self, input):
-        return self.dropout(linear(self.lin2, linear_gelu(self.lin1, self.activation, input)))
-
     def forward(self, input):
-        return super().forward(input)
+        if self.chunk_size_feed_forward or "ff_chunk" in vars(self):
+            return super().forward(input)
+        return self.dropout(linear(self.lin2, linear_gelu(self.lin1, self.activation, input)))
 
 
 class TransformerBlock(TokenWise):

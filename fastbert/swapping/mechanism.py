@@ -22,7 +22,7 @@ from . import table, torch_nn
 from .attention import Attention
 from .stacks import BertEncoder
 from .steps import Options, is_dry
-from .tokenwise import full_name, overrides, own_code
+from .tokenwise import are_replaced, full_name, library_methods, overrides, own_code
 
 # full name of a class -> what takes its place
 TABLE = {**torch_nn.TABLE, **table.TABLE}
@@ -216,10 +216,14 @@ def swapped(model: nn.Module, **switches: bool | str) -> Iterator[SwapReport]:
 @functools.cache
 def _class_of(replacement, original):
     """`original` with the forward of `replacement`. It keeps its name, by which others look classes up."""
+    methods = library_methods(original)
 
     # keeps the signature: HuggingFace's Trainer reads from it what to pass
     @functools.wraps(original.forward)
     def forward(self, *args, **kwargs):
+        # a method of the class was replaced since, or the module was given back and someone has kept this method
+        if are_replaced(methods) or not isinstance(self, replacement):
+            return original.forward(self, *args, **kwargs)
         if replacement.yields(args, kwargs) or _is_dry_run(args, kwargs) or ops.is_transformed():
             return replacement.call_original(self, *args, **kwargs)
         return replacement.forward(self, *args, **kwargs)

@@ -8,6 +8,7 @@ without code of its user's: a hook, a method set on the instance, a function of 
 import functools
 import inspect
 import itertools
+import re
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,9 @@ _BLIND = (
 )  # fmt: skip
 
 _FUNCTIONS = {F.gelu, F.relu, F.silu, F.elu, F.leaky_relu, F.mish, F.hardtanh, torch.relu, torch.tanh, torch.sigmoid}
-_ACTIVATIONS = ("activation", "act", "intermediate_act_fn")
+_ACTIVATIONS = ("activation", "act", "intermediate_act_fn", "transform_act_fn")
+# methods that find or replace a table, and do not compute
+_ACCESSORS = re.compile(r"__(?!call__).*|[gs]et_\w+_embeddings|extra_repr|reset_\w+")
 
 
 def full_name(cls):
@@ -53,14 +56,30 @@ def full_name(cls):
 
 
 def overrides(cls, base):
-    """Whether a class derived from `base` may compute something else: it overrides what `base` itself defines, or the
-    forward of `base` was replaced for all its modules."""
-    if "replaces" not in vars(base) and "forward" in vars(base) and base.forward.__module__ != base.__module__:
+    """Whether a class derived from `base` may compute something else: it overrides what `base` itself defines, or a
+    method of `base` was replaced for all its modules."""
+    methods = _methods(base)
+    if "replaces" not in vars(base) and any(f.__module__ != base.__module__ for f in methods.values()):
         return True
     between = itertools.takewhile(lambda c: c is not base, cls.__mro__)
     names = {name for c in between if not c.__module__.startswith(_DERIVING) for name in vars(c)}
-    names = {name for name in names if not name.startswith(("__", "get_", "set_")) or name == "__call__"}
-    return bool(names & {"forward", "__call__"}) or any(inspect.isfunction(vars(base).get(name)) for name in names)
+    return not names.isdisjoint({"forward", "__call__", *methods})
+
+
+def _methods(cls):
+    """{name: function} of the methods that a class itself defines for computing."""
+    return {name: f for name, f in vars(cls).items() if inspect.isfunction(f) and not _ACCESSORS.fullmatch(name)}
+
+
+def library_methods(cls):
+    """[(class, name, function)] of a class and its bases, as far as they are transformers' or torch's."""
+    own = (c for c in cls.__mro__ if c.__module__.startswith(("transformers.models.", "torch.nn.modules.")))
+    return [(c, *method) for c in own if c is not nn.Module for method in _methods(c).items()]
+
+
+def are_replaced(methods):
+    """Whether someone has replaced one of `library_methods` for all modules of its class."""
+    return not torch.compiler.is_compiling() and any(c.__dict__.get(name) is not f for c, name, f in methods)
 
 
 def own_code(module, hooks=True, parts=None):
@@ -101,6 +120,8 @@ def own_code(module, hooks=True, parts=None):
 
 # class -> (names of its methods, a check of each module, whether it is `CONVOLVES`); None: not known
 _CLASSES = {}
+# `library_methods` of all of them
+_METHODS = []
 
 
 def _learned(cls):
@@ -110,14 +131,16 @@ def _learned(cls):
             break
     else:
         return None
-    if overrides(cls, base) or (replacement is not None and not replacement.TOKENWISE):
+    if overrides(cls, base):
+        return None
+    _METHODS.extend(library_methods(base))
+    if replacement is not None and not replacement.TOKENWISE:
         return None
     check = replacement and replacement.misfit
     if issubclass(base, (nn.LayerNorm, nn.RMSNorm)):
         check = _normalizes_more
     own = [c for c in itertools.takewhile(lambda c: c is not nn.Module, base.__mro__) if c is not Replacement]
-    methods = {name for c in own for name, value in vars(c).items() if inspect.isfunction(value)}
-    methods = {name for name in methods if not name.startswith(("__", "get_", "set_", "extra_repr", "reset_"))}
+    methods = {name for c in own for name in _methods(c)}
     if name.startswith("transformers.") or isinstance(replacement, type):
         methods.update(_ACTIVATIONS)
     return tuple(methods), check, name == CONVOLVES
@@ -130,10 +153,13 @@ def _normalizes_more(norm):
 def is_watched(stack, hooks=True):
     """Whether there is a user's code on or inside a stack: a module or a method of their own, a hook."""
     cls = type(stack)
+    if cls not in _CLASSES:
+        _CLASSES[cls] = _learned(cls)
     methods = (name for name in vars(stack) if inspect.isfunction(getattr(cls, name, None)))
     return (
         any(not _is_harmless(stack, name) for name in methods)
         or (hooks and bool(nn.modules.module._has_any_global_hook()))
+        or are_replaced(_METHODS)
         or own_code(stack, hooks) is not None
     )
 
@@ -143,10 +169,18 @@ def _is_harmless(module, name):
     value = vars(module)[name]
     if name == "forward":
         # accelerate's forward moves tensors between devices and calls the original
-        return type(vars(module).get("_hf_hook")).__module__.startswith("accelerate.")
+        return (
+            getattr(getattr(value, "func", None), "__module__", None) == "accelerate.hooks"
+            and module._old_forward == type(module).forward.__get__(module)
+            and _is_accelerates(module._hf_hook)
+        )
     if name in _ACTIVATIONS and isinstance(value, functools.partial) and not value.args:
         value = value.func
     return not callable(value) or (name in _ACTIVATIONS and value in _FUNCTIONS)
+
+
+def _is_accelerates(hook):
+    return type(hook).__module__.startswith("accelerate.") and all(map(_is_accelerates, getattr(hook, "hooks", ())))
 
 
 def _has_blind_hooks(module):
