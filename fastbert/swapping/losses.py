@@ -23,8 +23,7 @@ class BertForSequenceClassification(Replacement):
     """A head whose loss is a mean over labels. Under gradient accumulation, HuggingFace's Trainer passes the number of
     labels of the whole step and expects the model to divide by it. Their own heads do not."""
 
-    PARTS = ("loss",)
-    WHAT = "loss averaged over the labels of the whole step"
+    RUNS = {"loss": "loss averaged over the labels of the whole step"}
 
     def forward(self, *args, **kwargs):
         kwargs = by_name(self, args, kwargs)
@@ -67,8 +66,7 @@ class ElectraForPreTraining(BertForSequenceClassification):
 class BertForMaskedLM(Replacement):
     """Head and loss on labelled tokens alone; in training no scores are kept."""
 
-    PARTS = ("loss",)
-    WHAT = "head and loss on labelled tokens only"
+    RUNS = {"loss": "head and loss on labelled tokens only"}
     OUTPUT, SCORES = "MaskedLMOutput", "logits"
     # of a second head, for pairs of sentences: the argument with the labels, the head, its field in the output
     PAIRS = None, None, None

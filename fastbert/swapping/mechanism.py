@@ -27,7 +27,6 @@ from .tokenwise import are_replaced, full_name, library_methods, overrides, own_
 # full name of a class -> what takes its place
 TABLE = {**torch_nn.TABLE, **table.TABLE}
 STACKS = BertEncoder, torch_nn.TransformerEncoder
-PARTS = ("attention", "layer_norm", "gelu", "loss")
 
 
 @dataclass
@@ -126,7 +125,7 @@ def swap(
         raise ValueError(f"unpad is {unpad!r}: expected 'auto', True or False")
     if logits not in ("evaluation", "always"):
         raise ValueError(f"logits is {logits!r}: expected 'evaluation' or 'always'")
-    wanted = dict(zip(PARTS, (attention, layer_norm, gelu, loss)))
+    wanted = dict(attention=attention, layer_norm=layer_norm, gelu=gelu, loss=loss)
     for name, value in wanted.items():
         if not isinstance(value, bool):
             raise ValueError(f"{name} is {value!r}: expected True or False")
@@ -141,16 +140,17 @@ def swap(
         row, replacement = Row(name, type(module).__name__), TABLE[full_name(known)]
         if overrides(type(module), known) or parametrize.is_parametrized(module):
             row.reason = f"a subclass of {known.__name__} with code of its own"
-        elif not any(wanted[part] for part in replacement.PARTS):
-            row.reason = f"switched off: {' and '.join(replacement.PARTS)}"
+        elif not any(wanted[part] for part in replacement.RUNS):
+            row.reason = f"switched off: {' and '.join(replacement.RUNS)}"
         elif "forward" in vars(module):
             row.reason = "its forward was replaced on the instance"
-        elif id(module) in read and "attention" in replacement.PARTS:
+        elif id(module) in read and "attention" in replacement.RUNS:
             row.reason = "a decoder in this model may read its padding rows; pass unpad=True if it does not"
         else:
             row.reason = replacement.refuses(module) or ""
         if not row.reason:
-            row.became = replacement.WHAT
+            runs = ", ".join(what for part, what in replacement.RUNS.items() if wanted[part])
+            row.became = runs if unpad else runs.replace("runs unpadded", "keeps its padding")
             module.__class__ = _class_of(replacement, type(module))
             module.fastbert_options = options
             found[module] = row

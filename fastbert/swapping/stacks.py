@@ -129,8 +129,7 @@ def first_positions(position_ids, cu_seqlens):
 class BertEncoder(Replacement):
     """The loop over layers, on tokens alone."""
 
-    PARTS = ("attention",)
-    WHAT = "runs unpadded; falls back to the original when attentions are requested"
+    RUNS = {"attention": "runs unpadded; falls back to the original when attentions are requested"}
     BY_DISTANCE = False
 
     @staticmethod
@@ -345,8 +344,7 @@ class ModernBertModel(BertEncoder):
 class RobertaModel(Replacement):
     """Flattened batches: their collator counts positions from 0, this family's table from `padding_idx + 1`."""
 
-    PARTS = ("attention",)
-    WHAT = "positions of flattened batches counted from padding_idx + 1"
+    RUNS = {"attention": "positions of flattened batches counted from padding_idx + 1"}
 
     def forward(self, *args, **kwargs):
         kwargs = by_name(self, args, kwargs)
@@ -361,8 +359,7 @@ class RobertaModel(Replacement):
 class MPNetModel(Replacement):
     """And DeBERTa: their attention knows no flattened sequences."""
 
-    PARTS = ("attention",)
-    WHAT = "refuses flattened sequences, which the original mixes"
+    RUNS = {"attention": "refuses flattened sequences, which the original mixes"}
 
     def forward(self, *args, **kwargs):
         refuse_flattened(self, kwargs)

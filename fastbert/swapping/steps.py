@@ -36,13 +36,11 @@ class Options:
 class Replacement:
     """A forward that takes the place of another class's; `self` is still an instance of that class.
 
-    PARTS: the switches of `swap` that ask for it. WHAT: what the report says runs now. TOKENWISE: whether it acts on
-    each token alone, or takes a `Layout`. misfit: None, or a function of the module: why it cannot take one now, or
-    None.
+    RUNS: switch of `swap` that asks for it -> what the report says runs then. TOKENWISE: whether it acts on each token
+    alone, or takes a `Layout`. misfit: None, or a function of the module: why it cannot take one now, or None.
     """
 
-    PARTS = ()
-    WHAT = ""
+    RUNS = {}
     TOKENWISE = False
     misfit = None
 
