@@ -9,11 +9,13 @@ import functools
 import inspect
 import itertools
 import re
+import sys
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .. import ops
 from .steps import HOOKS, Replacement
 
 _TORCH = {
@@ -161,7 +163,15 @@ def is_watched(stack, hooks=True):
         or (hooks and bool(nn.modules.module._has_any_global_hook()))
         or are_replaced(_METHODS)
         or own_code(stack, hooks) is not None
+        or _compiles_on_cpu(stack)
     )
+
+
+def _compiles_on_cpu(stack):
+    """Whether a module inside a stack was compiled by itself: on a CPU, compiled code cannot read a `Layout`."""
+    if "torch._dynamo" not in sys.modules or not any("_compiled_call_impl" in vars(m) for m in stack.modules()):
+        return False
+    return not ops.uses_triton(next(stack.parameters()).device)
 
 
 def _is_harmless(module, name):
