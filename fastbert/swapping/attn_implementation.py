@@ -218,16 +218,11 @@ def _counts_from_padding_idx(cls):
 def _check_positions(module, starts):
     """Raises ValueError for the positions of DataCollatorWithFlattening, which count from 0."""
     offset = module.config.pad_token_id + 1
-    message = (
+    ops.check(
+        starts != 0,
         f"position_ids of the sequences begin at 0: {module.config.model_type} begins at {offset}, "
-        f"add {offset} to those of DataCollatorWithFlattening"
+        f"add {offset} to those of DataCollatorWithFlattening",
     )
-    if ops.in_memory(starts):
-        if bool((starts == 0).any()):
-            raise ValueError(message)
-    else:
-        # the host does not wait for a GPU
-        torch._assert_async((starts != 0).all(), message)
 
 
 def _restarts(position_ids):
