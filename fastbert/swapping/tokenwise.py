@@ -9,7 +9,6 @@ import functools
 import inspect
 import itertools
 import re
-import sys
 
 import torch
 import torch.nn.functional as F
@@ -110,6 +109,8 @@ def own_code(module, hooks=True, parts=None):
         )  # fmt: skip
         if hooks and has_hooks and not _has_blind_hooks(inner):
             return name, f"({cls.__name__}) has a hook"
+        if hooks and "_compiled_call_impl" in attributes and not _runs_kernels(inner):
+            return name, f"({cls.__name__}) is compiled by itself, and compiled code on a CPU cannot read a layout"
         if check is not None and (reason := check(inner)):
             return name, f"({cls.__name__}) {reason}"
         if inner._modules:
@@ -148,6 +149,10 @@ def _learned(cls):
     return tuple(methods), check, name == CONVOLVES
 
 
+def _runs_kernels(module):
+    return all(ops.uses_triton(parameter.device) for parameter in module.parameters())
+
+
 def _normalizes_more(norm):
     return "normalizes over several tokens" if len(norm.normalized_shape) > 1 else None
 
@@ -163,15 +168,7 @@ def is_watched(stack, hooks=True):
         or (hooks and bool(nn.modules.module._has_any_global_hook()))
         or are_replaced(_METHODS)
         or own_code(stack, hooks) is not None
-        or _compiles_on_cpu(stack)
     )
-
-
-def _compiles_on_cpu(stack):
-    """Whether a module inside a stack was compiled by itself: on a CPU, compiled code cannot read a `Layout`."""
-    if "torch._dynamo" not in sys.modules or not any("_compiled_call_impl" in vars(m) for m in stack.modules()):
-        return False
-    return not ops.uses_triton(next(stack.parameters()).device)
 
 
 def _is_harmless(module, name):
