@@ -165,11 +165,13 @@ def _keep_stacks_with_own_code(found):
     for module, row in found.items():
         if isinstance(module, STACKS):
             # a hook may go again: it is looked for in every call
-            own = own_code(module, hooks=False)
-            if own is None:
-                inside.update(module.modules())
-            else:
+            own, watched = own_code(module, hooks=False), own_code(module)
+            if own is not None:
                 row.reason = "keeps its padding: " + " ".join(own)
+                continue
+            inside.update(module.modules())
+            if watched is not None:
+                row.became = "keeps its padding while " + " ".join(watched)
     for module, row in found.items():
         if isinstance(module, Attention) and module not in inside:
             row.reason = "it needs a stack around it that runs fastbert"

@@ -284,7 +284,9 @@ def test_a_stack_runs_unpadded_again_once_its_hook_is_gone(when, shapes):
         fastbert.swap(model)
     handle = model.encoder.layer[0].register_forward_hook(lambda *_: None)
     if when == "before":
-        fastbert.swap(model).raise_if_incomplete()
+        report = fastbert.swap(model)
+        report.raise_if_incomplete()
+        assert "keeps its padding while layer.0 (BertLayer) has a hook" in {row.became for row in report.rows}
     hidden(model)
     assert not any(map(is_unpadded, shapes))
     handle.remove()
