@@ -15,7 +15,7 @@ class Attention(Replacement):
     """Runs only inside a stack that passes it a `Layout`."""
 
     RUNS = {"attention": "fused attention"}
-    TOKENWISE = True
+    TAKES_LAYOUT = True
 
     @staticmethod
     def yields(args, kwargs):

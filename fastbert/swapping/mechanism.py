@@ -149,7 +149,7 @@ def swap(
         else:
             row.reason = replacement.refuses(module) or ""
         if not row.reason:
-            runs = ", ".join(what for part, what in replacement.RUNS.items() if wanted[part])
+            runs = "; ".join(what for part, what in replacement.RUNS.items() if wanted[part])
             row.became = runs if unpad else runs.replace("runs unpadded", "keeps its padding")
             module.__class__ = _class_of(replacement, type(module))
             module.fastbert_options = options

@@ -37,11 +37,13 @@ class Replacement:
     """A forward that takes the place of another class's; `self` is still an instance of that class.
 
     RUNS: switch of `swap` that asks for it -> what the report says runs then. TOKENWISE: whether it acts on each token
-    alone, or takes a `Layout`. misfit: None, or a function of the module: why it cannot take one now, or None.
+    alone. TAKES_LAYOUT: whether it takes a `Layout` in place of the mask. misfit: None, or a function of the module:
+    why it cannot take one now, or None.
     """
 
     RUNS = {}
     TOKENWISE = False
+    TAKES_LAYOUT = False
     misfit = None
 
     @staticmethod

@@ -39,6 +39,8 @@ KNOWN = {f"torch.nn.modules.{file}.{name}" for file, names in _TORCH.items() for
 }
 # classes that torch derives from a module's at run time come from here (fully_shard, parametrize)
 _DERIVING = ("torch.distributed.", "torch.nn.utils.parametrize")
+# the children to which a stack and its layers pass a `Layout`, items of lists, and what wrappers wrap
+_PASSES = re.compile(r"layers?|attention|attn|self|self_attn|albert_layers|albert_layer_groups|\d+|_\w+")
 # hooks from here do not look at shapes
 _BLIND = (
     "torch.distributed", "accelerate", "deepspeed", "transformers.utils.output_capturing",
@@ -83,11 +85,11 @@ def are_replaced(methods):
     return not torch.compiler.is_compiling() and any(c.__dict__.get(name) is not f for c, name, f in methods)
 
 
-def own_code(module, hooks=True, parts=None):
+def own_code(module, hooks=True, parts=None, passes=True):
     """(name, reason) of the first module inside `module` that may look beyond each token, else None.
 
-    hooks: whether a hook is a reason. parts: the names of the children to look at, if not all. Runs in every call of a
-    stack, so classes are looked up once.
+    hooks: whether a hook is a reason. parts: the names of the children to look at, if not all. passes: whether `module`
+    passes a `Layout` on. Runs in every call of a stack, so classes are looked up once.
     """
     for name in parts or module._modules:
         inner = module._modules[name]
@@ -99,7 +101,9 @@ def own_code(module, hooks=True, parts=None):
             _CLASSES[cls] = _learned(cls)
         if _CLASSES[cls] is None:
             return name, f"({cls.__name__}) may look at other tokens"
-        methods, check, convolves = _CLASSES[cls]
+        methods, check, convolves, takes_layout = _CLASSES[cls]
+        if takes_layout and not (passes and _PASSES.fullmatch(name)):
+            return name, f"({cls.__name__}) attends in a place where it gets no mask"
         for method in methods:
             if method in attributes and not _is_harmless(inner, method):
                 return name, f"({cls.__name__}) has a {method} of its own"
@@ -115,13 +119,14 @@ def own_code(module, hooks=True, parts=None):
             return name, f"({cls.__name__}) {reason}"
         if inner._modules:
             rest = [part for part, x in inner._modules.items() if type(x) is not nn.Conv1d] if convolves else None
-            found = own_code(inner, hooks, rest)
+            found = own_code(inner, hooks, rest, passes and _PASSES.fullmatch(name))
             if found is not None:
                 return f"{name}.{found[0]}", found[1]
     return None
 
 
-# class -> (names of its methods, a check of each module, whether it is `CONVOLVES`); None: not known
+# class -> (names of its methods, a check of each module, whether it is `CONVOLVES`, whether it takes a `Layout`); None:
+# not known
 _CLASSES = {}
 # `library_methods` of all of them
 _METHODS = []
@@ -137,7 +142,8 @@ def _learned(cls):
     if overrides(cls, base):
         return None
     _METHODS.extend(library_methods(base))
-    if replacement is not None and not replacement.TOKENWISE:
+    takes_layout = replacement is not None and replacement.TAKES_LAYOUT
+    if replacement is not None and not (replacement.TOKENWISE or takes_layout):
         return None
     check = replacement and replacement.misfit
     if issubclass(base, (nn.LayerNorm, nn.RMSNorm)):
@@ -146,7 +152,7 @@ def _learned(cls):
     methods = {name for c in own for name in _methods(c)}
     if name.startswith("transformers.") or isinstance(replacement, type):
         methods.update(_ACTIVATIONS)
-    return tuple(methods), check, name == CONVOLVES
+    return tuple(methods), check, name == CONVOLVES, takes_layout
 
 
 def _runs_kernels(module):

@@ -104,7 +104,7 @@ def _layout(x, padding, batch_first, begins_padded=True):
 
 class MultiheadAttention(Replacement):
     RUNS = {"attention": "fused self-attention; falls back to torch's with an attn_mask or need_weights"}
-    TOKENWISE = True
+    TAKES_LAYOUT = True
 
     @staticmethod
     def refuses(module):
@@ -165,7 +165,7 @@ class TransformerEncoderLayer(Replacement):
         "gelu": "linear, fused bias and GELU if that is its activation",
         "attention": "outside a stack without padding if unpad=True and no src_mask",
     }
-    TOKENWISE = True
+    TAKES_LAYOUT = True
 
     def forward(self, src, src_mask=None, src_key_padding_mask=None, is_causal=False):
         if isinstance(src_key_padding_mask, Layout):

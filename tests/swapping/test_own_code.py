@@ -4,6 +4,7 @@ The modules and hooks here mix the tokens of a text, so that a text that saw ano
 would come out different.
 """
 
+import copy
 import functools
 
 import pytest
@@ -166,7 +167,20 @@ def in_a_sequence(model):
     output.dense = nn.Sequential(output.dense, Mixing(nn.Linear(D, D)))
 
 
+def another_layer(make):
+    """A layer of a known class where nobody gives it a mask."""
+
+    def change(model):
+        torch.manual_seed(1)
+        output = model.encoder.layer[0].output
+        output.dense = nn.Sequential(output.dense, make(model.config).eval())
+
+    return change
+
+
 OWN = {
+    "another BERT layer": another_layer(BertLayer),
+    "a layer of torch": another_layer(lambda _: nn.TransformerEncoderLayer(D, 4, 37, batch_first=True)),
     "a layer that reads the mask": of_class("encoder.layer.1", OwnLayer),
     "an attention": of_class("encoder.layer.0.attention.self", OwnAttention),
     "another method of a layer": of_class("encoder.layer.0", OwnChunk),
@@ -362,6 +376,9 @@ TORCH_OWN = {
     "a hook on attention": lambda m: m.stack.layers[1].self_attn.register_forward_hook(mix_output),
     "a function": lambda m: setattr(m.stack.layers[0], "activation", lambda x: mixed(F.gelu(x))),
     "a block": with_method("stack.layers.1", "_ff_block", mixed),
+    "another layer": lambda m: put(
+        m, "stack.layers.0.linear2", nn.Sequential(m.stack.layers[0].linear2, copy.deepcopy(m.stack.layers[1]))
+    ),
     "a norm at the end": lambda m: setattr(m.stack, "norm", Mixing(m.attention.out_proj)),
     "weights of another class": quantise,
 }
