@@ -240,9 +240,10 @@ class MPNetEncoder(BertEncoder):
     ):  # fmt: skip
         outputs = dict(output_attentions=output_attentions, output_hidden_states=output_hidden_states)
         layout, unpads = self._layout(hidden_states, attention_mask, {**kwargs, **outputs})
-        table = self.relative_attention_bias
         # its weights are read
-        if layout is None or not (is_plain(table, nn.Embedding) and _only_looks_up(table)):
+        table = self.relative_attention_bias
+        is_read = is_plain(table, nn.Embedding) and table.padding_idx is None and table.max_norm is None
+        if layout is None or not is_read or table.scale_grad_by_freq:
             return self.call_original(hidden_states, attention_mask, **outputs, return_dict=return_dict, **kwargs)
         # row max_seqlen + i - j is for a query at i and a key at j
         distance = torch.arange(-layout.max_seqlen, layout.max_seqlen, device=hidden_states.device)
@@ -252,10 +253,6 @@ class MPNetEncoder(BertEncoder):
             self, hidden_states, layout, unpads, lambda layer, x, inner: layer(x, inner, bias)[0],
             output_hidden_states, return_dict,
         )  # fmt: skip
-
-
-def _only_looks_up(table):
-    return table.padding_idx is None and table.max_norm is None and not table.scale_grad_by_freq
 
 
 def _run(stack, hidden_states, layout, unpads, call, output_hidden_states, return_dict, after_first=None):

@@ -106,14 +106,15 @@ def own_code(module, hooks=True, parts=None, passes=True):
             return name, f"({cls.__name__}) attends in a place where it gets no mask"
         for method in methods:
             if method in attributes and not _is_harmless(inner, method):
-                return name, f"({cls.__name__}) has a {method} of its own"
+                return name, f"({cls.__name__}) has its own {method}"
         has_hooks = (
             attributes["_forward_hooks"] or attributes["_forward_pre_hooks"] or attributes["_backward_hooks"]
             or attributes["_backward_pre_hooks"]
         )  # fmt: skip
-        if hooks and has_hooks and not _has_blind_hooks(inner):
+        if hooks and has_hooks and not all(_is_blind(hook) for kind in HOOKS for hook in attributes[kind].values()):
             return name, f"({cls.__name__}) has a hook"
-        if hooks and "_compiled_call_impl" in attributes and not _runs_kernels(inner):
+        is_compiled = hooks and "_compiled_call_impl" in attributes
+        if is_compiled and not all(ops.uses_triton(parameter.device) for parameter in inner.parameters()):
             return name, f"({cls.__name__}) is compiled by itself, and compiled code on a CPU cannot read a layout"
         if check is not None and (reason := check(inner)):
             return name, f"({cls.__name__}) {reason}"
@@ -155,10 +156,6 @@ def _learned(cls):
     return tuple(methods), check, name == CONVOLVES, takes_layout
 
 
-def _runs_kernels(module):
-    return all(ops.uses_triton(parameter.device) for parameter in module.parameters())
-
-
 def _normalizes_more(norm):
     return "normalizes over several tokens" if len(norm.normalized_shape) > 1 else None
 
@@ -194,10 +191,6 @@ def _is_harmless(module, name):
 
 def _is_accelerates(hook):
     return type(hook).__module__.startswith("accelerate.") and all(map(_is_accelerates, getattr(hook, "hooks", ())))
-
-
-def _has_blind_hooks(module):
-    return all(_is_blind(hook) for kind in HOOKS for hook in vars(module)[kind].values())
 
 
 def _is_blind(hook):

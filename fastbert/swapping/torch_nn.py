@@ -153,10 +153,6 @@ class MultiheadAttention(Replacement):
         return layout.unpack(ops.linear(out.flatten(1), self.out_proj.weight, self.out_proj.bias)), None
 
 
-# the methods that torch's layer calls, which a user may have set on an instance
-_BLOCKS = {"_sa_block", "_ff_block"}
-
-
 class TransformerEncoderLayer(Replacement):
     """In evaluation too, where torch's fast path computes the exact GELU even if the tanh form was requested."""
 
@@ -170,7 +166,8 @@ class TransformerEncoderLayer(Replacement):
     def forward(self, src, src_mask=None, src_key_padding_mask=None, is_causal=False):
         if isinstance(src_key_padding_mask, Layout):
             return self._block(src, key_padding_mask=src_key_padding_mask)
-        if vars(self).keys() & _BLOCKS or not _takes(src) or (is_causal and src_mask is None):
+        # the methods that torch's layer calls
+        if vars(self).keys() & {"_sa_block", "_ff_block"} or not _takes(src) or (is_causal and src_mask is None):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         if src_mask is None and self.fastbert_options.unpad is True and not is_watched(self):
             layout = _layout(src, src_key_padding_mask, self.self_attn.batch_first, begins_padded=False)
