@@ -22,7 +22,7 @@ from . import table, torch_nn
 from .attention import Attention
 from .stacks import BertEncoder
 from .steps import Options, is_dry
-from .tokenwise import are_replaced, full_name, library_methods, overrides, own_code
+from .tokenwise import are_replaced, full_name, is_watched, library_methods, overrides, own_code
 
 # full name of a class -> what takes its place
 TABLE = {**torch_nn.TABLE, **table.TABLE}
@@ -166,6 +166,8 @@ def _keep_stacks_with_own_code(found):
         if isinstance(module, STACKS):
             # a hook may go again: it is looked for in every call
             own, watched = own_code(module, hooks=False), own_code(module)
+            if own is None and is_watched(module, hooks=False):
+                own = ("it", "has its own methods or layers")
             if own is not None:
                 row.reason = "keeps its padding: " + " ".join(own)
                 continue

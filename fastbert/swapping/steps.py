@@ -87,12 +87,12 @@ def has_plain_parameters(module):
 def is_plain(module, cls):
     """Whether `module` is of `cls` (or of what replaced it) and calling it runs the forward of its library and nothing
     else: no adapter, hook or parametrization. Only then may its parameters and settings be used without calling it."""
-    kind, attributes = type(module), vars(module)
+    kind = type(module)
     return (
         (kind is cls or vars(kind).get("replaces") is cls)
-        and "forward" not in attributes
+        and "forward" not in vars(module)
         and cls.forward.__module__ == cls.__module__
-        and not any(attributes[kind] for kind in HOOKS)
+        and not any(vars(module)[kind] for kind in HOOKS)
         and not nn.modules.module._has_any_global_hook()
         and has_plain_parameters(module)
     )

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import ops
-from .steps import HOOKS, Replacement
+from .steps import HOOKS
 
 _TORCH = {
     "activation": "CELU ELU GELU Hardshrink Hardsigmoid Hardswish Hardtanh LeakyReLU LogSigmoid Mish ReLU ReLU6 SELU "
@@ -39,16 +39,16 @@ KNOWN = {f"torch.nn.modules.{file}.{name}" for file, names in _TORCH.items() for
 }
 # classes that torch derives from a module's at run time come from here (fully_shard, parametrize)
 _DERIVING = ("torch.distributed.", "torch.nn.utils.parametrize")
-# the children to which a stack and its layers pass a `Layout`, items of lists, and what wrappers wrap
-_PASSES = re.compile(r"layers?|attention|attn|self|self_attn|albert_layers|albert_layer_groups|\d+|_\w+")
+# the children to which a stack and its layers pass a `Layout`, beside items of lists and what wrappers wrap (_*)
+_PASSES = {"layer", "layers", "attention", "attn", "self", "self_attn", "albert_layers", "albert_layer_groups"}
 # hooks from here do not look at shapes
 _BLIND = (
     "torch.distributed", "accelerate", "deepspeed", "transformers.utils.output_capturing",
     "transformers.modeling_utils",
 )  # fmt: skip
 
-_FUNCTIONS = {F.gelu, F.relu, F.silu, F.elu, F.leaky_relu, F.mish, F.hardtanh, torch.relu, torch.tanh, torch.sigmoid}
-_ACTIVATIONS = ("activation", "act", "intermediate_act_fn", "transform_act_fn")
+_FUNCTIONS = (F.gelu, F.relu, F.silu, F.elu, F.leaky_relu, F.mish, F.hardtanh, torch.relu, torch.tanh, torch.sigmoid)
+_LIBRARIES = ("transformers.models.", "transformers.activations", "torch.nn.modules.", "peft.")
 # methods that find or replace a table, and do not compute
 _ACCESSORS = re.compile(r"__(?!call__).*|[gs]et_\w+_embeddings|extra_repr|reset_\w+")
 
@@ -75,9 +75,9 @@ def _methods(cls):
 
 
 def library_methods(cls):
-    """[(class, name, function)] of a class and its bases, as far as they are transformers' or torch's."""
-    own = (c for c in cls.__mro__ if c.__module__.startswith(("transformers.models.", "torch.nn.modules.")))
-    return [(c, *method) for c in own if c is not nn.Module for method in _methods(c).items()]
+    """[(class, name, function)] of a class and its bases, as far as they are of `_LIBRARIES`."""
+    own = itertools.takewhile(lambda c: c is not nn.Module, cls.__mro__)
+    return [(c, *method) for c in own if c.__module__.startswith(_LIBRARIES) for method in _methods(c).items()]
 
 
 def are_replaced(methods):
@@ -98,15 +98,13 @@ def own_code(module, hooks=True, parts=None, passes=True):
             continue
         cls, attributes = type(inner), vars(inner)
         if cls not in _CLASSES:
-            _CLASSES[cls] = _learned(cls)
+            _CLASSES[cls] = _learned(inner)
         if _CLASSES[cls] is None:
             return name, f"({cls.__name__}) may look at other tokens"
-        methods, check, convolves, takes_layout = _CLASSES[cls]
-        if takes_layout and not (passes and _PASSES.fullmatch(name)):
-            return name, f"({cls.__name__}) attends in a place where it gets no mask"
-        for method in methods:
-            if method in attributes and not _is_harmless(inner, method):
-                return name, f"({cls.__name__}) has its own {method}"
+        names, check, convolves, takes_layout = _CLASSES[cls]
+        for used in names:
+            if used in attributes and not _is_harmless(inner, used):
+                return name, f"({cls.__name__}) has its own {used}"
         has_hooks = (
             attributes["_forward_hooks"] or attributes["_forward_pre_hooks"] or attributes["_backward_hooks"]
             or attributes["_backward_pre_hooks"]
@@ -119,41 +117,50 @@ def own_code(module, hooks=True, parts=None, passes=True):
         if check is not None and (reason := check(inner)):
             return name, f"({cls.__name__}) {reason}"
         if inner._modules:
+            passed = passes and (name in _PASSES or name.isdigit() or name.startswith("_"))
+            if takes_layout and not passed:
+                return name, f"({cls.__name__}) attends in a place where it gets no mask"
             rest = [part for part, x in inner._modules.items() if type(x) is not nn.Conv1d] if convolves else None
-            found = own_code(inner, hooks, rest, passes and _PASSES.fullmatch(name))
+            found = own_code(inner, hooks, rest, passed)
             if found is not None:
                 return f"{name}.{found[0]}", found[1]
     return None
 
 
-# class -> (names of its methods, a check of each module, whether it is `CONVOLVES`, whether it takes a `Layout`); None:
-# not known
+# class -> (`_names`, a check of each module, whether it is `CONVOLVES`, whether it takes a `Layout`); None: not known
 _CLASSES = {}
+# class -> `_names` of the first of its modules
+_NAMES = {}
 # `library_methods` of all of them
 _METHODS = []
 
 
-def _learned(cls):
+def _learned(module):
+    cls = type(module)
     for base in cls.__mro__:
         replacement, name = vars(base).get("replacement"), full_name(base)
         if replacement is not None or name in KNOWN or base.__module__ == "transformers.activations":
             break
     else:
         return None
-    if overrides(cls, base):
-        return None
-    _METHODS.extend(library_methods(base))
-    takes_layout = replacement is not None and replacement.TAKES_LAYOUT
-    if replacement is not None and not (replacement.TOKENWISE or takes_layout):
+    takes_layout = getattr(replacement, "TAKES_LAYOUT", False)
+    if overrides(cls, base) or not (replacement is None or replacement.TOKENWISE or takes_layout):
         return None
     check = replacement and replacement.misfit
     if issubclass(base, (nn.LayerNorm, nn.RMSNorm)):
         check = _normalizes_more
-    own = [c for c in itertools.takewhile(lambda c: c is not nn.Module, base.__mro__) if c is not Replacement]
-    methods = {name for c in own for name in _methods(c)}
-    if name.startswith("transformers.") or isinstance(replacement, type):
-        methods.update(_ACTIVATIONS)
-    return tuple(methods), check, name == CONVOLVES, takes_layout
+    return _names(module), check, name == CONVOLVES, takes_layout
+
+
+def _names(module):
+    """The names of the methods of a module's class, and of the modules and functions that it has."""
+    cls = type(module)
+    if cls not in _NAMES:
+        methods = library_methods(cls)
+        _METHODS.extend(methods)
+        own = {name for name, x in vars(module).items() if (callable(x) or isinstance(x, list)) and name[0] != "_"}
+        _NAMES[cls] = tuple(own.union(["forward"], module._modules, [name for _, name, _ in methods]))
+    return _NAMES[cls]
 
 
 def _normalizes_more(norm):
@@ -162,12 +169,8 @@ def _normalizes_more(norm):
 
 def is_watched(stack, hooks=True):
     """Whether there is a user's code on or inside a stack: a module or a method of their own, a hook."""
-    cls = type(stack)
-    if cls not in _CLASSES:
-        _CLASSES[cls] = _learned(cls)
-    methods = (name for name in vars(stack) if inspect.isfunction(getattr(cls, name, None)))
     return (
-        any(not _is_harmless(stack, name) for name in methods)
+        any(name in vars(stack) and not _is_harmless(stack, name) for name in _names(stack))
         or (hooks and bool(nn.modules.module._has_any_global_hook()))
         or are_replaced(_METHODS)
         or own_code(stack, hooks) is not None
@@ -175,7 +178,7 @@ def is_watched(stack, hooks=True):
 
 
 def _is_harmless(module, name):
-    """Whether what was set on a module under the name of a method or an activation looks at no other token."""
+    """Whether what was set on a module in place of a method or another module looks at no other token."""
     value = vars(module)[name]
     if name == "forward":
         # accelerate's forward moves tensors between devices and calls the original
@@ -184,9 +187,11 @@ def _is_harmless(module, name):
             and module._old_forward == type(module).forward.__get__(module)
             and _is_accelerates(module._hf_hook)
         )
-    if name in _ACTIVATIONS and isinstance(value, functools.partial) and not value.args:
+    if isinstance(value, functools.partial) and not value.args:
         value = value.func
-    return not callable(value) or (name in _ACTIVATIONS and value in _FUNCTIONS)
+    if isinstance(value, list | tuple):
+        return not any(map(callable, value))
+    return not callable(value) or any(value is function for function in _FUNCTIONS)
 
 
 def _is_accelerates(hook):

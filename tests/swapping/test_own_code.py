@@ -178,7 +178,31 @@ def another_layer(make):
     return change
 
 
+def function_for(name):
+    """A function in the place of a module."""
+
+    def change(model):
+        owner, _, name_there = name.rpartition(".")
+        owner = model.get_submodule(owner)
+        module = owner._modules.pop(name_there)
+        setattr(owner, name_there, lambda *args, **kwargs: mix_output(None, (), module(*args, **kwargs)))
+
+    return change
+
+
+def layers_in_a_list(model):
+    layers = [*model.encoder._modules.pop("layer")]
+    model.encoder.layer = layers
+    layers[0].register_forward_hook(mix_output)
+
+
 OWN = {
+    "a function for a linear": function_for("encoder.layer.0.output.dense"),
+    "a function for a dropout": function_for("encoder.layer.0.output.dropout"),
+    "a function for a norm": function_for("encoder.layer.1.attention.output.LayerNorm"),
+    "a function for an output": function_for("encoder.layer.0.output"),
+    "a function for an attention": function_for("encoder.layer.0.attention"),
+    "layers in a list": layers_in_a_list,
     "another BERT layer": another_layer(BertLayer),
     "a layer of torch": another_layer(lambda _: nn.TransformerEncoderLayer(D, 4, 37, batch_first=True)),
     "a layer that reads the mask": of_class("encoder.layer.1", OwnLayer),
@@ -233,6 +257,7 @@ WAYS = [
     lambda model, name: put(model, name, Around(model.get_submodule(name))),
     lambda model, name: HOOKED["forward"](model.get_submodule(name)),
     lambda model, name: with_method(name, "forward", lambda out: mix_output(None, (), out))(model),
+    lambda model, name: function_for(name)(model),
 ]
 
 
@@ -243,7 +268,7 @@ def test_each_module_in_turn(family):
     modules = tiny(kind, **options).named_modules()
     names = [n for n, module in modules if n.startswith(stack) and n != stack and not isinstance(module, nn.ModuleList)]
     for i, name in enumerate(names):
-        change = WAYS[i % 3]
+        change = WAYS[i % len(WAYS)]
         plain, model = tiny(kind, **options), tiny(kind, **options)
         change(plain, name)
         try:
