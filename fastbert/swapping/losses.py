@@ -158,7 +158,7 @@ def _cross_entropy(scores, labels):
 
 def _has_own_loss(model):
     """Whether a user has set a loss: `loss_function`, the type of the loss, DistilBERT's module for it."""
-    loss = model._modules.get("mlm_loss_fct")
+    loss = getattr(model, "mlm_loss_fct", None)
     owner = next(cls for cls in type(model).__mro__ if "loss_function" in vars(cls))
     return (
         "_loss_function" in vars(model)
@@ -169,8 +169,8 @@ def _has_own_loss(model):
 
 
 def _is_usual(loss):
-    settings = loss.weight, loss.ignore_index, loss.reduction, loss.label_smoothing
-    return is_plain(loss, nn.CrossEntropyLoss) and settings == (None, -100, "mean", 0.0)
+    settings = [getattr(loss, name, None) for name in ("weight", "ignore_index", "reduction", "label_smoothing")]
+    return is_plain(loss, nn.CrossEntropyLoss) and settings == [None, -100, "mean", 0.0]
 
 
 def _vocabulary_head(model):
