@@ -28,7 +28,8 @@ def key_mask(mask, B, S):
     """
     if mask is None:
         return None, True
-    if not torch.is_tensor(mask) or mask.dim() not in (2, 3, 4) or mask.shape[-1] != S:
+    # one with a gradient may be any number in the next step
+    if not torch.is_tensor(mask) or mask.dim() not in (2, 3, 4) or mask.shape[-1] != S or mask.requires_grad:
         return None, False
     if mask.dim() == 2:
         return mask.bool().expand(B, S), True
@@ -108,13 +109,15 @@ def _requests(config, kwargs, name):
 
 def _config(stack):
     # DistilBERT's stack has none, but its attention does
-    return next(config for module in stack.modules() if (config := vars(module).get("config")) is not None)
+    configs = (vars(module).get("config") for module in stack.modules())
+    return next((config for config in configs if hasattr(config, "_attn_implementation")), None)
 
 
 def _own_attention(stack):
     """Why the attention function that a config asks for must be called, else None."""
     name = getattr(_config(stack), "_attn_implementation", None)
     function = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS.get(name)
+    function = function or from_file_of(stack, "eager_attention_forward")
     file = getattr(getattr(function, "func", function), "__module__", None)
     is_known = function is None or (file or "").startswith(("transformers.", "fastbert."))
     return None if is_known else f"its attention, {name}, is not one of transformers'"
@@ -128,8 +131,7 @@ def first_positions(position_ids, cu_seqlens):
 class BertEncoder(Replacement):
     """The loop over layers, on tokens alone."""
 
-    PARTS = ("attention",)
-    WHAT = "runs unpadded; falls back to the original when attentions are requested"
+    RUNS = {"attention": "runs unpadded; falls back to the original when attentions are requested"}
     BY_DISTANCE = False
 
     @staticmethod
@@ -260,9 +262,10 @@ class MPNetEncoder(BertEncoder):
     ):  # fmt: skip
         outputs = dict(output_attentions=output_attentions, output_hidden_states=output_hidden_states)
         layout, unpads = self._layout(hidden_states, attention_mask, {**kwargs, **outputs})
-        table = self.relative_attention_bias
         # its weights are read
-        if layout is None or not (is_plain(table, nn.Embedding) and _only_looks_up(table)):
+        table = self.relative_attention_bias
+        is_read = is_plain(table, nn.Embedding) and table.padding_idx is None and table.max_norm is None
+        if layout is None or not is_read or table.scale_grad_by_freq:
             return self._padded(unpads, hidden_states, attention_mask, **outputs, return_dict=return_dict, **kwargs)
         # row max_seqlen + i - j is for a query at i and a key at j
         distance = torch.arange(-layout.max_seqlen, layout.max_seqlen, device=hidden_states.device)
@@ -272,10 +275,6 @@ class MPNetEncoder(BertEncoder):
             self, hidden_states, layout, unpads, lambda layer, x, inner: layer(x, inner, bias)[0],
             output_hidden_states, return_dict,
         )  # fmt: skip
-
-
-def _only_looks_up(table):
-    return table.padding_idx is None and table.max_norm is None and not table.scale_grad_by_freq
 
 
 def _run(stack, hidden_states, layout, unpads, call, output_hidden_states, return_dict, after_first=None):
@@ -367,8 +366,7 @@ class ModernBertModel(BertEncoder):
 class RobertaModel(Replacement):
     """Flattened batches: their collator counts positions from 0, this family's table from `padding_idx + 1`."""
 
-    PARTS = ("attention",)
-    WHAT = "positions of flattened batches counted from padding_idx + 1"
+    RUNS = {"attention": "positions of flattened batches counted from padding_idx + 1"}
 
     def forward(self, *args, **kwargs):
         kwargs = by_name(self, args, kwargs)
@@ -383,8 +381,7 @@ class RobertaModel(Replacement):
 class MPNetModel(Replacement):
     """And DeBERTa: their attention knows no flattened sequences."""
 
-    PARTS = ("attention",)
-    WHAT = "refuses flattened sequences, which the original mixes"
+    RUNS = {"attention": "refuses flattened sequences, which the original mixes"}
 
     def forward(self, *args, **kwargs):
         refuse_flattened(self, kwargs)

@@ -57,14 +57,14 @@ def plain_modules():
 class Replacement:
     """A forward that takes the place of another class's; `self` is still an instance of that class.
 
-    PARTS: the switches of `swap` that ask for it. WHAT: what the report says runs now. TOKENWISE: whether it acts on
-    each token alone, or takes a `Layout`. misfit: None, or a function of the module: why it cannot take one now, or
-    None.
+    RUNS: switch of `swap` that asks for it -> what the report says runs then. TOKENWISE: whether it acts on each token
+    alone. TAKES_LAYOUT: whether it takes a `Layout` in place of the mask. misfit: None, or a function of the module:
+    why it cannot take one now, or None.
     """
 
-    PARTS = ()
-    WHAT = ""
+    RUNS = {}
     TOKENWISE = False
+    TAKES_LAYOUT = False
     misfit = None
 
     @staticmethod
@@ -94,18 +94,26 @@ def is_dry(x):
 
 def has_plain_parameters(module):
     """Whether the parameters of a module itself are here as plain tensors: not offloaded, sharded or quantised."""
-    return all(p is None or type(p) in PLAIN and not p.is_meta for p in module._parameters.values())
+    attributes = vars(module)
+    # a user may also keep them as buffers or attributes
+    tensors = (
+        *module._parameters.values(),
+        *module._buffers.values(),
+        attributes.get("weight"),
+        attributes.get("bias"),
+    )
+    return all(p is None or type(p) in PLAIN and not p.is_meta for p in tensors)
 
 
 def is_plain(module, cls):
     """Whether `module` is of `cls` (or of what replaced it) and calling it runs the forward of its library and nothing
     else: no adapter, hook or parametrization. Only then may its parameters and settings be used without calling it."""
-    kind, attributes = type(module), vars(module)
+    kind = type(module)
     return (
         (kind is cls or vars(kind).get("replaces") is cls)
-        and "forward" not in attributes
+        and "forward" not in vars(module)
         and cls.forward.__module__ == cls.__module__
-        and not any(attributes[kind] for kind in HOOKS)
+        and not any(vars(module)[kind] for kind in HOOKS)
         and not nn.modules.module._has_any_global_hook()
         and has_plain_parameters(module)
     )
@@ -169,7 +177,12 @@ def gelu_kind(activation):
     kind = original(activation)
     if kind is nn.GELU:
         return activation.approximate
-    return _GELUS.get(kind.__name__) if kind.__module__ == "transformers.activations" else None
+    if kind.__module__ != "transformers.activations":
+        return None
+    # some are a shell around a function
+    inner = vars(activation).get("act")
+    is_own = inner is not None and getattr(inner, "__self__", None) is not activation and gelu_kind(inner) is None
+    return None if is_own else _GELUS.get(kind.__name__)
 
 
 def gelu_form(activation):
