@@ -103,6 +103,13 @@ def pays(x: torch.Tensor, tokens: int, places: int, width: int) -> bool:
     return matmul.pays(tokens, places, width, torch.is_grad_enabled(), torch.get_num_threads())
 
 
+def may_prepare(x: torch.Tensor, rows: int, width: int) -> bool:
+    """Whether `prepare` may have something for rows like x, of a layer `width` wide, that is worth the search in
+    another's modules."""
+    is_on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and IMPL in ("auto", "cpu")
+    return is_on_cpu and not torch.is_grad_enabled() and rows * width**2 >= libraries.LEAST
+
+
 def prepare(
     module: torch.nn.Module, parts: PostNorm, heads: int, scale: float | None = None, approximate: str = "none"
 ) -> Callable | None:

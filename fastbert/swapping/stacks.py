@@ -16,6 +16,7 @@ from torch import nn
 
 from .. import ops
 from ..packing import Layout, full_layout, layout_of
+from .inference import prepared
 from .steps import PLAIN, Replacement, by_name, from_file_of, is_plain, plain_modules
 from .tokenwise import is_watched
 
@@ -133,6 +134,8 @@ class BertEncoder(Replacement):
 
     RUNS = {"attention": "runs unpadded; falls back to the original when attentions are requested"}
     BY_DISTANCE = False
+    # whether `forward` runs layers as `ops.prepare` has them
+    PREPARES = True
 
     @staticmethod
     def refuses(module):
@@ -173,9 +176,19 @@ class BertEncoder(Replacement):
         layout, unpads = self._layout(hidden_states, attention_mask, kwargs)
         if layout is None:
             return self._padded(unpads, hidden_states, attention_mask, *args, **kwargs)
+        is_flat = kwargs.get("cu_seq_lens_q") is not None
+        layers = prepared(self) if unpads and not is_flat and self._may_prepare(hidden_states) else None
+        if layers is None and not self._pays(hidden_states, layout, unpads, kwargs):
+            return self._padded(None, hidden_states, attention_mask, *args, **kwargs)
         x, inner = _entering(layout, hidden_states, unpads)
-        out = super().forward(x, inner, *args, **kwargs)
-        return _with_last(out, _leaving(layout, out[0], unpads))
+        if layers is None:
+            out = super().forward(x, inner, *args, **kwargs)
+            return _with_last(out, _leaving(layout, out[0], unpads))
+        x = x[0]
+        for layer in layers:
+            x = layer(x, inner.cu_seqlens, inner.max_seqlen)
+        made = from_file_of(self, "BaseModelOutputWithPastAndCrossAttentions") or from_file_of(self, "BaseModelOutput")
+        return made(last_hidden_state=layout.unpack(x))
 
     @staticmethod
     def _encodes(kwargs):
@@ -192,32 +205,39 @@ class BertEncoder(Replacement):
         seen = _requests(config, kwargs, "output_hidden_states")
         # feed-forwards in chunks need padded lengths
         unpads = self.fastbert_options.unpad and not seen and not getattr(config, "chunk_size_feed_forward", 0)
-        if not is_flat and not _pays(config, hidden_states, None, unpads):
+        if not self._may_prepare(hidden_states) and not self._pays(hidden_states, None, unpads, kwargs):
             return None, None
         layout = layout_under(attention_mask, hidden_states, kwargs, by_distance=self.BY_DISTANCE)
         if seen and self.BY_DISTANCE and layout is not None and layout.indices is not None:
             # what is seen of a sequence may not depend on whether another one in the batch has gaps
             layout = None
-        if layout is not None and not is_flat and not _pays(config, hidden_states, layout, unpads):
+        is_known = layout is not None and not self._may_prepare(hidden_states)
+        if is_known and not self._pays(hidden_states, layout, unpads, kwargs):
             return None, None
         # the shapes of flattened sequences are the same in the original
         if layout is None or is_watched(self, hooks=not is_flat) or _own_attention(self):
             return None, False
         return layout, unpads
 
+    def _may_prepare(self, hidden_states):
+        """Whether to look if the layers can run as `ops.prepare` has them: without padding, too, that pays."""
+        rows = hidden_states.shape[0] * hidden_states.shape[1]
+        return self.PREPARES and ops.may_prepare(hidden_states, rows, _config(self).hidden_size)
+
+    def _pays(self, x, layout, unpads, kwargs):
+        """Whether packed rows of x [B, S, ...] are faster than the original. layout: None while it is not known."""
+        if kwargs.get("cu_seq_lens_q") is not None:
+            return True
+        places = x.shape[0] * x.shape[1]
+        tokens = places
+        if unpads:
+            tokens = 0 if layout is None else places if layout.indices is None else len(layout.indices)
+        return ops.pays(x, tokens, places, _config(self).hidden_size)
+
     def _padded(self, unpads, *args, **kwargs):
         """The original. unpads: None if it is faster, so that the modules inside are originals, too."""
         with plain_modules() if unpads is None else contextlib.nullcontext():
             return self.call_original(*args, **kwargs)
-
-
-def _pays(config, x, layout, unpads):
-    """Whether packed rows of x [B, S, ...] are faster than the original. layout: None while it is not known."""
-    places = x.shape[0] * x.shape[1]
-    tokens = places
-    if unpads:
-        tokens = 0 if layout is None else places if layout.indices is None else len(layout.indices)
-    return ops.pays(x, tokens, places, config.hidden_size)
 
 
 def _entering(layout, x, unpads):
@@ -255,6 +275,7 @@ def _with_last(out, last, between=lambda x: x):
 
 class MPNetEncoder(BertEncoder):
     BY_DISTANCE = True
+    PREPARES = False
 
     def forward(
         self, hidden_states, attention_mask=None, output_attentions=False, output_hidden_states=False,
@@ -295,6 +316,7 @@ def _run(stack, hidden_states, layout, unpads, call, output_hidden_states, retur
 
 class DebertaEncoder(BertEncoder):
     BY_DISTANCE = True
+    PREPARES = False
 
     @staticmethod
     def refuses(module):
@@ -312,7 +334,7 @@ class DebertaEncoder(BertEncoder):
         given = query_states is not None or relative_pos is not None or not torch.is_tensor(hidden_states)
         layout, unpads = None, self.fastbert_options.unpad
         if not given and not output_attentions and attention_mask.dim() == 2:
-            if not _pays(_config(self), hidden_states, None, unpads):
+            if not self._pays(hidden_states, None, unpads, {}):
                 unpads = None
             elif not is_watched(self):
                 layout = layout_under(attention_mask, hidden_states, {}, by_distance=True)
@@ -334,6 +356,7 @@ class ModernBertModel(BertEncoder):
     """The model is its own stack: the padding goes before the embeddings."""
 
     BY_DISTANCE = True
+    PREPARES = False
 
     @staticmethod
     def refuses(module):

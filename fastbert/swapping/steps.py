@@ -139,7 +139,7 @@ def dropout_arguments(dropout, device):
 
 def layer_norm(module, x, residual=None, dropout=None):
     """LayerNorm(dropout(x) + residual), in one pass where the modules allow it. x, residual [..., D]."""
-    eps, options = _eps(module), {}
+    eps, options = eps_of(module), {}
     if dropout is not None:
         if eps is not None and is_plain(dropout, nn.Dropout):
             options = dropout_arguments(dropout, x.device)
@@ -152,7 +152,7 @@ def layer_norm(module, x, residual=None, dropout=None):
     return ops.layer_norm(rows, module.weight, module.bias, residual=residual, eps=eps, **options).view(x.shape)
 
 
-def _eps(norm):
+def eps_of(norm):
     """The epsilon of a LayerNorm over the last dimension whose parameters may be used; None for other modules."""
     if is_plain(norm, nn.LayerNorm):
         return norm.eps if len(norm.normalized_shape) == 1 and norm.weight is not None else None
@@ -213,7 +213,7 @@ def gelu(activation, x):
 
 def gelu_norm(dense, activation, norm, x):
     """norm(activation(dense(x))), one pass after the matrix multiplication where the modules allow it."""
-    approximate, eps = gelu_form(activation), _eps(norm)
+    approximate, eps = gelu_form(activation), eps_of(norm)
     if approximate is None or eps is None or not is_plain(dense, nn.Linear):
         return layer_norm(norm, gelu(activation, linear(dense, x)))
     rows = x.reshape(-1, x.shape[-1])
