@@ -1,4 +1,4 @@
-"""On a CPU a swapped stack takes the fastest of three ways: layers prepared for inference, packed rows, the original."""
+"""On a CPU a swapped stack takes the fastest of three: layers prepared for inference, packed rows, the original."""
 
 import pytest
 import torch
