@@ -269,21 +269,28 @@ def _progress_bar(what, show, total):
 
 
 def _write_shard(directory, number, encoded, units):
-    tokens, sentences, documents = (np.concatenate(arrays) for arrays in zip(*encoded, strict=True))
+    tokens, sentences, documents = zip(*encoded, strict=True)
     record = {
         "name": f"shard-{number:05d}",
-        "documents": len(documents),
-        "sentences": len(sentences),
-        "tokens": len(tokens),
+        "documents": sum(map(len, documents)),
+        "sentences": sum(map(len, sentences)),
+        "tokens": sum(map(len, tokens)),
         "sha256": {},
         "units": units,
     }
-    starts = [np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]) for lengths in (sentences, documents)]
-    for part, array in zip(PARTS, (tokens, *starts), strict=True):
-        file = io.BytesIO()
-        np.save(file, array)
-        record["sha256"][part] = hashlib.sha256(file.getbuffer()).hexdigest()
-        write(_path(directory, record, part), file.getbuffer())
+    starts = [[np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64)] for lengths in (sentences, documents)]
+    for part, arrays in zip(PARTS, (tokens, *starts), strict=True):
+        # as np.save does, without two copies of the arrays
+        header, size = io.BytesIO(), sum(map(len, arrays))
+        np.lib.format.write_array_header_1_0(
+            header, {"descr": arrays[0].dtype.str, "fortran_order": False, "shape": (size,)}
+        )
+        pieces = [header.getbuffer(), *arrays]
+        digest = hashlib.sha256()
+        for piece in pieces:
+            digest.update(piece)
+        record["sha256"][part] = digest.hexdigest()
+        write(_path(directory, record, part), pieces)
     # the record marks the shard as complete, so it comes last
     _write_json(directory / f"{record['name']}.json", record)
     return record

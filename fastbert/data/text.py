@@ -23,7 +23,8 @@ import re
 import zlib
 from collections import Counter
 
-MAX_SIZE = 1 << 24
+# letters of a document, of a line of a table, and of a word
+MAX_SIZE, MAX_ROW = 1 << 22, 1 << 24
 MAX_WORD = 1 << 20
 KINDS = (".txt", ".jsonl", ".csv", ".parquet")
 LAYOUTS = ("auto", "blank-line", "line")
@@ -37,8 +38,7 @@ _CUTS = [
     re.compile(rf"(?s).*[^{BLANKS}](?=[{BLANKS}])"),
     re.compile(rf"(?s).*[{IDEOGRAPHS}](?=[{IDEOGRAPHS}])"),
 ]
-# looks at a word from its first letter only, so that the time is linear
-_LONG_WORD = re.compile(rf"(?<![^{BLANKS}{IDEOGRAPHS}])[^{BLANKS}{IDEOGRAPHS}]{{{MAX_WORD + 1}}}")
+_WORD_END = re.compile(rf"(?s).*[{BLANKS}{IDEOGRAPHS}]")
 # UTF-32's mark begins with UTF-16's
 _MARKS = [
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -194,9 +194,10 @@ def _opened(path):
 def _lines(path, stats, done=0):
     """(number, line with its end) of a text file, without invalid lines, which are counted.
 
-    A line of more than MAX_SIZE letters comes in parts, which share its number; only a .txt file may have one.
+    A line of a .txt file of more than MAX_SIZE letters comes in parts, which share its number.
     """
-    parts, short = _parts if _kind(path) == ".txt" else _whole, min(MAX_WORD, MAX_SIZE)
+    parts, limit = (_parts, MAX_SIZE) if _kind(path) == ".txt" else (_whole, MAX_ROW)
+    short = min(MAX_WORD, limit)
     encoding, errors = _encoding(path)
     with _opened(path) as (raw, file):
         text = io.TextIOWrapper(file, encoding, errors, newline="\n")
@@ -209,7 +210,7 @@ def _lines(path, stats, done=0):
             stats["bytes"] = done + raw.tell()
             line += more
             at_end = not more or more.endswith("\n")
-            if not at_end and len(line) <= MAX_SIZE:
+            if not at_end and len(line) <= limit:
                 continue
             ready = [line] if len(line) <= short else list(parts(path, number, line))
             line = "" if at_end else ready.pop()
@@ -231,17 +232,28 @@ def _is_valid(line):
 
 
 def _whole(path, number, line):
-    if len(line) > MAX_SIZE:
-        raise ValueError(f"{path} line {number} has more than {MAX_SIZE:,} letters: expected shorter rows")
+    if len(line) > MAX_ROW:
+        raise ValueError(f"{path} line {number} has more than {MAX_ROW:,} letters: expected shorter rows")
     return [line]
 
 
 def _parts(path, number, line):
     """The parts of a line that documents may have. Raises ValueError for a word that is too long."""
-    if len(line) > MAX_WORD and _LONG_WORD.search(line):
+    if _has_long_word(line):
         what = "row" if _kind(path) == ".parquet" else "line"
         raise ValueError(f"{path} {what} {number} has a word of more than {MAX_WORD:,} letters: expected blanks")
     return cut_line(line, MAX_SIZE)
+
+
+def _has_long_word(line):
+    start = 0
+    while len(line) - start > MAX_WORD:
+        # the last end of a word among as many letters as a word may have, and one more
+        found = _WORD_END.match(line, start, start + MAX_WORD + 1)
+        if not found:
+            return True
+        start = found.end()
+    return False
 
 
 def cut_line(line, size):
@@ -296,7 +308,8 @@ def _rows_of_jsonl(path, column, stats, done):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            # Python refuses an int of thousands of digits
+            row = json.loads(line, parse_int=float)
         except (ValueError, RecursionError):
             row = None
         if first:
@@ -316,7 +329,7 @@ def _rows_of_jsonl(path, column, stats, done):
 
 def _rows_of_csv(path, column, stats, done):
     # the default of 128 KB is less than a long article
-    csv.field_size_limit(MAX_SIZE)
+    csv.field_size_limit(MAX_ROW)
     number = 0
 
     def lines():
