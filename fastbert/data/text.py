@@ -7,8 +7,9 @@
     .gz       of .txt, .jsonl and .csv
 
 Text is UTF-8, or UTF-16 or UTF-32 where a byte-order mark or the NULs between its letters show it. Lines that are not
-valid and rows without text are counted and skipped. A document of more than MAX_SIZE letters is cut at a blank, and the
-rest, which begins with this blank, is another document: memory stays bounded.
+valid and rows without text are counted and skipped; a file that is not valid in most of its first lines is refused.
+A document of more than MAX_SIZE letters is cut at a blank, and the rest, which begins with this blank, is another
+document: memory stays bounded.
 """
 
 import codecs
@@ -165,6 +166,14 @@ def _encoding(path):
         start = file.read(1 << 12)
     mark = next((name for mark, name in _MARKS if start.startswith(mark)), None)
     if mark or 0 not in start:
+        # the last line may be cut
+        lines = [line for line in start.split(b"\n")[:-1] if not line.isascii()]
+        wrong = sum(not _is_valid(line.decode("utf-8", "surrogateescape")) for line in lines)
+        if not mark and 2 * wrong > start.count(b"\n") > wrong:
+            raise ValueError(
+                f"{path} is not UTF-8: {wrong} of its first {start.count(10)} lines are not. Expected UTF-8, UTF-16 or "
+                "UTF-32; iconv converts others, such as Latin-1"
+            )
         return (mark, "surrogatepass") if mark else ("utf-8-sig", "surrogateescape")
     # the share of NULs at every fourth byte; in UTF-16 a letter's low byte is rarely NUL, its high byte often
     zeros = [start[i::4].count(0) / len(start[i::4] or b"1") for i in range(4)]

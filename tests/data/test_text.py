@@ -238,6 +238,11 @@ BAD_INPUT = [
     ("blank.txt", "\n \n\t\n\n", "blank.txt holds no text: it is empty or has only blank lines"),
     ("blank.txt.gz", gzip.compress(b"\n\n"), "blank.txt.gz holds no text"),
     ("what.pdf", "text", "what.pdf has an unknown type: expected .txt, .jsonl, .csv, .parquet"),
+    (
+        "latin.txt",
+        "Über\nKöln\nist\nschön\n".encode("latin-1"),
+        "latin.txt is not UTF-8: 3 of its first 4 lines are not",
+    ),
     ("binary.txt", b"\xff\xff\x80\n\xff\xff\n", "binary.txt holds no text: 2 lines are not valid text"),
     ("zeros.txt", b"\0" * 200 + b"text\n", "zeros.txt is not text: 98% of its first bytes are NUL"),
     ("odd.txt", b"\xff\xfea\0b", "odd.txt line 1 is not UTF-16: truncated data"),
