@@ -29,6 +29,7 @@ MAX_SIZE, MAX_ROW = 1 << 22, 1 << 24
 MAX_WORD = 1 << 20
 KINDS = (".txt", ".jsonl", ".csv", ".parquet")
 LAYOUTS = ("auto", "blank-line", "line")
+_OF_MODELS = ("vocab.txt", "merges.txt", "metrics.jsonl")
 
 # what separates words for every tokenizer: some remove other blanks, which joins the words beside them; and letters
 # each of which is a word
@@ -61,9 +62,9 @@ def _kind(path):
 def expand(paths):
     """The text files of `paths` (files, folders with their subfolders, globs), each once, folders in sorted order.
 
-    In folders and globs, files without text or of an unknown type, hidden ones and dangling links are skipped; at least
-    one file must have text. Raises FileNotFoundError for a path that does not exist, ValueError for a named file that
-    is empty, has only blank lines or is of an unknown type.
+    In folders and globs, files without text or of an unknown type, hidden ones, dangling links, and the vocabulary and
+    log beside a tokenizer.json are skipped; at least one file must have text. Raises FileNotFoundError for a path that
+    does not exist, ValueError for a named file that is empty, has only blank lines or is of an unknown type.
     """
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
@@ -86,7 +87,8 @@ def expand(paths):
                 raise FileNotFoundError(f"no file matches {path}")
         else:
             raise FileNotFoundError(f"no such file or folder: {path}")
-        found = [file for file in found if _kind(file) and os.path.isfile(file) and _has_text(file, Counter())]
+        found = [file for file in found if _kind(file) and os.path.isfile(file) and not _is_of_a_model(file)]
+        found = [file for file in found if _has_text(file, Counter())]
         if not found:
             raise ValueError(f"the {what} {path} has no file with text ({', '.join(KINDS)}, or .gz of the first three)")
         files += found
@@ -106,6 +108,12 @@ def _below(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [os.path.join(root, name) for name in sorted(names) if not name.startswith(".")]
     return found
+
+
+def _is_of_a_model(path):
+    """Whether a file is a vocabulary or a log in the directory of a tokenizer, a model or a run."""
+    folder, name = os.path.split(path)
+    return name in _OF_MODELS and os.path.exists(os.path.join(folder, "tokenizer.json"))
 
 
 def _has_text(path, stats):

@@ -99,7 +99,8 @@ def test_layouts_of_txt(text, layout, expected, tmp_path):
 
 def test_expand_files_folders_and_globs(tmp_path):
     for name in ("b/2.txt", "b/1.jsonl", "b/c/3.csv", "b/notes.pdf", "b/.hidden.txt", "b/blank.txt", "a.txt", "z.txt",
-                 "b/.git/4.txt", "b/c/.ipynb_checkpoints/3.csv"):  # fmt: skip
+                 "b/.git/4.txt", "b/c/.ipynb_checkpoints/3.csv", "b/run/vocab.txt", "b/run/metrics.jsonl",
+                 "b/run/tokenizer.json"):  # fmt: skip
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(" \n\n" if "blank" in name else "text\nmore\n")
     os.symlink(tmp_path / "a.txt", tmp_path / "b" / "link.txt")
@@ -111,6 +112,7 @@ def test_expand_files_folders_and_globs(tmp_path):
         return [os.path.relpath(file, tmp_path) for file in expand([str(tmp_path / path) for path in paths])]
 
     assert names("z.txt", "a.txt") == ["z.txt", "a.txt"]
+    assert names("b/run/vocab.txt") == ["b/run/vocab.txt"]
     assert names("b") == ["b/1.jsonl", "b/2.txt", "b/link.txt", "b/c/3.csv"]
     assert names("*.txt", "b/**/*.csv") == ["a.txt", "z.txt", "b/c/3.csv"]
     # each file once, wherever it is met first
