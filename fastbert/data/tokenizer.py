@@ -312,7 +312,8 @@ def _settings(folder):
         }
         added = {i: token | {"normalized": not token["special"]} for i, token in added.items()} or None
     settings["added"] = added
-    named = settings.get("tokenizer_class") or model.get("tokenizer_class") or _CLASSES.get(model.get("model_type"))
+    named = settings["is_named"] = settings.get("tokenizer_class") or model.get("tokenizer_class")
+    named = named or _CLASSES.get(model.get("model_type"))
     # transformers does not believe what ModernBERT's directories say
     settings["class"] = None if model.get("model_type") == "modernbert" else str(named or "").removesuffix("Fast")
     return settings
@@ -375,7 +376,9 @@ def _from_json(rules, settings):
     """The tokenizer of a tokenizer.json, with what transformers' class sets anew."""
     kind, added = settings.get("class"), _added_tokens(settings)
     model = rules["model"].get("type") or type(Tokenizer.from_str(json.dumps(rules)).model).__name__
-    if model != _MODELS.get(kind, model):
+    if model != _MODELS.get(kind, model) and not settings["is_named"]:
+        kind = None
+    elif model != _MODELS.get(kind, model):
         raise ValueError(
             f"it holds a {model} model, but the class {kind} has {_MODELS[kind]}: "
             "name the class PreTrainedTokenizerFast in tokenizer_config.json"
