@@ -174,7 +174,7 @@ def pretrain(config: PretrainConfig) -> dict:
             log.say(f"--resume: {output_dir} has no checkpoint yet, starting a new run")
         tokenizer = _known_tokenizer(config, sources[0], resumed)
         state = checkpoint.read_state(resumed) if resumed else None
-        if state:
+        if resumed:
             checkpoint.check_same_run(resumed, state, config, tokenizer_hash(tokenizer), MAY_DIFFER, MAY_FALL)
         _check_vocabulary(config, model_config, tokenizer)
 
@@ -201,7 +201,7 @@ def pretrain(config: PretrainConfig) -> dict:
                 log.say(f"{shards.directory}: {skipped:,} lines skipped that are not valid text")
         loader, held_out = _loaders(config, train, evaluation, rank, world_size)
         fingerprint = _fingerprint(train, evaluation)
-        if state and state["data"] != fingerprint:
+        if resumed and state["data"] != fingerprint:
             raise ValueError(f"--resume: the text is not the one that {resumed} was trained on")
 
         # model and optimizer
