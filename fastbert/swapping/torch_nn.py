@@ -75,9 +75,6 @@ class GELU(Replacement):
         return ops.bias_gelu(rows, None, approximate=self.approximate).view(input.shape)
 
 
-# ------------------------------------------------------------------------------------------------------- transformer
-
-
 def _layout(x, padding, batch_first, begins_padded=True):
     """The Layout of x [B, S, D] (or [S, B, D], or [S, D]) under torch's key_padding_mask: bool, True at padding, or
     floating, added to the scores. None where that mask hides more than padding.
@@ -254,9 +251,6 @@ class TransformerDecoder(Replacement):
     @staticmethod
     def refuses(module):
         return "a decoder's attention is causal, or reads another model"
-
-
-# -------------------------------------------------------------------------------------------------------------- loss
 
 
 class CrossEntropyLoss(Replacement):
