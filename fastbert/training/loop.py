@@ -162,8 +162,10 @@ class Run:
 
             step = Step(position, [])
             for progress.epoch, progress.batch, batch in islice(stream, config.gradient_accumulation_steps):
-                batch.seed = dropout_seed(config.seed, progress.step, len(step.batches), rank)
-                step.batches.append(batch)
+                # a loader may give a large batch in parts
+                for part in batch if isinstance(batch, list) else [batch]:
+                    part.seed = dropout_seed(config.seed, progress.step, len(step.batches), rank)
+                    step.batches.append(part)
             yield step
 
     def update(self, step, sums, learning_rate):
@@ -180,7 +182,7 @@ class Run:
             if math.isfinite(norm):
                 self._prune()
                 for group in self.optimizer.param_groups:
-                    group["lr"] = learning_rate
+                    group["lr"] = learning_rate * group.get("scale", 1.0)
                 self.optimizer.step()
                 self.nonfinite = 0
             else:
@@ -194,9 +196,7 @@ class Run:
 
         progress.step += 1
         progress.tokens += int(sums["tokens"])
-        _, world_size = processes.join()
-        capacity = config.tokens_per_batch * len(step.batches) * world_size
-        for name, value in (sums | {"capacity": capacity, "seconds": time.monotonic() - step.began}).items():
+        for name, value in (sums | {"seconds": time.monotonic() - step.began}).items():
             window[name] = window.get(name, 0) + value
         if progress.step % config.logging_steps == 0:
             self.log.write(progress.place() | figures(window) | {
@@ -235,14 +235,15 @@ def accumulate(model, batches, *, bf16=False):
 
     Each loss of the model is summed over its labels and divided once, by the number of labels in all micro-batches of
     all processes. So it does not matter how a step is split into micro-batches. Without a label there is no gradient.
-    Returns sums over the micro-batches of all processes: tokens, and those of `add`.
+    Returns sums over the micro-batches of all processes: tokens, capacity (rows, filled or not), and those of `add`.
     """
     device = next(model.parameters()).device
     labels = [model.label_counts(batch) for batch in batches]
     names = [*labels[0]]
-    tokens, *counts = processes.total(
-        sum(int(batch.cu_seqlens[-1]) for batch in batches), *(sum(one[name] for one in labels) for name in names)
-    )
+    tokens, capacity, *counts = processes.total(
+        sum(int(batch.cu_seqlens[-1]) for batch in batches), sum(len(batch.input_ids) for batch in batches),
+        *(sum(one[name] for one in labels) for name in names),
+    )  # fmt: skip
     counts, sums = dict(zip(names, counts, strict=True)), {}
     if any(counts.values()):
         for batch in batches:
@@ -252,7 +253,8 @@ def accumulate(model, batches, *, bf16=False):
         processes.add_gradients(model)
         # waits for the device, as the gradient norm does; nothing else in a step waits
         sums = dict(zip(sums, processes.total(*torch.stack([*sums.values()]).tolist()), strict=True))
-    return sums | {column(name, "count"): count for name, count in counts.items()} | {"tokens": tokens}
+    counts = {column(name, "count"): count for name, count in counts.items()}
+    return sums | counts | {"tokens": tokens, "capacity": capacity}
 
 
 def forward(model, batch, device, bf16=False):

@@ -1,0 +1,94 @@
+"""What an evaluation leaves behind: metrics.json, predictions.jsonl, errors.md, pictures."""
+
+import json
+import math
+from pathlib import Path
+
+from ..files import write
+from . import pictures
+
+# rows of errors.md
+MISTAKES = 50
+
+
+def summary(task, spec, examples, predictions, scores, paths, notes):
+    """The contents of metrics.json."""
+    metrics = {
+        "task": spec.task, "metric": spec.metric or next(iter(task.SCORES)), "examples": len(examples),
+        "scores": scores, "skipped_rows": {str(note.path): len(note.skipped) for note in notes if note.skipped},
+    }  # fmt: skip
+    if len(paths) > 1:
+        metrics["by_file"] = {}
+        for number, path in enumerate(paths):
+            chosen = [i for i, example in enumerate(examples) if example.more.get("file") == number]
+            if chosen:
+                own = task.score([examples[i] for i in chosen], [predictions[i] for i in chosen], spec)
+                metrics["by_file"][str(path)] = {k: v for k, v in own.items() if not isinstance(v, dict)}
+    return metrics
+
+
+def write_all(directory, spec, examples, predictions, metrics, train=()):
+    """Write metrics.json, predictions.jsonl, errors.md, and pictures where matplotlib is installed."""
+    directory = Path(directory)
+    write(directory / "metrics.json", json.dumps(finite(metrics), indent=2, ensure_ascii=False) + "\n")
+    rows = []
+    for example, prediction in zip(examples, predictions, strict=True):
+        row = {"line": example.number} | ({} if example.id is None else {"id": example.id})
+        row |= {"texts": example.texts, "gold": example.gold}
+        row |= {name: value for name, value in prediction.items() if not name.startswith("_")}
+        rows.append(json.dumps(finite(row), ensure_ascii=False, default=str) + "\n")
+    write(directory / "predictions.jsonl", "".join(rows))
+    write(directory / "errors.md", errors(examples, predictions, train))
+    pictures.draw(directory, spec, examples, predictions, metrics["scores"])
+
+
+def errors(examples, predictions, train):
+    """The page of mistakes: the worst first, then what is odd about the examples."""
+    worst = sorted(
+        (i for i, prediction in enumerate(predictions) if prediction.get("_error", 0) > 0),
+        key=lambda i: -predictions[i]["_error"],
+    )
+    lines = ["# Mistakes", "", f"{len(worst):,} of {len(examples):,} held-out examples, the most confident first.", ""]
+    if worst:
+        lines += ["| line | gold | prediction | score | text |", "|---|---|---|---|---|"]
+    for i in worst[:MISTAKES]:
+        example, prediction = examples[i], predictions[i]
+        answer = next((prediction[name] for name in ("label", "labels", "score", "text") if name in prediction), "")
+        score = prediction.get("score")
+        score = f"{score:.3f}" if isinstance(score, float) and answer is not score else ""
+        cells = (example.number, example.gold, answer, score, " / ".join(map(str, example.texts)))
+        lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
+    labels = {}
+    for example in (*train, *examples):
+        if isinstance(example.gold, str):
+            labels.setdefault(example.texts, {}).setdefault(example.gold, example.number)
+    torn = {texts: found for texts, found in labels.items() if len(found) > 1}
+    lines += ["", "## Texts with two labels", ""]
+    lines += [
+        f"- {_cell(' / '.join(texts))}: {', '.join(map(_cell, found))}" for texts, found in [*torn.items()][:MISTAKES]
+    ]
+    lines += [f"{len(torn):,} in all."]
+    if train:
+        seen = {example.gold for example in train if isinstance(example.gold, str)}
+        only = sorted(seen - {example.gold for example in examples})
+        lines += [
+            "",
+            "## Labels that only the training examples have",
+            "",
+            ", ".join(map(_cell, only[:200])) or "None.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value):
+    text = " ".join(str(value).split()).replace("|", "\\|")
+    return text if len(text) <= 160 else f"{text[:157]}..."
+
+
+def finite(value):
+    """JSON has no NaN: null in its place."""
+    if isinstance(value, dict):
+        return {name: finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

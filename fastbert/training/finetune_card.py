@@ -1,0 +1,102 @@
+"""The model card of a fine-tuned model."""
+
+import dataclasses
+import shlex
+from pathlib import Path
+
+from ..files import write
+from .card import versions
+from .log import clock
+from .options import flag
+
+# what transformers calls the tasks
+PIPELINES = {
+    "classify": "text-classification", "multilabel": "text-classification", "regress": "text-classification",
+    "tag": "token-classification", "answer": "question-answering", "choose": "multiple-choice",
+}  # fmt: skip
+PICTURES = {
+    "learning_curve.png": "Losses and scores over the run", "confusion_matrix.png": "Gold labels and predictions",
+    "per_class_f1.png": "F1 of each label", "reliability.png": "Confidence and accuracy",
+}  # fmt: skip
+
+
+def command(config):
+    """The command line of a run, from the options that are not as by default."""
+    from .finetune import FinetuneConfig
+
+    words = ["fastbert", "finetune"]
+    for field in dataclasses.fields(FinetuneConfig):
+        value = config[field.name]
+        if value in (field.default, [], ()) or field.name == "resume":
+            continue
+        if isinstance(value, bool):
+            words.append(flag(field.name if value else f"no_{field.name}"))
+        else:
+            words += [flag(field.name), *map(str, value if isinstance(value, list | tuple) else [value])]
+    return shlex.join(words)
+
+
+def write_card(directory, facts, spec, metrics, progress):
+    """Write README.md. facts: what checkpoints record of the run. metrics: those of metrics.json, {} for none."""
+    directory = Path(directory)
+    config, model = facts["config"], facts["model_config"]
+
+    def table(head, rows):
+        return "\n".join([f"| {head} | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+
+    scores = [
+        (name.replace("_", " "), "undefined" if value is None else f"{value:.4f}")
+        for name, value in metrics.get("scores", {}).items()
+        if value is None or isinstance(value, int | float)
+    ]
+    run = [("steps", f"{progress.step:,}"), ("tokens seen", f"{progress.tokens:,}"),
+           ("training time", clock(progress.elapsed))]  # fmt: skip
+    if metrics:
+        run += [("examples to train on", f"{metrics['train_examples']:,}"),
+                ("held-out examples", f"{metrics['examples']:,}"), ("best step", f"{metrics['step']:,}")]  # fmt: skip
+        run += [(f"rows skipped in {path}", f"{count:,}") for path, count in metrics["skipped_rows"].items()]
+    labels = spec.labels or ()
+    shown = ", ".join(labels[:50]) + (", ..." if len(labels) > 50 else "")
+    pictures = [f"![{words}]({name})" for name, words in PICTURES.items() if (directory / name).exists()]
+    write(
+        directory / "README.md",
+        f"""---
+library_name: transformers
+pipeline_tag: {PIPELINES[spec.task]}
+tags: [{model["model_type"]}, fastbert, {PIPELINES[spec.task]}]
+---
+# {directory.resolve().name}
+
+An encoder ({model["model_type"]}), {model["num_hidden_layers"]} layers of size {model["hidden_size"]}, fine-tuned \
+with fastbert for the task `{spec.task}`.
+
+```bash
+{command(config)}
+```
+
+## Use
+
+```bash
+fastbert predict --model {directory} --input FILE.jsonl --output PREDICTIONS.jsonl
+```
+```python
+import fastbert
+fastbert.load("{directory}").predict(["..."])
+```
+
+## Scores
+
+{table(f"{metrics['examples']:,} held-out examples", scores) if metrics else "Nothing was held out."}
+
+{"Labels: " + shown if shown else ""}
+
+{chr(10).join(pictures)}
+
+## Run
+
+{table("run", run)}
+
+Windows of {spec.max_length} tokens{f", {spec.stride} shared by neighbours" if not spec.truncate else ""}. \
+Made with {", ".join(f"{name} {number}" for name, number in versions().items())}.
+""",
+    )
