@@ -119,18 +119,22 @@ class Spec:
 class Notes:
     """What is wrong with a file: faults, which end the run in one line, and rows that are left out.
 
-    labels: the names of all labels seen.
+    remarks: what else there is to know, with details. labels: the names of all labels seen.
     """
 
     def __init__(self, path):
         self.path = path
-        self.faults, self.skipped, self.labels = [], [], set()
+        self.faults, self.skipped, self.remarks, self.labels = [], [], {}, set()
 
     def bad(self, number, text):
         self.faults.append((number, text))
 
     def skip(self, number, text):
         self.skipped.append((number, text))
+
+    def remark(self, text, detail=None):
+        """Something to know about the file, or about a row that stays: `detail` then says which."""
+        self.remarks.setdefault(text, []).append(detail)
 
     def label(self, name: str, number: int, spec: Spec) -> str | None:
         """The label `name` as the model spells it; None, and a fault, if the model does not know it."""
@@ -152,12 +156,16 @@ class Notes:
             raise ValueError(f"{self.path} line {number}: {text}{more}")
 
     def said(self) -> str | None:
-        """The rows that were left out, in a line; None if there are none."""
-        if not self.skipped:
-            return None
-        listed = ", ".join(f"{number} ({why})" for number, why in self.skipped[:5])
-        more = ", ..." if len(self.skipped) > 5 else ""
-        return f"{self.path}: {len(self.skipped):,} rows skipped, lines {listed}{more}"
+        """The rows that were left out, and remarks, in a line; None if there are none."""
+        found = []
+        if self.skipped:
+            listed = ", ".join(f"{number} ({why})" for number, why in self.skipped[:5])
+            more = ", ..." if len(self.skipped) > 5 else ""
+            found.append(f"{len(self.skipped):,} rows skipped, lines {listed}{more}")
+        for text, details in self.remarks.items():
+            shown = ", ".join(details[:3] + ["..."] * (len(details) > 3)) if details[0] else ""
+            found.append(f"{len(details):,} {text}: {shown}" if shown else text)
+        return f"{self.path}: {'; '.join(found)}" if found else None
 
 
 class Pieces:
@@ -199,10 +207,10 @@ class Pieces:
             parts = self._parts(first, room)
             return [finish(part) for part in parts]
         if only_second:
-            left = max(room - len(second), room // 2, room - len(first))
-            if len(first) > room - left:
+            limit = room - min(len(second), room // 2)
+            if len(first) > limit:
                 self.truncated += 1
-                first.truncate(room - left)
+                first.truncate(limit)
             return [finish(copied(first), part) for part in self._parts(second, room - len(first))]
         over = len(first) + len(second) - room
         if over > 0:

@@ -56,7 +56,8 @@ def errors(examples, predictions, train):
         answer = next((prediction[name] for name in ("label", "labels", "score", "text") if name in prediction), "")
         score = prediction.get("score")
         score = f"{score:.3f}" if isinstance(score, float) and answer is not score else ""
-        cells = (example.number, example.gold, answer, score, " / ".join(map(str, example.texts)))
+        gold, text = prediction.get("_gold", example.gold), prediction.get("_text", " / ".join(example.texts))
+        cells = (example.number, gold, prediction.get("_answer", answer), score, text)
         lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
     labels = {}
     for example in (*train, *examples):

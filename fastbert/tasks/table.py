@@ -8,7 +8,7 @@ from ..data import tables
 from . import texts
 
 # name -> module of this folder
-TASKS = {"classify": "classify"}
+TASKS = {"classify": "classify", "tag": "tag", "answer": "answer", "choose": "choose"}
 
 
 def task(name):

@@ -372,7 +372,7 @@ def _metric(config, task, spec):
         spec.metric = next(iter(task.SCORES))
     if spec.metric not in task.SCORES:
         raise ValueError(f"--metric is {spec.metric!r}: expected one of {', '.join(task.SCORES)} for {spec.task}")
-    if spec.metric == "f1" and spec.labels and len(spec.labels) != 2:
+    if spec.metric == "f1" and spec.task == "classify" and len(spec.labels) != 2:
         raise ValueError(f"--metric f1 is that of the second of two labels: there are {len(spec.labels)}")
     return spec.metric
 
