@@ -8,7 +8,7 @@ from ..data import tables
 from . import texts
 
 # name -> module of this folder
-TASKS = {"classify": "classify"}
+TASKS = {"classify": "classify", "multilabel": "multilabel", "regress": "regress"}
 
 
 def task(name):
