@@ -112,7 +112,7 @@ def _records(path, quoted):
 
     def source():
         nonlocal number
-        for number, line in numbered_lines(path, stats):
+        for number, line in numbered_lines(os.fspath(path), stats):
             if stats["skipped_lines"]:
                 raise ValueError(f"{path} line {number - 1} is not valid text: expected UTF-8")
             yield line

@@ -22,10 +22,9 @@ def head(spec):
 
 def read(path, spec, notes, *, wants_gold=True):
     """Yields Examples with the name of their label as gold. Label ids are names too: "0", "1"."""
-    if spec.labels is None:
-        texts.choose_columns(path, spec, "classify", COLUMNS)
-    label, first = spec.columns.get("label"), None
-    for example, row in texts.text_rows(path, spec, notes, wants_gold):
+    columns = texts.columns_of(path, spec, "classify", COLUMNS, wants_gold)
+    label, first = columns.label, None
+    for example, row in texts.text_rows(path, columns, notes, wants_gold):
         if wants_gold:
             value = row.get(label)
             if isinstance(value, str):

@@ -1,5 +1,7 @@
 """What the tasks on whole texts share: a text or a pair in columns of a table, windows, the mean of their logits."""
 
+from typing import NamedTuple
+
 import numpy as np
 
 from ..data import glue, tables
@@ -14,33 +16,53 @@ TEXTS = (
 IDS = ("id", "idx", "index", "guid", "pairID")
 
 
+class Columns(NamedTuple):
+    """Of a table: all its columns, those of the text or pair, and that of the label (None if it is not wanted).
+
+    layout: that of a file of GLUE. group: the column of groups.
+    """
+
+    found: list
+    texts: list
+    label: str | None
+    group: str | None
+    layout: glue.Layout | None
+
+
 def layout_of(path):
     """(columns, glue.Layout or None) of a table."""
     found = tables.columns(path)
-    return found, glue.layout_of(path, found)
+    layout = glue.layout_of(path, found)
+    return [*layout.names] if layout and layout.names else found, layout
 
 
-def choose_columns(path, spec, name, candidates):
-    """Set spec.columns from the training file: "texts", and "label" as the first of `candidates` that it has.
+def columns_of(path, spec, task, candidates, wants_gold):
+    """The Columns of a file for a task: those in spec.columns, else by name. Those of the training file are stored.
 
-    name: of the task. Raises ValueError with the columns found.
+    candidates: names of the label's column; (): the task looks for itself. Raises ValueError with the columns found.
     """
     found, layout = layout_of(path)
-    columns = spec.columns
-    if layout is not None and "texts" not in columns:
-        columns |= {"texts": list(layout.texts), "label": layout.label} | columns
-        spec.metric = spec.metric or layout.metric
-        return
-    if "texts" not in columns:
-        pair = next((names for names in TEXTS if set(names) <= set(found)), None)
-        if pair is None:
-            raise missing(path, "text", found, "--text-column")
-        columns["texts"] = list(pair)
-    if "label" not in columns and candidates:
-        label = next((one for one in candidates if one in found), None)
-        if label is None:
-            raise missing(path, candidates[0], found, f"--label-column, for --task {name}")
-        columns["label"] = label
+    own = {"texts": [*layout.texts], "label": layout.label} if layout and layout.task == task else {}
+    texts = spec.columns.get("texts") or own.get("texts")
+    if texts is None:
+        texts = next(([*names] for names in TEXTS if set(names) <= set(found)), None) or ["text"]
+    # a row of a .jsonl may lack a value, which its reader says
+    if lacking := [name for name in texts if name not in found]:
+        raise missing(path, lacking[0], found, "--text-column")
+    label = None
+    if wants_gold and candidates:
+        label = spec.columns.get("label") or own.get("label")
+        label = label or next((one for one in candidates if one in found), candidates[0])
+        if label not in found and tables.kind(path) not in (".jsonl", ".json") or label in texts:
+            raise missing(path, label, [name for name in found if name not in texts], "--label-column")
+    group = spec.columns.get("group")
+    if group and wants_gold and group not in found:
+        raise missing(path, group, found, "--group-column")
+    if spec.labels is None:
+        spec.columns = {"texts": texts} | ({"label": label} if label else {}) | spec.columns
+        if own:
+            spec.metric = spec.metric or layout.metric
+    return Columns(found, texts, label, group, layout)
 
 
 def missing(path, column, found, flag=None):
@@ -48,38 +70,27 @@ def missing(path, column, found, flag=None):
     return ValueError(f"{path} has no column {column!r}: it has {', '.join(map(repr, found)) or 'none'}{hint}")
 
 
-def text_rows(path, spec, notes, wants_gold, label=None):
+def text_rows(path, columns, notes, wants_gold):
     """Yields (Example without gold, row) for the rows of a table.
 
-    wants_gold: whether rows with an empty text are left out, and the column `label` must be there. Without it each row
-    has its example.
+    wants_gold: leave out rows with an empty text or without a gold label. Without it each row has its example.
     """
-    found, layout = layout_of(path)
-    names, label = layout and layout.names, spec.columns.get("label") if label is None else label
-    header = names or found
-    group = spec.columns.get("group")
-    wanted = [*spec.columns["texts"], *([label] if wants_gold and label else []), *([group] if group else [])]
-    if names is not None and label not in names and wants_gold:
-        raise missing(path, label, names)
-    for column in wanted:
-        # the rows of a .jsonl are looked at one by one: the first may lack a value
-        if column not in header and (tables.kind(path) not in (".jsonl", ".json") or column in spec.columns["texts"]):
-            raise missing(path, column, header)
-    identity = next((one for one in IDS if one in header), None)
-    skip = notes.skip if wants_gold else None
-    for number, row in tables.rows(path, skip, names=names, quoted=False if layout else None):
-        texts = tuple(row.get(column) for column in spec.columns["texts"])
-        wrong = next((i for i, text in enumerate(texts) if not isinstance(text, str)), None)
+    layout, skip = columns.layout, notes.skip if wants_gold else None
+    identity = next((one for one in IDS if one in columns.found), None)
+    for number, row in tables.rows(path, skip, names=layout and layout.names, quoted=False if layout else None):
+        texts = tuple(row.get(column) for column in columns.texts)
+        named = dict(zip(columns.texts, texts, strict=True))
+        wrong = next((name for name, text in named.items() if not isinstance(text, str)), None)
+        empty = next((name for name, text in named.items() if not str(text).strip()), None)
         if wrong is not None:
-            column, value = spec.columns["texts"][wrong], texts[wrong]
-            notes.bad(number, f"{column!r} is {str(value)[:40]!r}, a {type(value).__name__}: expected text")
-        elif wants_gold and not all(text.strip() for text in texts):
-            empty = next(c for c, text in zip(spec.columns["texts"], texts, strict=True) if not text.strip())
+            value = named[wrong]
+            notes.bad(number, f"{wrong!r} is {str(value)[:40]!r}, a {type(value).__name__}: expected text")
+        elif wants_gold and empty is not None:
             notes.skip(number, f"{empty!r} is empty")
-        elif wants_gold and layout and layout.unlabelled == row.get(label):
+        elif wants_gold and layout and layout.unlabelled is not None and layout.unlabelled == row.get(columns.label):
             notes.skip(number, f"no gold label, {layout.unlabelled!r}")
         else:
-            yield Example(number, texts, id=row.get(identity), group=row.get(group)), row
+            yield Example(number, texts, id=row.get(identity), group=row.get(columns.group)), row
 
 
 def encode_texts(examples, pieces, label_of):

@@ -41,7 +41,7 @@ from . import card, checkpoint, finetune_card, optim, processes
 from .example_batches import ExampleBatches, encoded, held_out
 from .log import Log
 from .loop import Progress, Run, accumulate, forward, length
-from .options import flag, option, tidy
+from .options import command_line, flag, option, tidy
 
 # tokens of a window, unless --max-seq-length or the model says less
 MAX_LENGTH = 512
@@ -153,6 +153,7 @@ def finetune(config: FinetuneConfig) -> dict:
     FloatingPointError when training diverges. Under torchrun every process takes its share of the micro-batches.
     """
     rank, world_size = processes.join()
+    command = command_line("finetune", dataclasses.replace(config, resume=False))
     output_dir = Path(config.output_dir)
     device = processes.device_of(config.device)
     with lock(output_dir) if rank == 0 else contextlib.nullcontext(), Log(output_dir, rank) as log:
@@ -270,7 +271,7 @@ def finetune(config: FinetuneConfig) -> dict:
             for path in output_dir.glob("best-*"):
                 shutil.rmtree(path, ignore_errors=True)
             card.learning_curve(output_dir)
-            finetune_card.write_card(output_dir, facts, spec, metrics, progress)
+            finetune_card.write_card(output_dir, command, facts, spec, metrics, progress)
             log.say(f"done: {output_dir} holds the model and README.md")
         elif rank == 0:
             name = signal.Signals(caught[0]).name if caught else "another process"

@@ -1,13 +1,10 @@
 """The model card of a fine-tuned model."""
 
-import dataclasses
-import shlex
 from pathlib import Path
 
 from ..files import write
 from .card import versions
 from .log import clock
-from .options import flag
 
 # what transformers calls the tasks
 PIPELINES = {
@@ -20,26 +17,14 @@ PICTURES = {
 }  # fmt: skip
 
 
-def command(config):
-    """The command line of a run, from the options that are not as by default."""
-    from .finetune import FinetuneConfig
+def write_card(directory, command, facts, spec, metrics, progress):
+    """Write README.md.
 
-    words = ["fastbert", "finetune"]
-    for field in dataclasses.fields(FinetuneConfig):
-        value = config[field.name]
-        if value in (field.default, [], ()) or field.name == "resume":
-            continue
-        if isinstance(value, bool):
-            words.append(flag(field.name if value else f"no_{field.name}"))
-        else:
-            words += [flag(field.name), *map(str, value if isinstance(value, list | tuple) else [value])]
-    return shlex.join(words)
-
-
-def write_card(directory, facts, spec, metrics, progress):
-    """Write README.md. facts: what checkpoints record of the run. metrics: those of metrics.json, {} for none."""
+    command: the command line of the run. facts: what checkpoints record of it. metrics: those of metrics.json, {} for
+    none.
+    """
     directory = Path(directory)
-    config, model = facts["config"], facts["model_config"]
+    model = facts["model_config"]
 
     def table(head, rows):
         return "\n".join([f"| {head} | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
@@ -71,7 +56,7 @@ An encoder ({model["model_type"]}), {model["num_hidden_layers"]} layers of size 
 with fastbert for the task `{spec.task}`.
 
 ```bash
-{command(config)}
+{command}
 ```
 
 ## Use
