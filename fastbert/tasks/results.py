@@ -70,8 +70,7 @@ def errors(examples, predictions, train):
     ]
     lines += [f"{len(torn):,} in all."]
     if train:
-        seen = {example.gold for example in train if isinstance(example.gold, str)}
-        only = sorted(seen - {example.gold for example in examples})
+        only = sorted(_labels(train) - _labels(examples))
         lines += [
             "",
             "## Labels that only the training examples have",
@@ -79,6 +78,13 @@ def errors(examples, predictions, train):
             ", ".join(map(_cell, only[:200])) or "None.",
         ]
     return "\n".join(lines) + "\n"
+
+
+def _labels(examples):
+    """The labels that some examples have; of words, for tags."""
+    golds = [example.gold for example in examples]
+    several = {name for gold in golds if isinstance(gold, list | tuple) for name in gold if isinstance(name, str)}
+    return several | {gold for gold in golds if isinstance(gold, str)}
 
 
 def _cell(value):
