@@ -214,7 +214,7 @@ def finetune(config: FinetuneConfig) -> dict:
             model, learning_rate=config.learning_rate, weight_decay=config.weight_decay,
             betas=(config.adam_beta1, config.adam_beta2), epsilon=config.adam_epsilon, layer_decay=config.layer_decay,
         )  # fmt: skip
-        progress, best = Progress(), {"score": None, "step": 0, "since": 0}
+        progress, best = Progress(), {"score": None, "step": 0, "since": 0, "evaluated": 0}
         if resumed:
             checkpoint.load_checkpoint(resumed, model, optimizer)
             progress, best = Progress.restored(state["progress"]), state["best"]
@@ -226,6 +226,10 @@ def finetune(config: FinetuneConfig) -> dict:
             "tokenizer": tokenizer_hash(tokenizer), "data": fingerprint.hexdigest(), "best": best,
         }  # fmt: skip
         log.begin(progress, total, in_seconds=config.max_minutes is not None)
+        keep = partial(keep_best, output_dir, model, best, direction=task.SCORES[metric])
+        if log.last_evaluation.get("step", 0) > best["evaluated"]:
+            # a run that was stopped in an evaluation has its checkpoint from before it
+            keep(progress.step, log.last_evaluation[f"eval_{metric}"])
         predict = partial(
             predictions, task, model, spec, pieces, tokens_per_batch=config.tokens_per_batch,
             run=partial(forward, model, device=device, bf16=config.bf16),
@@ -246,9 +250,7 @@ def finetune(config: FinetuneConfig) -> dict:
                 if step.batches is None:
                     step.row = evaluate(model, task, spec, predict, evaluation, lambda: caught)
                     if step.row is not None:
-                        keep_best(
-                            output_dir, model, best, progress.step, step.row[f"eval_{metric}"], task.SCORES[metric]
-                        )
+                        keep(progress.step, step.row[f"eval_{metric}"])
                         stop_early(run, best, config.patience)
                     continue
                 sums = accumulate(model, step.batches, bf16=config.bf16)
@@ -258,7 +260,9 @@ def finetune(config: FinetuneConfig) -> dict:
         metrics = {}
         if rank == 0 and run.finished:
             if best["score"] is not None:
-                model.load_state_dict(model.stored(best_directory(output_dir, best["step"])))
+                stored = best_directory(output_dir, best["step"])
+                # a finished run that is resumed has published it
+                model.load_state_dict(model.stored(stored if stored.is_dir() else output_dir))
             if evaluation:
                 model.eval()
                 found = [prediction for _, prediction in predict(evaluation)]
@@ -296,6 +300,7 @@ def keep_best(directory, model, best, step, score, direction):
 
     Models of earlier best steps stay as long as a checkpoint refers to them.
     """
+    best["evaluated"] = step
     finite = score is not None and math.isfinite(score)
     if not finite or (best["score"] is not None and direction * score <= direction * best["score"]):
         best["since"] += 1

@@ -134,6 +134,8 @@ class Run:
                     if step.row is not None:
                         self.log.write(progress.place() | step.row)
                         progress.evaluated = progress.step
+                    # the script may end the run after an evaluation
+                    self.finished = self.finished or position >= self.total
                 row = self.log.last_evaluation
                 lost = row.get("step") == progress.step and None in (row[name] for name in row if name.endswith("loss"))
                 # a resume repeats an evaluation that was interrupted here, unless a step comes first

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from labelled import small_encoder
 from runs import documents, draw_nothing, prepared, run, short_run, write_model
 
 
@@ -44,3 +45,9 @@ def whole(place):
         run(short_run(place), output_dir=place / "whole", save_steps=4, save_total_limit=5)
         torch.set_num_threads(before)
     return place / "whole"
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory):
+    """The directory of a small masked-LM model."""
+    return small_encoder(tmp_path_factory.mktemp("finetune"))

@@ -83,9 +83,9 @@ def draw_nothing(patch):
     patch.setattr(card, "learning_curve", lambda *_: None)
 
 
-def stop_in(monkeypatch, name, call, *signals):
-    """Signals, SIGTERM by default, arrive in call number `call` of the function `name` of pretrain.py."""
-    real, calls = getattr(pretrain, name), [0]
+def stop_in(monkeypatch, name, call, *signals, script=pretrain):
+    """Signals, SIGTERM by default, arrive in call number `call` of the function `name` of pretrain.py or `script`."""
+    real, calls = getattr(script, name), [0]
 
     def function(*args, **kwargs):
         calls[0] += 1
@@ -94,7 +94,7 @@ def stop_in(monkeypatch, name, call, *signals):
                 os.kill(os.getpid(), number)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(pretrain, name, function)
+    monkeypatch.setattr(script, name, function)
 
 
 def checkpoints(directory):

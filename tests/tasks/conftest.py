@@ -1,0 +1,18 @@
+"""One thread, and one small model for all tests of tasks."""
+
+import pytest
+import torch
+from labelled import small_encoder
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory):
+    return small_encoder(tmp_path_factory.mktemp("tasks"))
