@@ -29,7 +29,9 @@ def read(path, spec, notes, *, wants_gold=True):
             notes.bad(number, f"{wrong!r} is {str(row[wrong])[:40]!r}: expected text")
             continue
         identity = f"row {number}" if row["id"] in (None, "") else row["id"]
-        example = Example(number, (question.strip(), context), id=identity, group=row.get("group", context))
+        example = Example(number, (question.strip(), context), id=identity)
+        # questions about a text stay together
+        example.group = row["group"] if "group" in spec.columns else context
         if not wants_gold:
             yield example
             continue

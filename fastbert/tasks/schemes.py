@@ -60,10 +60,10 @@ def strict_entities(tags):
     return found
 
 
-def iob2(tags):
-    """The tags of a sentence in IOB2, from any scheme with prefixes."""
+def iob2(tags, found=entities):
+    """The tags of a sentence in IOB2, from any scheme with prefixes. found: the function that finds the entities."""
     result = ["O"] * len(tags)
-    for kind, start, end in entities(tags):
+    for kind, start, end in found(tags):
         result[start:end] = [f"B-{kind}", *[f"I-{kind}"] * (end - start - 1)]
     return result
 
@@ -110,7 +110,7 @@ def detect(sentences):
         return "IOB2", None
     if not begins["B"]:
         return "IOB1", None
-    return "IOB2" if begins["B"] > begins["I"] else "IOB1", (
+    return "IOB1", (
         f"{begins['B']:,} entities begin with B- (IOB2) and {begins['I']:,} with I- (IOB1): every I- that follows "
         "nothing of its type is read as a beginning"
     )

@@ -132,6 +132,7 @@ def _paragraphs(path, document):
                     yield {
                         "id": question.get("id"), "question": question["question"], "context": paragraph["context"],
                         "answers": question.get("answers"), "is_impossible": question.get("is_impossible"),
+                        "group": None,
                     }  # fmt: skip
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(

@@ -34,7 +34,8 @@ def is_plain(spec):
 def read(path, spec, notes, *, wants_gold=True):
     """Yields Examples; with gold, the whole file is read first: its scheme is in no single sentence.
 
-    The training file sets spec.settings["scheme"], unless it is there, and the labels: "O", and B- and I- of each type.
+    The training file sets spec.settings["scheme"], and the labels: "O", and B- and I- of each type. The scheme is
+    detected file by file, unless spec.settings["read_as"] has it.
     """
     found = tag_files.examples(path, spec, notes, wants_gold)
     if not wants_gold:
@@ -43,8 +44,10 @@ def read(path, spec, notes, *, wants_gold=True):
     found = list(found)
     is_training = spec.labels is None
     tags = [example.gold for example in found if "words" in example.more]
+    scheme, remark = spec.settings.get("read_as"), None
     try:
-        scheme, remark = schemes.detect(tags) if tags else ("spans", None)
+        if scheme is None:
+            scheme, remark = schemes.detect(tags) if tags else ("spans", None)
     except ValueError as error:
         number = next((example.number for example in found if "words" in example.more), 1)
         notes.bad(number, str(error))
@@ -53,6 +56,10 @@ def read(path, spec, notes, *, wants_gold=True):
         scheme = spec.settings.setdefault("scheme", scheme)
         if scheme == "plain":
             spec.metric = spec.metric or "accuracy"
+            if spec.metric not in ("accuracy", "macro_f1"):
+                raise ValueError(
+                    f"--metric {spec.metric} is that of entities, {path} has plain tags: expected accuracy"
+                )
         else:
             notes.labels.add("O")
         remark = remark or f"tags are read as {scheme}"
@@ -77,12 +84,12 @@ def _entity_tags(example, spec, notes):
             hint = "has no type" if schemes.parts(tag)[0] != "O" else "has no prefix"
             notes.bad(number, f"the tag {tag!r} of {example.texts[i]!r} {hint}: expected one such as 'B-PER', or 'O'")
             return None
-    types = {}
-    for kind, *_ in schemes.entities(example.gold):
-        types[kind] = _type(kind, example.number, spec, notes)
+    # by IOB2 an I- that follows nothing of its type is as O
+    found = schemes.strict_entities if spec.settings.get("read_as") == "IOB2" else schemes.entities
+    tags = schemes.iob2(example.gold, found)
+    types = {tag[2:]: _type(tag[2:], example.number, spec, notes) for tag in tags if tag.startswith("B-")}
     if None in types.values():
         return None
-    tags = schemes.iob2(example.gold)
     return ["O" if tag == "O" else tag[:2] + types[tag[2:]] for tag in tags]
 
 

@@ -18,12 +18,14 @@ _BLANKS = " \t"
 def examples(path, spec, notes, wants_gold):
     """The Examples of a file of any of the three kinds, with tags as the file spells them."""
     if tables.kind(path) not in tables.KINDS:
-        return _columns(path, notes, wants_gold)
+        return _columns(path, spec.columns.get("label"), notes, wants_gold)
     return _rows(path, spec, notes, wants_gold)
 
 
-def _columns(path, notes, wants_gold):
+def _columns(path, column, notes, wants_gold):
     """A word a line, its tag in the last column, a blank line after each sentence; CoNLL-U's FORM and UPOS.
+
+    column: the number of the tags' column, from 1, if it is not the last.
 
     Columns are split at tabs, or at blanks in a file without tabs. A file split at tabs may have comments: lines that
     begin with "# " and have no tab.
@@ -46,6 +48,12 @@ def _columns(path, notes, wants_gold):
             if width == 1 and wants_gold:
                 notes.bad(number, f"one column, {cells[0][:40]!r}: expected a word and its tag")
                 return
+            if column is None:
+                tag_at = 3 if is_conllu else width - 1
+            elif wants_gold and not (column.isdecimal() and 1 <= int(column) <= width):
+                raise ValueError(f"--label-column is {column!r}: {path} has columns 1 to {width}")
+            else:
+                tag_at = int(column) - 1 if wants_gold else 0
         if len(cells) != width:
             plural = "" if len(cells) == 1 else "s"
             hint = " (a blank inside a word?)" if len(cells) > width and not has_tabs else ""
@@ -54,7 +62,7 @@ def _columns(path, notes, wants_gold):
         if is_conllu and not cells[0].isdecimal():
             # a contraction, or a word that is not in the text: its parts follow
             continue
-        word, tag = (cells[1], cells[3]) if is_conllu else (cells[0], cells[-1])
+        word, tag = cells[1 if is_conllu else 0], cells[tag_at]
         if not word or not tag:
             notes.bad(number, "a word or a tag is empty")
             continue

@@ -37,6 +37,7 @@ from ..model import families, hf_files, presets
 from ..tasks import results, table
 from ..tasks.examples import Pieces, Spec, predictions, read_files
 from ..tasks.predictor import flat_figures
+from ..tasks.schemes import SCHEMES
 from . import card, checkpoint, finetune_card, optim, processes
 from .example_batches import ExampleBatches, encoded, held_out
 from .log import Log
@@ -67,6 +68,9 @@ class FinetuneConfig:
         None,
         "Maximum tokens in a window, special tokens included. Up to 512, as the model allows, by default.",
         least=8,
+    )
+    scheme: str | None = option(
+        None, "How the tags of entities are written, for the task tag. Found in each file by default.", SCHEMES
     )
     stride: int | None = option(
         None, "Tokens that neighbouring windows of a long text share. A quarter of a window by default.", least=0
@@ -369,7 +373,12 @@ def _spec(config, name, encoder_config):
             columns[column] = value
     max_length = config.max_seq_length or min(encoder_config.max_length, MAX_LENGTH)
     stride = max_length // 4 if config.stride is None else config.stride
-    return Spec(name, None, columns, max_length, stride, config.truncate, config.metric)
+    if config.scheme and name != "tag":
+        raise ValueError(f"--scheme goes with the task tag: it is {name}")
+    if config.label_smoothing and name not in ("classify", "multilabel", "tag"):
+        raise ValueError(f"--label-smoothing goes with classify, multilabel and tag: the task is {name}")
+    settings = {"read_as": config.scheme} if config.scheme else {}
+    return Spec(name, None, columns, max_length, stride, config.truncate, config.metric, settings)
 
 
 def _metric(config, task, spec):

@@ -24,6 +24,8 @@ WORDS = {
     "rtd_baseline_accuracy": "always guessing original",
     "rtd_recall": "replaced tokens found",
 }
+# scores of fine-tuning that are shown besides losses, accuracies and recalls
+MAIN_SCORES = {f"eval_{name}" for name in ("f1", "macro_f1", "micro_f1", "exact_match", "mcc", "map", "pearson", "mse")}
 
 
 class Log:
@@ -131,8 +133,10 @@ def in_words(row, digits=1):
             shown[words(name)] = "not finite"
         elif name.endswith("loss"):
             shown[words(name)] = f"{value:.3f}"
-        elif name.endswith(("accuracy", "recall")):
+        elif name.endswith(("accuracy", "recall")) and value is not None:
             shown[words(name)] = f"{value:.{digits}%}"
+        elif name in MAIN_SCORES and value is not None:
+            shown[words(name)] = f"{value:.4g}"
     return shown
 
 
