@@ -4,7 +4,7 @@ import numpy as np
 
 from ..model.heads import QuestionAnswerer
 from . import squad
-from .examples import Example, Window
+from .examples import Example, Window, after_marks
 
 SCORES = {"f1": 1, "exact_match": 1}
 # tokens of the longest answer; spans that compete; those that a prediction shows
@@ -150,7 +150,7 @@ def decode(example, windows, logits, spec):
         here = float(values[0].sum())
         null = here if null is None else min(null, here)
         for value, start, end in _best_spans(values, window.more):
-            text = context[start:end]
+            text = context[start : after_marks(context, end)]
             start += len(text) - len(text.lstrip())
             span = (start, start + len(text.strip()))
             if text.strip() and value > best.get(span, (-np.inf,))[0]:

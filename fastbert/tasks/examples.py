@@ -14,6 +14,7 @@ Letters: E examples, B windows, T packed tokens, K labels.
 
 import dataclasses
 import json
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -246,6 +247,13 @@ class Pieces:
 def clean(text: str) -> str:
     # JSON can hold half a surrogate pair, which is no character and breaks tokenizers
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+
+
+def after_marks(text: str, end: int) -> int:
+    """The end of a character: a tokenizer that strips accents leaves out the marks that follow their letter."""
+    while end < len(text) and unicodedata.category(text[end]).startswith("M"):
+        end += 1
+    return end
 
 
 def copied(encoding):

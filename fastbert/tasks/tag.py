@@ -6,7 +6,7 @@ import numpy as np
 
 from ..model.heads import TokenClassifier
 from . import schemes, tag_files
-from .examples import Example, Window
+from .examples import Example, Window, after_marks
 
 SCORES = {"f1": 1, "strict_f1": 1, "macro_f1": 1, "precision": 1, "recall": 1, "accuracy": 1}
 # scripts that put no blanks between words: Thai, Lao, Myanmar, Khmer, kana, ideographs
@@ -192,7 +192,7 @@ def _units(text, encoding):
         if not surface.strip():
             # a piece that is a blank, or nothing that is in the text
             continue
-        start += len(surface) - len(surface.lstrip())
+        start, end = start + len(surface) - len(surface.lstrip()), after_marks(text, end)
         dense = _DENSE.search(surface) is not None
         # pieces of one character, in bytes, stay together
         if firsts and start < spans[-1][1] or before == (word, False) and not dense:
