@@ -148,7 +148,8 @@ class Notes:
         """Raises ValueError with the first fault and the number of the others."""
         if self.faults:
             number, text = self.faults[0]
-            more = f" (and {len(self.faults) - 1} more bad rows)" if len(self.faults) > 1 else ""
+            rest = len(self.faults) - 1
+            more = f" (and {rest:,} more bad row{'s' if rest > 1 else ''})" if rest else ""
             raise ValueError(f"{self.path} line {number}: {text}{more}")
 
     def said(self) -> str | None:
@@ -204,16 +205,12 @@ class Pieces:
                 self.truncated += 1
                 first.truncate(room - left)
             return [finish(copied(first), part) for part in self._parts(second, room - len(first))]
-        over = len(first) + len(second) - room
-        if over > 0:
+        if len(first) + len(second) > room:
             self.truncated += 1
-            longer = max(len(first), len(second)) - min(len(first), len(second))
-            # the longer text down to the other's length, then both
-            cut, rest = min(over, longer), max(over - longer, 0)
-            ends = [len(first), len(second)]
-            ends[int(len(second) > len(first))] -= cut
-            ends = [ends[0] - (rest + 1) // 2, ends[1] - rest // 2]
-            for encoding, end in zip((first, second), ends, strict=True):
+            # as transformers does: the longer one down to the other's length, then both
+            ordered = (second, first) if len(first) > len(second) else (first, second)
+            short = len(ordered[0]) if 2 * len(ordered[0]) <= room else room // 2
+            for encoding, end in zip(ordered, (short, room - short), strict=True):
                 encoding.truncate(max(end, 1))
         return [finish(first, second)]
 

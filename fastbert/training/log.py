@@ -16,6 +16,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from ..files import write
 
 METRICS = "metrics.jsonl"
+# endings of the names of tasks' scores, which are no percentages
+SCORES = ("f1", "mcc", "pearson", "spearman", "mse", "map", "exact_match")
 # names of figures in words; another figure's words are its name
 WORDS = {
     "baseline_accuracy": "always guessing the most frequent token",
@@ -124,15 +126,17 @@ def words(name):
 
 
 def in_words(row, digits=1):
-    """{name in words: value as text} of the losses, accuracies and recalls in a row. digits: of percentages."""
+    """{name in words: value as text} of the losses, accuracies, recalls and scores in a row. digits: of percentages."""
     shown = {}
     for name, value in row.items():
         if value is None and name.endswith("loss"):
             shown[words(name)] = "not finite"
         elif name.endswith("loss"):
             shown[words(name)] = f"{value:.3f}"
-        elif name.endswith(("accuracy", "recall")):
+        elif value is not None and name.endswith(("accuracy", "recall")):
             shown[words(name)] = f"{value:.{digits}%}"
+        elif name.endswith(SCORES):
+            shown[words(name)] = "undefined" if value is None else f"{value:.3f}"
     return shown
 
 
