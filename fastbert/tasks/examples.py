@@ -188,6 +188,16 @@ class Pieces:
         split = bool(texts) and not isinstance(texts[0], str)
         return self.tokenizer.encode_batch(texts, is_pretokenized=split, add_special_tokens=False)
 
+    def whole(self, texts: list[tuple[str, ...]]) -> list[list[Encoding]]:
+        """The windows of each text or pair. Fast where most are not too long: the Encodings have no offsets."""
+        inputs = [tuple(clean(text) for text in one) for one in texts]
+        inputs = [one[0] if len(one) == 1 else one for one in inputs]
+        found = []
+        for one, encoding in zip(texts, self.tokenizer.encode_batch_fast(inputs), strict=True):
+            short = len(encoding) <= self.max_length
+            found.append([encoding] if short else self.windows(*self.encodings(one)))
+        return found
+
     def windows(self, first: Encoding, second: Encoding | None = None, *, only_second=False) -> list[Encoding]:
         """With special tokens, each at most max_length long. The Encodings given are cut.
 
