@@ -107,6 +107,8 @@ class Log:
             self.last_evaluation = row
             self.say(f"step {row['step']}: held-out {said}")
             return
+        if "examples_per_second" in row:
+            said += f", {row['examples_per_second']:,.0f} examples/s"
         said += f", {row['tokens_per_second']:,} tokens/s, fill {row['fill']:.1%}"
         if row["memory_mb"] is not None:
             said += f", {row['memory_mb']:,} MB"
