@@ -42,7 +42,7 @@ def lines(path):
 def columns(path):
     """The names of the columns; of a .jsonl those of the first row. Raises ValueError for a file without a row."""
     if kind(path) in (".csv", ".tsv"):
-        return next(_records(path, is_quoted(path)))[1]
+        return _header(path, _records(path, is_quoted(path)))
     row = next(rows(path), None)
     if row is None:
         raise ValueError(f"{path} has no rows")
@@ -76,7 +76,7 @@ def is_quoted(path):
         return False
     try:
         records = _records(path, True)
-        width = len(next(records)[1])
+        width = len(_header(path, records))
         return all(len(cells) == width for _, cells in records)
     except ValueError:
         return False
@@ -84,7 +84,7 @@ def is_quoted(path):
 
 def _cells(path, skip, names, quoted):
     records = _records(path, quoted)
-    header = names or next(records)[1]
+    header = names or _header(path, records)
     if names is None and (twice := [name for name in header if header.count(name) > 1]):
         raise ValueError(f"{path} has two columns named {twice[0]!r}")
     for number, cells in records:
@@ -98,6 +98,13 @@ def _cells(path, skip, names, quoted):
         skip(number, why)
 
 
+def _header(path, records):
+    _, cells = next(records, (0, None))
+    if cells is None:
+        raise ValueError(f"{path} is empty")
+    return cells
+
+
 def _records(path, quoted):
     """(line, cells) of each row, the header first. Blank lines are left out."""
     split = "," if kind(path) == ".csv" else "\t"
@@ -106,8 +113,6 @@ def _records(path, quoted):
         for number, line in lines(path):
             if line:
                 yield number, line.split(split)
-        if not number:
-            raise ValueError(f"{path} is empty")
         return
 
     def source():
@@ -129,8 +134,6 @@ def _records(path, quoted):
             start = number + 1
     except csv.Error as error:
         raise ValueError(f"{path} line {start} is not CSV, or a quote is never closed: {error}") from None
-    if not number:
-        raise ValueError(f"{path} is empty")
 
 
 def _objects(path):

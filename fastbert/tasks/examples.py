@@ -153,7 +153,8 @@ class Notes:
         """Raises ValueError with the first fault and the number of the others."""
         if self.faults:
             number, text = self.faults[0]
-            more = f" (and {len(self.faults) - 1} more bad rows)" if len(self.faults) > 1 else ""
+            rest = len(self.faults) - 1
+            more = f" (and {rest:,} more bad row{'s' if rest > 1 else ''})" if rest else ""
             raise ValueError(f"{self.path} line {number}: {text}{more}")
 
     def said(self) -> str | None:
@@ -196,6 +197,16 @@ class Pieces:
         split = bool(texts) and not isinstance(texts[0], str)
         return self.tokenizer.encode_batch(texts, is_pretokenized=split, add_special_tokens=False)
 
+    def whole(self, texts: list[tuple[str, ...]]) -> list[list[Encoding]]:
+        """The windows of each text or pair. Fast where most are not too long: the Encodings have no offsets."""
+        inputs = [tuple(clean(text) for text in one) for one in texts]
+        inputs = [one[0] if len(one) == 1 else one for one in inputs]
+        found = []
+        for one, encoding in zip(texts, self.tokenizer.encode_batch_fast(inputs), strict=True):
+            short = len(encoding) <= self.max_length
+            found.append([encoding] if short else self.windows(*self.encodings(one)))
+        return found
+
     def windows(self, first: Encoding, second: Encoding | None = None, *, only_second=False) -> list[Encoding]:
         """With special tokens, each at most max_length long. The Encodings given are cut.
 
@@ -213,16 +224,12 @@ class Pieces:
                 self.truncated += 1
                 first.truncate(limit)
             return [finish(copied(first), part) for part in self._parts(second, room - len(first))]
-        over = len(first) + len(second) - room
-        if over > 0:
+        if len(first) + len(second) > room:
             self.truncated += 1
-            longer = max(len(first), len(second)) - min(len(first), len(second))
-            # the longer text down to the other's length, then both
-            cut, rest = min(over, longer), max(over - longer, 0)
-            ends = [len(first), len(second)]
-            ends[int(len(second) > len(first))] -= cut
-            ends = [ends[0] - (rest + 1) // 2, ends[1] - rest // 2]
-            for encoding, end in zip((first, second), ends, strict=True):
+            # as transformers does: the longer one down to the other's length, then both
+            ordered = (second, first) if len(first) > len(second) else (first, second)
+            short = len(ordered[0]) if 2 * len(ordered[0]) <= room else room // 2
+            for encoding, end in zip(ordered, (short, room - short), strict=True):
                 encoding.truncate(max(end, 1))
         return [finish(first, second)]
 

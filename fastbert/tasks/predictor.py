@@ -102,7 +102,7 @@ class Predictor:
     def _example(self, number, item):
         if hasattr(self.task, "example"):
             return self.task.example(number, item)
-        texts = (item,) if isinstance(item, str) else tuple(item)
+        texts = tuple(item) if isinstance(item, list | tuple) else (item,)
         if not all(isinstance(text, str) for text in texts) or not 1 <= len(texts) <= 2:
             raise ValueError(f"item {number} is {str(item)[:40]!r}: expected a text, or a pair of texts")
         return Example(number, texts)

@@ -4,18 +4,24 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
+
 from ..files import write
 from . import pictures
 
 # rows of errors.md
 MISTAKES = 50
+# of the bootstrap, fewer where there are many examples
+RESAMPLES = 200
 
 
 def summary(task, spec, examples, predictions, scores, paths, notes):
     """The contents of metrics.json."""
+    metric = spec.metric or next(iter(task.SCORES))
     metrics = {
-        "task": spec.task, "metric": spec.metric or next(iter(task.SCORES)), "examples": len(examples),
-        "scores": scores, "skipped_rows": {str(note.path): len(note.skipped) for note in notes if note.skipped},
+        "task": spec.task, "metric": metric, "examples": len(examples), "scores": scores,
+        "interval": interval(task, spec, examples, predictions, metric),
+        "skipped_rows": {str(note.path): len(note.skipped) for note in notes if note.skipped},
     }  # fmt: skip
     if len(paths) > 1:
         metrics["by_file"] = {}
@@ -30,7 +36,7 @@ def summary(task, spec, examples, predictions, scores, paths, notes):
 def write_all(directory, spec, examples, predictions, metrics, train=()):
     """Write metrics.json, predictions.jsonl, errors.md, and pictures where matplotlib is installed."""
     directory = Path(directory)
-    write(directory / "metrics.json", json.dumps(finite(metrics), indent=2, ensure_ascii=False) + "\n")
+    write_metrics(directory, metrics)
     rows = []
     for example, prediction in zip(examples, predictions, strict=True):
         row = {"line": example.number} | ({} if example.id is None else {"id": example.id})
@@ -40,6 +46,22 @@ def write_all(directory, spec, examples, predictions, metrics, train=()):
     write(directory / "predictions.jsonl", "".join(rows))
     write(directory / "errors.md", errors(examples, predictions, train))
     pictures.draw(directory, spec, examples, predictions, metrics["scores"])
+
+
+def write_metrics(directory, metrics):
+    text = json.dumps(finite(metrics), indent=2, ensure_ascii=False)
+    write(Path(directory) / "metrics.json", text + "\n")
+
+
+def interval(task, spec, examples, predictions, metric):
+    """[low, high] of 95 % of the main score over examples drawn with replacement (Efron 1979); None where undefined."""
+    draw, found = np.random.default_rng(0), []
+    for _ in range(min(RESAMPLES, max(20, 1_000_000 // len(examples)))):
+        chosen = draw.integers(0, len(examples), len(examples))
+        scores = task.score([examples[i] for i in chosen], [predictions[i] for i in chosen], spec)
+        if scores.get(metric) is not None:
+            found.append(scores[metric])
+    return [float(value) for value in np.percentile(found, [2.5, 97.5])] if found else None
 
 
 def errors(examples, predictions, train):

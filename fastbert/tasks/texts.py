@@ -95,10 +95,8 @@ def text_rows(path, columns, notes, wants_gold):
 
 def encode_texts(examples, pieces, label_of):
     """For each example its Windows, all with its label. label_of: of an example, None without gold."""
-    encodings = [pieces.encodings([e.texts[i] for e in examples]) for i in range(len(examples[0].texts))]
     found = []
-    for example, *parts in zip(examples, *encodings, strict=True):
-        windows = pieces.windows(*parts)
+    for example, windows in zip(examples, pieces.whole([example.texts for example in examples]), strict=True):
         label = None if example.gold is None else label_of(example)
         found.append([Window(one.ids, one.type_ids, label, weight=1 / len(windows)) for one in windows])
     return found

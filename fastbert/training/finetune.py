@@ -22,17 +22,15 @@ import json
 import math
 import shutil
 import signal
-import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from ..data.batches import MAX_TOKENS
 from ..data.tokenizer import check_vocabulary, load_tokenizer, special_ids, tokenizer_hash, vocabulary_size
-from ..files import lock, read_json, sha256
+from ..files import lock, sha256, write
 from ..model import families, hf_files, presets
 from ..tasks import results, table
 from ..tasks.examples import Pieces, Spec, predictions, read_files
@@ -43,6 +41,7 @@ from .example_batches import ExampleBatches, encoded, held_out
 from .log import Log
 from .loop import Progress, Run, accumulate, forward, length
 from .options import command_line, flag, option, tidy
+from .task_model import model_for
 
 # tokens of a window, unless --max-seq-length or the model says less
 MAX_LENGTH = 512
@@ -113,6 +112,10 @@ class FinetuneConfig:
     patience: int = option(3, "Evaluations without a better score after which training ends early.", least=1)
     bf16: bool = option(False, "Run matrix products in bfloat16.")
     seed: int = option(0, "Seed of everything random.", least=-(2**63), most=2**63 - 1)
+    split_seed: int | None = option(
+        None, "Seed of the held-out share. --seed by default.", least=-(2**63), most=2**63 - 1
+    )
+    seeds: int = option(1, "Runs with so many seeds, from --seed on; the best is published.", least=1, most=1000)
     resume: bool = option(False, "Resume the run in the output directory from its last good checkpoint.")
     save_steps: int | None = option(
         None, "Steps between checkpoints. One a pass over the examples by default.", least=1
@@ -140,7 +143,7 @@ class FinetuneConfig:
 # A resumed run may change these options. The examples and the tokenizer are compared by content.
 MAY_DIFFER = {
     "train_file", "eval_file", "output_dir", "tokenizer", "max_steps", "epochs", "max_minutes", "resume",
-    "save_steps", "save_total_limit", "eval_steps", "logging_steps", "tokens_per_batch", "patience", "device",
+    "save_steps", "save_total_limit", "eval_steps", "logging_steps", "tokens_per_batch", "patience", "device", "seeds",
 }  # fmt: skip
 # these it may lower, after training diverged
 MAY_FALL = {"learning_rate"}
@@ -155,7 +158,10 @@ def finetune(config: FinetuneConfig) -> dict:
     Returns the contents of metrics.json ({} without held-out examples), with the number of the signal that ended the
     run, or None, in "signal". Raises ValueError or OSError for errors of the caller, if possible before any work, and
     FloatingPointError when training diverges. Under torchrun every process takes its share of the micro-batches.
+    With --seeds N, see `finetune_with_seeds`.
     """
+    if config.seeds > 1:
+        return finetune_with_seeds(config)
     rank, world_size = processes.join()
     command = command_line("finetune", dataclasses.replace(config, resume=False))
     output_dir = Path(config.output_dir)
@@ -185,7 +191,9 @@ def finetune(config: FinetuneConfig) -> dict:
                 log.say(said)
         rare = []
         if not eval_files and config.eval_share:
-            train, evaluation, rare = held_out(train, config.eval_share, config.seed)
+            train, evaluation, rare = held_out(
+                train, config.eval_share, config.seed if config.split_seed is None else config.split_seed
+            )
             if not evaluation or not train:
                 raise ValueError(
                     f"{train_files[0]} has too few different texts to hold some out: use --eval-file, or --eval-share 0"
@@ -209,7 +217,7 @@ def finetune(config: FinetuneConfig) -> dict:
             raise ValueError(f"--resume: the examples are not those that {resumed} was trained on")
 
         # model and optimizer
-        model = _model(config, kind, encoder_config, fields, resumed, log).to(device).train()
+        model = model_for(config, kind, encoder_config, fields, resumed, log).to(device).train()
         model.label_smoothing = config.label_smoothing
         if config.freeze_encoder:
             log.say("--freeze-encoder trains the head alone: expect clearly lower scores than without it")
@@ -285,6 +293,45 @@ def finetune(config: FinetuneConfig) -> dict:
             name = signal.Signals(caught[0]).name if caught else "another process"
             log.say(f"stopped by {name} after step {progress.step}: continue with --resume")
         return metrics | {"signal": caught[0] if caught and not run.finished else None}
+
+
+def finetune_with_seeds(config):
+    """Train with the seeds seed .. seed + seeds - 1 on the same split, in seed-<seed>/; publish the best.
+
+    Returns the contents of metrics.json: those of the best run, with each seed's main score, their mean and standard
+    deviation in "seeds".
+    """
+    output_dir, found = Path(config.output_dir), {}
+    split_seed = config.seed if config.split_seed is None else config.split_seed
+    checkpoint.to_resume(output_dir, config.resume) if output_dir.is_dir() else None
+    for seed in range(config.seed, config.seed + config.seeds):
+        directory = output_dir / f"seed-{seed}"
+        found[seed] = finetune(
+            dataclasses.replace(config, seeds=1, seed=seed, split_seed=split_seed, output_dir=str(directory))
+        )
+        if found[seed]["signal"] is not None:
+            return found[seed]
+        if "metric" not in found[seed]:
+            raise ValueError("--seeds compares scores on held-out examples: use --eval-file, or --eval-share above 0")
+    metric = found[config.seed]["metric"]
+    direction = table.task(found[config.seed]["task"]).SCORES[metric]
+    scores = {seed: metrics["scores"][metric] for seed, metrics in found.items()}
+    known = {seed: score for seed, score in scores.items() if score is not None}
+    best = max(known, key=lambda seed: direction * known[seed], default=config.seed)
+    values = np.array([*known.values()])
+    metrics = found[best] | {
+        "seeds": {
+            "scores": {str(seed): score for seed, score in scores.items()}, "best": best,
+            "mean": float(values.mean()) if known else None,
+            "standard_deviation": float(values.std(ddof=1)) if len(known) > 1 else None,
+        }
+    }  # fmt: skip
+    if processes.join()[0] == 0:
+        for path in sorted((output_dir / f"seed-{best}").iterdir()):
+            if path.is_file() and not path.name.startswith("."):
+                write(output_dir / path.name, path.read_bytes())
+        results.write_metrics(output_dir, {name: value for name, value in metrics.items() if name != "signal"})
+    return metrics
 
 
 def evaluate(model, task, spec, predict, examples, interrupted):
@@ -423,55 +470,3 @@ def _class_weights(config, task, spec, windows):
             )
         weights[spec.index[name.strip()]] = number
     return weights
-
-
-def _model(config, kind, encoder_config, fields, resumed, log):
-    """The model with the task's head: the directory's own if it is for the same labels, else drawn from the seed."""
-    torch.manual_seed(config.seed)
-    wanted = encoder_config.replace(**{"labels": None} | fields)
-    if resumed or not Path(config.model).is_dir():
-        # a checkpoint's weights are loaded later
-        return kind(wanted)
-    stored = read_json(Path(config.model) / "config.json")
-    architecture = (stored.get("architectures") or ["none"])[0]
-    same = architecture == families.family(wanted.model_type).architectures.get(kind.__name__)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        if same and _same_labels(encoder_config, wanted):
-            model = kind.from_pretrained(config.model, **_dropouts(encoder_config))
-            _reorder(model, wanted)
-            log.say(f"the head of {config.model} is for the same labels: it is trained further")
-        else:
-            fresh = {name: value for name, value in kind(wanted).state_dict().items() if name.startswith("classifier.")}
-            changes = {name: value for name, value in fields.items() if name != "num_labels"}
-            model = hf_files.load_model(
-                kind, config.model, head=kind.__name__, other=fresh,
-                **_dropouts(encoder_config) | {"num_labels": wanted.num_labels} | changes | {"labels": wanted.labels},
-            )  # fmt: skip
-            if architecture.endswith(("Classification", "Answering", "Choice")):
-                log.say(f"the head of {config.model} ({architecture}, other labels) is ignored: a new one is drawn")
-            elif caught:
-                log.say("the head is new: it is drawn from --seed")
-    return model
-
-
-def _dropouts(config):
-    return {name: getattr(config, name) for name in ("hidden_dropout_prob", "attention_probs_dropout_prob")}
-
-
-def _same_labels(stored, wanted):
-    if wanted.labels is None:
-        return stored.num_labels == wanted.num_labels == 1 or wanted.num_labels == 2 == stored.num_labels
-    folded = [sorted(name.casefold() for name in config.labels or ()) for config in (stored, wanted)]
-    return folded[0] == folded[1] and len(set(folded[0])) == len(folded[0])
-
-
-def _reorder(model, wanted):
-    """Sort the rows of a stored classifier as the wanted labels, by name."""
-    if wanted.labels is not None:
-        places = {name.casefold(): i for i, name in enumerate(model.config.labels)}
-        rows = torch.tensor([places[name.casefold()] for name in wanted.labels])
-        with torch.no_grad():
-            for parameter in model.classifier.parameters():
-                parameter.copy_(parameter[rows])
-    model.config = wanted

@@ -34,6 +34,9 @@ def write_card(directory, command, facts, spec, metrics, progress):
         for name, value in metrics.get("scores", {}).items()
         if value is None or isinstance(value, int | float)
     ]
+    if metrics.get("interval"):
+        low, high = metrics["interval"]
+        scores.append((f"{metrics['metric'].replace('_', ' ')}, 95 % interval (bootstrap)", f"{low:.4f} to {high:.4f}"))
     run = [("steps", f"{progress.step:,}"), ("tokens seen", f"{progress.tokens:,}"),
            ("training time", clock(progress.elapsed))]  # fmt: skip
     if metrics:

@@ -198,12 +198,16 @@ class Run:
 
         progress.step += 1
         progress.tokens += int(sums["tokens"])
-        for name, value in (sums | {"seconds": time.monotonic() - step.began}).items():
+        # of a task; the other processes have as many
+        examples = sum(len(batch.cu_examples) - 1 for batch in step.batches if batch.cu_examples is not None)
+        more = {"examples": examples * processes.join()[1]} if examples else {}
+        for name, value in (sums | more | {"seconds": time.monotonic() - step.began}).items():
             window[name] = window.get(name, 0) + value
         if progress.step % config.logging_steps == 0:
             self.log.write(progress.place() | figures(window) | {
                 "fill": window["tokens"] / window["capacity"],
                 "tokens_per_second": round(window["tokens"] / window["seconds"]),
+                **({"examples_per_second": window["examples"] / window["seconds"]} if examples else {}),
                 "memory_mb": peak_memory_mb(next(self.model.parameters()).device),
                 "learning_rate": learning_rate, "gradient_norm": norm,
                 "skipped_steps": progress.skipped, "empty_steps": progress.empty,

@@ -4,6 +4,8 @@ import pytest
 import torch
 from labelled import small_encoder
 
+from fastbert.tasks import results
+
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -16,3 +18,9 @@ def one_thread():
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory):
     return small_encoder(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    """The bootstrap takes longer than a short run."""
+    monkeypatch.setattr(results, "RESAMPLES", 2)

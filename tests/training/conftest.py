@@ -5,6 +5,8 @@ import torch
 from labelled import small_encoder
 from runs import documents, draw_nothing, prepared, run, short_run, write_model
 
+from fastbert.tasks import results
+
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -51,3 +53,9 @@ def whole(place):
 def encoder(tmp_path_factory):
     """The directory of a small masked-LM model."""
     return small_encoder(tmp_path_factory.mktemp("finetune"))
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    """The bootstrap takes longer than a short run."""
+    monkeypatch.setattr(results, "RESAMPLES", 2)

@@ -59,7 +59,7 @@ def training_rows(directory):
 
 
 def rows_without_times(directory):
-    timing = ("elapsed", "tokens_per_second", "memory_mb")
+    timing = ("elapsed", "tokens_per_second", "examples_per_second", "memory_mb")
     return [{k: v for k, v in row.items() if k not in timing} for row in log.read_metrics(directory)]
 
 

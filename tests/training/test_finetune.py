@@ -46,6 +46,10 @@ def test_a_run_learns_and_leaves_what_it_says(options, capsys):
     theirs = transformers.pipeline("text-classification", model=str(directory))(texts)
     assert [one["label"] for one in theirs] == [one["label"] for one in found]
     np.testing.assert_allclose([one["score"] for one in theirs], [one["score"] for one in found], atol=1e-5)
+    # one temperature for all: the labels stay, the probabilities move
+    calm = predictor.load(directory).predict(texts, calibrated=True)
+    assert [one["label"] for one in calm] == [one["label"] for one in found]
+    assert min(one["score"] for one in calm) > min(one["score"] for one in found), "it is sure and right: T < 1"
     wrong = sum(row["label"] != row["gold"] for row in rows)
     assert f"{wrong:,} of {len(rows):,} held-out examples" in (directory / "errors.md").read_text()
     card = (directory / "README.md").read_text()
@@ -278,3 +282,22 @@ def test_weights_divide_a_sum_below_one(encoder):
     found = [loop.accumulate(model, [batch_of(one)]) for one in (plain, light)]
     assert found[1]["label_loss"] / found[1]["label_count"] == pytest.approx(found[0]["label_loss"])
     assert float(model(batch_of(light)).loss) == pytest.approx(float(model(batch_of(plain)).loss))
+
+
+def test_several_seeds_share_the_split_and_the_best_is_on_top(options):
+    directory = options["output_dir"]
+    metrics = run(options, seeds=2, seed=3, metric="log_loss", max_steps=4)
+    scores = metrics["seeds"]["scores"]
+    assert [*scores] == ["3", "4"] and metrics["seeds"]["mean"] == pytest.approx(np.mean([*scores.values()]))
+    assert metrics["seeds"]["standard_deviation"] == pytest.approx(abs(scores["3"] - scores["4"]) / 2**0.5)
+    best = min(scores, key=scores.get)
+    assert metrics["seeds"]["best"] == int(best) and scores["3"] != scores["4"]
+    assert_same_tensors(directory / "model.safetensors", directory / f"seed-{best}" / "model.safetensors")
+    lines = [
+        {json.loads(line)["line"] for line in (directory / f"seed-{seed}" / "predictions.jsonl").open()}
+        for seed in (3, 4)
+    ]
+    assert lines[0] == lines[1]
+    assert json.loads((directory / "metrics.json").read_text()) | {"signal": None} == metrics
+    # finished runs go on to the same end
+    assert run(options, seeds=2, seed=3, metric="log_loss", max_steps=4, resume=True)["seeds"] == metrics["seeds"]
