@@ -166,7 +166,7 @@ class Notes:
             found.append(f"{len(self.skipped):,} rows skipped, lines {listed}{more}")
         for text, details in self.remarks.items():
             shown = ", ".join(details[:3] + ["..."] * (len(details) > 3)) if details[0] else ""
-            found.append(f"{len(details):,} {text}: {shown}" if shown else text)
+            found.append(f"{text}: {len(details):,}, {shown}" if shown else text)
         return f"{self.path}: {'; '.join(found)}" if found else None
 
 
@@ -317,7 +317,7 @@ def batch_of(windows: list[list[Window]], class_weights: np.ndarray | None = Non
         labels = labels.astype(np.float32 if labels.dtype.kind == "f" else np.int64)
         batch.targets = torch.from_numpy(labels)
     if class_weights is not None:
-        weights = weights * np.where(labels < 0, 0, class_weights[labels]).astype(np.float32)
+        weights = weights * np.where(labels < 0, 0, class_weights[np.maximum(labels, 0)]).astype(np.float32)
     if (weights != 1).any():
         batch.weights = torch.from_numpy(weights)
     return batch

@@ -5,7 +5,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from fastbert.tasks import tag
-from fastbert.tasks.examples import Example, Pieces, Spec
+from fastbert.tasks.examples import Example, Pieces, Spec, batch_of
 
 LABELS = ("B-A", "B-B", "I-A", "I-B", "O")
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -78,6 +78,16 @@ def test_a_window_shows_what_stands_around_a_word():
     for window in windows[1:-1]:
         # the middle two of six words, not those at the borders
         assert [place - 1 for place in window.more[1]] == [2, 3]
+
+
+def test_class_weights_are_those_of_the_words():
+    tags = ["B-A", "I-A", "O", "O", "B-B", "O", "O", "O", "O"]
+    windows, _ = encoded(sentence(tags), spelling(sorted(set("".join(WORDS)))), max_length=8)
+    batch = batch_of([windows], np.array([2.0, 3.0, 5.0, 7.0, 0.5]))
+    expected = np.array([2.0, 3.0, 5.0, 7.0, 0.5, 0.0])[batch.labels.clamp(min=-1).numpy()]
+    np.testing.assert_array_equal(batch.weights, expected)
+    # the word of 5.0 has no piece
+    assert sorted(expected[expected > 0]) == [0.5] * 4 + [2.0, 3.0]
 
 
 def test_a_cut_sentence_keeps_its_gold():

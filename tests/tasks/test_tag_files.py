@@ -126,7 +126,7 @@ def test_spans_of_characters(tmp_path):
     ]
     examples, spec, notes = read(write_jsonl(tmp_path / "train.jsonl", rows))
     assert [e.gold for e in examples] == [[(5, 14, "ORG")], [(5, 10, "LOC")], []]
-    assert text[5:14] == "Cafe\u0301 Ulm" and "1 spans with blanks" in notes.said()
+    assert text[5:14] == "Cafe\u0301 Ulm" and "which were cut off: 1, line 1" in notes.said()
     assert spec.labels == ("B-LOC", "B-ORG", "I-LOC", "I-ORG", "O")
 
 
