@@ -44,7 +44,9 @@ def _columns(path, column, notes, wants_gold):
             continue
         if width is None:
             width = len(cells)
-            is_conllu = width == 10 and cells[0].isascii() and re.fullmatch(r"\d+(?:[-.]\d+)?", cells[0]) is not None
+            # a sentence begins with the word 1, and the seventh column names its head
+            is_conllu = width == 10 and re.fullmatch(r"1|1-[0-9]+|0\.1", cells[0]) is not None
+            is_conllu = is_conllu and re.fullmatch(r"[0-9]+|_", cells[6]) is not None
             if width == 1 and wants_gold:
                 notes.bad(number, f"one column, {cells[0][:40]!r}: expected a word and its tag")
                 return
