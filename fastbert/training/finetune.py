@@ -168,7 +168,9 @@ def finetune(config: FinetuneConfig) -> dict:
             log.say(f"resuming from {resumed}")
         elif config.resume:
             log.say(f"--resume: {output_dir} has no checkpoint yet, starting a new run")
-        tokenizer, encoder_config = _tokenizer_and_config(config, resumed)
+        with processes.first_process_first(rank):
+            # the others have looked at the directory before the first writes into it
+            tokenizer, encoder_config = _tokenizer_and_config(config, resumed)
         state = checkpoint.read_state(resumed) if resumed else None
         if state:
             checkpoint.check_same_run(resumed, state, config, tokenizer_hash(tokenizer), MAY_DIFFER, MAY_FALL)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from labelled import sentences, write_csv
-from runs import assert_same_tensors, checkpoints, rows_without_times, stop_in
+from runs import assert_same_tensors, checkpoints, in_two_processes, rows_without_times, stop_in
 
 from fastbert.model.heads import SequenceClassifier
 from fastbert.tasks import predictor
@@ -121,6 +121,19 @@ def test_a_step_does_not_depend_on_its_parts(options, recipe):
             # AdamW divides by the root of tiny squares: a rounding difference may become 1e-4 of a step
             torch.testing.assert_close(one, two, atol=3e-6, rtol=1e-4, msg=name)
         assert [row["label_loss"] for row in found] == pytest.approx([row["label_loss"] for row in rows[0]], abs=1e-5)
+
+
+def test_two_processes_share_a_step(options, tmp_path):
+    """The same parameters as two micro-batches in one process; early stopping ends both processes."""
+    options |= {"dropout": 0.0, "eval_steps": 2, "patience": 2, "max_steps": 40, "learning_rate": 1e-9}
+    run(options, gradient_accumulation_steps=2, output_dir=tmp_path / "one")
+    in_two_processes(run, options | {"output_dir": tmp_path / "two"}, tmp_path / "rendezvous")
+    assert checkpoints(tmp_path / "one") == checkpoints(tmp_path / "two")
+    rows = [log.read_metrics(tmp_path / name) for name in ("one", "two")]
+    assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]] and rows[1][-1]["step"] < 40
+    for name in ("label_loss", "gradient_norm", "eval_label_loss"):
+        values = [[row[name] for row in one if name in row] for one in rows]
+        assert values[0] and values[0] == pytest.approx(values[1], rel=1e-5), name
 
 
 def test_long_texts_count_once(options, encoder):
