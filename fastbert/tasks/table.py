@@ -35,7 +35,7 @@ def detect(path):
         ("tag", "tags" in columns or "ner_tags" in columns or "spans" in columns or "entities" in columns),
         ("regress", "score" in columns and "label" not in columns),
         ("multilabel", "labels" in columns or ("label" not in columns and _has_columns_of_bits(path, found))),
-        ("classify", any(column in columns for column in ("label", "gold_label", "category", "class"))),
+        ("classify", any(column in columns for column in ("label", "gold_label", "category", "class", "sentiment"))),
     ):
         if fits:
             return name

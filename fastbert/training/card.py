@@ -60,7 +60,8 @@ def learning_curve(directory):
     tokens_per_step = rows[-1]["tokens"] / rows[-1]["step"]
     for place, name in enumerate(panels, 1):
         axes = figure.add_subplot(lines, columns, place)
-        axes.plot(*curve(name), color=TRAIN, linewidth=1.2, label="training")
+        if curve(name)[0]:
+            axes.plot(*curve(name), color=TRAIN, linewidth=1.2, label="training")
         held_out = curve(f"eval_{name}")
         if held_out[0]:
             axes.plot(*held_out, color=HELD_OUT, linewidth=2, marker="o", markersize=4, label="held-out text")

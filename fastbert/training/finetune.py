@@ -172,7 +172,9 @@ def finetune(config: FinetuneConfig) -> dict:
             log.say(f"resuming from {resumed}")
         elif config.resume:
             log.say(f"--resume: {output_dir} has no checkpoint yet, starting a new run")
-        tokenizer, encoder_config = _tokenizer_and_config(config, resumed)
+        with processes.first_process_first(rank):
+            # the others have looked at the directory before the first writes into it
+            tokenizer, encoder_config = _tokenizer_and_config(config, resumed)
         state = checkpoint.read_state(resumed) if resumed else None
         if state:
             checkpoint.check_same_run(resumed, state, config, tokenizer_hash(tokenizer), MAY_DIFFER, MAY_FALL)
@@ -241,7 +243,7 @@ def finetune(config: FinetuneConfig) -> dict:
         keep = partial(keep_best, output_dir, model, best, direction=task.SCORES[metric])
         if log.last_evaluation.get("step", 0) > best["evaluated"]:
             # a run that was stopped in an evaluation has its checkpoint from before it
-            keep(progress.step, log.last_evaluation[f"eval_{metric}"])
+            keep(progress.step, log.last_evaluation[column(metric)])
         predict = partial(
             predictions, task, model, spec, pieces, tokens_per_batch=config.tokens_per_batch,
             run=partial(forward, model, device=device, bf16=config.bf16),
@@ -262,7 +264,7 @@ def finetune(config: FinetuneConfig) -> dict:
                 if step.batches is None:
                     step.row = evaluate(model, task, spec, predict, evaluation, lambda: caught)
                     if step.row is not None:
-                        keep(progress.step, step.row[f"eval_{metric}"])
+                        keep(progress.step, step.row[column(metric)])
                         stop_early(run, best, config.patience)
                     continue
                 sums = accumulate(model, step.batches, bf16=config.bf16)
@@ -335,7 +337,10 @@ def finetune_with_seeds(config):
 
 
 def evaluate(model, task, spec, predict, examples, interrupted):
-    """The figures of the task on held-out examples, each named eval_..., or None when `interrupted()` is true."""
+    """The figures of the task on held-out examples, by `column`, or None when `interrupted()` is true.
+
+    With thresholds chosen on these examples, as in the end: at 0.5, rare labels would score 0 for most of the run.
+    """
     model.eval()
     try:
         found = [prediction for _, prediction in predict(examples, interrupted=interrupted)]
@@ -343,7 +348,15 @@ def evaluate(model, task, spec, predict, examples, interrupted):
         model.train()
     if len(found) < len(examples):
         return None
-    return {f"eval_{name}": value for name, value in flat_figures(task.score(examples, found, spec)).items()}
+    spec = dataclasses.replace(spec, settings=dict(spec.settings))
+    scores = task.score(examples, found, spec, tune=True)
+    return {column(name): value for name, value in flat_figures(scores).items()}
+
+
+def column(name):
+    """The log's name of a figure on held-out examples: that of the same figure in training, where there is one."""
+    same = {"log_loss": "label_loss", "accuracy": "label_accuracy"}
+    return f"eval_{same.get(name, name)}"
 
 
 def keep_best(directory, model, best, step, score, direction):

@@ -20,6 +20,12 @@ METRICS = "metrics.jsonl"
 SCORES = ("f1", "mcc", "pearson", "spearman", "mse", "map", "exact_match")
 # names of figures in words; another figure's words are its name
 WORDS = {
+    "f1": "F1",
+    "macro_f1": "macro F1",
+    "micro_f1": "micro F1",
+    "mcc": "MCC",
+    "map": "mean average precision",
+    "mse": "squared error",
     "baseline_accuracy": "always guessing the most frequent token",
     "rtd_loss": "detection loss",
     "rtd_accuracy": "detection accuracy",

@@ -122,9 +122,12 @@ class Run:
         earlier, began = progress.elapsed, time.monotonic()
         while True:
             elapsed = earlier + time.monotonic() - began
-            progress.elapsed, stop = processes.total(elapsed if rank == 0 else 0.0, len(self.caught))
+            # the script may end the run by a total of 0, in the first process alone
+            progress.elapsed, stop, ended = processes.total(
+                elapsed if rank == 0 else 0.0, len(self.caught), self.total <= 0
+            )
             position = progress.step if config.max_minutes is None else progress.elapsed
-            self.finished = position >= self.total
+            self.finished = position >= self.total or ended > 0
 
             # between steps: evaluate, save, end
             lost = False
@@ -134,14 +137,13 @@ class Run:
                     if step.row is not None:
                         self.log.write(progress.place() | step.row)
                         progress.evaluated = progress.step
-                    # the script may end the run after an evaluation
-                    self.finished = self.finished or position >= self.total
+                    self.finished = self.finished or self.total <= 0
                 row = self.log.last_evaluation
                 lost = row.get("step") == progress.step and None in (row[name] for name in row if name.endswith("loss"))
                 # a resume repeats an evaluation that was interrupted here, unless a step comes first
                 interrupted = rank == 0 and progress.step > progress.evaluated
-                stop, lost, interrupted = processes.total(len(self.caught), lost, interrupted)
-                self.finished = self.finished and not interrupted
+                stop, lost, interrupted, ended = processes.total(len(self.caught), lost, interrupted, self.finished)
+                self.finished = ended > 0 and not interrupted
             if self.finished and lost:
                 raise self._diverged(f"the held-out loss after step {progress.step} is not finite")
             if self.finished and self.nonfinite:

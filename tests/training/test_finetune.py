@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from labelled import sentences, write_csv
-from runs import assert_same_tensors, checkpoints, rows_without_times, stop_in
+from runs import assert_same_tensors, checkpoints, in_two_processes, rows_without_times, stop_in
 
 from fastbert.model.heads import SequenceClassifier
 from fastbert.tasks import predictor
@@ -58,6 +58,43 @@ def test_a_run_learns_and_leaves_what_it_says(options, capsys):
     assert "read as classify" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("task", ["multilabel", "regress"])
+def test_other_tasks_of_texts(task, options):
+    """Training lowers the loss; the scores are those that `evaluate` finds; transformers computes the same."""
+    transformers = pytest.importorskip("transformers")
+    directory, rows = options["output_dir"], sentences(160)
+    if task == "regress":
+        rows = [(text, 1.0 + len(label)) for text, label in rows]
+        write_csv(options["train_file"], rows, ("text", "score"))
+    else:
+        rows = [(text, f"{label};animal" if "cat" in text else label) for text, label in rows]
+        write_csv(options["train_file"], rows, ("text", "labels"))
+    held = write_csv(directory.with_name("dev.csv"), rows[:40], ("text", "score" if task == "regress" else "labels"))
+    metrics = run(options, eval_file=held, max_steps=30)
+    assert metrics["task"] == task
+    losses = [row["label_loss"] for row in log.read_metrics(directory) if "label_loss" in row]
+    assert losses[-1] < 0.93 * losses[0]
+    best = [row for row in log.read_metrics(directory) if row["step"] == metrics["step"]][-1]
+    name = metrics["metric"]
+    assert best[f"eval_{name}"] == pytest.approx(metrics["scores"][name], abs=1e-6)
+    assert best[f"eval_{name}"] == max(row.get(f"eval_{name}") or -1 for row in log.read_metrics(directory)) > 0.3
+    again = predictor.load(directory).evaluate([held])["scores"]
+    assert predictor.flat_figures(again) == pytest.approx(predictor.flat_figures(metrics["scores"]), abs=1e-5)
+
+    texts = [text for text, _ in rows[:3]]
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(directory).eval()
+    tokens = transformers.AutoTokenizer.from_pretrained(directory)(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**tokens).logits
+    for one, row in zip(predictor.load(directory).predict(texts), logits):
+        if task == "regress":
+            assert one["score"] == pytest.approx(row.item(), abs=1e-4)
+        else:
+            assert [*one["probabilities"].values()] == pytest.approx(row.sigmoid().tolist(), abs=1e-5)
+            chosen = json.loads((directory / "task.json").read_text())["settings"]["thresholds"]
+            assert one["labels"] == [name for name, p in one["probabilities"].items() if p >= chosen[name]]
+
+
 def test_shuffled_labels_give_the_majority_baseline(options):
     texts = [text for text, _ in sentences(160)]
     labels = np.random.default_rng(0).permutation([label for _, label in sentences(160)])
@@ -84,6 +121,19 @@ def test_a_step_does_not_depend_on_its_parts(options, recipe):
             # AdamW divides by the root of tiny squares: a rounding difference may become 1e-4 of a step
             torch.testing.assert_close(one, two, atol=3e-6, rtol=1e-4, msg=name)
         assert [row["label_loss"] for row in found] == pytest.approx([row["label_loss"] for row in rows[0]], abs=1e-5)
+
+
+def test_two_processes_share_a_step(options, tmp_path):
+    """The same parameters as two micro-batches in one process; early stopping ends both processes."""
+    options |= {"dropout": 0.0, "eval_steps": 2, "patience": 2, "max_steps": 40, "learning_rate": 1e-9}
+    run(options, gradient_accumulation_steps=2, output_dir=tmp_path / "one")
+    in_two_processes(run, options | {"output_dir": tmp_path / "two"}, tmp_path / "rendezvous")
+    assert checkpoints(tmp_path / "one") == checkpoints(tmp_path / "two")
+    rows = [log.read_metrics(tmp_path / name) for name in ("one", "two")]
+    assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]] and rows[1][-1]["step"] < 40
+    for name in ("label_loss", "gradient_norm", "eval_label_loss"):
+        values = [[row[name] for row in one if name in row] for one in rows]
+        assert values[0] and values[0] == pytest.approx(values[1], rel=1e-5), name
 
 
 def test_long_texts_count_once(options, encoder):
@@ -165,7 +215,7 @@ def test_the_best_step(direction, scores, best, tmp_path, encoder):
 def test_the_published_model_is_that_of_the_best_step(options, monkeypatch, capsys):
     """And training ends after `patience` evaluations without a better one, also in a resumed run."""
     scores = iter([0.2, 0.9, 0.4, 0.3, 0.2])
-    monkeypatch.setattr(finetune, "evaluate", lambda *_: {"eval_accuracy": next(scores)})
+    monkeypatch.setattr(finetune, "evaluate", lambda *_: {"eval_label_accuracy": next(scores)})
     metrics = run(options, patience=2, max_steps=40)
     assert metrics["step"] == 8 and checkpoints(options["output_dir"])[-1] == "checkpoint-8"
     assert (options["output_dir"] / "checkpoint-16").exists() and not (options["output_dir"] / "checkpoint-20").exists()
