@@ -108,7 +108,9 @@ def encode(examples, pieces, spec):
         for one in pieces.windows(question, context, only_second=True):
             body = [i for i, sequence in enumerate(one.sequence_ids) if sequence == 1]
             first = body[0] if body else 0
-            offsets = np.array([one.offsets[i] for i in body], np.int64).reshape(-1, 2)
+            # a property that makes a new list of all tokens each time
+            spans = one.offsets
+            offsets = np.array([spans[i] for i in body], np.int64).reshape(-1, 2)
             windows.append(Window(one.ids, one.type_ids, more=(first, offsets)))
         if example.gold is not None:
             _label(windows, example.gold, spec)
@@ -169,7 +171,7 @@ def decode(example, windows, logits, spec):
     found = _chosen(found, spec)
     if example.gold is not None:
         golds = example.gold["texts"]
-        wrong = 1 - squad.exact_and_f1(found["answer"], golds, _rules([golds], spec))[1]
+        wrong = 1 - squad.exact_and_f1(found["answer"], tuple(golds), _rules([golds], spec))[1]
         found |= {
             "_error": wrong * found["score"], "_gold": " or ".join(golds) or "no answer",
             "_answer": found["answer"] or "no answer",
@@ -219,7 +221,7 @@ def score(examples, predictions, spec, *, tune=False):
 
     tune: choose the null threshold with the best F1 (of these examples), and answer by it.
     """
-    golds = [example.gold["texts"] for example in examples]
+    golds = [tuple(example.gold["texts"]) for example in examples]
     rules = _rules(golds, spec)
     found = {}
     if rules == 2 and spec.settings.get("no_answer"):

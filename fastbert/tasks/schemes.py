@@ -116,17 +116,22 @@ def detect(sentences):
     )
 
 
-def entity_scores(gold, found):
-    """{"precision", "recall", "f1", "macro_f1", "per_class"} of entities as sets, in lists by sentence.
+def entity_counts(gold, found):
+    """Of a sentence's entities (type, start, end), by type: how many there are, are found, are found rightly."""
+    gold, found = set(gold), set(found)
+    return tuple(Counter(kind for kind, *_ in some) for some in (gold, found, gold & found))
+
+
+def entity_scores(counts):
+    """{"precision", "recall", "f1", "macro_f1", "per_class"} of the `entity_counts` of some sentences.
 
     An entity is right if type, start and end are. per_class: {type: {precision, recall, f1, support}}. macro_f1: the
     mean over the types that occur in gold or found. What has no denominator is 0.
     """
     support, predicted, right = Counter(), Counter(), Counter()
-    for a, b in zip(gold, found, strict=True):
-        a, b = set(a), set(b)
-        for counter, some in ((support, a), (predicted, b), (right, a & b)):
-            counter.update(kind for kind, *_ in some)
+    for one in counts:
+        for total, counter in zip((support, predicted, right), one, strict=True):
+            total.update(counter)
     per_class = {
         kind: _rates(right[kind], predicted[kind], support[kind]) | {"support": support[kind]}
         for kind in sorted(support | predicted)

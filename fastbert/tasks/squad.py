@@ -13,8 +13,6 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = frozenset(string.punctuation)
 
 
-# each right answer is asked for again and again: by the thresholds, by the bootstrap
-@functools.lru_cache(1 << 16)
 def normalized(text):
     """Lower case, without ASCII punctuation and English articles, words joined by one blank."""
     text = "".join(letter for letter in text.lower() if letter not in _PUNCTUATION)
@@ -31,8 +29,10 @@ def _f1(answer, gold, rules):
     return 2 * precision * recall / (precision + recall) if common else 0.0
 
 
+# the thresholds and the bootstrap ask for the same again and again
+@functools.lru_cache(1 << 17)
 def exact_and_f1(answer, golds, rules):
-    """(EM, F1) in 0 .. 1 of an answer for the right ones, the best of each. rules: of version 1 (1.1) or 2 (2.0).
+    """(EM, F1) in 0 .. 1 of an answer for a tuple of right ones, the best of each. rules: 1 (of SQuAD 1.1) or 2 (2.0).
 
     By version 2 "the" is no right answer, for nothing is left of it, and without a right answer "" is right.
     """
@@ -45,7 +45,7 @@ def exact_and_f1(answer, golds, rules):
 def scores(answers, golds, rules):
     """{"f1", "exact_match", "total"} in percent; by version 2 also HasAns_ and NoAns_ figures, None where undefined.
 
-    answers: texts. golds: lists of right answers, empty where there is none.
+    answers: texts. golds: tuples of right answers, empty where there is none.
     """
     each = [exact_and_f1(answer, gold, rules) for answer, gold in zip(answers, golds, strict=True)]
     found = {"f1": _percent([f1 for _, f1 in each]), "exact_match": _percent([exact for exact, _ in each])}

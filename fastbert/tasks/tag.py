@@ -271,32 +271,40 @@ def score(examples, predictions, spec, *, tune=False):
     off_word_entities: those in texts that begin or end inside a word, which cannot be found. With plain labels:
     accuracy, macro_f1 and per_class of the words' labels.
     """
-    words = right = 0
-    gold_tags = []
     for example, prediction in zip(examples, predictions, strict=True):
-        has_words = "words" in example.more
-        gold_tags.append(example.gold if has_words else unit_tags(prediction["_units"], example.gold))
-        words += len(gold_tags[-1])
-        right += sum(a == b for a, b in zip(gold_tags[-1], prediction["_tags"], strict=True))
-    found = {"accuracy": right / words if words else 0.0, "words": words}
-    found["undecided_words"] = sum(prediction["_undecided"] for prediction in predictions)
+        # the bootstrap asks for the same again and again
+        if "_counts" not in prediction:
+            prediction["_counts"] = _counts(example, prediction, spec)
+    counts = [prediction["_counts"] for prediction in predictions]
+    words, right, undecided, off = (sum(one[i] for one in counts) for i in range(4))
+    scores = schemes.entity_scores(one[4] for one in counts)
+    found = {"accuracy": right / words if words else 0.0, "words": words, "undecided_words": undecided}
     if is_plain(spec):
-        labels = [[(tag, i) for i, tag in enumerate(tags)] for tags in gold_tags]
-        guesses = [[(tag, i) for i, tag in enumerate(prediction["_tags"])] for prediction in predictions]
-        scores = schemes.entity_scores(labels, guesses)
         return found | {name: scores[name] for name in ("macro_f1", "per_class")}
-    gold, found["off_word_entities"] = [], 0
-    for example, tags, prediction in zip(examples, gold_tags, predictions, strict=True):
-        units = prediction["_units"]
+    strict = schemes.entity_scores(one[5] for one in counts)
+    found |= scores | {"entities": sum(sum(one[4][0].values()) for one in counts), "off_word_entities": off}
+    return found | {f"strict_{name}": strict[name] for name in ("precision", "recall", "f1", "macro_f1")}
+
+
+def _counts(example, prediction, spec):
+    """(words, right ones, undecided ones, entities off the words, entity_counts, those of strict entities)."""
+    units, tags, off = prediction["_units"], prediction["_tags"], 0
+    gold = example.gold
+    gold_tags = gold if "words" in example.more else unit_tags(units, gold)
+    right = sum(a == b for a, b in zip(gold_tags, tags, strict=True))
+    if is_plain(spec):
+        # each word is an entity of its tag
+        entities, loose, strict = [*zip(gold_tags, range(len(tags)))], [*zip(tags, range(len(tags)))], ()
+    else:
         if "words" in example.more:
-            gold.append([(kind, units[a][0], units[b - 1][1]) for kind, a, b in schemes.entities(tags)])
+            entities = [(kind, units[a][0], units[b - 1][1]) for kind, a, b in schemes.entities(gold)]
         else:
-            gold.append([(kind, start, end) for start, end, kind in example.gold])
             starts, ends = ({unit[side] for unit in units} for side in (0, 1))
-            found["off_word_entities"] += sum(start not in starts or end not in ends for start, end, _ in example.gold)
-    keys = ("label", "start", "end")
-    loose = [[tuple(entity[key] for key in keys) for entity in prediction["entities"]] for prediction in predictions]
-    strict = schemes.entity_scores(gold, [prediction["_strict"] for prediction in predictions])
-    found |= schemes.entity_scores(gold, loose)
-    names = ("precision", "recall", "f1", "macro_f1")
-    return found | {f"strict_{name}": strict[name] for name in names} | {"entities": sum(map(len, gold))}
+            entities = [(kind, start, end) for start, end, kind in gold]
+            off = sum(start not in starts or end not in ends for _, start, end in entities)
+        loose = [(entity["label"], entity["start"], entity["end"]) for entity in prediction["entities"]]
+        strict = prediction["_strict"]
+    return (
+        len(tags), right, prediction["_undecided"], off, schemes.entity_counts(entities, loose),
+        schemes.entity_counts(entities, strict),
+    )  # fmt: skip

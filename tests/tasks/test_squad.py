@@ -24,21 +24,21 @@ CASES = [
 
 @pytest.mark.parametrize(("text", "golds", "one", "two"), CASES, ids=[repr(case[0]) for case in CASES])
 def test_exact_match_and_f1(text, golds, one, two):
-    assert squad.exact_and_f1(text, golds, 1) == pytest.approx(one)
-    assert squad.exact_and_f1(text, golds, 2) == pytest.approx(two)
+    assert squad.exact_and_f1(text, tuple(golds), 1) == pytest.approx(one)
+    assert squad.exact_and_f1(text, tuple(golds), 2) == pytest.approx(two)
 
 
 def test_answers_and_non_answers_are_scored_apart():
-    golds = [["a b", "b"], [], ["c d"], []]
+    golds = [("a b", "b"), (), ("c d",), ()]
     scores = squad.scores(["b", "", "c", "x"], golds, 2)
     assert (scores["exact_match"], scores["f1"]) == pytest.approx((50, 100 * (2 + 2 / 3) / 4))
     assert (scores["HasAns_exact"], scores["HasAns_f1"]) == pytest.approx((50, 100 * (1 + 2 / 3) / 2))
     assert (scores["NoAns_exact"], scores["NoAns_total"]) == (50, 2)
-    assert squad.scores(["b"], [["b"]], 2)["NoAns_f1"] is None
+    assert squad.scores(["b"], [("b",)], 2)["NoAns_f1"] is None
 
 
 def test_the_best_threshold_is_that_of_a_search():
-    golds = [["x"], [], ["y"], [], ["z"], []]
+    golds = [("x",), (), ("y",), (), ("z",), ()]
     texts, nulls = ["x", "q", "y", "q", "w", "q"], [-4.0, -3.0, -2.5, 0.5, 1.0, 3.0]
     found = squad.best_thresholds(texts, golds, nulls)
 
