@@ -119,7 +119,7 @@ def _is_of_a_model(path):
 def _has_text(path, stats):
     if _kind(path) == ".parquet":
         return os.path.getsize(path) > 0
-    return any(line.strip() for _, line in _lines(path, stats))
+    return any(line.strip() for _, line in numbered_lines(path, stats))
 
 
 def why_skipped(stats):
@@ -147,7 +147,7 @@ def read_documents(files, *, text_column="text", layout="auto", stats=None):
     for path in files:
         kind, size = _kind(path), os.path.getsize(path)
         if kind == ".txt":
-            yield from _grouped(_lines(path, stats, done), _detect_layout(path) if layout == "auto" else layout)
+            yield from _grouped(numbered_lines(path, stats, done), _detect_layout(path) if layout == "auto" else layout)
         else:
             rows = {".jsonl": _rows_of_jsonl, ".csv": _rows_of_csv, ".parquet": _rows_of_parquet}[kind]
             for number, text in rows(path, text_column, stats, done):
@@ -208,7 +208,7 @@ def _opened(path):
         raise ValueError(f"{path} is not a whole gzip file: {error}") from None
 
 
-def _lines(path, stats, done=0):
+def numbered_lines(path, stats, done=0):
     """(number, line with its end) of a text file, without invalid lines, which are counted.
 
     A line of a .txt file of more than MAX_SIZE letters comes in parts, which share its number.
@@ -303,7 +303,7 @@ def _grouped(lines, layout):
 
 def _detect_layout(path):
     text, blank = False, False
-    for _, line in _lines(path, Counter()):
+    for _, line in numbered_lines(path, Counter()):
         if line.strip():
             if blank:
                 return "blank-line"
@@ -321,7 +321,7 @@ def _missing(path, column, columns):
 
 def _rows_of_jsonl(path, column, stats, done):
     first = True
-    for number, line in _lines(path, stats, done):
+    for number, line in numbered_lines(path, stats, done):
         if not line.strip():
             continue
         try:
@@ -351,7 +351,7 @@ def _rows_of_csv(path, column, stats, done):
 
     def lines():
         nonlocal number
-        for number, line in _lines(path, stats, done):  # noqa: B007
+        for number, line in numbered_lines(path, stats, done):  # noqa: B007
             yield line
 
     # strict: a quote that is never closed is an error, not a field with the rest of the file

@@ -25,6 +25,9 @@ NAMES = (
 # so that whatever the parser accepts ends before any work
 NOTHING = {
     "pretrain": ["--train-file", "nowhere.txt", "--output-dir", "nowhere/run"],
+    "finetune": ["--model", "nowhere", "--train-file", "nowhere.csv", "--output-dir", "nowhere/run"],
+    "predict": ["--model", "nowhere", "--text", "a"],
+    "evaluate": ["--model", "nowhere", "--input", "nowhere.csv"],
     "train": ["--train-file", "nowhere.txt", "--output-dir", "nowhere/tokenizer"],
     "prepare": ["--train-file", "nowhere.txt", "--tokenizer", "nowhere", "--output-dir", "nowhere/shards"],
     "fill-mask": ["--model", "nowhere", "a [MASK]"],

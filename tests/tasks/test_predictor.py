@@ -1,0 +1,181 @@
+"""Predictions come in the order of the file, whatever the batches; other authors' directories; the command line."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from labelled import sentences, write_csv, write_jsonl
+
+from fastbert import load
+from fastbert.cli import main
+from fastbert.data.tokenizer import load_tokenizer, save_tokenizer
+from fastbert.model.heads import SequenceClassifier, TokenClassifier
+from fastbert.tasks import examples as shared
+from fastbert.tasks.examples import Spec
+
+
+def call(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments], prog_name="fastbert")
+
+
+def directory_with_a_head(encoder, place, spec, **changes):
+    """A model of random, lively weights in a directory of its own."""
+    torch.manual_seed(5)
+    with pytest.warns(UserWarning, match="start fresh"):
+        model = SequenceClassifier.from_pretrained(encoder, **changes)
+    with torch.no_grad():
+        for parameter in (model.classifier.weight, model.pooler.weight, model.encoder.embeddings.word.weight):
+            parameter.normal_(std=0.7)
+        for name, parameter in model.encoder.blocks.named_parameters():
+            if name.endswith("weight") and parameter.dim() == 2:
+                parameter.normal_(std=0.3)
+    model.save_pretrained(place)
+    for path in encoder.iterdir():
+        if not (place / path.name).exists():
+            (place / path.name).write_bytes(path.read_bytes())
+    if spec is not None:
+        spec.save(place)
+    return place
+
+
+@pytest.fixture
+def tuned(encoder, tmp_path):
+    spec = Spec("classify", ("bird", "cat", "dog"), {"texts": ["text"], "label": "label"}, max_length=24, stride=4)
+    return directory_with_a_head(encoder, tmp_path / "tuned", spec, num_labels=3, labels=spec.labels)
+
+
+TEXTS = [text * (number % 4 + 1) for number, (text, _) in enumerate(sentences(30))] + ["", "a"]
+
+
+def test_predictions_do_not_depend_on_the_batch(tuned, monkeypatch):
+    alone = [load(tuned).predict([text])[0] for text in TEXTS]
+    predictor = load(tuned)
+    monkeypatch.setattr(shared, "CHUNK", 7)
+    for tokens in (30, 8192):
+        predictor.tokens_per_batch = tokens
+        found = predictor.predict(TEXTS)
+        assert [one["label"] for one in found] == [one["label"] for one in alone]
+        for one, other in zip(found, alone):
+            assert one["probabilities"] == pytest.approx(other["probabilities"], abs=1e-5)
+    cat = [one["probabilities"]["cat"] for one in alone]
+    assert max(cat) - min(cat) > 0.1, "the predictions were meant to differ"
+
+
+def test_a_long_text_is_the_mean_of_its_windows(tuned):
+    """Each window as transformers would cut it: stride tokens are shared."""
+    transformers = pytest.importorskip("transformers")
+    text = sentences(1)[0][0] * 4
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tuned).eval()
+    tokens = transformers.AutoTokenizer.from_pretrained(tuned)(
+        text,
+        max_length=24,
+        stride=4,
+        truncation=True,
+        return_overflowing_tokens=True,
+        padding=True,
+        return_tensors="pt",
+    )
+    tokens.pop("overflow_to_sample_mapping")
+    assert len(tokens["input_ids"]) > 2
+    with torch.no_grad():
+        logits = theirs(**tokens).logits.mean(0).softmax(-1)
+    (found,) = load(tuned).predict([text])
+    np.testing.assert_allclose([*found["probabilities"].values()], logits.numpy(), atol=1e-5)
+    first = load(tuned)
+    first.spec.truncate = True
+    with torch.no_grad():
+        whole = theirs(**{name: value[:1] for name, value in tokens.items()}).logits[0].softmax(-1)
+    np.testing.assert_allclose([*first.predict([text])[0]["probabilities"].values()], whole.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("max_length", [9, 10, 13])
+def test_pairs_are_cut_as_transformers_cuts_them(encoder, max_length):
+    transformers = pytest.importorskip("transformers")
+    from fastbert.data.tokenizer import load_tokenizer
+    from fastbert.tasks.examples import Pieces
+
+    pieces = Pieces(load_tokenizer(encoder), Spec("classify", ("a", "b"), max_length=max_length, stride=0))
+    theirs = transformers.AutoTokenizer.from_pretrained(encoder)
+    long, short = sentences(1)[0][0], "the dog"
+    for pair in ((long, short), (short, long), (long, long[7:]), (short, short)):
+        (found,) = pieces.windows(*(pieces.encodings([text])[0] for text in pair))
+        wanted = theirs(*pair, truncation="longest_first", max_length=max_length)
+        assert (found.ids, found.type_ids) == (wanted["input_ids"], wanted["token_type_ids"])
+    assert pieces.truncated == 3
+
+
+def test_the_command_line(tuned, tmp_path):
+    rows = [{"id": f"r{i}", "text": text, "label": label} for i, (text, label) in enumerate(sentences(20))]
+    path, output = write_jsonl(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    result = call("predict", "--model", tuned, "--input", path, "--output", output)
+    assert result.exit_code == 0 and "20 predictions" in result.stdout, result.output
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["id"] for row in found] == [row["id"] for row in rows]
+    wanted = load(tuned).predict([row["text"] for row in rows])
+    assert [{"id": row["id"], **one} for row, one in zip(rows, wanted)] == found
+
+    result = call("predict", "--model", tuned, "--text", rows[0]["text"])
+    assert json.loads(result.stdout)["label"] == wanted[0]["label"]
+    result = call("evaluate", "--model", tuned, "--input", path, "--output-dir", tmp_path / "scores")
+    assert result.exit_code == 0, result.output
+    right = np.mean([row["label"] == one["label"] for row, one in zip(rows, wanted)])
+    assert json.loads(result.stdout)["scores"]["accuracy"] == pytest.approx(right)
+    assert json.loads((tmp_path / "scores" / "metrics.json").read_text()) == json.loads(result.stdout)
+
+
+def test_a_directory_of_transformers(encoder, tmp_path):
+    """Without task.json and without names of labels: those of the file, in sorted order, and it is said."""
+    place = directory_with_a_head(encoder, tmp_path / "theirs", None, num_labels=3)
+    predictor = load(place)
+    assert predictor.predict(["the dog"])[0]["label"] in {"LABEL_0", "LABEL_1", "LABEL_2"}
+    said = []
+    metrics = predictor.evaluate([write_csv(tmp_path / "a.csv", sentences(20))], say=said.append)
+    assert said == ["the model has no names of its labels: they are taken in the order bird, cat, dog"]
+    assert set(metrics["scores"]["per_class"]) == {"bird", "cat", "dog"}
+    with pytest.raises(ValueError, match="a.csv has 4 labels, the model 3 without names"):
+        predictor.evaluate([write_csv(tmp_path / "a.csv", [*sentences(20), ("x", "cow")])])
+
+
+@pytest.mark.parametrize(
+    ("texts", "error"),
+    [([7], "item 1 is '7': expected a text"), (["a", ("b", "c", "d")], "item 2 is"), ([[]], "item 1 is")],
+)
+def test_what_is_no_text(texts, error, tuned):
+    with pytest.raises(ValueError, match=error):
+        load(tuned).predict(texts)
+
+
+def test_directories_without_a_trained_head(encoder, tmp_path):
+    with pytest.raises(ValueError, match="is a BertForMaskedLM, without the head of a task: use fastbert finetune"):
+        load(encoder)
+    with pytest.raises(FileNotFoundError, match="no model in"):
+        load(tmp_path)
+    place = directory_with_a_head(encoder, tmp_path / "a", None, num_labels=3)
+    tensors = {"bert.x": torch.zeros(1)}
+    from safetensors.torch import load_file, save_file
+
+    tensors = {k: v for k, v in load_file(place / "model.safetensors").items() if not k.startswith("classifier")}
+    save_file(tensors, place / "model.safetensors")
+    with pytest.raises(ValueError, match="has no classifier.weight: its head for classify is not trained"):
+        load(place)
+
+
+def test_a_faulty_row_ends_a_prediction_before_any_work(tuned, tmp_path):
+    path = write_jsonl(tmp_path / "in.jsonl", [{"text": "a"}, {"text": None}])
+    result = call("predict", "--model", tuned, "--input", path, "--output", tmp_path / "out.jsonl")
+    assert result.exit_code == 2 and "in.jsonl line 2: 'text' is 'None'" in result.stderr, result.output
+    assert not (tmp_path / "out.jsonl").exists() and not (tmp_path / "out.jsonl.tmp").exists()
+
+
+def test_an_untuned_temperature(tuned):
+    with pytest.raises(ValueError, match="the model has no temperature"):
+        load(tuned).predict(["a"], calibrated=True)
+
+
+def test_a_token_classifier_is_not_taken_for_a_classifier(encoder, tmp_path):
+    with pytest.warns(UserWarning):
+        TokenClassifier.from_pretrained(encoder, num_labels=3).save_pretrained(tmp_path)
+    save_tokenizer(load_tokenizer(encoder), tmp_path)
+    assert load(tmp_path).spec.task == "tag"
