@@ -94,6 +94,11 @@ class Spec:
             folded.setdefault(name.casefold(), []).append(name)
         return {key: names[0] for key, names in folded.items() if len(names) == 1}
 
+    def alike(self) -> list[str]:
+        """The labels that differ from another in case alone."""
+        folded = [name.casefold() for name in self.labels]
+        return [name for name, one in zip(self.labels, folded) if folded.count(one) > 1] if len(folded) < 1000 else []
+
     def known(self, name: str) -> str | None:
         """The label called `name`, upper and lower case being the same where no two labels differ in it alone."""
         return name if name in self.index else self._folded.get(name.casefold())

@@ -34,16 +34,13 @@ from ..files import lock, sha256, write
 from ..model import families, hf_files, presets
 from ..tasks import results, table
 from ..tasks.examples import Pieces, Spec, predictions, read_files
-from ..tasks.predictor import flat_figures
+from ..tasks.predictor import flat_figures, usual_length
 from . import card, checkpoint, finetune_card, optim, processes
 from .example_batches import ExampleBatches, encoded, held_out
 from .log import Log
 from .loop import Progress, Run, accumulate, forward, length
 from .options import command_line, flag, option, tidy
 from .task_model import model_for
-
-# tokens of a window, unless --max-seq-length or the model says less
-MAX_LENGTH = 512
 
 
 @dataclass(frozen=True)
@@ -200,6 +197,8 @@ def finetune(config: FinetuneConfig) -> dict:
             shown = ", ".join(map(repr, rare[:5])) + (", ..." if len(rare) > 5 else "")
             log.say(f"{len(rare)} labels have too few examples to hold one out: {shown}")
         log.say(f"{len(train):,} examples to train on, {len(evaluation):,} held out")
+        if alike := spec.alike():
+            log.say(f"labels that differ in case alone are different labels: {', '.join(map(repr, alike))}")
         metric = _metric(config, task, spec)
         kind, fields = task.head(spec)
         pieces = Pieces(tokenizer, spec)
@@ -427,7 +426,7 @@ def _spec(config, name, encoder_config):
                           ("group", config.group_column)):  # fmt: skip
         if value:
             columns[column] = value
-    max_length = config.max_seq_length or min(encoder_config.max_length, MAX_LENGTH)
+    max_length = config.max_seq_length or usual_length(config.tokenizer or config.model, encoder_config)
     stride = max_length // 4 if config.stride is None else config.stride
     return Spec(name, None, columns, max_length, stride, config.truncate, config.metric)
 

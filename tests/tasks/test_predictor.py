@@ -165,7 +165,53 @@ def test_a_faulty_row_ends_a_prediction_before_any_work(tuned, tmp_path):
     path = write_jsonl(tmp_path / "in.jsonl", [{"text": "a"}, {"text": None}])
     result = call("predict", "--model", tuned, "--input", path, "--output", tmp_path / "out.jsonl")
     assert result.exit_code == 2 and "in.jsonl line 2: 'text' is 'None'" in result.stderr, result.output
-    assert not (tmp_path / "out.jsonl").exists() and not (tmp_path / "out.jsonl.tmp").exists()
+    assert not [*tmp_path.glob("out.jsonl*")]
+
+
+def test_an_interrupted_prediction_goes_on(tuned, tmp_path, monkeypatch):
+    rows = [{"text": text} for text in TEXTS]
+    path, output = write_jsonl(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    monkeypatch.setattr(shared, "CHUNK", 8)
+    load(tuned).predict_file(path, tmp_path / "whole.jsonl")
+    real, calls = shared.batch_of, []
+
+    def interrupted(windows, *more):
+        calls.append(len(windows))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(windows, *more)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(shared, "batch_of", interrupted)
+        load(tuned).predict_file(path, output)
+    partial = tmp_path / "out.jsonl.partial"
+    done = partial.read_bytes()
+    assert done.count(b"\n") == 16 and not output.exists()
+    # as if it had been killed in the middle of a line
+    partial.write_bytes(done + b'{"label": "c')
+    assert load(tuned).predict_file(path, output) == len(TEXTS)
+    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and not [*tmp_path.glob("*.partial*")]
+
+
+def test_another_input_does_not_go_on(tuned, tmp_path):
+    path, output = write_jsonl(tmp_path / "in.jsonl", [{"text": "the cat"}]), tmp_path / "out.jsonl"
+    (tmp_path / "out.jsonl.partial").write_text('{"label": "old"}\n')
+    (tmp_path / "out.jsonl.partial.json").write_text("{}")
+    assert load(tuned).predict_file(path, output) == 1
+    assert "old" not in output.read_text()
+
+
+def test_the_length_is_the_least_of_three(tuned, encoder, tmp_path):
+    from fastbert.tasks.predictor import usual_length
+
+    config = load(tuned).model.config
+    assert (
+        usual_length(encoder, config) == 64
+        and usual_length(encoder, config.replace(max_position_embeddings=4096)) == 512
+    )
+    for limit, expected in ((32, 32), (10**30, 64), (1e30, 64), (None, 64)):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"model_max_length": limit}))
+        assert usual_length(tmp_path, config) == expected
 
 
 def test_an_untuned_temperature(tuned):
