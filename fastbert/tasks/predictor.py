@@ -162,8 +162,9 @@ def load(
     if label_column:
         spec.columns = spec.columns | {"label": label_column}
     kind, _ = table.task(spec.task).head(spec)
-    names = hf_files.hf_names([name for name in kind(config.replace(num_hidden_layers=1)).state_dict()
-                               if name.startswith("classifier.")], config, kind.__name__)  # fmt: skip
+    with torch.device("meta"):
+        head = [name for name in kind(config).state_dict() if name.startswith("classifier.")]
+    names = hf_files.hf_names(head, config, kind.__name__)
     stored = hf_files.from_hf_names(hf_files.stored_tensors(directory, False), config)
     if lacking := [name for name in names.values() if name not in stored]:
         raise ValueError(
@@ -214,8 +215,9 @@ def usual_length(directory, config):
     path = Path(directory) / "tokenizer_config.json"
     limit = files.read_json(path).get("model_max_length") if path.is_file() else None
     # transformers writes 1e30 for no limit
-    limits = [config.max_length, MAX_LENGTH, *([int(limit)] if isinstance(limit, int | float) and limit >= 8 else [])]
-    return min(limits)
+    return int(
+        min(config.max_length, MAX_LENGTH, limit if isinstance(limit, int | float) and limit >= 8 else MAX_LENGTH)
+    )
 
 
 def shown(prediction):

@@ -207,7 +207,8 @@ def finetune(config: FinetuneConfig) -> dict:
             log.say(cut)
         loader = ExampleBatches(
             windows, batch_size=config.batch_size, tokens_per_batch=config.tokens_per_batch, seed=config.seed,
-            class_weights=_class_weights(config, task, spec, windows), rank=rank, world_size=world_size,
+            class_weights=_class_weights(config, task, spec, windows),
+            token_types=encoder_config.type_vocab_size, rank=rank, world_size=world_size,
         )  # fmt: skip
         fingerprint = hashlib.sha256(json.dumps([sha256(file) for file in (*train_files, *eval_files)]).encode())
         if state and state["data"] != fingerprint.hexdigest():

@@ -175,11 +175,11 @@ def test_an_interrupted_prediction_goes_on(tuned, tmp_path, monkeypatch):
     load(tuned).predict_file(path, tmp_path / "whole.jsonl")
     real, calls = shared.batch_of, []
 
-    def interrupted(windows, *more):
+    def interrupted(windows, **more):
         calls.append(len(windows))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(windows, *more)
+        return real(windows, **more)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(shared, "batch_of", interrupted)
@@ -224,3 +224,26 @@ def test_a_token_classifier_is_not_taken_for_a_classifier(encoder, tmp_path):
         TokenClassifier.from_pretrained(encoder, num_labels=3).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="tag|no tokenizer"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["roberta", "modernbert"])
+def test_pairs_of_a_model_without_token_types(family, tmp_path, encoder):
+    """BERT's tokenizer gives a pair two token types; a model with none, or one, does not look at them."""
+    from fastbert import FinetuneConfig, finetune
+    from fastbert.model.heads import MaskedLM
+    from fastbert.model.presets import preset
+
+    small = {"vocab_size": 140, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "intermediate_size": 64, "max_position_embeddings": 64, "pad_token_id": 0}  # fmt: skip
+    config = preset("roberta-base") if family == "roberta" else preset("modernbert-base")
+    per_layer = {name: value[:2] for name in ("windows", "rope_thetas") if (value := getattr(config, name)) is not None}
+    MaskedLM(config.replace(**small, **per_layer)).save_pretrained(tmp_path / "model")
+    rows = [(text, "in the year", label) for text, label in sentences(30)]
+    path = write_csv(tmp_path / "train.csv", rows, ("sentence1", "sentence2", "label"))
+    finetune(FinetuneConfig(train_file=path, model=tmp_path / "model", tokenizer=encoder, max_steps=2, eval_share=0,
+                            output_dir=tmp_path / "run"))  # fmt: skip
+    first, other = load(tmp_path / "run"), load(tmp_path / "run")
+    wanted = first.predict([row[:2] for row in rows])
+    other.tokens_per_batch = 16
+    for one, two in zip(wanted, other.predict([row[:2] for row in rows])):
+        assert one["probabilities"] == pytest.approx(two["probabilities"], abs=1e-5)
