@@ -94,6 +94,7 @@ class Predictor:
         A model without names of its labels, such as LABEL_0, takes the files' in sorted order. say: is told of it, and
         of rows that were left out. Raises ValueError for labels that the model does not know.
         """
+        table.check_libraries()
         paths, spec = [str(path) for path in paths], self.spec
         if spec.settings.get("unnamed") and spec.labels:
             spec = dataclasses.replace(spec, labels=None)

@@ -180,6 +180,8 @@ def finetune(config: FinetuneConfig) -> dict:
             log.say(f"--task auto: {train_files[0]} is read as {name}")
         spec = _spec(config, name, encoder_config)
         train, notes = read_files(task, train_files, spec)
+        if eval_files or config.eval_share:
+            table.check_libraries()
         evaluation, eval_notes = read_files(task, eval_files, spec) if eval_files else ([], [])
         for note in (*notes, *eval_notes):
             if said := note.said():
@@ -328,6 +330,7 @@ def finetune_with_seeds(config):
         for path in sorted((output_dir / f"seed-{best}").iterdir()):
             if path.is_file() and not path.name.startswith("."):
                 write(output_dir / path.name, path.read_bytes())
+        finetune_card.add_seeds(output_dir, metric, metrics["seeds"])
         results.write_metrics(output_dir, {name: value for name, value in metrics.items() if name != "signal"})
     return metrics
 

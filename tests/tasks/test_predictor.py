@@ -1,5 +1,6 @@
 """Predictions come in the order of the file, whatever the batches; other authors' directories; the command line."""
 
+import importlib.util
 import json
 
 import numpy as np
@@ -224,6 +225,25 @@ def test_a_token_classifier_is_not_taken_for_a_classifier(encoder, tmp_path):
         TokenClassifier.from_pretrained(encoder, num_labels=3).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="tag|no tokenizer"):
         load(tmp_path)
+
+
+def test_several_files_have_scores_of_their_own(tuned, tmp_path):
+    files = [write_csv(tmp_path / f"{seed}.csv", sentences(12 + seed, seed)) for seed in (1, 2)]
+    both = load(tuned).evaluate(files)
+    alone = [load(tuned).evaluate([path])["scores"]["accuracy"] for path in files]
+    assert [one["accuracy"] for one in both["by_file"].values()] == alone
+    assert both["scores"]["accuracy"] == pytest.approx((13 * alone[0] + 14 * alone[1]) / 27)
+
+
+def test_scores_need_their_libraries(tuned, tmp_path, monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "sklearn" else real(name, *more)
+    )
+    path = write_csv(tmp_path / "a.csv", sentences(12))
+    with pytest.raises(ValueError, match="scores need scikit-learn and scipy"):
+        load(tuned).evaluate([path])
+    assert len(load(tuned).predict(["a"])) == 1
 
 
 @pytest.mark.parametrize("family", ["roberta", "modernbert"])

@@ -354,5 +354,7 @@ def test_several_seeds_share_the_split_and_the_best_is_on_top(options):
     ]
     assert lines[0] == lines[1]
     assert json.loads((directory / "metrics.json").read_text()) | {"signal": None} == metrics
+    card = (directory / "README.md").read_text()
+    assert f"| {best} | {scores[best]:.4f} |" in card and f"| mean | {metrics['seeds']['mean']:.4f} |" in card
     # finished runs go on to the same end
     assert run(options, seeds=2, seed=3, metric="log_loss", max_steps=4, resume=True)["seeds"] == metrics["seeds"]
