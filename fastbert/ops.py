@@ -121,7 +121,9 @@ def prepare(
     """
     weight = parts.query.weight
     is_chosen = weight.device.type == "cpu" and IMPL in ("auto", "cpu") and not torch.is_grad_enabled()
-    if not is_chosen or torch.compiler.is_compiling() or is_transformed() or _autocasts(weight):
+    if not is_chosen or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None
+    if is_transformed() or _autocasts(weight):
         return None
     return inference.prepare(module, parts, heads, scale, approximate)
 

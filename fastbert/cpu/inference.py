@@ -53,10 +53,12 @@ class _Linear:
         (M, K), N = x.shape, len(self.weight)
         kind = "packed" if gelu is None else "packed-gelu"
         if M * K * N >= LEAST and torch.backends.mkldnn.enabled and prefers_onednn(kind, (M, K, N), candidates):
-            if self.packed is None:
-                self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), M)
+            # another thread may be here, too
+            packed = self.packed
+            if packed is None:
+                packed = self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), M)
             activation, form = ("none", "") if gelu is None else ("gelu", gelu)
-            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, activation, [], form)
+            return torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, activation, [], form)
         y = torch.addmm(self.bias, x, self.weight.t())
         return y if gelu is None else F.gelu(y, approximate=gelu)
 
@@ -75,9 +77,9 @@ class Layer:
         self.stamp = None
 
     def holds(self, parts):
-        """Whether these are still the modules, with the same parameters."""
+        """Whether these are still the modules, with the same parameters, in float32."""
         return parts == self.parts and all(
-            part.weight is weight and part.bias is bias
+            part.weight is weight and part.bias is bias and weight.dtype == bias.dtype == torch.float32
             for part, weight, bias in zip(parts, self.parameters[::2], self.parameters[1::2])
         )
 

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -128,6 +129,28 @@ def test_a_module_with_a_hook_is_called(name, model, batch):
         hook.remove()
         model.encoder(batch)
     assert seen == [1]
+
+
+def test_another_dtype_after_a_call(model, batch):
+    check(model, batch)
+    with torch.no_grad():
+        assert model.bfloat16().encoder(batch).dtype == torch.bfloat16
+        assert model.double().encoder(batch).dtype == torch.float64
+    check(model.float(), batch)
+
+
+def test_threads_share_a_layer(library, model, batch):
+    with torch.no_grad():
+        expected = model.encoder(batch)
+    inference._PREPARED.clear()
+
+    def run(_):
+        with torch.inference_mode():
+            return model.encoder(batch)
+
+    with ThreadPoolExecutor(4) as pool:
+        for got in pool.map(run, range(16)):
+            torch.testing.assert_close(got, expected)
 
 
 def test_what_it_cannot_run(model, batch):
