@@ -12,8 +12,8 @@ The sweeps (fill, length, batch, picked, families, sentences) write models.json,
 README.md says what each of them measures, and what all of them hold to.
 
 `step` writes training_step.json. On a CPU: 8 sequences of at most 128 tokens, fp32, without dropout. There fastbert's
-products go through oneDNN and torch's through MKL, which uses at most AVX2 on processors that are not Intel's: a
-further row runs fastbert on MKL. Peak memory is that of one process per library. On a GPU: 65,536 tokens of padding and
+products go to whichever of oneDNN and MKL is faster, as `fastbert doctor` shows it, and torch's to MKL: a further row
+runs fastbert on MKL alone. Peak memory is that of one process per library. On a GPU: 65,536 tokens of padding and
 text, bf16 autocast, dropout 0.1; --own writes own_step.json, with the time of each kernel.
 
 `families` writes families.json: base sizes with 4 layers, fp32, 8 sequences as above; a training step without the
