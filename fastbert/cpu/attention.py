@@ -20,7 +20,7 @@ from .. import reference
 from .autograd import derivatives, in_memory, runs_by_autograd
 from .dropout import attention_keep_mask
 from .groups import in_groups, uniform
-from .libraries import LEAST
+from .libraries import LEAST, prefers_onednn
 from .matmul import bmm
 
 # scores at a time per thread: 1 MiB of float32
@@ -36,7 +36,8 @@ def attention(
     options = dict(scale=scale, dropout_p=dropout_p, seed=seed, offset=offset)
     if cu_seqlens_q is None and window is None:
         is_uniform = dropout_p == 0.0 and _is_uniform(starts, len(q))
-        if _runs_in_cache(q, starts) and not (is_uniform and starts[1] ** 2 * q.shape[-1] < LEAST):
+        is_short = is_uniform and starts[1] ** 2 * q.shape[-1] < LEAST
+        if not is_short and _runs_in_cache(q, starts, has_dropout=dropout_p > 0.0):
             return in_cache(q, k, v, starts, **options)
         if is_uniform:
             return uniform(q, k, v, len(starts) - 1, scale)
@@ -47,13 +48,47 @@ def attention(
 def biased_attention(q, k, v, bias, cu_seqlens, max_seqlen, *, scale=None, dropout_p=0.0, seed=None, offset=0):
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     starts = tuple(cu_seqlens.tolist())
-    run = in_cache if _runs_in_cache(q, starts) else in_groups
+    run = in_cache if _runs_in_cache(q, starts, has_bias=True, has_dropout=dropout_p > 0.0) else in_groups
     return run(q, k, v, starts, bias=bias, scale=scale, dropout_p=dropout_p, seed=seed, offset=offset)
 
 
-def _runs_in_cache(q, starts):
+def _runs_in_cache(q, starts, has_bias=False, has_dropout=False):
+    """Whether long sequences are faster in cache than in groups, where torch's fused attention may run."""
     # shorter sequences are faster in padded groups, because each library call has an overhead
-    return starts[-1] >= 64 * (len(starts) - 1) > 0 and q.dtype in (torch.float32, torch.float64) and in_memory(q)
+    if not starts[-1] >= 64 * (len(starts) - 1) > 0 or not in_memory(q):
+        return False
+    if q.dtype != torch.float32:
+        return q.dtype == torch.float64
+    kind = "attention" + "-bias" * has_bias + "-dropout" * has_dropout + "-backward" * _wants_gradients(q)
+    length = starts[-1] // (len(starts) - 1)
+    return prefers_onednn(kind, (min(q.shape[-2], 4), length, length, q.shape[-1]), _candidates)
+
+
+def _wants_gradients(*tensors):
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _candidates(kind, sizes):
+    """Attention of one sequence in cache, and in a group, as functions; for `prefers_onednn`."""
+    H, S, _, K = sizes
+    q, options = torch.ones(S, 3, H, K, requires_grad=True), dict(scale=K**-0.5)
+    if "-bias" in kind:
+        options["bias"] = torch.zeros(2 * S, H)
+    if "-dropout" in kind:
+        options |= dict(dropout_p=0.1, seed=torch.zeros(1, dtype=torch.int64))
+
+    def call(run):
+        def forward():
+            return run(q, None, None, (0, S), **options)
+
+        def both():
+            with torch.enable_grad():
+                out = forward()
+            torch.autograd.grad(out, q, out.detach())
+
+        return both if kind.endswith("-backward") else forward
+
+    return call(in_cache), call(in_groups)
 
 
 @functools.lru_cache(maxsize=4)
@@ -70,7 +105,7 @@ def in_cache(q, k, v, starts, *, bias=None, scale, dropout_p=0.0, seed=None, off
     [2 * span, H] or None: see `reference.biased_attention`. Returns [T, H, K].
     """
     inputs, options = (q, k, v, bias), (starts, scale, dropout_p, seed, offset)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+    if _wants_gradients(*inputs):
         return InCacheFunction.apply(*inputs, options)
     return _forward(*inputs, *options)
 
