@@ -37,7 +37,8 @@ def attention(
     if cu_seqlens_q is None and window is None:
         is_uniform = dropout_p == 0.0 and _is_uniform(starts, len(q))
         is_short = is_uniform and starts[1] ** 2 * q.shape[-1] < LEAST
-        if not is_short and _runs_in_cache(q, starts, has_dropout=dropout_p > 0.0):
+        kind = "attention-uniform" if is_uniform else "attention" + "-dropout" * (dropout_p > 0.0)
+        if not is_short and _runs_in_cache(kind, q, starts):
             return in_cache(q, k, v, starts, **options)
         if is_uniform:
             return uniform(q, k, v, len(starts) - 1, scale)
@@ -48,18 +49,20 @@ def attention(
 def biased_attention(q, k, v, bias, cu_seqlens, max_seqlen, *, scale=None, dropout_p=0.0, seed=None, offset=0):
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     starts = tuple(cu_seqlens.tolist())
-    run = in_cache if _runs_in_cache(q, starts, has_bias=True, has_dropout=dropout_p > 0.0) else in_groups
+    kind = "attention-bias" + "-dropout" * (dropout_p > 0.0)
+    run = in_cache if _runs_in_cache(kind, q, starts) else in_groups
     return run(q, k, v, starts, bias=bias, scale=scale, dropout_p=dropout_p, seed=seed, offset=offset)
 
 
-def _runs_in_cache(q, starts, has_bias=False, has_dropout=False):
-    """Whether long sequences are faster in cache than in groups, where torch's fused attention may run."""
+def _runs_in_cache(kind, q, starts):
+    """Whether long sequences are faster in cache than in groups, where torch's fused attention may run. kind: see
+    `_candidates`."""
     # shorter sequences are faster in padded groups, because each library call has an overhead
     if not starts[-1] >= 64 * (len(starts) - 1) > 0 or not in_memory(q):
         return False
     if q.dtype != torch.float32:
         return q.dtype == torch.float64
-    kind = "attention" + "-bias" * has_bias + "-dropout" * has_dropout + "-backward" * _wants_gradients(q)
+    kind += "-backward" * _wants_gradients(q)
     length = starts[-1] // (len(starts) - 1)
     return prefers_onednn(kind, (min(q.shape[-2], 4), length, length, q.shape[-1]), _candidates)
 
@@ -69,7 +72,10 @@ def _wants_gradients(*tensors):
 
 
 def _candidates(kind, sizes):
-    """Attention of one sequence in cache, and in a group, as functions; for `prefers_onednn`."""
+    """Attention of one sequence in cache and in a group, as functions; for `prefers_onednn`.
+
+    kind: "attention", with what is in the call: -bias, -dropout, -backward, -uniform where all have one length.
+    """
     H, S, _, K = sizes
     q, options = torch.ones(S, 3, H, K, requires_grad=True), dict(scale=K**-0.5)
     if "-bias" in kind:
@@ -88,7 +94,10 @@ def _candidates(kind, sizes):
 
         return both if kind.endswith("-backward") else forward
 
-    return call(in_cache), call(in_groups)
+    def alike(q, k, v, starts, *, scale):
+        return uniform(q, k, v, 1, scale)
+
+    return call(in_cache), call(alike if "-uniform" in kind else in_groups)
 
 
 @functools.lru_cache(maxsize=4)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fastbert.cpu import libraries
+from fastbert.cpu import attention, libraries
 from fastbert.cpu.matmul import candidates
 
 SIZES = 100, 768, 768
@@ -127,3 +127,10 @@ def test_a_checkpoint_of_before_means_onednn(measured):
 def test_damaged_choices(choices):
     with pytest.raises(ValueError, match="products are .*expected"), libraries.restored(choices):
         pass
+
+
+@pytest.mark.parametrize("kind", ["", "-uniform", "-dropout", "-bias", "-bias-dropout"])
+@pytest.mark.parametrize("passes", ["", "-backward"])
+def test_candidates_for_attention_run(kind, passes):
+    (first, _), (second, _) = libraries._measure(*attention._candidates(f"attention{kind}{passes}", (2, 9, 9, 4)))
+    assert first > 0 and second > 0
