@@ -278,8 +278,8 @@ def draw(folder, results, history):
 
 # the folder of results that they come from
 FEATURED = RESULTS / "cpu-amd-epyc-2-cores"
-# and the demo, which was measured on another machine
-DEMO = RESULTS / "cpu-amd-epyc-family-25-model-1-2-cores"
+# and of another processor, without AVX-512: the demo, and how far the figures there differ
+OTHER = RESULTS / "cpu-amd-epyc-family-25-model-1-2-cores"
 
 
 def _of(file, say, folder=FEATURED):
@@ -304,7 +304,9 @@ FIGURES = {
     "families_about": _of("families", _about),
     "sentences": _of("families", tables.sentences_line),
     "single": _of("families", tables.single_line),
-    "demo": _of("demo", tables.demo_line, DEMO),
+    "demo": _of("demo", tables.demo_line, OTHER),
+    "training_step_elsewhere": _of("training_step", tables.span_line, OTHER),
+    "families_elsewhere": _of("families", tables.span_line, OTHER),
     "models": _of("models", tables.models_summary),
     "models_span": _of("models", tables.span_line),
     "models_about": _of("models", _about),
@@ -328,7 +330,7 @@ def with_figures(text):
         return match[1] + FIGURES[match[2]]() + match[4]
 
     text = re.sub(r"(?<=\(benchmarks/results/)cpu-[^/)]+(?=[/)])(?!/demo\.png)", FEATURED.name, BLOCK.sub(filled, text))
-    return re.sub(r"(?<=\(benchmarks/results/)cpu-[^/)]+(?=/demo\.png)", DEMO.name, text)
+    return re.sub(r"(?<=\(benchmarks/results/)cpu-[^/)]+(?=/demo\.png)", OTHER.name, text)
 
 
 def main(arguments=None):
