@@ -18,7 +18,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 # Letters of one call of the tokenizer, whose result is up to 250 times as large as the text, and of what is read ahead
 # of the threads. These and the number of threads bound the memory. A text takes as much as so many letters more.
 CALL, AHEAD, MAX_THREADS, PER_TEXT = 1 << 14, 1 << 22, 16, 64
-# where a long sentence may be cut, if the ids allow it: at blanks, else between two ideographs or at a mark
+# where a long sentence may be cut, if a token ends there: at blanks, else between two ideographs or at a mark
 _GAPS = [
     re.compile(rf"(?<=[^{BLANKS}])[{BLANKS}]+(?=[^{BLANKS}])"),
     re.compile(rf"(?<=[{IDEOGRAPHS}])(?=[{IDEOGRAPHS}])|\b(?=\S)(?<=\S)"),
