@@ -269,7 +269,11 @@ def prepare(files, tokenizer, output_dir, text_column, layout, num_workers, veri
     """
     from .data import shards
     from .data.tokenizer import load_tokenizer
+    from .files import unused
 
+    # not in a folder of a live run
+    with unused(Path(output_dir).absolute().parent):
+        pass
     manifest = shards.prepare(
         files, load_tokenizer(tokenizer), output_dir,
         text_column=text_column, layout=layout, num_workers=num_workers, verify=verify,

@@ -60,8 +60,7 @@ def unused(directory):
 def write(path, data):
     """Replace the content of `path` by text, bytes or a list of buffers.
 
-    A crash leaves either the old content or the new.
-    Raises a one-line OSError if the file cannot be written.
+    A crash leaves either the old content or the new. Raises a one-line OSError if the file cannot be written.
     """
     path = Path(path)
     building = path.with_name(path.name + ".tmp")

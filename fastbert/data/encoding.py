@@ -18,7 +18,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 # Letters of one call of the tokenizer, whose result is up to 250 times as large as the text, and of what is read ahead
 # of the threads. These and the number of threads bound the memory. A text takes as much as so many letters more.
 CALL, AHEAD, MAX_THREADS, PER_TEXT = 1 << 14, 1 << 22, 16, 64
-# where a long sentence may be cut, if the ids allow it: at blanks, else between two ideographs or at a mark
+# where a long sentence may be cut, if a token ends there: at blanks, else between two ideographs or at a mark
 _GAPS = [
     re.compile(rf"(?<=[^{BLANKS}])[{BLANKS}]+(?=[^{BLANKS}])"),
     re.compile(rf"(?<=[{IDEOGRAPHS}])(?=[{IDEOGRAPHS}])|\b(?=\S)(?<=\S)"),
@@ -63,7 +63,7 @@ class _Encoder:
         self.large = threading.Lock()
 
     def calls(self, units):
-        """What to tokenise: (texts of about CALL letters, None, or with the last texts of a unit its structure).
+        """What to tokenise: (`_parts` of about CALL letters, None, or with the last of a unit its structure).
 
         units: (a list of documents, each a list of lines; whether to skip it). Its structure: sentences per document,
         texts per sentence; () if it is skipped.
@@ -78,11 +78,11 @@ class _Encoder:
                 before = len(parts)
                 for sentence in itertools.chain.from_iterable(map(_sentences, document)):
                     parts.append(0)
-                    for text in self._parts(sentence):
+                    for text, known in self._parts(sentence):
                         if size >= CALL:
                             yield texts, None
                             texts, size = [], 0
-                        texts.append(text)
+                        texts.append((text, known))
                         size += len(text) + PER_TEXT
                         parts[-1] += 1
                 sentences.append(len(parts) - before)
@@ -90,14 +90,16 @@ class _Encoder:
 
     @staticmethod
     def letters(call):
-        return sum(map(len, call[0])) + PER_TEXT * len(call[0])
+        return sum(len(text) + PER_TEXT for text, _ in call[0])
 
     def __call__(self, call):
         """(tokens of the texts, the number of each text's, the unit's structure)."""
-        texts, structure = call
+        parts, structure = call
+        texts = [text for text, _ in parts]
         # texts that could not be cut are large: one after the other
         with self.large if self.letters(call) > 4 * CALL else contextlib.nullcontext():
             ids = [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        ids = [own[known:] for own, (_, known) in zip(ids, parts, strict=True)]
         counts = list(map(len, ids))
         return np.fromiter(itertools.chain.from_iterable(ids), self.dtype, sum(counts)), counts, structure
 
@@ -105,30 +107,35 @@ class _Encoder:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def _parts(self, sentence):
-        """Parts of about CALL letters of a sentence, whose ids together are those of the whole."""
-        start, size = 0, CALL
+        """Parts of about CALL letters of a sentence: (text, number of its first ids that the part before has).
+
+        Each begins with the end of the one before, so that the tokenizer sees what the part stands behind.
+        """
+        start = begin = known = 0
+        size = CALL
         while len(sentence) - start > size:
             cut = self._cut(sentence, start, start + size)
             if cut is None:
                 # there was no such place: look further
                 size *= 2
                 continue
-            yield sentence[start : cut[0]]
-            start, size = cut[1], CALL
-        yield sentence[start:]
+            yield sentence[begin : cut[0]], known
+            start, begin, known = cut
+            size = CALL
+        yield sentence[begin:], known
 
     def _cut(self, sentence, start, end):
-        """(end of one part, start of the next), near `end` and before it; None if the ids allow none."""
+        """Where a part ends, near `end` and before it: (place, where the next begins, number of ids between the two).
+
+        None if no token ends there.
+        """
         for gaps in _GAPS:
             for gap in itertools.islice(reversed([*gaps.finditer(sentence, max(end - 4096, start + 1), end)]), 32):
                 # a hundred letters on each side tell what a tokenizer joins
-                left, right = sentence[max(gap.start() - 99, start) : gap.start()], sentence[gap.end() : gap.end() + 99]
-                whole, ids = self._ids(left + gap[0] + right), self._ids(left)
-                # most tokenizers see a blank as part of the word after it; some think of one themselves
-                if whole == ids + self._ids(gap[0] + right):
-                    return gap.start(), gap.start()
-                if whole == ids + self._ids(right):
-                    return gap.start(), gap.end()
+                begin = max(gap.start() - 99, start)
+                ids = self._ids(sentence[begin : gap.start()])
+                if self._ids(sentence[begin : gap.end() + 99])[: len(ids)] == ids:
+                    return gap.start(), begin, len(ids)
         return None
 
 

@@ -40,7 +40,7 @@ from ..data.tokenizer import (
     train_wordpiece,
     vocabulary_size,
 )
-from ..files import lock
+from ..files import lock, unused
 from ..model import families, hf_files, presets
 from ..model.heads import MaskedLM, Pretraining
 from ..model.replaced_tokens import EMBEDDING_SHARING, GENERATOR, ReplacedTokenPretraining
@@ -161,6 +161,10 @@ def pretrain(config: PretrainConfig) -> dict:
     output_dir = Path(config.output_dir)
     device = processes.device_of(config.device)
     model_config = _model_config(config)
+    if rank == 0:
+        # not in a folder of a live run
+        with unused(output_dir.absolute().parent):
+            pass
     sources = [
         _source(config.train_file, config, output_dir / "data", rank),
         _source(config.eval_file, config, output_dir / "data-eval", rank),

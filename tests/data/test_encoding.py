@@ -61,7 +61,7 @@ def test_the_ids_of_a_long_sentence_are_those_of_the_whole(kind, text, monkeypat
         tokens[a:b].tolist() for a, b in itertools.pairwise(itertools.accumulate(sentences, initial=0))
     ]
     assert of_document.tolist() == [1, 3]
-    assert len(calls) > 5 or text == "ideographs"
+    assert len(calls) > 5
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -103,7 +103,7 @@ def test_large_texts_are_tokenised_one_after_the_other(tmp_path, monkeypatch):
     # a word without a place to cut it
     for text, expected in (("w" * 1000, [1]), ("ba", [2, 3, 4])):
         most = 0
-        assert len(list(ordered_map(encoder, [([text], None)] * 30, 4, ahead=30))) == 30
+        assert len(list(ordered_map(encoder, [([(text, 0)], None)] * 30, 4, ahead=30))) == 30
         assert most in expected
 
 

@@ -110,12 +110,15 @@ def test_nothing_is_written_into_the_directory_of_a_live_run(run, tmp_path):
         ["convert", str(tmp_path / "run"), str(directory)],
         ["prepare", "--train-file", text, "--tokenizer", str(tokenizer), "--output-dir", str(directory)],
     ]
-    for command in commands:
-        with lock(directory):
-            done = CliRunner().invoke(main, command)
-        assert done.exit_code == 2, done.output
-        assert done.output.strip().splitlines()[-1].startswith(f"fastbert: error: {directory} is in use by a live run")
-        assert {path.name for path in directory.iterdir()} <= {".lock"}
+    training = ["pretrain", "--train-file", text, "--model", "bert-tiny", "--output-dir", str(directory)]
+    for command in (*commands, training):
+        for folder in ("", "/checkpoint-2"):
+            with lock(directory):
+                done = CliRunner().invoke(main, [*command[:-1], command[-1] + folder])
+            assert done.exit_code == 2, done.output
+            last = done.output.strip().splitlines()[-1]
+            assert last.startswith(f"fastbert: error: {directory} is in use by a live run")
+            assert {path.name for path in directory.iterdir()} <= {".lock"}
     for number, command in enumerate(commands):
         free = [argument.replace(str(directory), f"{directory}{number}") for argument in command]
         assert CliRunner().invoke(main, free).exit_code == 0
