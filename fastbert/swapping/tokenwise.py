@@ -59,14 +59,15 @@ def full_name(cls):
 
 
 def overrides(cls, base):
-    """Whether a class derived from `base` may compute something else: it overrides what `base` itself defines, or a
-    method of `base` was replaced for all its modules."""
+    """Whether a class derived from `base` may compute something else: it overrides what the methods of `base` itself
+    are or use, or one of them was replaced for all its modules."""
     methods = _methods(base)
     if "replaces" not in vars(base) and any(f.__module__ != base.__module__ for f in methods.values()):
         return True
     between = itertools.takewhile(lambda c: c is not base, cls.__mro__)
     names = {name for c in between if not c.__module__.startswith(_DERIVING) for name in vars(c)}
-    return not names.isdisjoint({"forward", "__call__", *methods})
+    used = {name for f in methods.values() for name in inspect.unwrap(f).__code__.co_names}
+    return not names.isdisjoint({"forward", "__call__", *methods, *used})
 
 
 def _methods(cls):
