@@ -24,6 +24,7 @@ _MODULES = {
     "Batch": "packing",
     "EncoderConfig": "model.config",
     "Encoder": "model.encoder",
+    "FinetuneConfig": "training.finetune",
     "MaskedLM": "model.heads",
     "MultipleChoice": "model.heads",
     "PretrainConfig": "training.pretrain",
@@ -35,6 +36,8 @@ _MODULES = {
     "SequenceClassifier": "model.heads",
     "SwapReport": "swapping.mechanism",
     "TokenClassifier": "model.heads",
+    "finetune": "training.finetune",
+    "load": "tasks.predictor",
     "pack": "packing",
     "preset": "model.presets",
     "swap": "swapping.mechanism",
@@ -66,6 +69,9 @@ if TYPE_CHECKING:
     from .swapping.mechanism import swap as swap
     from .swapping.mechanism import swapped as swapped
     from .swapping.mechanism import unswap as unswap
+    from .tasks.predictor import load as load
+    from .training.finetune import FinetuneConfig as FinetuneConfig
+    from .training.finetune import finetune as finetune
     from .training.pretrain import PretrainConfig as PretrainConfig
 else:
 

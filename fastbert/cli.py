@@ -126,6 +126,12 @@ def _pretrain_config():
     return PretrainConfig
 
 
+def _finetune_config():
+    from .training.finetune import FinetuneConfig
+
+    return FinetuneConfig
+
+
 # --max_steps and --max-steps are the same
 @click.group(
     cls=Main, context_settings={"token_normalize_func": lambda name: name.replace("_", "-"), "max_content_width": 120}
@@ -134,8 +140,9 @@ def _pretrain_config():
 def main():
     """Train and run BERT-family encoders on fused Triton kernels.
 
-    Pretrain a model from raw text, convert a checkpoint, fill in masked words, inspect the kernels, benchmark them. To
-    speed up a model that you already have, call fastbert.swap(model) from Python.
+    Pretrain a model from raw text, fine-tune one on a task and predict with it, convert a checkpoint, fill in masked
+    words, inspect the kernels, benchmark them. To speed up a model that you already have, call fastbert.swap(model)
+    from Python.
     """
 
 
@@ -153,6 +160,67 @@ def pretrain(**options):
     result = script.pretrain(script.PretrainConfig(**given))
     if result["signal"]:
         sys.exit(128 + result["signal"])
+
+
+@main.command(cls=ScriptCommand, options=_finetune_config)
+@click.option("--config", "config_file", metavar="FILE", help="YAML or JSON file of options; the command line wins.")
+def finetune(**options):
+    """Fine-tune a model on a task, from a table of labelled examples.
+
+    Writes a model that transformers can load, its scores, its predictions on held-out examples, its mistakes and a
+    model card to --output-dir. Ctrl-C saves a checkpoint, and --resume continues from it.
+    """
+    from .training import finetune as script
+
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    result = script.finetune(script.FinetuneConfig(**given))
+    if result["signal"]:
+        sys.exit(128 + result["signal"])
+
+
+@main.command(cls=Command)
+@click.option("--model", required=True, help="Directory of a fine-tuned model, ours or of transformers.")
+@click.option("--input", "path", metavar="FILE", help="Table with the columns that the model was trained on.")
+@click.option("--output", metavar="FILE", help="File for the predictions, .jsonl, a line for each row.")
+@click.option("--text", "texts", multiple=True, help="Print the prediction for a text; for a pair, two texts.")
+@click.option("--text-column", "columns", multiple=True, help="Column of the text, or both of a pair.")
+@click.option("--calibrated", is_flag=True, help="Divide the logits by the temperature found in training.")
+@click.option("--device", help="cpu or cuda.  [default: a GPU if there is one]")
+def predict(model, path, output, texts, columns, calibrated, device):
+    """Predict with a fine-tuned model, for the rows of a file or for one text."""
+    import json
+
+    from .tasks.predictor import load
+
+    if bool(texts) == bool(path) or bool(path) != bool(output):
+        raise ValueError("expected either --text, or --input and --output")
+    predictor = load(model, device=device, text_columns=columns)
+    if texts:
+        item = texts[0] if len(texts) == 1 else texts
+        (found,) = predictor.predict([item], calibrated=calibrated)
+        click.echo(json.dumps(found, ensure_ascii=False))
+    else:
+        click.echo(f"{output}: {predictor.predict_file(path, output, calibrated=calibrated):,} predictions")
+
+
+@main.command(cls=Command)
+@click.option("--model", required=True, help="Directory of a fine-tuned model, ours or of transformers.")
+@click.option("--input", "paths", multiple=True, required=True, metavar="FILE", help="Labelled examples.")
+@click.option("--output-dir", metavar="DIR", help="Directory for metrics.json, predictions, mistakes and pictures.")
+@click.option("--text-column", "columns", multiple=True, help="Column of the text, or both of a pair.")
+@click.option("--label-column", help="Column of the label, labels or score.")
+@click.option("--calibrated", is_flag=True, help="Divide the logits by the temperature found in training.")
+@click.option("--device", help="cpu or cuda.  [default: a GPU if there is one]")
+def evaluate(model, paths, output_dir, columns, label_column, calibrated, device):
+    """Print the scores of a fine-tuned model on labelled examples, as JSON."""
+    import json
+
+    from .tasks.predictor import load
+
+    predictor = load(model, device=device, text_columns=columns, label_column=label_column)
+    say = lambda line: click.echo(line, err=True)  # noqa: E731
+    found = predictor.evaluate(paths, output_dir=output_dir, calibrated=calibrated, say=say)
+    click.echo(json.dumps(found, indent=2, ensure_ascii=False))
 
 
 @main.group()

@@ -114,6 +114,10 @@ class Batch:
     [T], the column of each token in its padded row, if there was padding between the tokens of a row. seed: int64 [1],
     the dropout seed of this step. draws: float64 [M] in [0, 1), from which a generator draws its token at each pick.
 
+    targets: labels of whole sequences, [B, ...], of the type that the head expects. weights: float32, of each loss that
+    has a target or label, as long as these; None: all 1. cu_examples: int32 [E + 1], where the sequences of each
+    example start among the B, where an example has several: windows of a long text, choices.
+
     A batch may be filled up to a fixed capacity: tokens past cu_seqlens[-1] belong to no sequence, sequences at the end
     may be empty (pair label -100), and unused picks point at the last row, which has no label.
     """
@@ -129,6 +133,9 @@ class Batch:
     columns: torch.Tensor | None = None
     seed: torch.Tensor | None = None
     draws: torch.Tensor | None = None
+    targets: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
+    cu_examples: torch.Tensor | None = None
 
     def _map(self, f):
         return dataclasses.replace(self, **{name: f(x) for name, x in vars(self).items() if torch.is_tensor(x)})
@@ -187,6 +194,14 @@ def pack(
 def unpack(packed: torch.Tensor, indices: torch.Tensor, B: int, S: int) -> torch.Tensor:
     """Packed rows [T, ...] back in a padded [B, S, ...]; places without a token are 0."""
     return Layout(None, S, indices=indices, shape=(B, S)).unpack(packed)
+
+
+def padded_groups(x: torch.Tensor, cu_seqlens: torch.Tensor, S: int) -> torch.Tensor:
+    """Rows [N, ...] of groups that begin at cu_seqlens, int32 [G + 1]: [G, S, ...], -inf where a group has ended."""
+    columns = torch.arange(S, device=x.device)
+    inside = columns < cu_seqlens.diff()[:, None]
+    rows = x[(cu_seqlens[:-1, None] + columns).where(inside, 0).long()]
+    return rows.masked_fill(~inside.view(*inside.shape, *[1] * (x.dim() - 1)), float("-inf"))
 
 
 def best_fit(lengths, capacity, *, max_sequences=None, look_ahead=1 << 14):

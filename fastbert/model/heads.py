@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import ops
-from ..packing import Batch, first_rows, pack_inputs
+from ..packing import Batch, first_rows, pack_inputs, padded_groups
 from . import hf_files
 from .config import EncoderConfig
 from .encoder import Encoder, initialize
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 class Loss:
     """A sum, not a mean: those of micro-batches and processes are added, then divided once by the global count.
 
-    sum: fp32. count, correct: int64, the number of predictions and of correct ones (None in regression). weight: of the
-    mean in `Output.loss`. more: other counts of the task, by name.
+    sum: fp32. count, correct: int64, the number of predictions and of correct ones (None in regression); with weights,
+    their sums. weight: of the mean in `Output.loss`. more: other counts of the task, by name.
     """
 
     sum: torch.Tensor
@@ -63,7 +63,8 @@ class Output:
         parts = []
         for name, loss in self.losses.items():
             count = counts[name]
-            count = count.clamp(min=1) if torch.is_tensor(count) else max(count, 1)
+            # a sum of weights may be below 1
+            count = (count + (count == 0)).to(loss.sum.dtype) if torch.is_tensor(count) else count or 1
             parts.append(loss.weight * loss.sum / count)
         return sum(parts[1:], parts[0])
 
@@ -73,6 +74,8 @@ class Model(nn.Module):
 
     # modules that are left out when a checkpoint lacks them
     OPTIONAL = ()
+    # share of a label's probability that training gives to all labels alike (Szegedy et al. 2016); set it on the model
+    label_smoothing = 0.0
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -122,8 +125,15 @@ class Model(nn.Module):
         return {}
 
 
-def number_of_labels(labels):
-    return 0 if labels is None else int((labels != -100).sum())
+def number_of_labels(labels, weights=None):
+    """The labels that are not -100, or the sum of their weights. A target of floats counts all its numbers."""
+    if labels is None:
+        return 0
+    if weights is None:
+        return labels.numel() if labels.is_floating_point() else int((labels != -100).sum())
+    if labels.is_floating_point():
+        return float(weights.double().sum()) * labels[:1].numel()
+    return float(weights.double()[labels != -100].sum())
 
 
 class MaskedLM(Model):
@@ -245,12 +255,17 @@ class SequenceClassifier(Model):
 
         Either a packing.Batch, or HuggingFace's padded arguments, each [B, S]. labels: int64 [B], -100 for none; or
         float [B, num_labels] in 0 .. 1, a probability of each label by itself; or float [B] (or [B, num_labels])
-        with problem_type "regression" or one label: squared error. The first token is the first that is not padding,
-        wherever it stands. Raises ValueError when labels do not fit.
+        with problem_type "regression" or one label: squared error. A Batch has them as targets, with weights. The first
+        token is the first that is not padding, wherever it stands. Raises ValueError when labels do not fit.
         """
         batch, _ = pack_inputs(self.config, input_ids, attention_mask, token_type_ids, position_ids)
         logits = self._scores(batch, self.config.pooler_dropout, self.config.classifier_dropout)
-        return Output(logits, _label_loss(logits, labels, self.config))
+        labels = batch.targets if labels is None else labels
+        return Output(logits, _label_loss(logits, labels, self.config, batch.weights, self.label_smoothing))
+
+    def label_counts(self, batch: Batch) -> dict[str, int]:
+        """See `MaskedLM.label_counts`."""
+        return {"label": number_of_labels(batch.targets, batch.weights)}
 
     def _scores(self, batch, pooler_dropout, classifier_dropout):
         config, dropout = self.config, self.encoder.dropout(batch)
@@ -278,15 +293,37 @@ class MultipleChoice(SequenceClassifier):
         token_type_ids: torch.Tensor | None = None, position_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
     ) -> Output:  # fmt: skip
-        """Logits [B, C] for arguments [B, C, S], and loss "label" for labels int64 [B]. Returns Output."""
+        """Logits [B, C] for arguments [B, C, S], and loss "label" for labels int64 [B]. Returns Output.
+
+        A packing.Batch has a sequence for each choice: cu_examples says which belong together, and targets, int64 [B],
+        are the same for all of them. Its logits are [B, 1].
+        """
+        config = self.config
+        dropout_p = config.classifier_dropout if config.choice_dropout is None else config.choice_dropout
+        dropouts = config.pooler_dropout or 0.0, dropout_p
+        if isinstance(input_ids, Batch):
+            logits, output = self._scores(input_ids, *dropouts), Output()
+            labels = self._labels(input_ids)
+            if labels is not None:
+                cu = input_ids.cu_examples
+                scores = padded_groups(logits[:, 0].float(), cu, int(cu.diff().max()))
+                output.losses["label"] = _classification(scores.nan_to_num(neginf=-1e30), labels)
+            output.logits = logits
+            return output
         if input_ids.dim() != 3:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: expected [batch, choices, length]")
         flat = (x if x is None else x.flatten(0, 1) for x in (attention_mask, token_type_ids, position_ids))
         batch, _ = pack_inputs(self.config, input_ids.flatten(0, 1), *flat)
-        config = self.config
-        dropout_p = config.classifier_dropout if config.choice_dropout is None else config.choice_dropout
-        logits = self._scores(batch, config.pooler_dropout or 0.0, dropout_p).view(input_ids.shape[:2])
+        logits = self._scores(batch, *dropouts).view(input_ids.shape[:2])
         return Output(logits, _label_loss(logits, labels))
+
+    def label_counts(self, batch: Batch) -> dict[str, int]:
+        """See `MaskedLM.label_counts`."""
+        return {"label": number_of_labels(self._labels(batch))}
+
+    @staticmethod
+    def _labels(batch):
+        return None if batch.targets is None else batch.targets[batch.cu_examples[:-1].long()]
 
 
 class _TokenScores(Model):
@@ -319,11 +356,11 @@ class TokenClassifier(_TokenScores):
         config = self.config
         chain = (config.token_dropout, config.classifier_dropout, config.hidden_dropout_prob)
         logits = self._scores(batch, next(p for p in chain if p is not None))
-        return Output(logits, _label_loss(logits, batch.labels))
+        return Output(logits, _label_loss(logits, batch.labels, None, batch.weights, self.label_smoothing))
 
     def label_counts(self, batch: Batch) -> dict[str, int]:
         """See `MaskedLM.label_counts`."""
-        return {"label": number_of_labels(batch.labels)}
+        return {"label": number_of_labels(batch.labels, batch.weights)}
 
 
 class ReplacedTokenDetector(Model):
@@ -371,35 +408,51 @@ class QuestionAnswerer(_TokenScores):
         """start_logits and end_logits [B, S] for HuggingFace's padded arguments, and losses "start" and "end".
 
         start_positions, end_positions: int64 [B], columns of input_ids. One outside 0 .. S - 1, or at padding, is no
-        label. Padding takes no part: its logits are -inf. Returns Output.
+        label. Padding takes no part: its logits are -inf. A packing.Batch has logits [T, 2], and as targets int64
+        [B, 2] the places of start and end in their sequence, -100 for none. Returns Output.
         """
         batch, restore = pack_inputs(self.config, input_ids, attention_mask, token_type_ids, position_ids)
-        logits = restore(self._scores(batch, self.config.qa_dropout)).float()
-        is_token = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        logits = logits.masked_fill(~is_token.bool()[..., None], float("-inf"))
-        output = Output()
-        output.start_logits, output.end_logits = logits.unbind(-1)
+        logits, output = self._scores(batch, self.config.qa_dropout), Output()
+        if isinstance(input_ids, Batch):
+            output.logits = logits
+            if batch.targets is None:
+                return output
+            start_positions, end_positions = batch.targets.unbind(1)
+            scores = padded_groups(logits.float(), batch.cu_seqlens, batch.max_seqlen)
+        else:
+            is_token = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            scores = restore(logits).float().masked_fill(~is_token.bool()[..., None], float("-inf"))
+            output.start_logits, output.end_logits = scores.unbind(-1)
         if start_positions is not None and end_positions is not None:
-            S = input_ids.shape[1]
-            ends = (("start", output.start_logits, start_positions), ("end", output.end_logits, end_positions))
-            for name, scores, place in ends:
+            S = scores.shape[1]
+            for name, one, place in zip(("start", "end"), scores.unbind(-1), (start_positions, end_positions)):
                 inside = (place >= 0) & (place < S)
-                inside &= is_token.bool().gather(1, place.clamp(0, S - 1)[:, None])[:, 0]
+                inside &= ~one.gather(1, place.clamp(0, S - 1)[:, None])[:, 0].isneginf()
                 # each end's mean counts half
-                scores = scores.nan_to_num(neginf=-1e30)
-                output.losses[name] = _classification(scores, place.where(inside, -100), weight=0.5)
+                one = one.nan_to_num(neginf=-1e30)
+                output.losses[name] = _classification(one, place.where(inside, -100), weight=0.5)
         return output
 
+    def label_counts(self, batch: Batch) -> dict[str, int]:
+        """See `MaskedLM.label_counts`."""
+        places = (None, None) if batch.targets is None else batch.targets.unbind(1)
+        return {name: number_of_labels(place) for name, place in zip(("start", "end"), places, strict=True)}
 
-def _classification(logits, labels, weight=1.0, name="labels"):
-    """Loss of logits [N, C] for labels int64 [N], -100 for none."""
+
+def _classification(logits, labels, weight=1.0, name="labels", weights=None, smoothing=0.0):
+    """Loss of logits [N, C] for labels int64 [N], -100 for none. weights: of the N losses, fp32 [N]."""
     ops.check_ids(name, labels, logits.shape[-1], -100)
     known, scores = labels != -100, logits.float()
-    correct = ((logits.argmax(-1) == labels) & known).sum()
-    return Loss(F.cross_entropy(scores, labels, reduction="sum"), known.sum(), correct, weight)
+    hits = (logits.argmax(-1) == labels) & known
+    if weights is None:
+        loss_sum = F.cross_entropy(scores, labels, reduction="sum", label_smoothing=smoothing)
+        return Loss(loss_sum, known.sum(), hits.sum(), weight)
+    losses = F.cross_entropy(scores, labels, reduction="none", label_smoothing=smoothing)
+    weights = weights.where(known, 0.0)
+    return Loss((weights * losses).sum(), weights.double().sum(), (weights * hits).sum(), weight)
 
 
-def _label_loss(logits, labels, config=None):
+def _label_loss(logits, labels, config=None, weights=None, smoothing=0.0):
     """{"label": Loss}, of the kind that config.problem_type or the labels' type and shape mean; {} without labels."""
     if labels is None:
         return {}
@@ -411,15 +464,23 @@ def _label_loss(logits, labels, config=None):
     if kind == "single_label_classification":
         if labels.shape != logits.shape[:-1]:
             raise ValueError(f"labels have shape {tuple(labels.shape)}: expected {tuple(logits.shape[:-1])}")
-        return {"label": _classification(logits, labels)}
+        return {"label": _classification(logits, labels, weights=weights, smoothing=smoothing)}
     scores, labels = logits.float(), labels.float()
     if labels.numel() != logits.numel():
         raise ValueError(f"labels have shape {tuple(labels.shape)}: expected {tuple(logits.shape)} for {kind}")
-    labels, count = labels.view_as(scores), torch.tensor(labels.numel(), device=labels.device)
+    labels = labels.view_as(scores)
     if kind == "regression":
-        return {"label": Loss(F.mse_loss(scores, labels, reduction="sum"), count)}
-    loss_sum = F.binary_cross_entropy_with_logits(scores, labels, reduction="sum")
-    return {"label": Loss(loss_sum, count, ((scores > 0) == (labels > 0.5)).sum())}
+        losses, hits = F.mse_loss(scores, labels, reduction="none"), None
+    else:
+        targets = labels * (1 - smoothing) + smoothing / 2
+        losses = F.binary_cross_entropy_with_logits(scores, targets, reduction="none")
+        hits = (scores > 0) == (labels > 0.5)
+    if weights is None:
+        count = torch.tensor(labels.numel(), device=labels.device)
+    else:
+        weights = weights[:, None].expand_as(scores)
+        losses, hits, count = weights * losses, hits if hits is None else weights * hits, weights.double().sum()
+    return {"label": Loss(losses.sum(), count, hits if hits is None else hits.sum())}
 
 
 def first_hidden(encoder, batch, dropout):

@@ -21,7 +21,7 @@ from .. import ops
 from . import table, torch_nn
 from .attention import Attention
 from .stacks import BertEncoder
-from .steps import Options, is_dry
+from .steps import Options, is_dry, plain
 from .tokenwise import are_replaced, full_name, is_watched, library_methods, overrides, own_code
 
 # full name of a class -> what takes its place
@@ -222,9 +222,13 @@ def _class_of(replacement, original):
     """`original` with the forward of `replacement`. It keeps its name, by which others look classes up."""
     methods = library_methods(original)
 
+    is_inside = replacement.TOKENWISE or replacement.TAKES_LAYOUT
+
     # keeps the signature: HuggingFace's Trainer reads from it what to pass
     @functools.wraps(original.forward)
     def forward(self, *args, **kwargs):
+        if is_inside and not torch.compiler.is_compiling() and plain.is_on:
+            return original.forward(self, *args, **kwargs)
         # a method of the class was replaced since, or the module was given back and someone has kept this method
         if are_replaced(methods) or not isinstance(self, replacement):
             return original.forward(self, *args, **kwargs)

@@ -4,9 +4,11 @@ Letters: B sequences, S padded length, T real tokens, N rows (T where padding is
 H heads, K head size.
 """
 
+import contextlib
 import functools
 import inspect
 import sys
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +33,25 @@ class Options:
     loss: bool
     unpad: bool | str
     logits: str
+
+
+class _Plain(threading.local):
+    """Whether a stack of this thread runs its original modules, also those inside it."""
+
+    is_on = False
+
+
+plain = _Plain()
+
+
+@contextlib.contextmanager
+def plain_modules():
+    """Within it, the swapped modules that act on each token alone run their originals."""
+    before, plain.is_on = plain.is_on, True
+    try:
+        yield
+    finally:
+        plain.is_on = before
 
 
 class Replacement:
@@ -118,7 +139,7 @@ def dropout_arguments(dropout, device):
 
 def layer_norm(module, x, residual=None, dropout=None):
     """LayerNorm(dropout(x) + residual), in one pass where the modules allow it. x, residual [..., D]."""
-    eps, options = _eps(module), {}
+    eps, options = eps_of(module), {}
     if dropout is not None:
         if eps is not None and is_plain(dropout, nn.Dropout):
             options = dropout_arguments(dropout, x.device)
@@ -131,7 +152,7 @@ def layer_norm(module, x, residual=None, dropout=None):
     return ops.layer_norm(rows, module.weight, module.bias, residual=residual, eps=eps, **options).view(x.shape)
 
 
-def _eps(norm):
+def eps_of(norm):
     """The epsilon of a LayerNorm over the last dimension whose parameters may be used; None for other modules."""
     if is_plain(norm, nn.LayerNorm):
         return norm.eps if len(norm.normalized_shape) == 1 and norm.weight is not None else None
@@ -192,7 +213,7 @@ def gelu(activation, x):
 
 def gelu_norm(dense, activation, norm, x):
     """norm(activation(dense(x))), one pass after the matrix multiplication where the modules allow it."""
-    approximate, eps = gelu_form(activation), _eps(norm)
+    approximate, eps = gelu_form(activation), eps_of(norm)
     if approximate is None or eps is None or not is_plain(dense, nn.Linear):
         return layer_norm(norm, gelu(activation, linear(dense, x)))
     rows = x.reshape(-1, x.shape[-1])
@@ -230,5 +251,9 @@ def from_file_of(module, name):
 
 def by_name(self, args, kwargs):
     """The arguments of a call of the original forward, all by name."""
-    names = list(inspect.signature(original(self).forward).parameters)[1:]
-    return {**dict(zip(names, args)), **kwargs}
+    return {**dict(zip(_parameters(original(self).forward), args)), **kwargs}
+
+
+@functools.cache
+def _parameters(forward):
+    return list(inspect.signature(forward).parameters)[1:]

@@ -15,7 +15,16 @@ from torch import nn
 from .. import ops
 from ..packing import Layout, full_layout, layout_of
 from .stacks import is_static
-from .steps import PLAIN, Replacement, dropout_arguments, has_plain_parameters, layer_norm, linear, linear_gelu
+from .steps import (
+    PLAIN,
+    Replacement,
+    dropout_arguments,
+    has_plain_parameters,
+    layer_norm,
+    linear,
+    linear_gelu,
+    plain_modules,
+)
 from .tokenwise import is_watched
 
 # limits of the kernels: columns of a norm, head size
@@ -44,7 +53,10 @@ class LayerNorm(Replacement):
 
     def forward(self, input):
         shape = self.normalized_shape
-        if not _takes(input) or input.shape[-len(shape) :] != shape or not has_plain_parameters(self):
+        # without a kernel torch's own is as fast
+        if not (_takes(input) and ops.uses_triton(input.device)):
+            return super().forward(input)
+        if input.shape[-len(shape) :] != shape or not has_plain_parameters(self):
             return super().forward(input)
         weight, bias = (p if p is None else p.flatten() for p in (self.weight, self.bias))
         rows = input.reshape(-1, math.prod(shape))
@@ -56,8 +68,8 @@ class GELU(Replacement):
     TOKENWISE = True
 
     def forward(self, input):
-        # torch keeps the memory format of the input
-        if not _takes(input) or not input.is_contiguous():
+        # torch keeps the memory format of the input; without a kernel its own is as fast
+        if not (_takes(input) and ops.uses_triton(input.device)) or not input.is_contiguous():
             return super().forward(input)
         rows = input.view(-1, input.shape[-1] if input.dim() else 1)
         return ops.bias_gelu(rows, None, approximate=self.approximate).view(input.shape)
@@ -207,10 +219,19 @@ class TransformerEncoder(Replacement):
 
     def forward(self, src, mask=None, src_key_padding_mask=None, is_causal=None):
         layout, unpads = None, self.fastbert_options.unpad
-        if mask is None and not is_causal and _takes(src) and not is_watched(self):
+        if mask is None and not is_causal and _takes(src):
+            places = src.numel() // src.shape[-1]
             orders = {layer.self_attn.batch_first for layer in self.layers}
-            if len(orders) == 1:
+            is_slower = not ops.pays(src, 0 if unpads else places, places, src.shape[-1])
+            if len(orders) == 1 and not is_slower:
                 layout = _layout(src, src_key_padding_mask, *orders, begins_padded=False)
+                tokens = places if layout is None or layout.indices is None or not unpads else len(layout.indices)
+                is_slower = layout is not None and not ops.pays(src, tokens, places, src.shape[-1])
+            if is_slower:
+                with plain_modules():
+                    return super().forward(src, mask, src_key_padding_mask, is_causal)
+            if layout is not None and is_watched(self):
+                layout = None
         if layout is None:
             return super().forward(src, mask, src_key_padding_mask, is_causal)
         x = layout.pack(src) if unpads else src

@@ -9,7 +9,7 @@ from pathlib import Path
 from .. import __version__
 from ..files import write
 from ..model.replaced_tokens import GENERATOR
-from .log import clock, in_words, is_evaluation, read_metrics, words
+from .log import SCORES, clock, in_words, is_evaluation, read_metrics, words
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart
 TRAIN, HELD_OUT, BASELINE = "#56B4E9", "#D55E00", "#555555"
@@ -50,7 +50,8 @@ def learning_curve(directory):
         return tuple(zip(*points, strict=True)) or ((), ())
 
     names = dict.fromkeys(name.removeprefix("eval_") for row in rows for name in row)
-    panels = [name for name in names if name.endswith(("loss", "accuracy", "recall")) and "baseline" not in name]
+    shown = ("loss", "accuracy", "recall", *SCORES)
+    panels = [name for name in names if name.endswith(shown) and "baseline" not in name]
     if not panels:
         return None
     columns, lines = min(len(panels), 3), math.ceil(len(panels) / 3)
@@ -59,7 +60,8 @@ def learning_curve(directory):
     tokens_per_step = rows[-1]["tokens"] / rows[-1]["step"]
     for place, name in enumerate(panels, 1):
         axes = figure.add_subplot(lines, columns, place)
-        axes.plot(*curve(name), color=TRAIN, linewidth=1.2, label="training")
+        if curve(name)[0]:
+            axes.plot(*curve(name), color=TRAIN, linewidth=1.2, label="training")
         held_out = curve(f"eval_{name}")
         if held_out[0]:
             axes.plot(*held_out, color=HELD_OUT, linewidth=2, marker="o", markersize=4, label="held-out text")

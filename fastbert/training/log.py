@@ -16,8 +16,16 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from ..files import write
 
 METRICS = "metrics.jsonl"
+# endings of the names of tasks' scores, which are no percentages
+SCORES = ("f1", "mcc", "pearson", "spearman", "mse", "map", "exact_match")
 # names of figures in words; another figure's words are its name
 WORDS = {
+    "f1": "F1",
+    "macro_f1": "macro F1",
+    "micro_f1": "micro F1",
+    "mcc": "MCC",
+    "map": "mean average precision",
+    "mse": "squared error",
     "baseline_accuracy": "always guessing the most frequent token",
     "rtd_loss": "detection loss",
     "rtd_accuracy": "detection accuracy",
@@ -105,6 +113,8 @@ class Log:
             self.last_evaluation = row
             self.say(f"step {row['step']}: held-out {said}")
             return
+        if "examples_per_second" in row:
+            said += f", {row['examples_per_second']:,.0f} examples/s"
         said += f", {row['tokens_per_second']:,} tokens/s, fill {row['fill']:.1%}"
         if row["memory_mb"] is not None:
             said += f", {row['memory_mb']:,} MB"
@@ -124,15 +134,17 @@ def words(name):
 
 
 def in_words(row, digits=1):
-    """{name in words: value as text} of the losses, accuracies and recalls in a row. digits: of percentages."""
+    """{name in words: value as text} of the losses, accuracies, recalls and scores in a row. digits: of percentages."""
     shown = {}
     for name, value in row.items():
         if value is None and name.endswith("loss"):
             shown[words(name)] = "not finite"
         elif name.endswith("loss"):
             shown[words(name)] = f"{value:.3f}"
-        elif name.endswith(("accuracy", "recall")):
+        elif value is not None and name.endswith(("accuracy", "recall")):
             shown[words(name)] = f"{value:.{digits}%}"
+        elif name.endswith(SCORES):
+            shown[words(name)] = "undefined" if value is None else f"{value:.3f}"
     return shown
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from .. import ops
 from . import checkpoint, optim, processes
 from .log import peak_memory_mb
 
@@ -52,11 +53,15 @@ class Progress:
     @classmethod
     def restored(cls, values):
         """From what a checkpoint says. Raises ValueError for other names and for values that no run has."""
+        if missing := [name for name in ("step", "epoch", "batch") if name not in values]:
+            raise ValueError(f"the checkpoint's progress has no {missing[0]}: it is damaged")
         for name, value in values.items():
             kind = cls.__annotations__.get(name)
             if kind is dict:
                 # sums may be NaN, after a step that was skipped
-                fits = isinstance(value, dict) and all(type(x) in (int, float) for x in value.values())
+                fits = isinstance(value, dict) and all(
+                    type(x) is float or (type(x) is int and abs(x) < 2**63) for x in value.values()
+                )
             else:
                 fits = kind is not None and type(value) in (int, kind) and 0 <= value < 2**63
             if not fits:
@@ -122,9 +127,12 @@ class Run:
         earlier, began = progress.elapsed, time.monotonic()
         while True:
             elapsed = earlier + time.monotonic() - began
-            progress.elapsed, stop = processes.total(elapsed if rank == 0 else 0.0, len(self.caught))
+            # the script may end the run by a total of 0, in the first process alone
+            progress.elapsed, stop, ended = processes.total(
+                elapsed if rank == 0 else 0.0, len(self.caught), self.total <= 0
+            )
             position = progress.step if config.max_minutes is None else progress.elapsed
-            self.finished = position >= self.total
+            self.finished = position >= self.total or ended > 0
 
             # between steps: evaluate, save, end
             lost = False
@@ -134,12 +142,13 @@ class Run:
                     if step.row is not None:
                         self.log.write(progress.place() | step.row)
                         progress.evaluated = progress.step
+                    self.finished = self.finished or self.total <= 0
                 row = self.log.last_evaluation
                 lost = row.get("step") == progress.step and None in (row[name] for name in row if name.endswith("loss"))
                 # a resume repeats an evaluation that was interrupted here, unless a step comes first
                 interrupted = rank == 0 and progress.step > progress.evaluated
-                stop, lost, interrupted = processes.total(len(self.caught), lost, interrupted)
-                self.finished = self.finished and not interrupted
+                stop, lost, interrupted, ended = processes.total(len(self.caught), lost, interrupted, self.finished)
+                self.finished = ended > 0 and not interrupted
             if self.finished and lost:
                 raise self._diverged(f"the held-out loss after step {progress.step} is not finite")
             if self.finished and self.nonfinite:
@@ -152,7 +161,7 @@ class Run:
                 if rank == 0:
                     self.unproven = checkpoint.save_checkpoint(
                         config.output_dir, progress.step, self.model, self.optimizer, self.tokenizer,
-                        self.facts | {"progress": asdict(progress)},
+                        self.facts | {"progress": asdict(progress), "products": ops.libraries.chosen()},
                     )  # fmt: skip
                 saved, save_due = progress.step, False
             if self.finished:
@@ -162,8 +171,10 @@ class Run:
 
             step = Step(position, [])
             for progress.epoch, progress.batch, batch in islice(stream, config.gradient_accumulation_steps):
-                batch.seed = dropout_seed(config.seed, progress.step, len(step.batches), rank)
-                step.batches.append(batch)
+                # a loader may give a large batch in parts
+                for part in batch if isinstance(batch, list) else [batch]:
+                    part.seed = dropout_seed(config.seed, progress.step, len(step.batches), rank)
+                    step.batches.append(part)
             yield step
 
     def update(self, step, sums, learning_rate):
@@ -180,7 +191,7 @@ class Run:
             if math.isfinite(norm):
                 self._prune()
                 for group in self.optimizer.param_groups:
-                    group["lr"] = learning_rate
+                    group["lr"] = learning_rate * group.get("scale", 1.0)
                 self.optimizer.step()
                 self.nonfinite = 0
             else:
@@ -194,14 +205,16 @@ class Run:
 
         progress.step += 1
         progress.tokens += int(sums["tokens"])
-        _, world_size = processes.join()
-        capacity = config.tokens_per_batch * len(step.batches) * world_size
-        for name, value in (sums | {"capacity": capacity, "seconds": time.monotonic() - step.began}).items():
+        # of a task; the other processes have as many
+        examples = sum(len(batch.cu_examples) - 1 for batch in step.batches if batch.cu_examples is not None)
+        more = {"examples": examples * processes.join()[1]} if examples else {}
+        for name, value in (sums | more | {"seconds": time.monotonic() - step.began}).items():
             window[name] = window.get(name, 0) + value
         if progress.step % config.logging_steps == 0:
             self.log.write(progress.place() | figures(window) | {
                 "fill": window["tokens"] / window["capacity"],
                 "tokens_per_second": round(window["tokens"] / window["seconds"]),
+                **({"examples_per_second": window["examples"] / window["seconds"]} if examples else {}),
                 "memory_mb": peak_memory_mb(next(self.model.parameters()).device),
                 "learning_rate": learning_rate, "gradient_norm": norm,
                 "skipped_steps": progress.skipped, "empty_steps": progress.empty,
@@ -235,14 +248,15 @@ def accumulate(model, batches, *, bf16=False):
 
     Each loss of the model is summed over its labels and divided once, by the number of labels in all micro-batches of
     all processes. So it does not matter how a step is split into micro-batches. Without a label there is no gradient.
-    Returns sums over the micro-batches of all processes: tokens, and those of `add`.
+    Returns sums over the micro-batches of all processes: tokens, capacity (rows, filled or not), and those of `add`.
     """
     device = next(model.parameters()).device
     labels = [model.label_counts(batch) for batch in batches]
     names = [*labels[0]]
-    tokens, *counts = processes.total(
-        sum(int(batch.cu_seqlens[-1]) for batch in batches), *(sum(one[name] for one in labels) for name in names)
-    )
+    tokens, capacity, *counts = processes.total(
+        sum(int(batch.cu_seqlens[-1]) for batch in batches), sum(len(batch.input_ids) for batch in batches),
+        *(sum(one[name] for one in labels) for name in names),
+    )  # fmt: skip
     counts, sums = dict(zip(names, counts, strict=True)), {}
     if any(counts.values()):
         for batch in batches:
@@ -252,7 +266,8 @@ def accumulate(model, batches, *, bf16=False):
         processes.add_gradients(model)
         # waits for the device, as the gradient norm does; nothing else in a step waits
         sums = dict(zip(sums, processes.total(*torch.stack([*sums.values()]).tolist()), strict=True))
-    return sums | {column(name, "count"): count for name, count in counts.items()} | {"tokens": tokens}
+    counts = {column(name, "count"): count for name, count in counts.items()}
+    return sums | counts | {"tokens": tokens, "capacity": capacity}
 
 
 def forward(model, batch, device, bf16=False):

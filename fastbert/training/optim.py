@@ -8,21 +8,34 @@ import torch
 FINAL_DECAY = 0.2
 
 
-def parameter_groups(model, weight_decay):
-    """Two groups for an optimizer: matrices have weight decay, vectors (biases, norm weights) have none.
+def parameter_groups(model, weight_decay, layer_decay=1.0):
+    """Groups for an optimizer: matrices have weight decay, vectors (biases, norm weights) have none.
 
     Every parameter that requires a gradient is in one group, a tied weight once. Source: Devlin et al. 2019, A.2.
+
+    layer_decay below 1: the learning rate of each layer is that of the layer above it times layer_decay, the head's is
+    the whole one. Groups then have a "scale", see `Run.update`. Source: Howard & Ruder 2018, 3.1.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
+    groups = {}
+    top = model.config.num_hidden_layers + 1 if layer_decay != 1 else 0
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            depth = top if layer_decay == 1 else _depth(name, top)
+            settings = {"weight_decay": weight_decay if p.dim() >= 2 else 0.0, "scale": layer_decay ** (top - depth)}
+            groups.setdefault((depth, p.dim() < 2), settings | {"params": []})["params"].append(p)
+    return [groups[key] for key in sorted(groups)]
 
 
-def adamw(model, *, learning_rate, weight_decay, betas, epsilon):
+def _depth(name, top):
+    """The layer of a parameter: 0 the embeddings, 1 the first layer, `top` the head."""
+    if not name.startswith("encoder."):
+        return top
+    return next((int(part) + 1 for part in name.split(".") if part.isdigit()), 0 if "embeddings" in name else top - 1)
+
+
+def adamw(model, *, learning_rate, weight_decay, betas, epsilon, layer_decay=1.0):
     """AdamW (Loshchilov & Hutter 2019) over `parameter_groups`, in its fused form: one pass over all parameters."""
-    groups = parameter_groups(model, weight_decay)
+    groups = parameter_groups(model, weight_decay, layer_decay)
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=epsilon, fused=True)
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import operator
 import os
+import shlex
 from pathlib import Path
 
 
@@ -42,6 +43,19 @@ def tidy(options):
             if not finite or not all(LIMITS[key][0](value, limit) for key, limit in limits.items()):
                 words = " and ".join(f"{LIMITS[key][1]} {limit}" for key, limit in limits.items())
                 raise ValueError(f"{flag(name)} is {value!r}: expected {words}")
+
+
+def command_line(command, options):
+    """The command line of `command` with these options, a dataclass; those that are as by default are left out."""
+    words = ["fastbert", command]
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if value != field.default:
+            if isinstance(value, bool):
+                words.append(flag(field.name if value else f"no_{field.name}"))
+            else:
+                words += [flag(field.name), *map(str, value if isinstance(value, tuple) else [value])]
+    return shlex.join(words)
 
 
 # limit -> its test, its words

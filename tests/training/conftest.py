@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from labelled import small_encoder
 from runs import documents, draw_nothing, prepared, run, short_run, write_model
+
+from fastbert.tasks import results
 
 
 @pytest.fixture(autouse=True)
@@ -44,3 +47,15 @@ def whole(place):
         run(short_run(place), output_dir=place / "whole", save_steps=4, save_total_limit=5)
         torch.set_num_threads(before)
     return place / "whole"
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory):
+    """The directory of a small masked-LM model."""
+    return small_encoder(tmp_path_factory.mktemp("finetune"))
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    """The bootstrap takes longer than a short run."""
+    monkeypatch.setattr(results, "RESAMPLES", 2)

@@ -25,6 +25,9 @@ NAMES = (
 # so that whatever the parser accepts ends before any work
 NOTHING = {
     "pretrain": ["--train-file", "nowhere.txt", "--output-dir", "nowhere/run"],
+    "finetune": ["--model", "nowhere", "--train-file", "nowhere.csv", "--output-dir", "nowhere/run"],
+    "predict": ["--model", "nowhere", "--text", "a"],
+    "evaluate": ["--model", "nowhere", "--input", "nowhere.csv"],
     "train": ["--train-file", "nowhere.txt", "--output-dir", "nowhere/tokenizer"],
     "prepare": ["--train-file", "nowhere.txt", "--tokenizer", "nowhere", "--output-dir", "nowhere/shards"],
     "fill-mask": ["--model", "nowhere", "a [MASK]"],
@@ -114,8 +117,12 @@ def states(draw, state):
     wrong = (None, [], "x", True, -1, 1.5, 10**400, float("nan"), {"x": None}, [[]])
     while True:
         changed = copy.deepcopy(state)
-        part = draw.choice(["config", "tokenizer", "data", "progress", "inside", "option"])
-        if part == "option":
+        part = draw.choice(["config", "tokenizer", "data", "progress", "inside", "option", "less", "window"])
+        if part == "less":
+            draw.choice([changed, changed["progress"]]).clear()
+        elif part == "window":
+            changed["progress"]["window"] = {"loss": draw.choice([10**400, None, "x", []])}
+        elif part == "option":
             changed["config"][draw.choice(["weight_decay", "seed", "objective"])] = draw.choice(wrong)
         elif part == "inside":
             name = draw.choice([name for name in changed["progress"] if name not in ("elapsed", "window")])

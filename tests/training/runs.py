@@ -59,7 +59,7 @@ def training_rows(directory):
 
 
 def rows_without_times(directory):
-    timing = ("elapsed", "tokens_per_second", "memory_mb")
+    timing = ("elapsed", "tokens_per_second", "examples_per_second", "memory_mb")
     return [{k: v for k, v in row.items() if k not in timing} for row in log.read_metrics(directory)]
 
 
@@ -83,9 +83,9 @@ def draw_nothing(patch):
     patch.setattr(card, "learning_curve", lambda *_: None)
 
 
-def stop_in(monkeypatch, name, call, *signals):
-    """Signals, SIGTERM by default, arrive in call number `call` of the function `name` of pretrain.py."""
-    real, calls = getattr(pretrain, name), [0]
+def stop_in(monkeypatch, name, call, *signals, script=pretrain):
+    """Signals, SIGTERM by default, arrive in call number `call` of the function `name` of pretrain.py or `script`."""
+    real, calls = getattr(script, name), [0]
 
     def function(*args, **kwargs):
         calls[0] += 1
@@ -94,7 +94,7 @@ def stop_in(monkeypatch, name, call, *signals):
                 os.kill(os.getpid(), number)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(pretrain, name, function)
+    monkeypatch.setattr(script, name, function)
 
 
 def checkpoints(directory):
@@ -124,19 +124,22 @@ def alone_and_in_two_processes(options, directory):
     options = options | {"dropout": 0.0, "max_steps": 3, "logging_steps": 3, "gradient_accumulation_steps": 1}
     one, two = directory / "one", directory / "two"
     run(options, output_dir=one, gradient_accumulation_steps=2)
-    file, context = directory / "rendezvous", multiprocessing.get_context("fork")
-    processes = [
-        context.Process(target=worker, args=(rank, 2, file, options | {"output_dir": two})) for rank in range(2)
-    ]
+    in_two_processes(run, options | {"output_dir": two}, directory / "rendezvous")
+    return one, two
+
+
+def in_two_processes(run, options, rendezvous):
+    """`run(options)` by two processes."""
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=worker, args=(run, rank, 2, rendezvous, options)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0]
-    return one, two
 
 
-def worker(rank, world_size, file, options):
+def worker(run, rank, world_size, file, options):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world_size)
     run(options)

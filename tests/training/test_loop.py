@@ -71,7 +71,7 @@ def test_cutting_a_step_into_micro_batches_does_not_change_its_gradient(kind, gr
 def test_a_step_without_picks_leaves_no_gradient_and_no_nan(options):
     model = heads.MaskedLM(hf_files.config_from_hf(MODEL | {"vocab_size": 50}))
     found, sums = gradients_of(model, [one_batch([4, 3], [])])
-    assert not found and sums == {"count": 0, "tokens": 7}
+    assert not found and sums == {"count": 0, "tokens": 7, "capacity": 7}
     # in a run: steps go by, are counted, and leave the model finite
     run(options, mlm_probability=1e-4, logging_steps=12, gradient_accumulation_steps=1)
     [row] = training_rows(options["output_dir"])

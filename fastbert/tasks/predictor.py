@@ -1,0 +1,231 @@
+"""Use a fine-tuned model: predictions for texts and files, and its scores."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from .. import files
+from ..data.tokenizer import check_vocabulary, load_tokenizer, tokenizer_hash
+from ..model import families, hf_files
+from ..model.heads import Model
+from . import results, table
+from .examples import Example, Notes, Pieces, Spec, predictions, read_files
+
+# the ending of a class of transformers -> our task; SequenceClassification has three
+ARCHITECTURES = {"ForTokenClassification": "tag", "ForQuestionAnswering": "answer", "ForMultipleChoice": "choose"}
+# tokens of a window, unless somebody says otherwise
+MAX_LENGTH = 512
+
+
+class Predictor:
+    """A fine-tuned model, its tokenizer and its task.
+
+    tokens_per_batch: how many tokens are computed at a time.
+    """
+
+    def __init__(self, model: Model, tokenizer: Tokenizer, spec: Spec, *, tokens_per_batch: int = 8192) -> None:
+        self.model, self.tokenizer, self.spec = model.eval(), tokenizer, spec
+        self.task, self.tokens_per_batch = table.task(spec.task), tokens_per_batch
+
+    def predict(self, texts: Iterable[Any], *, calibrated: bool = False) -> list[dict]:
+        """The prediction for each text, or pair of texts, in their order: a dict, which depends on the task.
+
+        classify: {"label", "score", "probabilities"}. calibrated: divide the logits by the temperature that training
+        found on its held-out examples. Raises ValueError for what is no text.
+        """
+        return [
+            shown(prediction) for _, prediction in self._run(map(self._example, *zip(*enumerate(texts, 1))), calibrated)
+        ]
+
+    def predict_file(self, path: str | os.PathLike, output: str | os.PathLike, *, calibrated: bool = False) -> int:
+        """Write the predictions for the rows of a file to the .jsonl `output`, in their order. Returns their number.
+
+        Memory is constant. What was interrupted goes on from `output`.partial, if model, input and options are the
+        same. Raises ValueError before any work when a row cannot be read.
+        """
+        if not str(output).endswith(".jsonl"):
+            raise ValueError(f"--output is {str(output)!r}: expected a .jsonl file")
+        notes = Notes(path)
+        for _ in self.task.read(path, self.spec, notes, wants_gold=False):
+            pass
+        notes.check()
+        facts = {"input": files.sha256(path), "model": self._hash(), "calibrated": calibrated}
+        facts |= {"columns": self.spec.columns, "tokens_per_batch": self.tokens_per_batch}
+        partial, about = Path(f"{output}.partial"), Path(f"{output}.partial.json")
+        count = _written(partial) if about.is_file() and about.read_text() == json.dumps(facts) else 0
+        examples = itertools.islice(self.task.read(path, self.spec, Notes(path), wants_gold=False), count, None)
+        try:
+            if not count:
+                files.write(about, json.dumps(facts))
+            with open(partial, "a" if count else "w", encoding="utf-8") as file:
+                for example, prediction in self._run(examples, calibrated):
+                    row = {} if example.id is None else {"id": example.id}
+                    file.write(json.dumps(row | shown(prediction), ensure_ascii=False) + "\n")
+                    count += 1
+            files.sync(partial)
+            partial.replace(output)
+            about.unlink()
+        except OSError as error:
+            raise OSError(f"{output} cannot be written: {error.strerror or error}") from None
+        return count
+
+    def _hash(self):
+        """A hash of the weights and of what decides on predictions beside them."""
+        digest = hashlib.sha256(json.dumps([dataclasses.asdict(self.spec), tokenizer_hash(self.tokenizer)]).encode())
+        for name, tensor in self.model.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def evaluate(
+        self, paths: Iterable[str | os.PathLike], *, output_dir: str | os.PathLike | None = None,
+        calibrated: bool = False, say=lambda line: None,
+    ) -> dict:  # fmt: skip
+        """The scores on files with gold labels. output_dir: where to write metrics.json, predictions and pictures.
+
+        A model without names of its labels, such as LABEL_0, takes the files' in sorted order. say: is told of it, and
+        of rows that were left out. Raises ValueError for labels that the model does not know.
+        """
+        table.check_libraries()
+        paths, spec = [str(path) for path in paths], self.spec
+        if spec.settings.get("unnamed") and spec.labels:
+            spec = dataclasses.replace(spec, labels=None)
+            read_files(self.task, paths, spec)
+            if len(spec.labels) != self.model.config.num_labels:
+                raise ValueError(
+                    f"{paths[0]} has {len(spec.labels)} labels, the model {self.model.config.num_labels} without names"
+                )
+            say(f"the model has no names of its labels: they are taken in the order {', '.join(spec.labels)}")
+        examples, notes = read_files(self.task, paths, spec)
+        for note in notes:
+            if said := note.said():
+                say(said)
+        found = [prediction for _, prediction in self._run(examples, calibrated, spec)]
+        scores = self.task.score(examples, found, spec)
+        metrics = results.summary(self.task, spec, examples, found, scores, paths, notes)
+        if output_dir is not None:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            results.write_all(output_dir, spec, examples, found, metrics)
+        return metrics
+
+    def _example(self, number, item):
+        if hasattr(self.task, "example"):
+            return self.task.example(number, item)
+        texts = tuple(item) if isinstance(item, list | tuple) else (item,)
+        if not all(isinstance(text, str) for text in texts) or not 1 <= len(texts) <= 2:
+            raise ValueError(f"item {number} is {str(item)[:40]!r}: expected a text, or a pair of texts")
+        return Example(number, texts)
+
+    def _run(self, examples, calibrated, spec=None):
+        spec = self.spec if spec is None else spec
+        if calibrated:
+            if "temperature" not in spec.settings:
+                raise ValueError("the model has no temperature: it was not evaluated in training, or needs none")
+            settings = spec.settings | {"applied_temperature": spec.settings["temperature"]}
+            spec = dataclasses.replace(spec, settings=settings)
+        device = next(self.model.parameters()).device
+
+        def run(batch):
+            return self.model(batch if device.type == "cpu" else batch.to(device))
+
+        pieces = Pieces(self.tokenizer, spec)
+        return predictions(
+            self.task, self.model, spec, pieces, examples, tokens_per_batch=self.tokens_per_batch, run=run
+        )
+
+
+def load(
+    directory: str | os.PathLike, *, device: str | None = None, text_columns: Iterable[str] = (),
+    label_column: str | None = None,
+) -> Predictor:  # fmt: skip
+    """The Predictor of a directory that `fastbert finetune` wrote, or that transformers saved with a task's head.
+
+    device: "cpu", "cuda"; a GPU by default, if there is one. text_columns, label_column: of the files to read; those of
+    the training file by default, or found by name. Raises ValueError when the model has no head of a task.
+    """
+    directory = Path(directory)
+    if not (directory / "config.json").is_file():
+        raise FileNotFoundError(f"no model in {directory}: expected a folder with config.json and model.safetensors")
+    config, spec = hf_files.read_config(directory / "config.json"), Spec.load(directory)
+    spec = _spec_of(directory, config) if spec is None else spec
+    if spec.labels and len(spec.labels) != config.num_labels:
+        raise ValueError(f"{directory}: task.json has {len(spec.labels)} labels, config.json {config.num_labels}")
+    if text_columns:
+        spec.columns = spec.columns | {"texts": list(text_columns)}
+    if label_column:
+        spec.columns = spec.columns | {"label": label_column}
+    kind, _ = table.task(spec.task).head(spec)
+    with torch.device("meta"):
+        head = [name for name in kind(config).state_dict() if name.startswith("classifier.")]
+    names = hf_files.hf_names(head, config, kind.__name__)
+    stored = hf_files.from_hf_names(hf_files.stored_tensors(directory, False), config)
+    if lacking := [name for name in names.values() if name not in stored]:
+        raise ValueError(
+            f"{directory} has no {lacking[0]}: its head for {spec.task} is not trained, use fastbert finetune"
+        )
+    tokenizer = load_tokenizer(directory)
+    check_vocabulary(tokenizer, config)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Predictor(kind.from_pretrained(directory).to(device), tokenizer, spec)
+
+
+def _spec_of(directory, config):
+    """The Spec of a directory without task.json, from its config.json."""
+    architecture = (files.read_json(directory / "config.json").get("architectures") or ["none"])[0]
+    known = set(families.family(config.model_type).architectures.values())
+    name = next((task for ending, task in ARCHITECTURES.items() if architecture.endswith(ending)), None)
+    if architecture.endswith("ForSequenceClassification"):
+        multilabel = config.problem_type == "multi_label_classification"
+        single = config.num_labels == 1 or config.problem_type == "regression"
+        name = "multilabel" if multilabel else "regress" if single else "classify"
+    if name is None or architecture not in known:
+        raise ValueError(f"{directory} is a {architecture}, without the head of a task: use fastbert finetune")
+    labels = config.labels or tuple(f"LABEL_{i}" for i in range(config.num_labels))
+    length = usual_length(directory, config)
+    return Spec(
+        name, labels if name in ("classify", "multilabel", "tag") else (), {}, length, length // 4,
+        settings={} if config.labels else {"unnamed": True},
+    )  # fmt: skip
+
+
+def _written(path):
+    """The whole lines of a file that was being written; what follows the last is cut off."""
+    if not path.is_file():
+        return 0
+    with open(path, "rb+") as file:
+        count = end = 0
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            count, end = count + 1, end + len(line)
+        file.truncate(end)
+    return count
+
+
+def usual_length(directory, config):
+    """Tokens of a window: as many as the model, its tokenizer and MAX_LENGTH allow."""
+    path = Path(directory) / "tokenizer_config.json"
+    limit = files.read_json(path).get("model_max_length") if path.is_file() else None
+    # transformers writes 1e30 for no limit
+    return int(
+        min(config.max_length, MAX_LENGTH, limit if isinstance(limit, int | float) and limit >= 8 else MAX_LENGTH)
+    )
+
+
+def shown(prediction):
+    """A prediction without what is for `score` alone."""
+    return {name: value for name, value in prediction.items() if not name.startswith("_")}
+
+
+def flat_figures(scores):
+    """The figures of `score` that are numbers, or None where undefined."""
+    return {name: value for name, value in scores.items() if value is None or isinstance(value, int | float)}

@@ -1,0 +1,145 @@
+"""Examples of a task to packed batches, and the share of them that is held out."""
+
+import hashlib
+
+import numpy as np
+
+from ..data.draws import ORDER, draw, sequence_keys
+from ..tasks.examples import CHUNK, batch_of, chunks, parts_by_size
+
+
+class ExampleBatches:
+    """Batches of batch_size examples in random order, packed. A large one comes in parts, as a list of Batches.
+
+    windows: for each example its Windows. tokens_per_batch: tokens of a part, which has at least one example.
+    class_weights, token_types: see `batch_of`. rank, world_size: each rank gets its own batches, all the same number.
+    """
+
+    def __init__(
+        self, windows, *, batch_size, tokens_per_batch, seed=0, class_weights=None, token_types=2, rank=0, world_size=1
+    ):  # fmt: skip
+        self.windows, self.batch_size, self.tokens_per_batch = windows, batch_size, tokens_per_batch
+        self.seed, self.class_weights, self.token_types = seed, class_weights, token_types
+        self.rank, self.world_size = rank, world_size
+        self.sizes = [sum(len(window.ids) for window in one) for one in windows]
+        self.ids = np.flatnonzero(self.sizes)
+        if not self.num_batches(0):
+            raise ValueError(
+                f"{len(self.ids)} examples fill {-(-len(self.ids) // batch_size)} batches of {batch_size}: "
+                f"expected one for each of {world_size} processes"
+            )
+
+    def num_batches(self, epoch):
+        """The number of batches of `epoch(epoch)`."""
+        return -(-len(self.ids) // self.batch_size) // self.world_size
+
+    def epoch(self, epoch, start=0):
+        """This rank's batches of an epoch, a list of Batches each, from batch `start` on."""
+        order = self.ids[np.argsort(draw(sequence_keys(self.seed, epoch, self.ids), ORDER), kind="stable")]
+        for number in range(start, self.num_batches(epoch)):
+            first = (number * self.world_size + self.rank) * self.batch_size
+            chosen = order[first : first + self.batch_size].tolist()
+            yield [
+                batch_of([self.windows[i] for i in part], self.class_weights, token_types=self.token_types)
+                for part in parts_by_size(self.sizes, self.tokens_per_batch, chosen)
+            ]
+
+
+def encoded(task, examples, pieces, spec):
+    """For each example its Windows, as small as possible: what training needs of them."""
+    found = []
+    for chunk in chunks(examples, CHUNK):
+        for windows in task.encode(chunk, pieces, spec):
+            for window in windows:
+                window.ids, window.types = np.array(window.ids, np.int32), np.array(window.types, np.uint8)
+                window.labels = None if window.labels is None else np.array(window.labels, np.int32)
+                window.more = None
+            found.append(windows)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def held_out(examples, share, seed):
+    """(examples to train on, held-out examples, labels that are too rare to be on both sides).
+
+    Equal texts, but for case and blanks, stay on one side, and so does each group. About `share` of each label's
+    examples is held out, at least one. The choice depends on the seed and the texts, not on the order of the rows.
+    """
+    blocks = _blocks(examples)
+    strata = [_strata(example) for example in examples]
+    keys = [min(_key(seed, examples[i]) for i in block) for block in blocks]
+    total, blocks_with = {}, {}
+    for number, block in enumerate(blocks):
+        for i in block:
+            for name in strata[i]:
+                total[name] = total.get(name, 0) + 1
+                blocks_with.setdefault(name, {})[number] = None
+    left, taken = dict(total), {}
+    # the rarest first: the others have more choice
+    for name in sorted(total, key=lambda name: (total[name], name)):
+        wanted = max(1, round(share * total[name]))
+        found = sorted(blocks_with[name], key=keys.__getitem__)
+        for number in found:
+            if total[name] - left[name] >= wanted:
+                break
+            counts = {}
+            for i in blocks[number]:
+                for one in strata[i]:
+                    counts[one] = counts.get(one, 0) + 1
+            # each label keeps an example to train on, and no large block is held out for the sake of one example
+            room = wanted - (total[name] - left[name])
+            too_large = counts[name] > max(room, 1) and number != found[-1]
+            if number not in taken and not too_large and all(left[one] > count for one, count in counts.items()):
+                taken[number] = None
+                for one, count in counts.items():
+                    left[one] -= count
+    chosen = {i for number in taken for i in blocks[number]}
+    rare = [name for name in total if left[name] == total[name]]
+    sides = ([e for i, e in enumerate(examples) if (i in chosen) == held] for held in (False, True))
+    return *sides, sorted(rare)
+
+
+def normalised(texts):
+    """Texts that a model cannot tell apart, or hardly, have the same."""
+    return tuple(" ".join(text.casefold().split()) for text in texts)
+
+
+def _strata(example):
+    """What should be on both sides: the example's labels."""
+    gold = example.gold
+    if isinstance(gold, str):
+        return [gold]
+    if isinstance(gold, tuple | list) and all(isinstance(one, str) for one in gold):
+        return sorted(set(gold)) or [""]
+    return [""]
+
+
+def _blocks(examples):
+    """Lists of indices of examples that must stay together, each ascending."""
+    owner = list(range(len(examples)))
+
+    def root(i):
+        while owner[i] != i:
+            owner[i] = owner[owner[i]]
+            i = owner[i]
+        return i
+
+    seen = {}
+    for i, example in enumerate(examples):
+        keys = [("text", normalised(example.texts))]
+        if example.group is not None:
+            keys.append(("group", example.group))
+        for key in keys:
+            a, b = root(seen.setdefault(key, i)), root(i)
+            owner[max(a, b)] = min(a, b)
+    blocks = {}
+    for i in range(len(examples)):
+        blocks.setdefault(root(i), []).append(i)
+    return [*blocks.values()]
+
+
+def _key(seed, example):
+    text = f"{seed}\0" + "\0".join(normalised(example.texts))
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()

@@ -1,0 +1,490 @@
+"""Fine-tune an encoder on a task. Read this script from top to bottom:
+
+    options -> checks -> examples, hold-out -> windows -> model -> the loop: micro-batches -> sums -> one division ->
+    step -> evaluation, best step, log, checkpoint -> the best model, its scores, its predictions and its card
+
+The output directory then holds:
+
+    config.json model.safetensors tokenizer.json ...   the model: fastbert and transformers load the directory
+    task.json                                          what `fastbert predict` needs to know besides
+    metrics.json predictions.jsonl errors.md           scores, predictions and mistakes on the held-out examples
+    README.md learning_curve.png metrics.jsonl         the model card, the curves, the log
+    checkpoint-<step>/ tensorboard/                    checkpoints, TensorBoard's files
+
+Everything random is a pure function of the seed and of the position in the run, as in pretraining: a resumed run equals
+an uninterrupted one bit for bit on a CPU. The head, the split, the order and dropout have streams of their own.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import shutil
+import signal
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from ..data.batches import MAX_TOKENS
+from ..data.tokenizer import check_vocabulary, load_tokenizer, special_ids, tokenizer_hash, vocabulary_size
+from ..files import lock, sha256, write
+from ..model import families, hf_files, presets
+from ..tasks import results, table
+from ..tasks.examples import Pieces, Spec, predictions, read_files
+from ..tasks.predictor import flat_figures, usual_length
+from ..tasks.schemes import SCHEMES
+from . import card, checkpoint, finetune_card, optim, processes
+from .example_batches import ExampleBatches, encoded, held_out
+from .log import Log
+from .loop import Progress, Run, accumulate, forward, length
+from .options import command_line, flag, option, tidy
+from .task_model import model_for
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """The options of `fastbert finetune`, one field each. Raises ValueError with the wrong option and its value."""
+
+    train_file: tuple[str, ...] = option(
+        (), "Examples to train on: .csv, .tsv, .jsonl, .parquet files, or a directory with train.* and dev.*."
+    )
+    eval_file: tuple[str, ...] = option((), "Examples to evaluate on. Without it, part of the examples is held out.")
+    eval_share: float = option(0.1, "Share of the examples held out for evaluation; 0 for none.", least=0, below=1)
+    task: str = option("auto", "The task: auto, or one of classify, multilabel, regress, tag, answer, choose.")
+    text_column: tuple[str, ...] = option((), "Column of the text, or both columns of a pair. Found by name otherwise.")
+    label_column: str | None = option(None, "Column of the label, labels or score. Found by name by default.")
+    group_column: str | None = option(None, "Column of a group, such as an author, that is held out as a whole.")
+    output_dir: str = option("", "Directory for the model, checkpoints and logs.")
+    model: str = option("", "Directory of the model to start from; or a preset or a config.json, for fresh weights.")
+    tokenizer: str | None = option(None, "Directory of the tokenizer. The model's own by default.")
+    max_seq_length: int | None = option(
+        None,
+        "Maximum tokens in a window, special tokens included. Up to 512, as the model allows, by default.",
+        least=8,
+    )
+    scheme: str | None = option(
+        None, "How the tags of entities are written, for the task tag. Found in each file by default.", SCHEMES
+    )
+    stride: int | None = option(
+        None, "Tokens that neighbouring windows of a long text share. A quarter of a window by default.", least=0
+    )
+    truncate: bool = option(False, "Cut texts that are too long instead of reading them in windows.")
+    batch_size: int = option(16, "Examples in a micro-batch.", least=1)
+    tokens_per_batch: int = option(
+        8192, "Maximum tokens computed at once: a larger micro-batch runs in parts, with the same gradient.",
+        least=8, most=MAX_TOKENS,
+    )  # fmt: skip
+    gradient_accumulation_steps: int = option(1, "Micro-batches per step.", least=1)
+    max_steps: int | None = option(None, "Length of the run, in steps.", least=1)
+    epochs: float | None = option(
+        None, "Length of the run, in passes over the examples; 3 if no length is given.", above=0, most=1e4
+    )
+    max_minutes: float | None = option(
+        None, "Length of the run, in minutes of training; the schedule follows the clock.", above=0, most=1e7
+    )
+    learning_rate: float = option(3e-5, "Peak learning rate, 2e-5 to 5e-5 as a rule. --resume may lower it.", above=0)
+    schedule: str = option("linear", "Learning rate schedule after the warm-up.", tuple(optim.SCHEDULES))
+    warmup_ratio: float = option(0.1, "Share of the run spent on warm-up.", least=0, most=1)
+    warmup_steps: int | None = option(None, "Warm-up in steps. Overrides --warmup-ratio.", least=0)
+    layer_decay: float = option(
+        1.0, "Factor on the learning rate from each layer to the one below it; 1 for none.", above=0, most=1
+    )
+    weight_decay: float = option(0.01, "AdamW's weight decay. Biases and norms have none.", least=0)
+    adam_beta1: float = option(0.9, "AdamW's beta 1.", least=0, below=1)
+    adam_beta2: float = option(0.999, "AdamW's beta 2.", least=0, below=1)
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon.", above=0)
+    max_grad_norm: float = option(1.0, "Gradient norm to clip at; 0 for no clipping.", least=0)
+    dropout: float | None = option(
+        None, "Dropout of hidden states and attention. The model's own by default.", least=0, below=1
+    )
+    label_smoothing: float = option(0.0, "Share of a label's probability spread over all labels.", least=0, below=1)
+    class_weights: str | None = option(
+        None, 'Weights of the labels in the loss: balanced, or by name, such as "spam=5,ham=1".'
+    )
+    freeze_encoder: bool = option(False, "Train the head alone: faster and weaker than training the whole model.")
+    metric: str | None = option(None, "The score that decides which step is best. The task's own by default.")
+    patience: int = option(3, "Evaluations without a better score after which training ends early.", least=1)
+    bf16: bool = option(False, "Run matrix products in bfloat16.")
+    seed: int = option(0, "Seed of everything random.", least=-(2**63), most=2**63 - 1)
+    split_seed: int | None = option(
+        None, "Seed of the held-out share. --seed by default.", least=-(2**63), most=2**63 - 1
+    )
+    seeds: int = option(1, "Runs with so many seeds, from --seed on; the best is published.", least=1, most=1000)
+    resume: bool = option(False, "Resume the run in the output directory from its last good checkpoint.")
+    save_steps: int | None = option(
+        None, "Steps between checkpoints. One a pass over the examples by default.", least=1
+    )
+    save_total_limit: int = option(1, "Checkpoints to keep.", least=1)
+    eval_steps: int | None = option(None, "Steps between evaluations. One a pass by default.", least=1)
+    logging_steps: int = option(10, "Steps between rows of the log.", least=1)
+    device: str = option("auto", "auto, cpu, cuda or cuda:1.")
+
+    def __post_init__(self):
+        tidy(self)
+        for name in ("train_file", "output_dir", "model"):
+            if not getattr(self, name):
+                raise ValueError(f"{flag(name)} is missing")
+        if len(self.text_column) > 2:
+            raise ValueError(f"--text-column names {len(self.text_column)} columns: expected one, or two for a pair")
+        if sum(length is not None for length in (self.max_steps, self.epochs, self.max_minutes)) > 1:
+            raise ValueError("more than one of --max-steps, --epochs and --max-minutes is given: expected one")
+        if self.max_minutes is not None and self.warmup_steps is not None:
+            raise ValueError("--warmup-steps does not go with --max-minutes, which counts time: use --warmup-ratio")
+        if self.task != "auto":
+            table.task(self.task)
+
+
+# A resumed run may change these options. The examples and the tokenizer are compared by content.
+MAY_DIFFER = {
+    "train_file", "eval_file", "output_dir", "tokenizer", "max_steps", "epochs", "max_minutes", "resume",
+    "save_steps", "save_total_limit", "eval_steps", "logging_steps", "tokens_per_batch", "patience", "device", "seeds",
+}  # fmt: skip
+# these it may lower, after training diverged
+MAY_FALL = {"learning_rate"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def finetune(config: FinetuneConfig) -> dict:
+    """Run `config` to its end. SIGTERM and SIGINT end it after the current step, with a checkpoint.
+
+    Returns the contents of metrics.json ({} without held-out examples), with the number of the signal that ended the
+    run, or None, in "signal". Raises ValueError or OSError for errors of the caller, if possible before any work, and
+    FloatingPointError when training diverges. Under torchrun every process takes its share of the micro-batches.
+    With --seeds N, see `finetune_with_seeds`.
+    """
+    if config.seeds > 1:
+        return finetune_with_seeds(config)
+    rank, world_size = processes.join()
+    command = command_line("finetune", dataclasses.replace(config, resume=False))
+    output_dir = Path(config.output_dir)
+    device = processes.device_of(config.device)
+    with lock(output_dir) if rank == 0 else contextlib.nullcontext(), Log(output_dir, rank) as log:
+        resumed = checkpoint.to_resume(output_dir, config.resume)
+        if resumed:
+            log.say(f"resuming from {resumed}")
+        elif config.resume:
+            log.say(f"--resume: {output_dir} has no checkpoint yet, starting a new run")
+        with processes.first_process_first(rank):
+            # the others have looked at the directory before the first writes into it
+            tokenizer, encoder_config = _tokenizer_and_config(config, resumed)
+        state = checkpoint.read_state(resumed) if resumed else None
+        if state:
+            checkpoint.check_same_run(resumed, state, config, tokenizer_hash(tokenizer), MAY_DIFFER, MAY_FALL)
+
+        # files -> examples -> training and held-out examples
+        train_files, eval_files = table.train_and_eval_files(config.train_file, config.eval_file)
+        name = table.detect(train_files[0]) if config.task == "auto" else config.task
+        task = table.task(name)
+        if config.task == "auto":
+            log.say(f"--task auto: {train_files[0]} is read as {name}")
+        spec = _spec(config, name, encoder_config)
+        train, notes = read_files(task, train_files, spec)
+        if eval_files or config.eval_share:
+            table.check_libraries()
+        evaluation, eval_notes = read_files(task, eval_files, spec) if eval_files else ([], [])
+        for note in (*notes, *eval_notes):
+            if said := note.said():
+                log.say(said)
+        rare = []
+        if not eval_files and config.eval_share:
+            train, evaluation, rare = held_out(
+                train, config.eval_share, config.seed if config.split_seed is None else config.split_seed
+            )
+            if not evaluation or not train:
+                raise ValueError(
+                    f"{train_files[0]} has too few different texts to hold some out: use --eval-file, or --eval-share 0"
+                )
+        if rare:
+            shown = ", ".join(map(repr, rare[:5])) + (", ..." if len(rare) > 5 else "")
+            log.say(f"{len(rare)} labels have too few examples to hold one out: {shown}")
+        log.say(f"{len(train):,} examples to train on, {len(evaluation):,} held out")
+        if alike := spec.alike():
+            log.say(f"labels that differ in case alone are different labels: {', '.join(map(repr, alike))}")
+        metric = _metric(config, task, spec)
+        kind, fields = task.head(spec)
+        pieces = Pieces(tokenizer, spec)
+        windows = encoded(task, train, pieces, spec)
+        if cut := pieces.said():
+            log.say(cut)
+        loader = ExampleBatches(
+            windows, batch_size=config.batch_size, tokens_per_batch=config.tokens_per_batch, seed=config.seed,
+            class_weights=_class_weights(config, task, spec, windows),
+            token_types=encoder_config.type_vocab_size, rank=rank, world_size=world_size,
+        )  # fmt: skip
+        fingerprint = hashlib.sha256(json.dumps([sha256(file) for file in (*train_files, *eval_files)]).encode())
+        if state and state["data"] != fingerprint.hexdigest():
+            raise ValueError(f"--resume: the examples are not those that {resumed} was trained on")
+
+        # model and optimizer
+        model = model_for(config, kind, encoder_config, fields, resumed, log).to(device).train()
+        model.label_smoothing = config.label_smoothing
+        if config.freeze_encoder:
+            log.say("--freeze-encoder trains the head alone: expect clearly lower scores than without it")
+            model.encoder.requires_grad_(False)
+        optimizer = optim.adamw(
+            model, learning_rate=config.learning_rate, weight_decay=config.weight_decay,
+            betas=(config.adam_beta1, config.adam_beta2), epsilon=config.adam_epsilon, layer_decay=config.layer_decay,
+        )  # fmt: skip
+        progress, best = Progress(), {"score": None, "step": 0, "since": 0, "evaluated": 0}
+        if resumed:
+            checkpoint.load_checkpoint(resumed, model, optimizer)
+            progress, best = Progress.restored(state["progress"]), state["best"]
+        if (config.epochs, config.max_steps, config.max_minutes) == (None,) * 3:
+            config = dataclasses.replace(config, epochs=3.0)
+        total, warmup = length(config, loader)
+        facts = {
+            "config": dataclasses.asdict(config), "model_config": model.config.to_dict(),
+            "tokenizer": tokenizer_hash(tokenizer), "data": fingerprint.hexdigest(), "best": best,
+        }  # fmt: skip
+        log.begin(progress, total, in_seconds=config.max_minutes is not None)
+        keep = partial(keep_best, output_dir, model, best, direction=task.SCORES[metric])
+        if log.last_evaluation.get("step", 0) > best["evaluated"]:
+            # a run that was stopped in an evaluation has its checkpoint from before it
+            keep(progress.step, log.last_evaluation[column(metric)])
+        predict = partial(
+            predictions, task, model, spec, pieces, tokens_per_batch=config.tokens_per_batch,
+            run=partial(forward, model, device=device, bf16=config.bf16),
+        )  # fmt: skip
+
+        with processes.signals() as caught:
+            a_pass = max(1, loader.num_batches(0) // config.gradient_accumulation_steps)
+            run = Run(
+                dataclasses.replace(
+                    config, eval_steps=config.eval_steps or a_pass, save_steps=config.save_steps or a_pass
+                ),
+                model, optimizer, tokenizer, facts, progress, log, total, caught,
+            )  # fmt: skip
+            # the first process alone writes checkpoints
+            run.resumed = resumed if rank == 0 else None
+            stop_early(run, best, config.patience)
+            for step in run.steps(loader, evaluates=bool(evaluation)):
+                if step.batches is None:
+                    step.row = evaluate(model, task, spec, predict, evaluation, lambda: caught)
+                    if step.row is not None:
+                        keep(progress.step, step.row[column(metric)])
+                        stop_early(run, best, config.patience)
+                    continue
+                sums = accumulate(model, step.batches, bf16=config.bf16)
+                factor = optim.SCHEDULES[config.schedule](step.position, total, warmup)
+                run.update(step, sums, config.learning_rate * factor)
+
+        metrics = {}
+        if rank == 0 and run.finished:
+            if best["score"] is not None:
+                stored = best_directory(output_dir, best["step"])
+                # a finished run that is resumed has published it
+                model.load_state_dict(model.stored(stored if stored.is_dir() else output_dir))
+            if evaluation:
+                model.eval()
+                found = [prediction for _, prediction in predict(evaluation)]
+                scores = task.score(evaluation, found, spec, tune=True)
+                metrics = results.summary(task, spec, evaluation, found, scores, eval_files, [*notes, *eval_notes])
+                metrics |= {"step": best["step"] or progress.step, "train_examples": len(train)}
+                results.write_all(output_dir, spec, evaluation, found, metrics, train)
+            checkpoint.publish(output_dir, model, tokenizer)
+            spec.save(output_dir)
+            for path in output_dir.glob("best-*"):
+                shutil.rmtree(path, ignore_errors=True)
+            card.learning_curve(output_dir)
+            finetune_card.write_card(output_dir, command, facts, spec, metrics, progress)
+            log.say(f"done: {output_dir} holds the model and README.md")
+        elif rank == 0:
+            name = signal.Signals(caught[0]).name if caught else "another process"
+            log.say(f"stopped by {name} after step {progress.step}: continue with --resume")
+        return metrics | {"signal": caught[0] if caught and not run.finished else None}
+
+
+def finetune_with_seeds(config):
+    """Train with the seeds seed .. seed + seeds - 1 on the same split, in seed-<seed>/; publish the best.
+
+    Returns the contents of metrics.json: those of the best run, with each seed's main score, their mean and standard
+    deviation in "seeds".
+    """
+    output_dir, found = Path(config.output_dir), {}
+    split_seed = config.seed if config.split_seed is None else config.split_seed
+    if not config.resume:
+        # the checkpoints are in the directories of the seeds
+        checkpoint.to_resume(output_dir, False)
+    for seed in range(config.seed, config.seed + config.seeds):
+        directory = output_dir / f"seed-{seed}"
+        found[seed] = finetune(
+            dataclasses.replace(config, seeds=1, seed=seed, split_seed=split_seed, output_dir=str(directory))
+        )
+        if found[seed]["signal"] is not None:
+            return found[seed]
+        if "metric" not in found[seed]:
+            raise ValueError("--seeds compares scores on held-out examples: use --eval-file, or --eval-share above 0")
+    metric = found[config.seed]["metric"]
+    direction = table.task(found[config.seed]["task"]).SCORES[metric]
+    scores = {seed: metrics["scores"][metric] for seed, metrics in found.items()}
+    known = {seed: score for seed, score in scores.items() if score is not None}
+    best = max(known, key=lambda seed: direction * known[seed], default=config.seed)
+    values = np.array([*known.values()])
+    metrics = found[best] | {
+        "seeds": {
+            "scores": {str(seed): score for seed, score in scores.items()}, "best": best,
+            "mean": float(values.mean()) if known else None,
+            "standard_deviation": float(values.std(ddof=1)) if len(known) > 1 else None,
+        }
+    }  # fmt: skip
+    if processes.join()[0] == 0:
+        for path in sorted((output_dir / f"seed-{best}").iterdir()):
+            if path.is_file() and not path.name.startswith("."):
+                write(output_dir / path.name, path.read_bytes())
+        finetune_card.add_seeds(output_dir, metric, metrics["seeds"])
+        results.write_metrics(output_dir, {name: value for name, value in metrics.items() if name != "signal"})
+    return metrics
+
+
+def evaluate(model, task, spec, predict, examples, interrupted):
+    """The figures of the task on held-out examples, by `column`, or None when `interrupted()` is true.
+
+    With thresholds chosen on these examples, as in the end: at 0.5, rare labels would score 0 for most of the run.
+    """
+    model.eval()
+    try:
+        found = [prediction for _, prediction in predict(examples, interrupted=interrupted)]
+    finally:
+        model.train()
+    if len(found) < len(examples):
+        return None
+    spec = dataclasses.replace(spec, settings=dict(spec.settings))
+    scores = task.score(examples, found, spec, tune=True)
+    return {column(name): value for name, value in flat_figures(scores).items()}
+
+
+def column(name):
+    """The log's name of a figure on held-out examples: that of the same figure in training, where there is one."""
+    same = {"log_loss": "label_loss", "accuracy": "label_accuracy"}
+    return f"eval_{same.get(name, name)}"
+
+
+def keep_best(directory, model, best, step, score, direction):
+    """Save the model if its score is the best so far. A tie keeps the earlier step, and NaN or None is never best.
+
+    Models of earlier best steps stay as long as a checkpoint refers to them.
+    """
+    best["evaluated"] = step
+    finite = score is not None and math.isfinite(score)
+    if not finite or (best["score"] is not None and direction * score <= direction * best["score"]):
+        best["since"] += 1
+        return
+    model.save_pretrained(best_directory(directory, step))
+    best |= {"score": score, "step": step, "since": 0}
+    needed = {step}
+    for path in directory.glob(f"checkpoint-*/{checkpoint.STATE}"):
+        with contextlib.suppress(OSError, ValueError):
+            needed.add(checkpoint.read_state(path.parent)["best"]["step"])
+    for path in directory.glob("best-*"):
+        if path not in {best_directory(directory, one) for one in needed}:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def best_directory(directory, step):
+    return directory / f"best-{step}"
+
+
+def stop_early(run, best, patience):
+    """End the run after `patience` evaluations without a better score."""
+    if best["since"] >= patience:
+        run.log.say(f"no better score in {patience} evaluations: training ends, step {best['step']} is the best")
+        run.total = 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a run needs; each function raises a one-line error if it is missing or wrong
+
+
+def _tokenizer_and_config(config, resumed):
+    """(tokenizer, EncoderConfig) of --model."""
+    path = Path(config.model)
+    if config.model in presets.PRESETS:
+        found = presets.preset(config.model)
+    elif path.exists():
+        found = hf_files.read_config(path / "config.json" if path.is_dir() else path)
+    else:
+        raise ValueError(f"--model {config.model}: no such directory, and none of {', '.join(presets.PRESETS)}")
+    directory = config.tokenizer or (config.model if path.is_dir() else resumed)
+    if not directory:
+        raise ValueError(f"--tokenizer is missing: --model {config.model} has none")
+    tokenizer = load_tokenizer(directory, as_saved=directory == resumed)
+    if config.model in presets.PRESETS:
+        found = families.with_vocabulary(found, vocabulary_size(tokenizer), special_ids(tokenizer).pad)
+    check_vocabulary(tokenizer, found)
+    if special_ids(tokenizer).pad != found.pad_token_id:
+        raise ValueError(
+            f"the tokenizer's [PAD] is {special_ids(tokenizer).pad}: {config.model} has a pad_token_id of "
+            f"{found.pad_token_id}"
+        )
+    if (config.max_seq_length or 0) > found.max_length:
+        raise ValueError(
+            f"--max-seq-length is {config.max_seq_length}: the model {config.model} has {found.max_length} positions"
+        )
+    if config.dropout is not None:
+        found = found.replace(hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout)
+    return tokenizer, found
+
+
+def _spec(config, name, encoder_config):
+    columns = {}
+    for column, value in (("texts", list(config.text_column)), ("label", config.label_column),
+                          ("group", config.group_column)):  # fmt: skip
+        if value:
+            columns[column] = value
+    max_length = config.max_seq_length or usual_length(config.tokenizer or config.model, encoder_config)
+    stride = max_length // 4 if config.stride is None else config.stride
+    if config.scheme and name != "tag":
+        raise ValueError(f"--scheme goes with the task tag: it is {name}")
+    if config.label_smoothing and name not in ("classify", "multilabel", "tag"):
+        raise ValueError(f"--label-smoothing goes with classify, multilabel and tag: the task is {name}")
+    settings = {"read_as": config.scheme} if config.scheme else {}
+    return Spec(name, None, columns, max_length, stride, config.truncate, config.metric, settings)
+
+
+def _metric(config, task, spec):
+    """The name of the main score."""
+    if spec.metric is None:
+        spec.metric = next(iter(task.SCORES))
+    if spec.metric not in task.SCORES:
+        raise ValueError(f"--metric is {spec.metric!r}: expected one of {', '.join(task.SCORES)} for {spec.task}")
+    if spec.metric == "f1" and spec.task == "classify" and len(spec.labels) != 2:
+        raise ValueError(f"--metric f1 is that of the second of two labels: there are {len(spec.labels)}")
+    return spec.metric
+
+
+def _class_weights(config, task, spec, windows):
+    """float [K], the weight of each label in the loss; None without --class-weights."""
+    if config.class_weights is None:
+        return None
+    first = next(window for one in windows for window in one)
+    if first.labels is None and not isinstance(first.label, int) or not spec.labels:
+        raise ValueError(f"--class-weights goes with classify and tag: the task is {spec.task}")
+    if config.class_weights == "balanced":
+        counts = np.zeros(len(spec.labels))
+        for one in windows:
+            # the windows of a long text are one example
+            for window in one[:1] if first.labels is None else one:
+                labels = np.atleast_1d(window.label if window.labels is None else window.labels)
+                counts += np.bincount(labels[labels >= 0], minlength=len(counts))
+        present = counts > 0
+        # n / (k n_c), and 0 for a label without examples
+        return np.where(present, counts.sum() / (present.sum() * np.maximum(counts, 1)), 0.0)
+    weights = np.ones(len(spec.labels))
+    for part in config.class_weights.split(","):
+        name, _, value = part.rpartition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if name.strip() not in spec.index or not 0 <= number < math.inf:
+            raise ValueError(
+                f"--class-weights has {part!r}: expected balanced, or NAME=NUMBER with commas between, for labels of "
+                f"the training file: {', '.join(map(repr, spec.labels[:8]))}"
+            )
+        weights[spec.index[name.strip()]] = number
+    return weights

@@ -1,0 +1,101 @@
+"""The model card of a fine-tuned model."""
+
+from pathlib import Path
+
+from ..files import write
+from .card import versions
+from .log import clock
+
+# what transformers calls the tasks
+PIPELINES = {
+    "classify": "text-classification", "multilabel": "text-classification", "regress": "text-classification",
+    "tag": "token-classification", "answer": "question-answering", "choose": "multiple-choice",
+}  # fmt: skip
+PICTURES = {
+    "learning_curve.png": "Losses and scores over the run", "confusion_matrix.png": "Gold labels and predictions",
+    "per_class_f1.png": "F1 of each label", "reliability.png": "Confidence and accuracy",
+}  # fmt: skip
+
+
+def write_card(directory, command, facts, spec, metrics, progress):
+    """Write README.md.
+
+    command: the command line of the run. facts: what checkpoints record of it. metrics: those of metrics.json, {} for
+    none.
+    """
+    directory = Path(directory)
+    model = facts["model_config"]
+
+    def table(head, rows):
+        return "\n".join([f"| {head} | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+
+    scores = [
+        (name.replace("_", " "), "undefined" if value is None else f"{value:.4f}")
+        for name, value in metrics.get("scores", {}).items()
+        if value is None or isinstance(value, int | float)
+    ]
+    if metrics.get("interval"):
+        low, high = metrics["interval"]
+        scores.append((f"{metrics['metric'].replace('_', ' ')}, 95 % interval (bootstrap)", f"{low:.4f} to {high:.4f}"))
+    run = [("steps", f"{progress.step:,}"), ("tokens seen", f"{progress.tokens:,}"),
+           ("training time", clock(progress.elapsed))]  # fmt: skip
+    if metrics:
+        run += [("examples to train on", f"{metrics['train_examples']:,}"),
+                ("held-out examples", f"{metrics['examples']:,}"), ("best step", f"{metrics['step']:,}")]  # fmt: skip
+        run += [(f"rows skipped in {path}", f"{count:,}") for path, count in metrics["skipped_rows"].items()]
+    labels = spec.labels or ()
+    shown = ", ".join(labels[:50]) + (", ..." if len(labels) > 50 else "")
+    pictures = [f"![{words}]({name})" for name, words in PICTURES.items() if (directory / name).exists()]
+    write(
+        directory / "README.md",
+        f"""---
+library_name: transformers
+pipeline_tag: {PIPELINES[spec.task]}
+tags: [{model["model_type"]}, fastbert, {PIPELINES[spec.task]}]
+---
+# {directory.resolve().name}
+
+An encoder ({model["model_type"]}), {model["num_hidden_layers"]} layers of size {model["hidden_size"]}, fine-tuned \
+with fastbert for the task `{spec.task}`.
+
+```bash
+{command}
+```
+
+## Use
+
+```bash
+fastbert predict --model {directory} --input FILE.jsonl --output PREDICTIONS.jsonl
+```
+```python
+import fastbert
+fastbert.load("{directory}").predict(["..."])
+```
+
+## Scores
+
+{table(f"{metrics['examples']:,} held-out examples", scores) if metrics else "Nothing was held out."}
+
+{"Labels: " + shown if shown else ""}
+
+{chr(10).join(pictures)}
+
+## Run
+
+{table("run", run)}
+
+Windows of {spec.max_length} tokens{f", {spec.stride} shared by neighbours" if not spec.truncate else ""}. \
+Made with {", ".join(f"{name} {number}" for name, number in versions().items())}.
+""",
+    )
+
+
+def add_seeds(directory, metric, seeds):
+    """Add the scores of all seeds to README.md. seeds: those of metrics.json."""
+    rows = [*seeds["scores"].items(), ("mean", seeds["mean"]), ("standard deviation", seeds["standard_deviation"])]
+    lines = [f"| seed | {metric.replace('_', ' ')} |", "|---|---|"]
+    lines += [f"| {name} | {'undefined' if value is None else f'{value:.4f}'} |" for name, value in rows]
+    said = f"This is the model of seed {seeds['best']}, chosen by the held-out examples that its score is from."
+    path = Path(directory) / "README.md"
+    text = path.read_text(encoding="utf-8")
+    write(path, text.replace("\n## Run\n", "\n## Seeds\n\n" + said + "\n\n" + "\n".join(lines) + "\n\n## Run\n", 1))
