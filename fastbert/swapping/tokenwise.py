@@ -183,6 +183,16 @@ def is_watched(stack, hooks=True):
     )
 
 
+def may_run_again(stack):
+    """Whether activation checkpointing may run layers of a stack once more in the backward pass, by themselves."""
+    if not (stack.training or torch.is_grad_enabled()):
+        return False
+    for module in stack.modules():
+        if getattr(module, "gradient_checkpointing", False) or "_checkpoint_wrapped_module" in module._modules:
+            return True
+    return is_watched(stack)
+
+
 def _is_harmless(module, name):
     """Whether what was set on a module in place of a method or another module looks at no other token."""
     value = vars(module)[name]
