@@ -92,15 +92,16 @@ def uses_triton(device: torch.device, impl: str | None = None) -> bool:
     return implementation(device, impl) == "triton"
 
 
-def pays(x: torch.Tensor, tokens: int, places: int, width: int) -> bool:
+def pays(x: torch.Tensor, tokens: int, places: int, width: int, training: bool) -> bool:
     """Whether a stack of another's layers, `width` wide, is faster with our ops on `tokens` packed rows than with its
-    own modules on `places` padded rows. x: a tensor on their device.
+    own modules on `places` padded rows. x: a tensor on their device. training: whether gradients will be wanted, also
+    where activation checkpointing turns them off first.
 
     On a GPU always, and with an `impl` that is asked for. On a CPU by what was measured there.
     """
     if x.device.type != "cpu" or IMPL != "auto" or places == 0 or torch.compiler.is_compiling():
         return True
-    return matmul.pays(tokens, places, width, torch.is_grad_enabled(), torch.get_num_threads())
+    return matmul.pays(tokens, places, width, training or torch.is_grad_enabled(), torch.get_num_threads())
 
 
 def may_prepare(x: torch.Tensor, rows: int, width: int) -> bool:

@@ -67,7 +67,7 @@ class Layer:
     """A layer of the modules `parts`, with the attention of H heads.
 
     Weights that change are read again. PyTorch counts changes in place, but not those through `.data`: for these, some
-    values of each weight are compared, so that a change of a single value through `.data` may go unnoticed.
+    values of each weight are compared, so that a change of a few values or rows through `.data` may go unnoticed.
     """
 
     def __init__(self, parts: PostNorm, heads: int, scale: float | None, approximate: str) -> None:

@@ -18,7 +18,7 @@ from .. import ops
 from ..packing import Layout, full_layout, layout_of
 from .inference import prepared
 from .steps import PLAIN, Replacement, by_name, from_file_of, is_plain, plain_modules
-from .tokenwise import is_watched
+from .tokenwise import is_watched, may_run_again
 
 
 def key_mask(mask, B, S):
@@ -222,7 +222,7 @@ class BertEncoder(Replacement):
     def _may_prepare(self, hidden_states):
         """Whether to look if the layers can run as `ops.prepare` has them: without padding, too, that pays."""
         rows = hidden_states.shape[0] * hidden_states.shape[1]
-        return self.PREPARES and ops.may_prepare(hidden_states, rows, _config(self).hidden_size)
+        return self.PREPARES and ops.may_prepare(hidden_states, rows, self._width(hidden_states))
 
     def _pays(self, x, layout, unpads, kwargs):
         """Whether packed rows of x [B, S, ...] are faster than the original. layout: None while it is not known."""
@@ -232,11 +232,15 @@ class BertEncoder(Replacement):
         tokens = places
         if unpads:
             tokens = 0 if layout is None else places if layout.indices is None else len(layout.indices)
-        return ops.pays(x, tokens, places, _config(self).hidden_size)
+        return ops.pays(x, tokens, places, self._width(x), self.training)
+
+    def _width(self, x):
+        """Of the hidden states, or of what a model makes of ids [B, S]."""
+        return x.shape[-1] if x.dim() > 2 else _config(self).hidden_size
 
     def _padded(self, unpads, *args, **kwargs):
         """The original. unpads: None if it is faster, so that the modules inside are originals, too."""
-        with plain_modules() if unpads is None else contextlib.nullcontext():
+        with plain_modules() if unpads is None and not may_run_again(self) else contextlib.nullcontext():
             return self.call_original(*args, **kwargs)
 
 

@@ -59,14 +59,15 @@ def full_name(cls):
 
 
 def overrides(cls, base):
-    """Whether a class derived from `base` may compute something else: it overrides what `base` itself defines, or a
-    method of `base` was replaced for all its modules."""
+    """Whether a class derived from `base` may compute something else: it overrides what the methods of `base` itself
+    are or use, or one of them was replaced for all its modules."""
     methods = _methods(base)
     if "replaces" not in vars(base) and any(f.__module__ != base.__module__ for f in methods.values()):
         return True
     between = itertools.takewhile(lambda c: c is not base, cls.__mro__)
     names = {name for c in between if not c.__module__.startswith(_DERIVING) for name in vars(c)}
-    return not names.isdisjoint({"forward", "__call__", *methods})
+    used = {name for f in methods.values() for name in inspect.unwrap(f).__code__.co_names}
+    return not names.isdisjoint({"forward", "__call__", *methods, *used})
 
 
 def _methods(cls):
@@ -180,6 +181,16 @@ def is_watched(stack, hooks=True):
         or are_replaced(_METHODS)
         or own_code(stack, hooks) is not None
     )
+
+
+def may_run_again(stack):
+    """Whether activation checkpointing may run layers of a stack once more in the backward pass, by themselves."""
+    if not (stack.training or torch.is_grad_enabled()):
+        return False
+    for module in stack.modules():
+        if getattr(module, "gradient_checkpointing", False) or "_checkpoint_wrapped_module" in module._modules:
+            return True
+    return is_watched(stack)
 
 
 def _is_harmless(module, name):

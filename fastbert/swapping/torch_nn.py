@@ -25,7 +25,7 @@ from .steps import (
     linear_gelu,
     plain_modules,
 )
-from .tokenwise import is_watched
+from .tokenwise import is_watched, may_run_again
 
 # limits of the kernels: columns of a norm, head size
 MOST_COLUMNS, MOST_HEAD_SIZE = 8192, 128
@@ -222,12 +222,14 @@ class TransformerEncoder(Replacement):
         if mask is None and not is_causal and _takes(src):
             places = src.numel() // src.shape[-1]
             orders = {layer.self_attn.batch_first for layer in self.layers}
-            is_slower = not ops.pays(src, 0 if unpads else places, places, src.shape[-1])
+            is_slower = not ops.pays(src, 0 if unpads else places, places, src.shape[-1], self.training)
             if len(orders) == 1 and not is_slower:
                 layout = _layout(src, src_key_padding_mask, *orders, begins_padded=False)
                 tokens = places if layout is None or layout.indices is None or not unpads else len(layout.indices)
-                is_slower = layout is not None and not ops.pays(src, tokens, places, src.shape[-1])
-            if is_slower:
+                is_slower = layout is not None and not ops.pays(src, tokens, places, src.shape[-1], self.training)
+            if is_slower and may_run_again(self):
+                layout = None
+            elif is_slower:
                 with plain_modules():
                     return super().forward(src, mask, src_key_padding_mask, is_causal)
             if layout is not None and is_watched(self):

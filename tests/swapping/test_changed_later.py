@@ -12,6 +12,8 @@ from torch import nn
 from transformers.models.deberta_v2.modeling_deberta_v2 import DebertaV2Encoder
 
 import fastbert
+from fastbert import ops
+from fastbert.swapping import stacks
 
 
 def class_of(name, family):
@@ -47,7 +49,8 @@ def test_a_method_that_is_replaced_for_a_class(kind, family, cls, method, monkey
         assert_close(hidden(model), expected)
     shapes.clear()
     assert_close(hidden(model), before)
-    assert any(map(is_unpadded, shapes))
+    # torch's norms, which ModernBERT has, are not ours on a CPU
+    assert kind == "ModernBertModel" or any(map(is_unpadded, shapes))
 
 
 class OwnPositions(DebertaV2Encoder):
@@ -215,3 +218,20 @@ def test_a_layer_that_is_compiled_by_itself(kind, fresh_compiler):
     layer = model.get_submodule("layers.1" if kind == "ModernBertModel" else "encoder.layer.1")
     layer.compile(backend="eager", fullgraph=True)
     assert_close(hidden(model), hidden(plain))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("kind", ["BertForMaskedLM", "DistilBertForMaskedLM", "DebertaV2ForMaskedLM"])
+def test_gradient_checkpointing_of_layers_that_would_run_their_originals(kind, reentrant, monkeypatch):
+    """Layers run again by themselves: they draw the same dropout, though their stack no longer says what runs."""
+    monkeypatch.setattr(ops, "pays", lambda *arguments: False)
+    plain, model = (tiny(kind, hidden_dropout_prob=0.3, dropout=0.3).train() for _ in "ab")
+    for one in (plain, model):
+        fastbert.swap(one)
+        one.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=reentrant))
+    torch.manual_seed(0)
+    got = gradients(model)
+    monkeypatch.setattr(stacks, "may_run_again", lambda stack: True)
+    torch.manual_seed(0)
+    assert_same_gradients(got, gradients(plain))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from small import LENGTHS, D, assert_close, assert_same_gradients, batch, gradients, is_swapped, tiny
 from torch import nn
-from transformers.models.bert.modeling_bert import BertLayer, BertSelfAttention
+from transformers.models.bert.modeling_bert import BertLayer, BertOutput, BertSelfAttention
 
 import fastbert
 
@@ -127,6 +127,14 @@ class OwnCall(nn.Linear):
         return mixed(super().__call__(x))
 
 
+class OwnPart(BertOutput):
+    """With a property in the place of a module."""
+
+    @property
+    def dense(self):
+        return lambda x: mixed(self._modules["dense"](x))
+
+
 class Folding(nn.Module):
     """A norm over all tokens of a text."""
 
@@ -208,6 +216,7 @@ OWN = {
     "a layer that reads the mask": of_class("encoder.layer.1", OwnLayer),
     "an attention": of_class("encoder.layer.0.attention.self", OwnAttention),
     "another method of a layer": of_class("encoder.layer.0", OwnChunk),
+    "a property": of_class("encoder.layer.0.output", OwnPart),
     "a call": of_class("encoder.layer.0.output.dense", OwnCall),
     "a norm over all tokens": lambda model: put(model, "encoder.layer.0.output.LayerNorm", Folding()),
     "a forward on a layer": with_method("encoder.layer.0.output", "forward", mixed),
