@@ -33,7 +33,8 @@ def read(path, spec, notes, *, wants_gold=True):
                 notes.bad(example.number, f"{label!r} is missing or empty: expected a label")
                 continue
             if isinstance(value, bool) or not isinstance(value, str | int):
-                notes.bad(example.number, f"{label!r} is {value!r}: expected a name or a whole number")
+                hint = " (numbers are for --task regress)" if isinstance(value, float) else ""
+                notes.bad(example.number, f"{label!r} is {value!r}: expected a name or a whole number{hint}")
                 continue
             first = type(value) if first is None else first
             if type(value) is not first:

@@ -95,6 +95,11 @@ class Spec:
             folded.setdefault(name.casefold(), []).append(name)
         return {key: names[0] for key, names in folded.items() if len(names) == 1}
 
+    def alike(self) -> list[str]:
+        """The labels that differ from another in case alone."""
+        folded = [name.casefold() for name in self.labels]
+        return [name for name, one in zip(self.labels, folded) if folded.count(one) > 1] if len(folded) < 1000 else []
+
     def known(self, name: str) -> str | None:
         """The label called `name`, upper and lower case being the same where no two labels differ in it alone."""
         return name if name in self.index else self._folded.get(name.casefold())
@@ -293,8 +298,14 @@ def read_files(task, paths, spec: Spec, *, wants_gold=True) -> tuple[list[Exampl
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def batch_of(windows: list[list[Window]], class_weights: np.ndarray | None = None) -> Batch:
-    """The packed Batch of the windows of some examples, on the CPU. class_weights: float [K], of each label's loss."""
+def batch_of(
+    windows: list[list[Window]], class_weights: np.ndarray | None = None, *, token_types: int = 2
+) -> Batch:  # fmt: skip
+    """The packed Batch of the windows of some examples, on the CPU.
+
+    class_weights: float [K], of each label's loss. token_types: how many the model has; below 2 all are 0, whatever the
+    tokenizer says.
+    """
     flat = [window for one in windows for window in one]
     lengths = [len(window.ids) for window in flat]
     cu_seqlens = np.concatenate(([0], np.cumsum(lengths)))
@@ -302,6 +313,7 @@ def batch_of(windows: list[list[Window]], class_weights: np.ndarray | None = Non
     T = int(cu_seqlens[-1])
     joined = (np.concatenate(parts) for parts in zip(*((window.ids, window.types) for window in flat), strict=True))
     ids, types = (torch.from_numpy(part.astype(np.int64)) for part in joined)
+    types = types if token_types > 1 else torch.zeros_like(types)
     batch = Batch(
         ids, torch.from_numpy(np.arange(T) - np.repeat(cu_seqlens[:-1], lengths)), types,
         torch.from_numpy(cu_seqlens.astype(np.int32)), max(lengths),
@@ -363,7 +375,7 @@ def predictions(
                 return
             bare = [[dataclasses.replace(flat[i], label=None, labels=None)] for i in part]
             with torch.no_grad():
-                found = run(batch_of(bare)).logits.float().cpu().numpy()
+                found = run(batch_of(bare, token_types=model.config.type_vocab_size)).logits.float().cpu().numpy()
             if len(found) != len(part):
                 # a row for each token
                 found = np.split(found, np.cumsum([sizes[i] for i in part])[:-1])

@@ -1,6 +1,8 @@
 """Use a fine-tuned model: predictions for texts and files, and its scores."""
 
 import dataclasses
+import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable
@@ -11,7 +13,7 @@ import torch
 from tokenizers import Tokenizer
 
 from .. import files
-from ..data.tokenizer import check_vocabulary, load_tokenizer
+from ..data.tokenizer import check_vocabulary, load_tokenizer, tokenizer_hash
 from ..model import families, hf_files
 from ..model.heads import Model
 from . import results, table
@@ -19,6 +21,7 @@ from .examples import Example, Notes, Pieces, Spec, predictions, read_files
 
 # the ending of a class of transformers -> our task; SequenceClassification has three
 ARCHITECTURES = {"ForTokenClassification": "tag", "ForQuestionAnswering": "answer", "ForMultipleChoice": "choose"}
+# tokens of a window, unless somebody says otherwise
 MAX_LENGTH = 512
 
 
@@ -45,7 +48,8 @@ class Predictor:
     def predict_file(self, path: str | os.PathLike, output: str | os.PathLike, *, calibrated: bool = False) -> int:
         """Write the predictions for the rows of a file to the .jsonl `output`, in their order. Returns their number.
 
-        Memory is constant. Raises ValueError before any work when a row cannot be read.
+        Memory is constant. What was interrupted goes on from `output`.partial, if model, input and options are the
+        same. Raises ValueError before any work when a row cannot be read.
         """
         if not str(output).endswith(".jsonl"):
             raise ValueError(f"--output is {str(output)!r}: expected a .jsonl file")
@@ -53,21 +57,33 @@ class Predictor:
         for _ in self.task.read(path, self.spec, notes, wants_gold=False):
             pass
         notes.check()
-        examples, count = self.task.read(path, self.spec, Notes(path), wants_gold=False), 0
-        building = Path(f"{output}.tmp")
+        facts = {"input": files.sha256(path), "model": self._hash(), "calibrated": calibrated}
+        facts |= {"columns": self.spec.columns, "tokens_per_batch": self.tokens_per_batch}
+        partial, about = Path(f"{output}.partial"), Path(f"{output}.partial.json")
+        count = _written(partial) if about.is_file() and about.read_text() == json.dumps(facts) else 0
+        examples = itertools.islice(self.task.read(path, self.spec, Notes(path), wants_gold=False), count, None)
         try:
-            with open(building, "w", encoding="utf-8") as file:
+            if not count:
+                files.write(about, json.dumps(facts))
+            with open(partial, "a" if count else "w", encoding="utf-8") as file:
                 for example, prediction in self._run(examples, calibrated):
                     row = {} if example.id is None else {"id": example.id}
                     file.write(json.dumps(row | shown(prediction), ensure_ascii=False) + "\n")
                     count += 1
-            files.sync(building)
-            building.replace(output)
+            files.sync(partial)
+            partial.replace(output)
+            about.unlink()
         except OSError as error:
-            raise OSError(f"{output} cannot be written: {error.strerror}") from None
-        finally:
-            building.unlink(missing_ok=True)
+            raise OSError(f"{output} cannot be written: {error.strerror or error}") from None
         return count
+
+    def _hash(self):
+        """A hash of the weights and of what decides on predictions beside them."""
+        digest = hashlib.sha256(json.dumps([dataclasses.asdict(self.spec), tokenizer_hash(self.tokenizer)]).encode())
+        for name, tensor in self.model.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     def evaluate(
         self, paths: Iterable[str | os.PathLike], *, output_dir: str | os.PathLike | None = None,
@@ -78,6 +94,7 @@ class Predictor:
         A model without names of its labels, such as LABEL_0, takes the files' in sorted order. say: is told of it, and
         of rows that were left out. Raises ValueError for labels that the model does not know.
         """
+        table.check_libraries()
         paths, spec = [str(path) for path in paths], self.spec
         if spec.settings.get("unnamed") and spec.labels:
             spec = dataclasses.replace(spec, labels=None)
@@ -146,8 +163,9 @@ def load(
     if label_column:
         spec.columns = spec.columns | {"label": label_column}
     kind, _ = table.task(spec.task).head(spec)
-    names = hf_files.hf_names([name for name in kind(config.replace(num_hidden_layers=1)).state_dict()
-                               if name.startswith("classifier.")], config, kind.__name__)  # fmt: skip
+    with torch.device("meta"):
+        head = [name for name in kind(config).state_dict() if name.startswith("classifier.")]
+    names = hf_files.hf_names(head, config, kind.__name__)
     stored = hf_files.from_hf_names(hf_files.stored_tensors(directory, False), config)
     if lacking := [name for name in names.values() if name not in stored]:
         raise ValueError(
@@ -172,11 +190,35 @@ def _spec_of(directory, config):
     if name is None or architecture not in known:
         raise ValueError(f"{directory} is a {architecture}, without the head of a task: use fastbert finetune")
     labels = config.labels or tuple(f"LABEL_{i}" for i in range(config.num_labels))
-    length = min(config.max_length, MAX_LENGTH)
+    length = usual_length(directory, config)
     return Spec(
         name, labels if name in ("classify", "multilabel", "tag") else (), {}, length, length // 4,
         settings={} if config.labels else {"unnamed": True},
     )  # fmt: skip
+
+
+def _written(path):
+    """The whole lines of a file that was being written; what follows the last is cut off."""
+    if not path.is_file():
+        return 0
+    with open(path, "rb+") as file:
+        count = end = 0
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            count, end = count + 1, end + len(line)
+        file.truncate(end)
+    return count
+
+
+def usual_length(directory, config):
+    """Tokens of a window: as many as the model, its tokenizer and MAX_LENGTH allow."""
+    path = Path(directory) / "tokenizer_config.json"
+    limit = files.read_json(path).get("model_max_length") if path.is_file() else None
+    # transformers writes 1e30 for no limit
+    return int(
+        min(config.max_length, MAX_LENGTH, limit if isinstance(limit, int | float) and limit >= 8 else MAX_LENGTH)
+    )
 
 
 def shown(prediction):

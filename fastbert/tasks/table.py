@@ -2,6 +2,7 @@
 
 import glob
 import importlib
+import importlib.util
 import os
 
 from ..data import tables
@@ -16,6 +17,12 @@ def task(name):
     if name not in TASKS:
         raise ValueError(f"--task is {name!r}: expected one of {', '.join(TASKS)}")
     return importlib.import_module(f".{name}", __package__)
+
+
+def check_libraries():
+    """Raises ValueError when the libraries that compute scores are not installed."""
+    if not all(map(importlib.util.find_spec, ("sklearn", "scipy"))):
+        raise ValueError("scores need scikit-learn and scipy: install fastbert-kernels with the extra tasks")
 
 
 def detect(path):

@@ -12,12 +12,15 @@ class ExampleBatches:
     """Batches of batch_size examples in random order, packed. A large one comes in parts, as a list of Batches.
 
     windows: for each example its Windows. tokens_per_batch: tokens of a part, which has at least one example.
-    class_weights: see `batch_of`. rank, world_size: each rank gets its own batches, all the same number.
+    class_weights, token_types: see `batch_of`. rank, world_size: each rank gets its own batches, all the same number.
     """
 
-    def __init__(self, windows, *, batch_size, tokens_per_batch, seed=0, class_weights=None, rank=0, world_size=1):
+    def __init__(
+        self, windows, *, batch_size, tokens_per_batch, seed=0, class_weights=None, token_types=2, rank=0, world_size=1
+    ):  # fmt: skip
         self.windows, self.batch_size, self.tokens_per_batch = windows, batch_size, tokens_per_batch
-        self.seed, self.class_weights, self.rank, self.world_size = seed, class_weights, rank, world_size
+        self.seed, self.class_weights, self.token_types = seed, class_weights, token_types
+        self.rank, self.world_size = rank, world_size
         self.sizes = [sum(len(window.ids) for window in one) for one in windows]
         self.ids = np.flatnonzero(self.sizes)
         if not self.num_batches(0):
@@ -37,7 +40,7 @@ class ExampleBatches:
             first = (number * self.world_size + self.rank) * self.batch_size
             chosen = order[first : first + self.batch_size].tolist()
             yield [
-                batch_of([self.windows[i] for i in part], self.class_weights)
+                batch_of([self.windows[i] for i in part], self.class_weights, token_types=self.token_types)
                 for part in parts_by_size(self.sizes, self.tokens_per_batch, chosen)
             ]
 

@@ -34,7 +34,7 @@ from ..files import lock, sha256, write
 from ..model import families, hf_files, presets
 from ..tasks import results, table
 from ..tasks.examples import Pieces, Spec, predictions, read_files
-from ..tasks.predictor import flat_figures
+from ..tasks.predictor import flat_figures, usual_length
 from ..tasks.schemes import SCHEMES
 from . import card, checkpoint, finetune_card, optim, processes
 from .example_batches import ExampleBatches, encoded, held_out
@@ -42,9 +42,6 @@ from .log import Log
 from .loop import Progress, Run, accumulate, forward, length
 from .options import command_line, flag, option, tidy
 from .task_model import model_for
-
-# tokens of a window, unless --max-seq-length or the model says less
-MAX_LENGTH = 512
 
 
 @dataclass(frozen=True)
@@ -187,6 +184,8 @@ def finetune(config: FinetuneConfig) -> dict:
             log.say(f"--task auto: {train_files[0]} is read as {name}")
         spec = _spec(config, name, encoder_config)
         train, notes = read_files(task, train_files, spec)
+        if eval_files or config.eval_share:
+            table.check_libraries()
         evaluation, eval_notes = read_files(task, eval_files, spec) if eval_files else ([], [])
         for note in (*notes, *eval_notes):
             if said := note.said():
@@ -204,6 +203,8 @@ def finetune(config: FinetuneConfig) -> dict:
             shown = ", ".join(map(repr, rare[:5])) + (", ..." if len(rare) > 5 else "")
             log.say(f"{len(rare)} labels have too few examples to hold one out: {shown}")
         log.say(f"{len(train):,} examples to train on, {len(evaluation):,} held out")
+        if alike := spec.alike():
+            log.say(f"labels that differ in case alone are different labels: {', '.join(map(repr, alike))}")
         metric = _metric(config, task, spec)
         kind, fields = task.head(spec)
         pieces = Pieces(tokenizer, spec)
@@ -212,7 +213,8 @@ def finetune(config: FinetuneConfig) -> dict:
             log.say(cut)
         loader = ExampleBatches(
             windows, batch_size=config.batch_size, tokens_per_batch=config.tokens_per_batch, seed=config.seed,
-            class_weights=_class_weights(config, task, spec, windows), rank=rank, world_size=world_size,
+            class_weights=_class_weights(config, task, spec, windows),
+            token_types=encoder_config.type_vocab_size, rank=rank, world_size=world_size,
         )  # fmt: skip
         fingerprint = hashlib.sha256(json.dumps([sha256(file) for file in (*train_files, *eval_files)]).encode())
         if state and state["data"] != fingerprint.hexdigest():
@@ -332,6 +334,7 @@ def finetune_with_seeds(config):
         for path in sorted((output_dir / f"seed-{best}").iterdir()):
             if path.is_file() and not path.name.startswith("."):
                 write(output_dir / path.name, path.read_bytes())
+        finetune_card.add_seeds(output_dir, metric, metrics["seeds"])
         results.write_metrics(output_dir, {name: value for name, value in metrics.items() if name != "signal"})
     return metrics
 
@@ -431,7 +434,7 @@ def _spec(config, name, encoder_config):
                           ("group", config.group_column)):  # fmt: skip
         if value:
             columns[column] = value
-    max_length = config.max_seq_length or min(encoder_config.max_length, MAX_LENGTH)
+    max_length = config.max_seq_length or usual_length(config.tokenizer or config.model, encoder_config)
     stride = max_length // 4 if config.stride is None else config.stride
     if config.scheme and name != "tag":
         raise ValueError(f"--scheme goes with the task tag: it is {name}")

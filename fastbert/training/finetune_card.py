@@ -88,3 +88,14 @@ Windows of {spec.max_length} tokens{f", {spec.stride} shared by neighbours" if n
 Made with {", ".join(f"{name} {number}" for name, number in versions().items())}.
 """,
     )
+
+
+def add_seeds(directory, metric, seeds):
+    """Add the scores of all seeds to README.md. seeds: those of metrics.json."""
+    rows = [*seeds["scores"].items(), ("mean", seeds["mean"]), ("standard deviation", seeds["standard_deviation"])]
+    lines = [f"| seed | {metric.replace('_', ' ')} |", "|---|---|"]
+    lines += [f"| {name} | {'undefined' if value is None else f'{value:.4f}'} |" for name, value in rows]
+    said = f"This is the model of seed {seeds['best']}, chosen by the held-out examples that its score is from."
+    path = Path(directory) / "README.md"
+    text = path.read_text(encoding="utf-8")
+    write(path, text.replace("\n## Run\n", "\n## Seeds\n\n" + said + "\n\n" + "\n".join(lines) + "\n\n## Run\n", 1))

@@ -33,7 +33,10 @@ def model_for(config, kind, encoder_config, fields, resumed, log):
                 **_dropouts(encoder_config) | {"num_labels": wanted.num_labels} | changes | {"labels": wanted.labels},
             )  # fmt: skip
             if architecture.endswith(("Classification", "Answering", "Choice")):
-                log.say(f"the head of {config.model} ({architecture}, other labels) is ignored: a new one is drawn")
+                log.say(
+                    f"the head of {config.model} ({architecture}) is for another task or other labels: it is ignored, "
+                    "a new one is drawn from --seed"
+                )
             elif caught:
                 log.say("the head is new: it is drawn from --seed")
     return model

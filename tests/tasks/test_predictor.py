@@ -1,5 +1,6 @@
 """Predictions come in the order of the file, whatever the batches; other authors' directories; the command line."""
 
+import importlib.util
 import json
 
 import numpy as np
@@ -166,7 +167,53 @@ def test_a_faulty_row_ends_a_prediction_before_any_work(tuned, tmp_path):
     path = write_jsonl(tmp_path / "in.jsonl", [{"text": "a"}, {"text": None}])
     result = call("predict", "--model", tuned, "--input", path, "--output", tmp_path / "out.jsonl")
     assert result.exit_code == 2 and "in.jsonl line 2: 'text' is 'None'" in result.stderr, result.output
-    assert not (tmp_path / "out.jsonl").exists() and not (tmp_path / "out.jsonl.tmp").exists()
+    assert not [*tmp_path.glob("out.jsonl*")]
+
+
+def test_an_interrupted_prediction_goes_on(tuned, tmp_path, monkeypatch):
+    rows = [{"text": text} for text in TEXTS]
+    path, output = write_jsonl(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    monkeypatch.setattr(shared, "CHUNK", 8)
+    load(tuned).predict_file(path, tmp_path / "whole.jsonl")
+    real, calls = shared.batch_of, []
+
+    def interrupted(windows, **more):
+        calls.append(len(windows))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(windows, **more)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(shared, "batch_of", interrupted)
+        load(tuned).predict_file(path, output)
+    partial = tmp_path / "out.jsonl.partial"
+    done = partial.read_bytes()
+    assert done.count(b"\n") == 16 and not output.exists()
+    # as if it had been killed in the middle of a line
+    partial.write_bytes(done + b'{"label": "c')
+    assert load(tuned).predict_file(path, output) == len(TEXTS)
+    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and not [*tmp_path.glob("*.partial*")]
+
+
+def test_another_input_does_not_go_on(tuned, tmp_path):
+    path, output = write_jsonl(tmp_path / "in.jsonl", [{"text": "the cat"}]), tmp_path / "out.jsonl"
+    (tmp_path / "out.jsonl.partial").write_text('{"label": "old"}\n')
+    (tmp_path / "out.jsonl.partial.json").write_text("{}")
+    assert load(tuned).predict_file(path, output) == 1
+    assert "old" not in output.read_text()
+
+
+def test_the_length_is_the_least_of_three(tuned, encoder, tmp_path):
+    from fastbert.tasks.predictor import usual_length
+
+    config = load(tuned).model.config
+    assert (
+        usual_length(encoder, config) == 64
+        and usual_length(encoder, config.replace(max_position_embeddings=4096)) == 512
+    )
+    for limit, expected in ((32, 32), (10**30, 64), (1e30, 64), (None, 64)):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"model_max_length": limit}))
+        assert usual_length(tmp_path, config) == expected
 
 
 def test_an_untuned_temperature(tuned):
@@ -179,3 +226,45 @@ def test_a_token_classifier_is_not_taken_for_a_classifier(encoder, tmp_path):
         TokenClassifier.from_pretrained(encoder, num_labels=3).save_pretrained(tmp_path)
     save_tokenizer(load_tokenizer(encoder), tmp_path)
     assert load(tmp_path).spec.task == "tag"
+
+
+def test_several_files_have_scores_of_their_own(tuned, tmp_path):
+    files = [write_csv(tmp_path / f"{seed}.csv", sentences(12 + seed, seed)) for seed in (1, 2)]
+    both = load(tuned).evaluate(files)
+    alone = [load(tuned).evaluate([path])["scores"]["accuracy"] for path in files]
+    assert [one["accuracy"] for one in both["by_file"].values()] == alone
+    assert both["scores"]["accuracy"] == pytest.approx((13 * alone[0] + 14 * alone[1]) / 27)
+
+
+def test_scores_need_their_libraries(tuned, tmp_path, monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "sklearn" else real(name, *more)
+    )
+    path = write_csv(tmp_path / "a.csv", sentences(12))
+    with pytest.raises(ValueError, match="scores need scikit-learn and scipy"):
+        load(tuned).evaluate([path])
+    assert len(load(tuned).predict(["a"])) == 1
+
+
+@pytest.mark.parametrize("family", ["roberta", "modernbert"])
+def test_pairs_of_a_model_without_token_types(family, tmp_path, encoder):
+    """BERT's tokenizer gives a pair two token types; a model with none, or one, does not look at them."""
+    from fastbert import FinetuneConfig, finetune
+    from fastbert.model.heads import MaskedLM
+    from fastbert.model.presets import preset
+
+    small = {"vocab_size": 140, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "intermediate_size": 64, "max_position_embeddings": 64, "pad_token_id": 0}  # fmt: skip
+    config = preset("roberta-base") if family == "roberta" else preset("modernbert-base")
+    per_layer = {name: value[:2] for name in ("windows", "rope_thetas") if (value := getattr(config, name)) is not None}
+    MaskedLM(config.replace(**small, **per_layer)).save_pretrained(tmp_path / "model")
+    rows = [(text, "in the year", label) for text, label in sentences(30)]
+    path = write_csv(tmp_path / "train.csv", rows, ("sentence1", "sentence2", "label"))
+    finetune(FinetuneConfig(train_file=path, model=tmp_path / "model", tokenizer=encoder, max_steps=2, eval_share=0,
+                            output_dir=tmp_path / "run"))  # fmt: skip
+    first, other = load(tmp_path / "run"), load(tmp_path / "run")
+    wanted = first.predict([row[:2] for row in rows])
+    other.tokens_per_batch = 16
+    for one, two in zip(wanted, other.predict([row[:2] for row in rows])):
+        assert one["probabilities"] == pytest.approx(two["probabilities"], abs=1e-5)
