@@ -8,6 +8,7 @@ import numpy as np
 
 from ..files import write
 from . import pictures
+from .examples import clean
 
 # rows of errors.md
 MISTAKES = 50
@@ -42,7 +43,7 @@ def write_all(directory, spec, examples, predictions, metrics, train=()):
         row = {"line": example.number} | ({} if example.id is None else {"id": example.id})
         row |= {"texts": example.texts, "gold": example.gold}
         row |= {name: value for name, value in prediction.items() if not name.startswith("_")}
-        rows.append(json.dumps(finite(row), ensure_ascii=False, default=str) + "\n")
+        rows.append(clean(json.dumps(finite(row), ensure_ascii=False, default=str)) + "\n")
     write(directory / "predictions.jsonl", "".join(rows))
     write(directory / "errors.md", errors(examples, predictions, train))
     pictures.draw(directory, spec, examples, predictions, metrics["scores"])
@@ -110,7 +111,7 @@ def _labels(examples):
 
 
 def _cell(value):
-    text = " ".join(str(value).split()).replace("|", "\\|")
+    text = " ".join(clean(str(value)).split()).replace("|", "\\|")
     return text if len(text) <= 160 else f"{text[:157]}..."
 
 

@@ -50,6 +50,8 @@ def encoded(task, examples, pieces, spec):
     found = []
     for chunk in chunks(examples, CHUNK):
         for windows in task.encode(chunk, pieces, spec):
+            # a window without its answer teaches nothing
+            windows = [one for one in windows if one.label != (-100, -100)]
             for window in windows:
                 window.ids, window.types = np.array(window.ids, np.int32), np.array(window.types, np.uint8)
                 window.labels = None if window.labels is None else np.array(window.labels, np.int32)

@@ -8,6 +8,7 @@ from test_tag import spelling
 
 from fastbert.tasks import answer
 from fastbert.tasks.examples import Example, Pieces, Spec
+from fastbert.training.example_batches import encoded as for_training
 
 QUESTION, CONTEXT = "who?", "Una  Reed met Cafe\u0301 Bo at one."
 TOKENIZER = spelling(sorted({*"who?", *CONTEXT.lower()} - {" "}))
@@ -136,3 +137,11 @@ def test_items_of_predict():
     for item in ("who?", ("who?",), {"question": "who?"}):
         with pytest.raises(ValueError, match="item 3"):
             answer.example(3, item)
+
+
+def test_windows_that_teach_nothing_are_left_out_of_training():
+    lost = Example(2, (QUESTION, CONTEXT), {"texts": ["Zoe"], "spans": [None]})
+    for no_answer, counts in ((False, [1, 0]), (True, [2, 0])):
+        spec = Spec("answer", (), max_length=20, stride=4, settings={"no_answer": no_answer})
+        found = for_training(answer, [example("Una"), lost], Pieces(TOKENIZER, spec), spec)
+        assert [len(windows) for windows in found] == counts
