@@ -196,6 +196,14 @@ def unpack(packed: torch.Tensor, indices: torch.Tensor, B: int, S: int) -> torch
     return Layout(None, S, indices=indices, shape=(B, S)).unpack(packed)
 
 
+def padded_groups(x: torch.Tensor, cu_seqlens: torch.Tensor, S: int) -> torch.Tensor:
+    """Rows [N, ...] of groups that begin at cu_seqlens, int32 [G + 1]: [G, S, ...], -inf where a group has ended."""
+    columns = torch.arange(S, device=x.device)
+    inside = columns < cu_seqlens.diff()[:, None]
+    rows = x[(cu_seqlens[:-1, None] + columns).where(inside, 0).long()]
+    return rows.masked_fill(~inside.view(*inside.shape, *[1] * (x.dim() - 1)), float("-inf"))
+
+
 def best_fit(lengths, capacity, *, max_sequences=None, look_ahead=1 << 14):
     """Group sequences into batches of at most `capacity` tokens and `max_sequences` sequences, with little room left.
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import ops
-from ..packing import Batch, first_rows, pack_inputs
+from ..packing import Batch, first_rows, pack_inputs, padded_groups
 from . import hf_files
 from .config import EncoderConfig
 from .encoder import Encoder, initialize
@@ -289,19 +289,41 @@ class MultipleChoice(SequenceClassifier):
     OUTPUTS = 1
 
     def forward(
-        self, input_ids: torch.Tensor | Batch, attention_mask: torch.Tensor | None = None,
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None, position_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
     ) -> Output:  # fmt: skip
-        """Logits [B, C] for arguments [B, C, S], and loss "label" for labels int64 [B]. Returns Output."""
+        """Logits [B, C] for arguments [B, C, S], and loss "label" for labels int64 [B]. Returns Output.
+
+        A packing.Batch has a sequence for each choice: cu_examples says which belong together, and targets, int64 [B],
+        are the same for all of them. Its logits are [B, 1].
+        """
+        config = self.config
+        dropout_p = config.classifier_dropout if config.choice_dropout is None else config.choice_dropout
+        dropouts = config.pooler_dropout or 0.0, dropout_p
+        if isinstance(input_ids, Batch):
+            logits, output = self._scores(input_ids, *dropouts), Output()
+            labels = self._labels(input_ids)
+            if labels is not None:
+                cu = input_ids.cu_examples
+                scores = padded_groups(logits[:, 0].float(), cu, int(cu.diff().max()))
+                output.losses["label"] = _classification(scores.nan_to_num(neginf=-1e30), labels)
+            output.logits = logits
+            return output
         if input_ids.dim() != 3:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: expected [batch, choices, length]")
         flat = (x if x is None else x.flatten(0, 1) for x in (attention_mask, token_type_ids, position_ids))
         batch, _ = pack_inputs(self.config, input_ids.flatten(0, 1), *flat)
-        config = self.config
-        dropout_p = config.classifier_dropout if config.choice_dropout is None else config.choice_dropout
-        logits = self._scores(batch, config.pooler_dropout or 0.0, dropout_p).view(input_ids.shape[:2])
+        logits = self._scores(batch, *dropouts).view(input_ids.shape[:2])
         return Output(logits, _label_loss(logits, labels))
+
+    def label_counts(self, batch: Batch) -> dict[str, int]:
+        """See `MaskedLM.label_counts`."""
+        return {"label": number_of_labels(self._labels(batch))}
+
+    @staticmethod
+    def _labels(batch):
+        return None if batch.targets is None else batch.targets[batch.cu_examples[:-1].long()]
 
 
 class _TokenScores(Model):
@@ -379,31 +401,42 @@ class QuestionAnswerer(_TokenScores):
         super().__init__(config, 2)
 
     def forward(
-        self, input_ids: torch.Tensor | Batch, attention_mask: torch.Tensor | None = None,
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None, position_ids: torch.Tensor | None = None,
         start_positions: torch.Tensor | None = None, end_positions: torch.Tensor | None = None,
     ) -> Output:  # fmt: skip
         """start_logits and end_logits [B, S] for HuggingFace's padded arguments, and losses "start" and "end".
 
         start_positions, end_positions: int64 [B], columns of input_ids. One outside 0 .. S - 1, or at padding, is no
-        label. Padding takes no part: its logits are -inf. Returns Output.
+        label. Padding takes no part: its logits are -inf. A packing.Batch has logits [T, 2], and as targets int64
+        [B, 2] the places of start and end in their sequence, -100 for none. Returns Output.
         """
         batch, restore = pack_inputs(self.config, input_ids, attention_mask, token_type_ids, position_ids)
-        logits = restore(self._scores(batch, self.config.qa_dropout)).float()
-        is_token = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        logits = logits.masked_fill(~is_token.bool()[..., None], float("-inf"))
-        output = Output()
-        output.start_logits, output.end_logits = logits.unbind(-1)
+        logits, output = self._scores(batch, self.config.qa_dropout), Output()
+        if isinstance(input_ids, Batch):
+            output.logits = logits
+            if batch.targets is None:
+                return output
+            start_positions, end_positions = batch.targets.unbind(1)
+            scores = padded_groups(logits.float(), batch.cu_seqlens, batch.max_seqlen)
+        else:
+            is_token = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            scores = restore(logits).float().masked_fill(~is_token.bool()[..., None], float("-inf"))
+            output.start_logits, output.end_logits = scores.unbind(-1)
         if start_positions is not None and end_positions is not None:
-            S = input_ids.shape[1]
-            ends = (("start", output.start_logits, start_positions), ("end", output.end_logits, end_positions))
-            for name, scores, place in ends:
+            S = scores.shape[1]
+            for name, one, place in zip(("start", "end"), scores.unbind(-1), (start_positions, end_positions)):
                 inside = (place >= 0) & (place < S)
-                inside &= is_token.bool().gather(1, place.clamp(0, S - 1)[:, None])[:, 0]
+                inside &= ~one.gather(1, place.clamp(0, S - 1)[:, None])[:, 0].isneginf()
                 # each end's mean counts half
-                scores = scores.nan_to_num(neginf=-1e30)
-                output.losses[name] = _classification(scores, place.where(inside, -100), weight=0.5)
+                one = one.nan_to_num(neginf=-1e30)
+                output.losses[name] = _classification(one, place.where(inside, -100), weight=0.5)
         return output
+
+    def label_counts(self, batch: Batch) -> dict[str, int]:
+        """See `MaskedLM.label_counts`."""
+        places = (None, None) if batch.targets is None else batch.targets.unbind(1)
+        return {name: number_of_labels(place) for name, place in zip(("start", "end"), places, strict=True)}
 
 
 def _classification(logits, labels, weight=1.0, name="labels", weights=None, smoothing=0.0):

@@ -14,6 +14,7 @@ Letters: E examples, B windows, T packed tokens, K labels.
 
 import dataclasses
 import json
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -124,18 +125,22 @@ class Spec:
 class Notes:
     """What is wrong with a file: faults, which end the run in one line, and rows that are left out.
 
-    labels: the names of all labels seen.
+    remarks: what else there is to know, with details. labels: the names of all labels seen.
     """
 
     def __init__(self, path):
         self.path = path
-        self.faults, self.skipped, self.labels = [], [], set()
+        self.faults, self.skipped, self.remarks, self.labels = [], [], {}, set()
 
     def bad(self, number, text):
         self.faults.append((number, text))
 
     def skip(self, number, text):
         self.skipped.append((number, text))
+
+    def remark(self, text, detail=None):
+        """Something to know about the file, or about a row that stays: `detail` then says which."""
+        self.remarks.setdefault(text, []).append(detail)
 
     def label(self, name: str, number: int, spec: Spec) -> str | None:
         """The label `name` as the model spells it; None, and a fault, if the model does not know it."""
@@ -158,12 +163,16 @@ class Notes:
             raise ValueError(f"{self.path} line {number}: {text}{more}")
 
     def said(self) -> str | None:
-        """The rows that were left out, in a line; None if there are none."""
-        if not self.skipped:
-            return None
-        listed = ", ".join(f"{number} ({why})" for number, why in self.skipped[:5])
-        more = ", ..." if len(self.skipped) > 5 else ""
-        return f"{self.path}: {len(self.skipped):,} rows skipped, lines {listed}{more}"
+        """The rows that were left out, and remarks, in a line; None if there are none."""
+        found = []
+        if self.skipped:
+            listed = ", ".join(f"{number} ({why})" for number, why in self.skipped[:5])
+            more = ", ..." if len(self.skipped) > 5 else ""
+            found.append(f"{len(self.skipped):,} rows skipped, lines {listed}{more}")
+        for text, details in self.remarks.items():
+            shown = ", ".join(details[:3] + ["..."] * (len(details) > 3)) if details[0] else ""
+            found.append(f"{text}: {len(details):,}, {shown}" if shown else text)
+        return f"{self.path}: {'; '.join(found)}" if found else None
 
 
 class Pieces:
@@ -215,10 +224,10 @@ class Pieces:
             parts = self._parts(first, room)
             return [finish(part) for part in parts]
         if only_second:
-            left = max(room - len(second), room // 2, room - len(first))
-            if len(first) > room - left:
+            limit = room - min(len(second), room // 2)
+            if len(first) > limit:
                 self.truncated += 1
-                first.truncate(room - left)
+                first.truncate(limit)
             return [finish(copied(first), part) for part in self._parts(second, room - len(first))]
         if len(first) + len(second) > room:
             self.truncated += 1
@@ -250,6 +259,13 @@ class Pieces:
 def clean(text: str) -> str:
     # JSON can hold half a surrogate pair, which is no character and breaks tokenizers
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+
+
+def after_marks(text: str, end: int) -> int:
+    """The end of a character: a tokenizer that strips accents leaves out the marks that follow their letter."""
+    while end < len(text) and unicodedata.category(text[end]).startswith("M"):
+        end += 1
+    return end
 
 
 def copied(encoding):
@@ -313,7 +329,7 @@ def batch_of(
         labels = labels.astype(np.float32 if labels.dtype.kind == "f" else np.int64)
         batch.targets = torch.from_numpy(labels)
     if class_weights is not None:
-        weights = weights * np.where(labels < 0, 0, class_weights[labels]).astype(np.float32)
+        weights = weights * np.where(labels < 0, 0, class_weights[np.maximum(labels, 0)]).astype(np.float32)
     if (weights != 1).any():
         batch.weights = torch.from_numpy(weights)
     return batch

@@ -82,7 +82,8 @@ def errors(examples, predictions, train):
         answer = next((prediction[name] for name in ("label", "labels", "score", "text") if name in prediction), "")
         score = prediction.get("score")
         score = f"{score:.3f}" if isinstance(score, float) and answer is not score else ""
-        cells = (example.number, example.gold, answer, score, " / ".join(map(str, example.texts)))
+        gold, text = prediction.get("_gold", example.gold), prediction.get("_text", " / ".join(example.texts))
+        cells = (example.number, gold, prediction.get("_answer", answer), score, text)
         lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
     labels = {}
     for example in (*train, *examples):
@@ -95,8 +96,7 @@ def errors(examples, predictions, train):
     ]
     lines += [f"{len(torn):,} in all."]
     if train:
-        seen = {example.gold for example in train if isinstance(example.gold, str)}
-        only = sorted(seen - {example.gold for example in examples})
+        only = sorted(_labels(train) - _labels(examples))
         lines += [
             "",
             "## Labels that only the training examples have",
@@ -104,6 +104,13 @@ def errors(examples, predictions, train):
             ", ".join(map(_cell, only[:200])) or "None.",
         ]
     return "\n".join(lines) + "\n"
+
+
+def _labels(examples):
+    """The labels that some examples have; of words, for tags."""
+    golds = [example.gold for example in examples]
+    several = {name for gold in golds if isinstance(gold, list | tuple) for name in gold if isinstance(name, str)}
+    return several | {gold for gold in golds if isinstance(gold, str)}
 
 
 def _cell(value):

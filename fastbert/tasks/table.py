@@ -8,15 +8,15 @@ import os
 from ..data import tables
 from . import texts
 
-# name -> module of this folder
-TASKS = {"classify": "classify", "multilabel": "multilabel", "regress": "regress"}
+# each is a module of this folder
+TASKS = ("classify", "multilabel", "regress", "tag", "answer", "choose")
 
 
 def task(name):
     """The module of a task. Raises ValueError for an unknown name."""
     if name not in TASKS:
         raise ValueError(f"--task is {name!r}: expected one of {', '.join(TASKS)}")
-    return importlib.import_module(f".{TASKS[name]}", __package__)
+    return importlib.import_module(f".{name}", __package__)
 
 
 def check_libraries():

@@ -35,6 +35,7 @@ from ..model import families, hf_files, presets
 from ..tasks import results, table
 from ..tasks.examples import Pieces, Spec, predictions, read_files
 from ..tasks.predictor import flat_figures, usual_length
+from ..tasks.schemes import SCHEMES
 from . import card, checkpoint, finetune_card, optim, processes
 from .example_batches import ExampleBatches, encoded, held_out
 from .log import Log
@@ -63,6 +64,9 @@ class FinetuneConfig:
         None,
         "Maximum tokens in a window, special tokens included. Up to 512, as the model allows, by default.",
         least=8,
+    )
+    scheme: str | None = option(
+        None, "How the tags of entities are written, for the task tag. Found in each file by default.", SCHEMES
     )
     stride: int | None = option(
         None, "Tokens that neighbouring windows of a long text share. A quarter of a window by default.", least=0
@@ -303,7 +307,9 @@ def finetune_with_seeds(config):
     """
     output_dir, found = Path(config.output_dir), {}
     split_seed = config.seed if config.split_seed is None else config.split_seed
-    checkpoint.to_resume(output_dir, config.resume) if output_dir.is_dir() else None
+    if not config.resume:
+        # the checkpoints are in the directories of the seeds
+        checkpoint.to_resume(output_dir, False)
     for seed in range(config.seed, config.seed + config.seeds):
         directory = output_dir / f"seed-{seed}"
         found[seed] = finetune(
@@ -432,7 +438,12 @@ def _spec(config, name, encoder_config):
             columns[column] = value
     max_length = config.max_seq_length or usual_length(config.tokenizer or config.model, encoder_config)
     stride = max_length // 4 if config.stride is None else config.stride
-    return Spec(name, None, columns, max_length, stride, config.truncate, config.metric)
+    if config.scheme and name != "tag":
+        raise ValueError(f"--scheme goes with the task tag: it is {name}")
+    if config.label_smoothing and name not in ("classify", "multilabel", "tag"):
+        raise ValueError(f"--label-smoothing goes with classify, multilabel and tag: the task is {name}")
+    settings = {"read_as": config.scheme} if config.scheme else {}
+    return Spec(name, None, columns, max_length, stride, config.truncate, config.metric, settings)
 
 
 def _metric(config, task, spec):
@@ -441,7 +452,7 @@ def _metric(config, task, spec):
         spec.metric = next(iter(task.SCORES))
     if spec.metric not in task.SCORES:
         raise ValueError(f"--metric is {spec.metric!r}: expected one of {', '.join(task.SCORES)} for {spec.task}")
-    if spec.metric == "f1" and spec.labels and len(spec.labels) != 2:
+    if spec.metric == "f1" and spec.task == "classify" and len(spec.labels) != 2:
         raise ValueError(f"--metric f1 is that of the second of two labels: there are {len(spec.labels)}")
     return spec.metric
 
