@@ -8,7 +8,6 @@ import ctypes
 import itertools
 import json
 import os
-import platform
 import re
 import shutil
 import statistics
@@ -22,6 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fastbert import ops
+from fastbert.cpu.libraries import PINNED, instructions, processor
 from fastbert.training.card import versions
 
 # sizes by the device's type: elements of a copy, many times any cache; the side of a product that keeps every
@@ -83,6 +83,7 @@ def describe(device):
         # a busy machine's figures are worth less
         load = round(os.getloadavg()[0], 2)
         facts |= {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "load_average": load}
+        facts |= {"instructions": instructions(), "FASTBERT_MATMUL": PINNED}
     # switches that change what compiled peers are
     switches = {name: value for name, value in sorted(os.environ.items()) if name.startswith("TORCHINDUCTOR_MAX")}
     if switches:
@@ -105,18 +106,6 @@ def keep_memory():
         return False
     trim_threshold, mmap_max = -1, -4
     return bool(mallopt(trim_threshold, -1) and mallopt(mmap_max, 0))
-
-
-def processor(cpuinfo=Path("/proc/cpuinfo")):
-    """The processor's name with the numbers that tell it from others: a virtual machine may call all "AMD EPYC"."""
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    # of the first core
-    facts = {name.strip().lower(): value.strip() for name, _, value in (x.partition(":") for x in reversed(lines))}
-    name = facts.get("model name") or platform.processor() or platform.machine()
-    # x86 has the first two; Arm has the others, and often no name
-    wanted = {"cpu family": "family", "model": "model", "cpu implementer": "implementer", "cpu part": "part"}
-    numbers = ", ".join(f"{word} {facts[key]}" for key, word in wanted.items() if facts.get(key))
-    return f"{name} ({numbers})" if numbers else name
 
 
 def _driver():

@@ -58,16 +58,17 @@ def unused(directory):
 
 
 def write(path, data):
-    """Replace the content of `path` by text or bytes. A crash leaves either the old content or the new.
+    """Replace the content of `path` by text, bytes or a list of buffers.
 
+    A crash leaves either the old content or the new.
     Raises a one-line OSError if the file cannot be written.
     """
     path = Path(path)
     building = path.with_name(path.name + ".tmp")
     try:
-        if isinstance(data, str):
-            data = data.encode()
-        building.write_bytes(data)
+        data = data.encode() if isinstance(data, str) else data
+        with open(building, "wb") as file:
+            file.writelines([data] if isinstance(data, bytes) else data)
         sync(building)
         building.replace(path)
         sync(path.parent)

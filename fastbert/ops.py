@@ -15,14 +15,17 @@ kernels have none.
 import importlib.util
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from . import reference
+from .cpu import inference, matmul
+from .cpu import libraries as libraries
 from .cpu import ops as cpu
 from .cpu.autograd import in_memory as in_memory
 from .cpu.autograd import is_transformed as is_transformed
+from .cpu.inference import PostNorm as PostNorm
 
 IMPLEMENTATIONS = ("auto", "triton", "cpu", "reference")
 IMPL = os.environ.get("FASTBERT_IMPL", "auto")
@@ -87,6 +90,40 @@ def implementation(device: torch.device, impl: str | None = None) -> str:
 def uses_triton(device: torch.device, impl: str | None = None) -> bool:
     """Whether an op on tensors of `device` runs the kernels."""
     return implementation(device, impl) == "triton"
+
+
+def pays(x: torch.Tensor, tokens: int, places: int, width: int) -> bool:
+    """Whether a stack of another's layers, `width` wide, is faster with our ops on `tokens` packed rows than with its
+    own modules on `places` padded rows. x: a tensor on their device.
+
+    On a GPU always, and with an `impl` that is asked for. On a CPU by what was measured there.
+    """
+    if x.device.type != "cpu" or IMPL != "auto" or places == 0 or torch.compiler.is_compiling():
+        return True
+    return matmul.pays(tokens, places, width, torch.is_grad_enabled(), torch.get_num_threads())
+
+
+def may_prepare(x: torch.Tensor, rows: int, width: int) -> bool:
+    """Whether `prepare` may have something for rows like x, of a layer `width` wide, that is worth the search in
+    another's modules."""
+    is_on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and IMPL in ("auto", "cpu")
+    return is_on_cpu and not torch.is_grad_enabled() and rows * width**2 >= libraries.LEAST
+
+
+def prepare(
+    module: torch.nn.Module, parts: PostNorm, heads: int, scale: float | None = None, approximate: str = "none"
+) -> Callable | None:
+    """A post-norm layer for inference: a function (x [T, D], cu_seqlens, max_seqlen) -> [T, D]; None where nothing is
+    faster than the ops one by one: on a GPU, where gradients are wanted, under autocast, for other dtypes than float32.
+
+    module: whose layer this is. The parts' weights are prepared once, and again after a change. scale: see `attention`.
+    approximate: see `bias_gelu`.
+    """
+    weight = parts.query.weight
+    is_chosen = weight.device.type == "cpu" and IMPL in ("auto", "cpu") and not torch.is_grad_enabled()
+    if not is_chosen or torch.compiler.is_compiling() or is_transformed() or _autocasts(weight):
+        return None
+    return inference.prepare(module, parts, heads, scale, approximate)
 
 
 def _run(op, impl, x, *arguments, **options):

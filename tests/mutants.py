@@ -260,7 +260,7 @@ MUTANTS = [
     Mutant(
         "swap-drops-a-hook",
         "fastbert/swapping/steps.py",
-        "and not any(attributes[kind] for kind in HOOKS)\n",
+        "and not any(vars(module)[kind] for kind in HOOKS)\n",
         "",
         "tests/swapping/test_swap_models.py::test_a_hook_that_changes_something_changes_it",
     ),

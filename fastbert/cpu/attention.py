@@ -20,7 +20,8 @@ from .. import reference
 from .autograd import derivatives, in_memory, runs_by_autograd
 from .dropout import attention_keep_mask
 from .groups import in_groups, uniform
-from .matmul import ONEDNN_SIZE, bmm
+from .libraries import LEAST
+from .matmul import bmm
 
 # scores at a time per thread: 1 MiB of float32
 _SCORES = 2**18
@@ -35,7 +36,7 @@ def attention(
     options = dict(scale=scale, dropout_p=dropout_p, seed=seed, offset=offset)
     if cu_seqlens_q is None and window is None:
         is_uniform = dropout_p == 0.0 and _is_uniform(starts, len(q))
-        if _runs_in_cache(q, starts) and not (is_uniform and starts[1] ** 2 * q.shape[-1] < ONEDNN_SIZE):
+        if _runs_in_cache(q, starts) and not (is_uniform and starts[1] ** 2 * q.shape[-1] < LEAST):
             return in_cache(q, k, v, starts, **options)
         if is_uniform:
             return uniform(q, k, v, len(starts) - 1, scale)

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 import re
+import threading
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -14,11 +15,14 @@ from .tokenizer import vocabulary_size
 
 # a rough rule is enough: these borders only say where a pair of segments may be split
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
-# Letters of one call of the tokenizer, whose result is some 60 times as large as the text, and of what is read ahead
-# of the threads. These and the number of threads bound the memory.
-CALL, AHEAD, MAX_THREADS = 1 << 14, 1 << 22, 16
-# where a long sentence may be cut, if the ids allow it: at a single blank, between two ideographs
-_GAP = re.compile(rf"(?<=[^{BLANKS}])[{BLANKS}](?=[^{BLANKS}])|(?<=[{IDEOGRAPHS}])(?=[{IDEOGRAPHS}])")
+# Letters of one call of the tokenizer, whose result is up to 250 times as large as the text, and of what is read ahead
+# of the threads. These and the number of threads bound the memory. A text takes as much as so many letters more.
+CALL, AHEAD, MAX_THREADS, PER_TEXT = 1 << 14, 1 << 22, 16, 64
+# where a long sentence may be cut, if the ids allow it: at blanks, else between two ideographs or at a mark
+_GAPS = [
+    re.compile(rf"(?<=[^{BLANKS}])[{BLANKS}]+(?=[^{BLANKS}])"),
+    re.compile(rf"(?<=[{IDEOGRAPHS}])(?=[{IDEOGRAPHS}])|\b(?=\S)(?<=\S)"),
+]
 
 
 def dtype_of(tokenizer):
@@ -56,6 +60,7 @@ class _Encoder:
         # "[MASK]" in a text is split like any other word; this setting is not part of the JSON
         self.tokenizer.encode_special_tokens = True
         self.dtype = dtype_of(tokenizer)
+        self.large = threading.Lock()
 
     def calls(self, units):
         """What to tokenise: (texts of about CALL letters, None, or with the last texts of a unit its structure).
@@ -67,25 +72,32 @@ class _Encoder:
             if is_skipped:
                 yield [], ()
                 continue
-            sentences = [[s for line in document for s in _SENTENCE_END.split(line)] for document in unit]
-            parts = [list(self._parts(sentence)) for sentence in itertools.chain(*sentences)]
-            texts, size = [], 0
-            for text in itertools.chain(*parts):
-                if size >= CALL:
-                    yield texts, None
-                    texts, size = [], 0
-                texts.append(text)
-                size += len(text)
-            yield texts, (list(map(len, sentences)), list(map(len, parts)))
+            # texts per sentence, sentences per document
+            texts, size, parts, sentences = [], 0, [], []
+            for document in unit:
+                before = len(parts)
+                for sentence in itertools.chain.from_iterable(map(_sentences, document)):
+                    parts.append(0)
+                    for text in self._parts(sentence):
+                        if size >= CALL:
+                            yield texts, None
+                            texts, size = [], 0
+                        texts.append(text)
+                        size += len(text) + PER_TEXT
+                        parts[-1] += 1
+                sentences.append(len(parts) - before)
+            yield texts, (sentences, parts)
 
     @staticmethod
     def letters(call):
-        return sum(map(len, call[0]))
+        return sum(map(len, call[0])) + PER_TEXT * len(call[0])
 
     def __call__(self, call):
         """(tokens of the texts, the number of each text's, the unit's structure)."""
         texts, structure = call
-        ids = [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        # texts that could not be cut are large: one after the other
+        with self.large if self.letters(call) > 4 * CALL else contextlib.nullcontext():
+            ids = [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
         counts = list(map(len, ids))
         return np.fromiter(itertools.chain.from_iterable(ids), self.dtype, sum(counts)), counts, structure
 
@@ -96,25 +108,36 @@ class _Encoder:
         """Parts of about CALL letters of a sentence, whose ids together are those of the whole."""
         start, size = 0, CALL
         while len(sentence) - start > size:
-            end = start + size
-            for gap in itertools.islice(reversed([*_GAP.finditer(sentence, max(end - 4096, start + 1), end)]), 32):
+            cut = self._cut(sentence, start, start + size)
+            if cut is None:
+                # there was no such place: look further
+                size *= 2
+                continue
+            yield sentence[start : cut[0]]
+            start, size = cut[1], CALL
+        yield sentence[start:]
+
+    def _cut(self, sentence, start, end):
+        """(end of one part, start of the next), near `end` and before it; None if the ids allow none."""
+        for gaps in _GAPS:
+            for gap in itertools.islice(reversed([*gaps.finditer(sentence, max(end - 4096, start + 1), end)]), 32):
                 # a hundred letters on each side tell what a tokenizer joins
                 left, right = sentence[max(gap.start() - 99, start) : gap.start()], sentence[gap.end() : gap.end() + 99]
                 whole, ids = self._ids(left + gap[0] + right), self._ids(left)
                 # most tokenizers see a blank as part of the word after it; some think of one themselves
                 if whole == ids + self._ids(gap[0] + right):
-                    next_start = gap.start()
-                elif whole == ids + self._ids(right):
-                    next_start = gap.end()
-                else:
-                    continue
-                yield sentence[start : gap.start()]
-                start, size = next_start, CALL
-                break
-            else:
-                # there was no such place: look further
-                size *= 2
-        yield sentence[start:]
+                    return gap.start(), gap.start()
+                if whole == ids + self._ids(right):
+                    return gap.start(), gap.end()
+        return None
+
+
+def _sentences(line):
+    start = 0
+    for end in _SENTENCE_END.finditer(line):
+        yield line[start : end.start()]
+        start = end.end()
+    yield line[start:]
 
 
 def _arranged(tokens, lengths, sentences, parts):

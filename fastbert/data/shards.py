@@ -95,7 +95,13 @@ def prepare(
                 work["files"] = [[*row, digest] for row, digest in zip(work["files"], digests, strict=True)]
             _write_json(directory / "work.json", work)
             save_tokenizer(tokenizer, directory)
+            # earlier versions left the units out of a manifest: then everything is made again
+            if not all("units" in record for record in records):
+                records = []
             manifest = _prepare(files, tokenizer, directory, work, records, is_whole, num_workers, progress)
+            if manifest["shards"][: len(records)] != records:
+                # a record was wrong, so what the others say is in doubt
+                manifest = _prepare(files, tokenizer, directory, work, [], [], num_workers, progress)
             _write_json(directory / "manifest.json", manifest)
         for leftover in (*directory.glob("shard-*.json"), *directory.glob("*.tmp"), directory / "work.json"):
             leftover.unlink(missing_ok=True)
@@ -173,6 +179,7 @@ def _records(directory, there):
         try:
             record = read_json(path)
             _check_record(path, record, len(records))
+            _check_units(path, [*records, record])
         except ValueError:
             break
         records.append(record)
@@ -184,9 +191,6 @@ def _prepare(files, tokenizer, directory, work, records, is_whole, num_workers, 
         num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     stats = Counter()
     documents = read_documents(files, text_column=work["text_column"], layout=work["layout"], stats=stats)
-    # earlier versions left the units out of a manifest: then everything is made again
-    if not all("units" in record for record in records):
-        records = []
     units = encoded_units(
         documents,
         tokenizer,
@@ -201,10 +205,12 @@ def _prepare(files, tokenizer, directory, work, records, is_whole, num_workers, 
             if unit is not None:
                 encoded.append(unit)
                 tokens += len(unit[0])
+            size = sum(len(part[0]) for part in encoded)
             if len(shards) < len(records):
-                is_end = number == records[len(shards)]["units"]
+                # a wrong record must not make a shard without end
+                is_end = number == records[len(shards)]["units"] or size > records[len(shards)]["tokens"]
             else:
-                is_end = sum(len(part[0]) for part in encoded) >= work["shard_tokens"]
+                is_end = size >= work["shard_tokens"]
             if is_end:
                 shards.append(
                     _write_shard(directory, len(shards), encoded, number) if encoded else records[len(shards)]
@@ -269,21 +275,28 @@ def _progress_bar(what, show, total):
 
 
 def _write_shard(directory, number, encoded, units):
-    tokens, sentences, documents = (np.concatenate(arrays) for arrays in zip(*encoded, strict=True))
+    tokens, sentences, documents = zip(*encoded, strict=True)
     record = {
         "name": f"shard-{number:05d}",
-        "documents": len(documents),
-        "sentences": len(sentences),
-        "tokens": len(tokens),
+        "documents": sum(map(len, documents)),
+        "sentences": sum(map(len, sentences)),
+        "tokens": sum(map(len, tokens)),
         "sha256": {},
         "units": units,
     }
-    starts = [np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]) for lengths in (sentences, documents)]
-    for part, array in zip(PARTS, (tokens, *starts), strict=True):
-        file = io.BytesIO()
-        np.save(file, array)
-        record["sha256"][part] = hashlib.sha256(file.getbuffer()).hexdigest()
-        write(_path(directory, record, part), file.getbuffer())
+    starts = [[np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64)] for lengths in (sentences, documents)]
+    for part, arrays in zip(PARTS, (tokens, *starts), strict=True):
+        # as np.save does, without two copies of the arrays
+        header, size = io.BytesIO(), sum(map(len, arrays))
+        np.lib.format.write_array_header_1_0(
+            header, {"descr": arrays[0].dtype.str, "fortran_order": False, "shape": (size,)}
+        )
+        pieces = [header.getbuffer(), *arrays]
+        digest = hashlib.sha256()
+        for piece in pieces:
+            digest.update(piece)
+        record["sha256"][part] = digest.hexdigest()
+        write(_path(directory, record, part), pieces)
     # the record marks the shard as complete, so it comes last
     _write_json(directory / f"{record['name']}.json", record)
     return record
@@ -338,6 +351,13 @@ def _check_record(path, record, number):
         raise ValueError(f"{path} is damaged: {name} has no sha256 of its {', '.join(PARTS)}")
 
 
+def _check_units(path, records):
+    """Raises ValueError unless each shard has a unit; earlier versions did not count them."""
+    units = [0, *(record["units"] for record in records if "units" in record)]
+    if any(end <= start for start, end in itertools.pairwise(units)):
+        raise ValueError(f"{path} is damaged: the shards' units are {units[1:]}, expected growing counts")
+
+
 def _check_count(path, values, key):
     if type(values.get(key)) is not int or not 0 <= values[key] < 1 << 62:
         raise ValueError(f"{path} is damaged: {key} is {values.get(key)!r}, expected a count")
@@ -353,6 +373,7 @@ def _check_manifest(path, manifest):
         raise ValueError(f"{path} is damaged: it names no shards")
     for number, record in enumerate(shards):
         _check_record(path, record, number)
+    _check_units(path, shards)
     for key in (*PARTS, "skipped_lines", "vocab_size", "shard_tokens"):
         _check_count(path, manifest, key)
     for part in PARTS:

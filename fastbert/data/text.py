@@ -7,8 +7,9 @@
     .gz       of .txt, .jsonl and .csv
 
 Text is UTF-8, or UTF-16 or UTF-32 where a byte-order mark or the NULs between its letters show it. Lines that are not
-valid and rows without text are counted and skipped. A document of more than MAX_SIZE letters is cut at a blank, and the
-rest, which begins with this blank, is another document: memory stays bounded.
+valid and rows without text are counted and skipped; a file that is not valid in most of its first lines is refused.
+A document of more than MAX_SIZE letters is cut at a blank, and the rest, which begins with this blank, is another
+document: memory stays bounded.
 """
 
 import codecs
@@ -23,10 +24,12 @@ import re
 import zlib
 from collections import Counter
 
-MAX_SIZE = 1 << 24
+# letters of a document, of a line of a table, and of a word
+MAX_SIZE, MAX_ROW = 1 << 22, 1 << 24
 MAX_WORD = 1 << 20
 KINDS = (".txt", ".jsonl", ".csv", ".parquet")
 LAYOUTS = ("auto", "blank-line", "line")
+_OF_MODELS = ("vocab.txt", "merges.txt", "metrics.jsonl")
 
 # what separates words for every tokenizer: some remove other blanks, which joins the words beside them; and letters
 # each of which is a word
@@ -37,8 +40,7 @@ _CUTS = [
     re.compile(rf"(?s).*[^{BLANKS}](?=[{BLANKS}])"),
     re.compile(rf"(?s).*[{IDEOGRAPHS}](?=[{IDEOGRAPHS}])"),
 ]
-# looks at a word from its first letter only, so that the time is linear
-_LONG_WORD = re.compile(rf"(?<![^{BLANKS}{IDEOGRAPHS}])[^{BLANKS}{IDEOGRAPHS}]{{{MAX_WORD + 1}}}")
+_WORD_END = re.compile(rf"(?s).*[{BLANKS}{IDEOGRAPHS}]")
 # UTF-32's mark begins with UTF-16's
 _MARKS = [
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -60,9 +62,9 @@ def _kind(path):
 def expand(paths):
     """The text files of `paths` (files, folders with their subfolders, globs), each once, folders in sorted order.
 
-    In folders and globs, files without text or of an unknown type, hidden ones and dangling links are skipped; at least
-    one file must have text. Raises FileNotFoundError for a path that does not exist, ValueError for a named file that
-    is empty, has only blank lines or is of an unknown type.
+    In folders and globs, files without text or of an unknown type, hidden ones, dangling links, and the vocabulary and
+    log beside a tokenizer.json are skipped; at least one file must have text. Raises FileNotFoundError for a path that
+    does not exist, ValueError for a named file that is empty, has only blank lines or is of an unknown type.
     """
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
@@ -85,7 +87,8 @@ def expand(paths):
                 raise FileNotFoundError(f"no file matches {path}")
         else:
             raise FileNotFoundError(f"no such file or folder: {path}")
-        found = [file for file in found if _kind(file) and os.path.isfile(file) and _has_text(file, Counter())]
+        found = [file for file in found if _kind(file) and os.path.isfile(file) and not _is_of_a_model(file)]
+        found = [file for file in found if _has_text(file, Counter())]
         if not found:
             raise ValueError(f"the {what} {path} has no file with text ({', '.join(KINDS)}, or .gz of the first three)")
         files += found
@@ -105,6 +108,12 @@ def _below(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [os.path.join(root, name) for name in sorted(names) if not name.startswith(".")]
     return found
+
+
+def _is_of_a_model(path):
+    """Whether a file is a vocabulary or a log in the directory of a tokenizer, a model or a run."""
+    folder, name = os.path.split(path)
+    return name in _OF_MODELS and os.path.exists(os.path.join(folder, "tokenizer.json"))
 
 
 def _has_text(path, stats):
@@ -165,6 +174,14 @@ def _encoding(path):
         start = file.read(1 << 12)
     mark = next((name for mark, name in _MARKS if start.startswith(mark)), None)
     if mark or 0 not in start:
+        # the last line may be cut
+        lines = [line for line in start.split(b"\n")[:-1] if not line.isascii()]
+        wrong = sum(not _is_valid(line.decode("utf-8", "surrogateescape")) for line in lines)
+        if not mark and 2 * wrong > start.count(b"\n") > wrong:
+            raise ValueError(
+                f"{path} is not UTF-8: {wrong} of its first {start.count(10)} lines are not. Expected UTF-8, UTF-16 or "
+                "UTF-32; iconv converts others, such as Latin-1"
+            )
         return (mark, "surrogatepass") if mark else ("utf-8-sig", "surrogateescape")
     # the share of NULs at every fourth byte; in UTF-16 a letter's low byte is rarely NUL, its high byte often
     zeros = [start[i::4].count(0) / len(start[i::4] or b"1") for i in range(4)]
@@ -194,9 +211,10 @@ def _opened(path):
 def numbered_lines(path, stats, done=0):
     """(number, line with its end) of a text file, without invalid lines, which are counted.
 
-    A line of more than MAX_SIZE letters comes in parts, which share its number; only a .txt file may have one.
+    A line of a .txt file of more than MAX_SIZE letters comes in parts, which share its number.
     """
-    parts, short = _parts if _kind(path) == ".txt" else _whole, min(MAX_WORD, MAX_SIZE)
+    parts, limit = (_parts, MAX_SIZE) if _kind(path) == ".txt" else (_whole, MAX_ROW)
+    short = min(MAX_WORD, limit)
     encoding, errors = _encoding(path)
     with _opened(path) as (raw, file):
         text = io.TextIOWrapper(file, encoding, errors, newline="\n")
@@ -209,7 +227,7 @@ def numbered_lines(path, stats, done=0):
             stats["bytes"] = done + raw.tell()
             line += more
             at_end = not more or more.endswith("\n")
-            if not at_end and len(line) <= MAX_SIZE:
+            if not at_end and len(line) <= limit:
                 continue
             ready = [line] if len(line) <= short else list(parts(path, number, line))
             line = "" if at_end else ready.pop()
@@ -231,17 +249,28 @@ def _is_valid(line):
 
 
 def _whole(path, number, line):
-    if len(line) > MAX_SIZE:
-        raise ValueError(f"{path} line {number} has more than {MAX_SIZE:,} letters: expected shorter rows")
+    if len(line) > MAX_ROW:
+        raise ValueError(f"{path} line {number} has more than {MAX_ROW:,} letters: expected shorter rows")
     return [line]
 
 
 def _parts(path, number, line):
     """The parts of a line that documents may have. Raises ValueError for a word that is too long."""
-    if len(line) > MAX_WORD and _LONG_WORD.search(line):
+    if _has_long_word(line):
         what = "row" if _kind(path) == ".parquet" else "line"
         raise ValueError(f"{path} {what} {number} has a word of more than {MAX_WORD:,} letters: expected blanks")
     return cut_line(line, MAX_SIZE)
+
+
+def _has_long_word(line):
+    start = 0
+    while len(line) - start > MAX_WORD:
+        # the last end of a word among as many letters as a word may have, and one more
+        found = _WORD_END.match(line, start, start + MAX_WORD + 1)
+        if not found:
+            return True
+        start = found.end()
+    return False
 
 
 def cut_line(line, size):
@@ -296,7 +325,8 @@ def _rows_of_jsonl(path, column, stats, done):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            # Python refuses an int of thousands of digits
+            row = json.loads(line, parse_int=float)
         except (ValueError, RecursionError):
             row = None
         if first:
@@ -316,7 +346,7 @@ def _rows_of_jsonl(path, column, stats, done):
 
 def _rows_of_csv(path, column, stats, done):
     # the default of 128 KB is less than a long article
-    csv.field_size_limit(MAX_SIZE)
+    csv.field_size_limit(MAX_ROW)
     number = 0
 
     def lines():

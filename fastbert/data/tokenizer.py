@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -74,7 +75,7 @@ def train_wordpiece(
         special_tokens=specials + alphabet + inside,
         initial_alphabet=alphabet,
         limit_alphabet=len(alphabet),
-        show_progress=progress,
+        show_progress=progress and _has_terminal(),
     )
     blank.train_from_iterator(_batches(files, text_column, layout), trainer)
     vocab = blank.get_vocab()
@@ -105,7 +106,7 @@ def train_bpe(files, vocab_size=50265, *, text_column="text", layout="auto", min
         vocab_size=vocab_size - 1,
         min_frequency=min_frequency,
         special_tokens=["<s>", "<pad>", "</s>", "<unk>", *letters],
-        show_progress=progress,
+        show_progress=progress and _has_terminal(),
     )
     tokenizer.train_from_iterator(_batches(files, text_column, layout), trainer)
     vocab = tokenizer.get_vocab()
@@ -137,6 +138,11 @@ def _batches(files, text_column, layout):
     yield batch
 
 
+def _has_terminal():
+    """Whether the library can show its bar, of which it writes a part to stdout. Rust panics where it cannot."""
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
 def _check_size(vocab, vocab_size, min_frequency):
     if len(vocab) < vocab_size:
         raise ValueError(
@@ -145,8 +151,11 @@ def _check_size(vocab, vocab_size, min_frequency):
         )
 
 
-def _wordpiece(vocab, lowercase=True, strip_accents=None, chinese=True, names=SPECIALS, added=()):
-    """BERT's tokenizer for a vocabulary {piece: id}. names: its five special tokens. added: tokens of users."""
+def _wordpiece(vocab, lowercase=True, strip_accents=None, chinese=True, names=SPECIALS, added=(), kind="BertTokenizer"):
+    """BERT's tokenizer for a vocabulary {piece: id}.
+
+    names: its five special tokens. added: tokens of users. kind: transformers' class for it.
+    """
     tokenizer = Tokenizer(
         models.WordPiece(
             vocab, unk_token=names[1], continuing_subword_prefix=PREFIX, max_input_chars_per_word=LONGEST_WORD
@@ -161,16 +170,21 @@ def _wordpiece(vocab, lowercase=True, strip_accents=None, chinese=True, names=SP
     missing = [name for name in names if tokenizer.token_to_id(name) is None]
     if missing:
         raise ValueError(f"it has no {missing[0]} token")
-    cls, sep = ((name, tokenizer.token_to_id(name)) for name in names[2:4])
-    if names[2] == "[CLS]":
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[cls, sep]
-        )
-    else:
-        # MPNet has WordPiece and RoBERTa's special tokens
-        tokenizer.post_processor = processors.RobertaProcessing(sep, cls, True, False)
+    tokenizer.post_processor = _ends(tokenizer, kind, *names[2:4])
     tokenizer.add_special_tokens([name for name in names if name not in {token.content for token in added}])
     return tokenizer
+
+
+def _ends(tokenizer, kind, cls, sep):
+    """What transformers' class `kind` puts around texts: the tokens `cls` and `sep`."""
+    ids = [(name, tokenizer.token_to_id(name)) for name in (cls, sep)]
+    missing = [name for name, i in ids if i is None]
+    if missing:
+        raise ValueError(f"it has no {missing[0]} token")
+    if kind in ("RobertaTokenizer", "MPNetTokenizer"):
+        return processors.RobertaProcessing(ids[1], ids[0], True, False)
+    second = [sep, sep, "$B", sep] if kind in _TWO_BETWEEN else [sep, "$B:1", f"{sep}:1"]
+    return processors.TemplateProcessing(single=[cls, "$A", sep], pair=[cls, "$A", *second], special_tokens=ids)
 
 
 def save_tokenizer(tokenizer, directory):
@@ -214,12 +228,15 @@ def save_tokenizer(tokenizer, directory):
 
 def _is_berts(rules):
     """Whether a WordPiece tokenizer.json has nothing that transformers' BertTokenizer would not build."""
-    normalizer, before = rules["normalizer"] or {}, rules["pre_tokenizer"] or {}
+    normalizer, before, after = (rules[part] or {} for part in ("normalizer", "pre_tokenizer", "post_processor"))
+    ends = [piece.get("SpecialToken", {}).get("id") for piece in after.get("single", [])]
     return (
         (normalizer.get("type"), normalizer.get("clean_text"), before.get("type"))
         == ("BertNormalizer", True, "BertPreTokenizer")
         and rules["model"]["max_input_chars_per_word"] == LONGEST_WORD
         and rules["model"]["continuing_subword_prefix"] == PREFIX
+        and rules["model"]["unk_token"] == "[UNK]"
+        and (ends == ["[CLS]", None, "[SEP]"] or after.get("type") == "BertProcessing")
     )
 
 
@@ -245,13 +262,26 @@ def load_tokenizer(path, *, as_saved=False):
             tokenizer = _from_vocabulary(vocab, settings)
         else:
             tokenizer = _from_json(json.loads(text), settings)
-    # the tokenizers library raises bare Exceptions
-    except Exception as error:
+    # the tokenizers library raises bare Exceptions, and where Rust panics what is none
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ValueError(f"{file} is not a readable tokenizer: {error}") from None
     special_ids(tokenizer)
     return tokenizer
 
 
+_WORDPIECE = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "MobileBertTokenizer", "MPNetTokenizer")
+# the model of the classes that build a tokenizer anew, with the vocabulary of tokenizer.json
+_MODELS = {
+    **dict.fromkeys(_WORDPIECE, "WordPiece"),
+    **dict.fromkeys(("RobertaTokenizer", "DebertaTokenizer"), "BPE"),
+    **dict.fromkeys(("AlbertTokenizer", "XLMRobertaTokenizer", "DebertaV2Tokenizer"), "Unigram"),
+}
+# the id of <unk> in those whose vocabulary does not say it
+_UNKNOWN = {"AlbertTokenizer": 1, "XLMRobertaTokenizer": 3}
+# classes that put two [SEP] between the texts of a pair
+_TWO_BETWEEN = ("DebertaTokenizer", "XLMRobertaTokenizer")
 # transformers' class for the tokenizers of a model type, where tokenizer_config.json names none
 _CLASSES = {
     "bert": "BertTokenizer",
@@ -259,11 +289,11 @@ _CLASSES = {
     "distilbert": "BertTokenizer",
     "mpnet": "MPNetTokenizer",
     "roberta": "RobertaTokenizer",
+    "xlm-roberta": "XLMRobertaTokenizer",
     "deberta": "DebertaTokenizer",
     "deberta-v2": "DebertaV2Tokenizer",
     "albert": "AlbertTokenizer",
 }
-_WORDPIECE = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "MobileBertTokenizer", "MPNetTokenizer")
 
 
 def _settings(folder):
@@ -282,7 +312,8 @@ def _settings(folder):
         }
         added = {i: token | {"normalized": not token["special"]} for i, token in added.items()} or None
     settings["added"] = added
-    named = settings.get("tokenizer_class") or model.get("tokenizer_class") or _CLASSES.get(model.get("model_type"))
+    named = settings["is_named"] = settings.get("tokenizer_class") or model.get("tokenizer_class")
+    named = named or _CLASSES.get(model.get("model_type"))
     # transformers does not believe what ModernBERT's directories say
     settings["class"] = None if model.get("model_type") == "modernbert" else str(named or "").removesuffix("Fast")
     return settings
@@ -298,34 +329,77 @@ def _added_tokens(settings):
     return [AddedToken(**{key: value for key, value in token.items() if key != "id"}) for _, token in tokens]
 
 
+def _names(kind, settings):
+    """The five special tokens by the settings, else those of transformers' class `kind`."""
+    usual = {
+        "MPNetTokenizer": ("<pad>", "[UNK]", *BPE_SPECIALS[2:]),
+        "AlbertTokenizer": ("<pad>", "<unk>", *SPECIALS[2:]),
+    }
+    names = usual.get(kind, BPE_SPECIALS if kind in ("RobertaTokenizer", "XLMRobertaTokenizer") else SPECIALS)
+    parts = ("pad", "unk", "bos", "eos", "mask") if kind == "XLMRobertaTokenizer" else SpecialIds._fields
+    return [_content(settings.get(f"{part}_token")) or name for part, name in zip(parts, names, strict=True)]
+
+
 def _from_vocabulary(vocab, settings):
     """The tokenizer of a vocab.txt."""
     kind = settings.get("class") or "BertTokenizer"
     if kind not in (*_WORDPIECE, "PreTrainedTokenizer"):
         raise ValueError(f"a vocab.txt of the class {kind}, expected one of {', '.join(_WORDPIECE)}")
-    names = ("<pad>", "[UNK]", "<s>", "</s>", "<mask>") if kind == "MPNetTokenizer" else SPECIALS
-    parts = zip(("pad", "unk", "cls", "sep", "mask"), names, strict=True)
-    return _wordpiece(
+    names = _names(kind, settings)
+    tokenizer = _wordpiece(
         vocab,
         settings.get("do_lower_case", True),
         settings.get("strip_accents"),
         settings.get("tokenize_chinese_chars", True),
-        [_content(settings.get(f"{part}_token")) or name for part, name in parts],
+        names,
         _added_tokens(settings),
+        kind,
     )
+    _add_special_tokens(tokenizer, settings, names)
+    return tokenizer
+
+
+def _add_special_tokens(tokenizer, settings, names):
+    """Add the special tokens that the settings name, and `names`, as far as they are not there."""
+    more = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    named = (settings.get(f"{part}_token") for part in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+    there = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    for token in (*filter(None, named), *names, *(more.values() if isinstance(more, dict) else more)):
+        if (content := _content(token)) not in there:
+            there.add(content)
+            values = {key: value for key, value in token.items() if key != "__type"} if isinstance(token, dict) else {}
+            tokenizer.add_special_tokens([AddedToken(**values) if values else content])
+    tokenizer.encode_special_tokens = bool(settings.get("split_special_tokens"))
 
 
 def _from_json(rules, settings):
     """The tokenizer of a tokenizer.json, with what transformers' class sets anew."""
-    kind, model, added = settings.get("class"), rules["model"].get("type"), _added_tokens(settings)
-    is_berts = kind in _WORDPIECE and model == "WordPiece"
-    is_bytes = kind in ("RobertaTokenizer", "DebertaTokenizer") and model == "BPE"
-    anew = added and (is_berts or is_bytes)
-    tokenizer = Tokenizer.from_str(json.dumps(rules | {"added_tokens": []} if anew else rules))
+    kind, added = settings.get("class"), _added_tokens(settings)
+    model = rules["model"].get("type") or type(Tokenizer.from_str(json.dumps(rules)).model).__name__
+    if model != _MODELS.get(kind, model) and not settings["is_named"]:
+        kind = None
+    elif model != _MODELS.get(kind, model):
+        raise ValueError(
+            f"it holds a {model} model, but the class {kind} has {_MODELS[kind]}: "
+            "name the class PreTrainedTokenizerFast in tokenizer_config.json"
+        )
+    is_rebuilt, is_berts, is_bytes = kind in _MODELS, kind in _WORDPIECE, _MODELS.get(kind) == "BPE"
+    names = _names(kind, settings)
+    if is_berts:
+        rules["model"] |= dict(
+            unk_token=names[1], continuing_subword_prefix=PREFIX, max_input_chars_per_word=LONGEST_WORD
+        )
+    elif is_bytes:
+        rules["model"] |= dict(
+            dropout=None, unk_token=None, continuing_subword_prefix="", end_of_word_suffix="", fuse_unk=False,
+            byte_fallback=False, ignore_merges=False,
+        )  # fmt: skip
+    elif kind in _UNKNOWN:
+        rules["model"] |= dict(unk_id=_UNKNOWN[kind], byte_fallback=False)
+    tokenizer = Tokenizer.from_str(json.dumps(rules | {"added_tokens": []} if added and is_rebuilt else rules))
     # ignores those that are there
     tokenizer.add_tokens(added)
-    if anew:
-        tokenizer.add_special_tokens([tokenizer.id_to_token(i) for i in special_ids(tokenizer)])
+    _add_special_tokens(tokenizer, settings, names if is_rebuilt else [])
     if is_berts:
         tokenizer.normalizer = normalizers.BertNormalizer(
             lowercase=settings.get("do_lower_case", True),
@@ -336,12 +410,14 @@ def _from_json(rules, settings):
     elif is_bytes:
         tokenizer.normalizer = None
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=settings.get("add_prefix_space", False))
-    elif kind == "AlbertTokenizer" and model == "Unigram":
+    elif kind == "XLMRobertaTokenizer":
+        tokenizer.normalizer = next(iter(_precompiled(rules["normalizer"])), None)
+    elif kind == "AlbertTokenizer":
         quotes = [normalizers.Replace("``", '"'), normalizers.Replace("''", '"')]
         accents = [] if settings.get("keep_accents", False) else [normalizers.NFKD(), normalizers.StripAccents()]
         case = [normalizers.Lowercase()] if settings.get("do_lower_case", True) else []
         tokenizer.normalizer = normalizers.Sequence([*quotes, *accents, *case, *_precompiled(rules["normalizer"])])
-    elif kind == "DebertaV2Tokenizer" and model == "Unigram":
+    elif kind == "DebertaV2Tokenizer":
         case = [normalizers.Lowercase()] if settings.get("do_lower_case", False) else []
         blanks = normalizers.Replace(Regex(r"\s{2,}|[\n\r\t]"), " ")
         end = normalizers.Strip(left=False, right=True)
@@ -349,6 +425,14 @@ def _from_json(rules, settings):
         marks = [pre_tokenizers.Punctuation("isolated")] if settings.get("split_by_punct", False) else []
         scheme = "always" if settings.get("add_prefix_space", True) else "first"
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*marks, pre_tokenizers.Metaspace(prepend_scheme=scheme)])
+    if kind in _UNKNOWN:
+        scheme = "always" if settings.get("add_prefix_space", True) else "never"
+        words = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), words])
+    if is_rebuilt:
+        # whatever the settings name, ALBERT has these
+        ends = SPECIALS[2:4] if kind == "AlbertTokenizer" else names[2:4]
+        tokenizer.post_processor = _ends(tokenizer, kind, *ends)
     return tokenizer
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from .. import ops
 from ..packing import Batch, Layout
 from .attentions import ATTENTIONS, DistanceBias, RelativePositions
 from .config import EncoderConfig
@@ -40,6 +41,7 @@ class Block(nn.Module):
 
     def __init__(self, config, i):
         super().__init__()
+        self.config = config
         self.attention = ATTENTIONS[config.attention](config, i)
         self.attention_norm = AddNorm(config, "attention")
         self.feed_forward = FeedForward(config)
@@ -47,9 +49,26 @@ class Block(nn.Module):
 
     def forward(self, x, layout, dropout):
         """x [T, D] -> [T, D], or [M, D] of the query rows."""
+        prepared = self._prepared(layout, dropout)
+        if prepared is not None:
+            return prepared(x, layout.cu_seqlens, layout.max_seqlen)
         dropout = dropout.copy()
         attended = self.attention(x, layout, dropout)
         return self.after_attention(attended, x if layout.query_rows is None else x[layout.query_rows], dropout)
+
+    def _prepared(self, layout, dropout):
+        """This layer as `ops.prepare` has it for inference; None where a module inside must be called."""
+        config, attention, feed_forward = self.config, self.attention, self.feed_forward
+        if config.attention != "softmax" or dropout.seed is not None or layout.query_rows is not None:
+            return None
+        called = attention, self.attention_norm, feed_forward, self.feed_forward_norm
+        if any(module._forward_hooks or module._forward_pre_hooks for module in called):
+            return None
+        parts = ops.PostNorm(
+            attention.query, attention.key, attention.value, attention.output, self.attention_norm,
+            feed_forward.up, feed_forward.down, self.feed_forward_norm,
+        )  # fmt: skip
+        return ops.prepare(self, parts, config.num_attention_heads, approximate=config.approximate)
 
     def after_attention(self, attended, residual, dropout):
         """The rest of the layer; attention's output and the residual are both [T, D] or [M, D]."""

@@ -289,7 +289,7 @@ class MultipleChoice(SequenceClassifier):
     OUTPUTS = 1
 
     def forward(
-        self, input_ids: torch.Tensor | Batch, attention_mask: torch.Tensor | None = None,
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None, position_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
     ) -> Output:  # fmt: skip
@@ -401,7 +401,7 @@ class QuestionAnswerer(_TokenScores):
         super().__init__(config, 2)
 
     def forward(
-        self, input_ids: torch.Tensor | Batch, attention_mask: torch.Tensor | None = None,
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None, position_ids: torch.Tensor | None = None,
         start_positions: torch.Tensor | None = None, end_positions: torch.Tensor | None = None,
     ) -> Output:  # fmt: skip

@@ -5,6 +5,9 @@ Every key of every file is obeyed, is known to change no vector, or is refused b
 
 import re
 
+from tokenizers import normalizers
+
+from ..data.tokenizer import load_tokenizer
 from ..files import inside, read_json
 from . import hf_files
 from .config import checked, shown
@@ -134,24 +137,44 @@ def _read_transformer(folder):
 
 
 def _read_limits(folder, transformer, processor):
-    """What is read of a text: max_length, truncation_side, do_lower_case."""
+    """What is read of a text: tokenizer, max_length, truncation_side."""
     path = folder / "tokenizer_config.json"
-    tokenizer = read_json(path) if path.exists() else {}
+    settings, made = read_json(path) if path.exists() else {}, None
+    if any((folder / name).exists() for name in ("tokenizer.json", "vocab.txt")):
+        made = load_tokenizer(folder)
+    if checked(f"{folder}: do_lower_case", transformer.get("do_lower_case") or False, bool):
+        if made is None:
+            raise ValueError(f"{folder}: do_lower_case is true, but there is no tokenizer.json or vocab.txt")
+        _lower_case(made)
     given = {"model_max_length": processor.get("model_max_length"), "max_seq_length": transformer.get("max_seq_length")}
     given = [(key, length) for key, length in given.items() if length is not None][:1]
     config = hf_files.read_config(folder / "config.json")
     longest = config.max_position_embeddings
-    usual = [("max_position_embeddings", longest), ("model_max_length", tokenizer.get("model_max_length") or longest)]
+    usual = [("max_position_embeddings", longest), ("model_max_length", _longest(settings) or longest)]
     # transformers writes 1e30 for no limit
     limits = [checked(f"{folder}: {key}", length, float, (1, 1e31)) for key, length in given or usual]
-    sides = {key: processor.get(key) or tokenizer.get(key) or "right" for key in ("truncation_side", "padding_side")}
+    own = dict(truncation_side=made and made.truncation, padding_side=made and made.padding)
+    sides = {
+        key: processor.get(key) or settings.get(key) or (values or {}).get("direction", "right")
+        for key, values in own.items()
+    }
     # a text's positions would depend on how much longer another in its batch is
     if sides["padding_side"] != "right" and config.has_positions and not config.position_offset:
         raise ValueError(f"{folder}: padding_side is {shown(sides['padding_side'])}: expected 'right'")
-    return dict(
-        max_length=int(min(limits)), truncation_side=sides["truncation_side"],
-        do_lower_case=checked(f"{folder}: do_lower_case", transformer.get("do_lower_case") or False, bool),
-    )  # fmt: skip
+    return dict(tokenizer=made, max_length=int(min(limits)), truncation_side=sides["truncation_side"])
+
+
+def _longest(settings):
+    # the older name counts where the other is missing
+    return settings.get("model_max_length", settings.get("max_len"))
+
+
+def _lower_case(tokenizer):
+    """Let a tokenizer lower the case of a text first, as sentence-transformers does."""
+    steps = tokenizer.normalizer
+    steps = [] if steps is None else [*steps] if isinstance(steps, normalizers.Sequence) else [steps]
+    if not any(isinstance(step, normalizers.Lowercase) for step in steps):
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *steps])
 
 
 def _read_model(path):

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, normalizers
+from tokenizers import Tokenizer
 from torch import nn
 
 from .. import ops
-from ..data.tokenizer import check_vocabulary, load_tokenizer
+from ..data.tokenizer import check_vocabulary
 from ..packing import Batch, pack_inputs
 from . import families, hf_files, sentence_files
 from .config import EncoderConfig, checked
@@ -249,13 +249,6 @@ class SentenceEmbedder(Model):
         """
         directory = Path(directory)
         found, folder, config_changes, weights = sentence_files.read_directory(directory, allow_pickle)
-        is_lower = found.pop("do_lower_case")
-        if any((folder / name).exists() for name in ("tokenizer.json", "vocab.txt")):
-            found["tokenizer"] = load_tokenizer(folder)
-            if is_lower:
-                _lower_case(found["tokenizer"])
-        elif is_lower:
-            raise ValueError(f"{folder}: do_lower_case is true, but there is no tokenizer.json or vocab.txt")
         return hf_files.load_model(
             lambda config: cls(config, **{**found, **options}), folder, allow_pickle=allow_pickle, dtype=dtype,
             head=cls.__name__, other=weights, config_changes=config_changes,
@@ -265,14 +258,6 @@ class SentenceEmbedder(Model):
         """Write what sentence-transformers loads: the encoder, its tokenizer, and a folder for each further module."""
         sentence_files.write_directory(self, Path(directory))
         hf_files.save_model(self, directory, elsewhere=("dense.", "token_dense."))
-
-
-def _lower_case(tokenizer):
-    """Let a tokenizer lower the case of a text first, as sentence-transformers does."""
-    steps = tokenizer.normalizer
-    steps = [] if steps is None else [*steps] if isinstance(steps, normalizers.Sequence) else [steps]
-    if not any(isinstance(step, normalizers.Lowercase) for step in steps):
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *steps])
 
 
 def _batch(encodings):

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .. import ops, reference
+from ..cpu import libraries, matmul
 from ..training.card import versions
 from . import offline
 from .op_cases import OPS
@@ -29,11 +30,25 @@ def doctor():
         lines.append("GPU: PyTorch finds none")
     lines.append(f"Triton: {'found' if ops.has_triton() else 'not installed'}")
     lines.append(f"launch settings: {_settings(device)}")
+    lines.append(f"instructions: {' '.join(libraries.instructions()) or 'none known'}")
     lines.append(f"FASTBERT_IMPL: {ops.IMPL}")
     for name, op in vars(ops).items():
         if inspect.isfunction(op) and not name.startswith("_") and hasattr(reference, name):
             has_kernel = "impl" in inspect.signature(op).parameters
             lines.append(f"ops.{name}: {_implementation(device) if has_kernel else 'PyTorch'}")
+    return lines + _products()
+
+
+def _products():
+    """Which library multiplies on this CPU, and how fast."""
+    if not torch.backends.mkldnn.is_available():
+        return ["matrix products: PyTorch has no oneDNN here"]
+    lines = [
+        f"matrix products (FASTBERT_MATMUL: {libraries.PINNED}), GFLOP/s by oneDNN and by PyTorch's own choice, and "
+        "what auto takes:"
+    ]
+    for name, onednn, own in libraries.table(matmul.candidates):
+        lines.append(f"  {name:<24} {onednn:6.0f} {own:6.0f}  {'onednn' if onednn > own else 'torch'}")
     return lines
 
 

@@ -14,9 +14,8 @@ from .steps import Replacement, attend, dropout_arguments, is_plain, layer_norm,
 class Attention(Replacement):
     """Runs only inside a stack that passes it a `Layout`."""
 
-    PARTS = ("attention",)
-    WHAT = "fused attention"
-    TOKENWISE = True
+    RUNS = {"attention": "fused attention"}
+    TAKES_LAYOUT = True
 
     @staticmethod
     def yields(args, kwargs):
@@ -52,7 +51,7 @@ class BertSelfAttention(Attention):
 class AlbertAttention(BertSelfAttention):
     """With the output projection and the norm."""
 
-    WHAT = "fused attention, add and norm"
+    RUNS = {"attention": "fused attention, add and norm"}
     DROPOUT = "attention_dropout"
 
     def forward(self, hidden_states, attention_mask, *args, **kwargs):
@@ -72,7 +71,7 @@ class DistilBertSelfAttention(BertSelfAttention):
 class MPNetSelfAttention(Attention):
     """`position_bias` is the `bias` of `ops.biased_attention`."""
 
-    WHAT = "fused attention with a relative position bias"
+    RUNS = {"attention": "fused attention with a relative position bias"}
     misfit = staticmethod(_misfit_dropout)
 
     def forward(self, hidden_states, attention_mask, position_bias, *args, **kwargs):
@@ -86,7 +85,7 @@ class MPNetSelfAttention(Attention):
 
 
 class DebertaV2DisentangledSelfAttention(Attention):
-    WHAT = "fused disentangled attention"
+    RUNS = {"attention": "fused disentangled attention"}
     misfit = staticmethod(_misfit_dropout)
 
     @staticmethod
@@ -145,7 +144,7 @@ class DebertaDisentangledSelfAttention(DebertaV2DisentangledSelfAttention):
 class ModernBertAttention(Attention):
     """With rotary positions; in some layers within a window."""
 
-    WHAT = "fused attention, rotary"
+    RUNS = {"attention": "fused attention, rotary"}
 
     def forward(self, hidden_states, position_embeddings=None, attention_mask=None, **kwargs):
         B, S, D = hidden_states.shape

@@ -74,7 +74,8 @@ def mask(**arguments):
     from transformers.masking_utils import eager_mask, sdpa_mask
 
     config = arguments["config"]
-    if not _uses_interface(config):
+    model_file = sys.modules.get(type(config).__module__.replace(".configuration_", ".modeling_"))
+    if model_file is not None and not hasattr(model_file, "ALL_ATTENTION_FUNCTIONS"):
         _warn_once(f"{config.model_type} computes its attention itself, whatever attn_implementation says")
         return eager_mask(**arguments)
     found = _encoder_mask(**arguments)
@@ -123,12 +124,6 @@ def _runs_on(device):
     if torch.jit.is_tracing():
         return False
     return ops.uses_triton(device) or not torch.compiler.is_compiling()
-
-
-def _uses_interface(config):
-    """Whether the model of this config takes its attention from AttentionInterface."""
-    module = sys.modules.get(type(config).__module__.replace(".configuration_", ".modeling_"))
-    return module is None or hasattr(module, "ALL_ATTENTION_FUNCTIONS")
 
 
 def _warn_once(message):
@@ -218,16 +213,11 @@ def _counts_from_padding_idx(cls):
 def _check_positions(module, starts):
     """Raises ValueError for the positions of DataCollatorWithFlattening, which count from 0."""
     offset = module.config.pad_token_id + 1
-    message = (
+    ops.check(
+        starts != 0,
         f"position_ids of the sequences begin at 0: {module.config.model_type} begins at {offset}, "
-        f"add {offset} to those of DataCollatorWithFlattening"
+        f"add {offset} to those of DataCollatorWithFlattening",
     )
-    if ops.in_memory(starts):
-        if bool((starts == 0).any()):
-            raise ValueError(message)
-    else:
-        # the host does not wait for a GPU
-        torch._assert_async((starts != 0).all(), message)
 
 
 def _restarts(position_ids):

@@ -25,16 +25,14 @@ class TokenWise(Replacement):
 class BertSelfOutput(TokenWise):
     """LayerNorm(dropout(dense(x)) + residual)."""
 
-    PARTS = ("layer_norm",)
-    WHAT = "linear, fused dropout, add and norm"
+    RUNS = {"layer_norm": "linear, fused dropout, add and norm"}
 
     def forward(self, hidden_states, input_tensor):
         return layer_norm(self.LayerNorm, linear(self.dense, hidden_states), input_tensor, self.dropout)
 
 
 class MPNetAttention(TokenWise):
-    PARTS = ("layer_norm",)
-    WHAT = "fused dropout, add and norm"
+    RUNS = {"layer_norm": "fused dropout, add and norm"}
 
     def forward(self, hidden_states, attention_mask=None, position_bias=None, output_attentions=False, **kwargs):
         attended, *rest = self.attn(hidden_states, attention_mask, position_bias, output_attentions=output_attentions)
@@ -42,8 +40,7 @@ class MPNetAttention(TokenWise):
 
 
 class DebertaLayerNorm(TokenWise):
-    PARTS = ("layer_norm",)
-    WHAT = "fused norm"
+    RUNS = {"layer_norm": "fused norm"}
 
     def forward(self, hidden_states):
         if not has_plain_parameters(self):
@@ -55,8 +52,7 @@ class DebertaLayerNorm(TokenWise):
 class BertIntermediate(TokenWise):
     """gelu(dense(x))."""
 
-    PARTS = ("gelu",)
-    WHAT = "linear, fused bias and GELU"
+    RUNS = {"gelu": "linear, fused bias and GELU"}
     refuses = refuses_activation("intermediate_act_fn")
 
     def forward(self, hidden_states):
@@ -66,22 +62,19 @@ class BertIntermediate(TokenWise):
 class FFN(TokenWise):
     """DistilBERT's."""
 
-    PARTS = ("gelu",)
-    WHAT = "linear, fused bias and GELU"
+    RUNS = {"gelu": "linear, fused bias and GELU"}
     refuses = refuses_activation("activation")
 
-    def ff_chunk(self, input):
-        return self.dropout(linear(self.lin2, linear_gelu(self.lin1, self.activation, input)))
-
     def forward(self, input):
-        return super().forward(input)
+        if self.chunk_size_feed_forward or "ff_chunk" in vars(self):
+            return super().forward(input)
+        return self.dropout(linear(self.lin2, linear_gelu(self.lin1, self.activation, input)))
 
 
 class TransformerBlock(TokenWise):
     """DistilBERT's."""
 
-    PARTS = ("layer_norm",)
-    WHAT = "fused add and norm"
+    RUNS = {"layer_norm": "fused add and norm"}
 
     def forward(self, hidden_states, attention_mask=None, **kwargs):
         attended, _ = self.attention(hidden_states, attention_mask=attention_mask, **kwargs)
@@ -90,8 +83,7 @@ class TransformerBlock(TokenWise):
 
 
 class AlbertLayer(TokenWise):
-    PARTS = ("layer_norm", "gelu")
-    WHAT = "linear, fused bias and GELU, add and norm"
+    RUNS = {"gelu": "linear, fused bias and GELU", "layer_norm": "fused add and norm"}
     refuses = refuses_activation("activation")
 
     def forward(self, hidden_states, attention_mask=None, **kwargs):
@@ -108,8 +100,7 @@ class AlbertLayer(TokenWise):
 
 
 class ModernBertMLP(TokenWise):
-    PARTS = ("gelu",)
-    WHAT = "linear, fused GELU"
+    RUNS = {"gelu": "linear, fused GELU"}
     refuses = refuses_activation("act")
 
     def forward(self, hidden_states):
@@ -120,8 +111,7 @@ class ModernBertMLP(TokenWise):
 class BertPredictionHeadTransform(TokenWise):
     """LayerNorm(gelu(dense(x))), the first step of a masked-LM head."""
 
-    PARTS = ("gelu", "layer_norm")
-    WHAT = "linear, fused bias, GELU and norm"
+    RUNS = {"gelu": "linear, fused bias and GELU", "layer_norm": "fused norm"}
     refuses = refuses_activation("transform_act_fn")
 
     def forward(self, hidden_states):

@@ -9,7 +9,7 @@ from torch import nn
 
 from .. import ops
 from .stacks import is_static, refuse_flattened
-from .steps import HOOKS, Replacement, by_name, from_file_of, gelu_norm, is_plain, layer_norm, linear_gelu
+from .steps import HOOKS, Replacement, by_name, from_file_of, gelu_norm, is_plain, layer_norm, linear_gelu, original
 from .tokenwise import own_code
 
 
@@ -23,8 +23,7 @@ class BertForSequenceClassification(Replacement):
     """A head whose loss is a mean over labels. Under gradient accumulation, HuggingFace's Trainer passes the number of
     labels of the whole step and expects the model to divide by it. Their own heads do not."""
 
-    PARTS = ("loss",)
-    WHAT = "loss averaged over the labels of the whole step"
+    RUNS = {"loss": "loss averaged over the labels of the whole step"}
 
     def forward(self, *args, **kwargs):
         kwargs = by_name(self, args, kwargs)
@@ -35,8 +34,9 @@ class BertForSequenceClassification(Replacement):
             return out
         loss = out[0] if isinstance(out, tuple) else out.loss
         count = (labels != -100).sum().to(loss.device)
-        # without labels their mean is NaN
-        loss = torch.where(count == 0, 0, loss)
+        if not labels.is_floating_point():
+            # without labels their mean is NaN
+            loss = torch.where(count == 0, 0, loss)
         if num_items is not None:
             loss = _mean(loss * count, count, num_items)
         if isinstance(out, tuple):
@@ -66,8 +66,7 @@ class ElectraForPreTraining(BertForSequenceClassification):
 class BertForMaskedLM(Replacement):
     """Head and loss on labelled tokens alone; in training no scores are kept."""
 
-    PARTS = ("loss",)
-    WHAT = "head and loss on labelled tokens only"
+    RUNS = {"loss": "head and loss on labelled tokens only"}
     OUTPUT, SCORES = "MaskedLMOutput", "logits"
     # of a second head, for pairs of sentences: the argument with the labels, the head, its field in the output
     PAIRS = None, None, None
@@ -100,8 +99,7 @@ class BertForMaskedLM(Replacement):
             cls = from_file_of(self, self.OUTPUT)
         else:
             out = super().forward(**kwargs, return_dict=True)
-            scores = out[self.SCORES].flatten(0, -2)
-            flat = labels.to(scores.device).flatten()
+            scores, flat = _rows(out[self.SCORES], labels)
             picks = (flat != -100).nonzero()[:, 0]
             loss = _mean(_cross_entropy(scores[picks], flat[picks]), len(picks), num_items)
             fields, cls = dict(out), type(out)
@@ -118,7 +116,7 @@ class BertForMaskedLM(Replacement):
     @staticmethod
     def _labelled_loss(head, hidden, labels, num_items):
         """The mean loss of hidden states [B, S, D] through a head, see `_vocabulary_head`."""
-        labels, hidden = labels.to(hidden.device).flatten(), hidden.flatten(0, -2)
+        hidden, labels = _rows(hidden, labels)
         if not is_static():
             picks = (labels != -100).nonzero()[:, 0]
             labels, hidden = labels[picks], hidden[picks]
@@ -145,6 +143,13 @@ class AlbertForPreTraining(BertForPreTraining):
     PAIRS = "sentence_order_label", "sop_classifier", "sop_logits"
 
 
+def _rows(x, labels):
+    """(x [B, S, D] as rows, their labels)."""
+    if labels.numel() != x.shape[:-1].numel():
+        raise ValueError(f"labels has shape {tuple(labels.shape)}: expected {tuple(x.shape[:-1])}")
+    return x.flatten(0, -2), labels.to(x.device).flatten()
+
+
 def _cross_entropy(scores, labels):
     """The sum, in fp32 or wider."""
     ops.check_ids("labels", labels, scores.shape[-1], -100)
@@ -153,7 +158,7 @@ def _cross_entropy(scores, labels):
 
 def _has_own_loss(model):
     """Whether a user has set a loss: `loss_function`, the type of the loss, DistilBERT's module for it."""
-    loss = model._modules.get("mlm_loss_fct")
+    loss = getattr(model, "mlm_loss_fct", None)
     owner = next(cls for cls in type(model).__mro__ if "loss_function" in vars(cls))
     return (
         "_loss_function" in vars(model)
@@ -164,16 +169,17 @@ def _has_own_loss(model):
 
 
 def _is_usual(loss):
-    settings = loss.weight, loss.ignore_index, loss.reduction, loss.label_smoothing
-    return is_plain(loss, nn.CrossEntropyLoss) and settings == (None, -100, "mean", 0.0)
+    settings = [getattr(loss, name, None) for name in ("weight", "ignore_index", "reduction", "label_smoothing")]
+    return is_plain(loss, nn.CrossEntropyLoss) and settings == [None, -100, "mean", 0.0]
 
 
 def _vocabulary_head(model):
     """(the transform of a masked-LM head, its last linear layer). None where the model must be called as a whole: there
     is a user's code on the head or a hook before it."""
-    base = vars(model.base_model)
-    # a hook may expect the arguments where the original puts them
-    if "forward" in base or any(base[kind] for kind in HOOKS) or nn.modules.module._has_any_global_hook():
+    base, cls = vars(model.base_model), original(model.base_model)
+    # a user's code may expect the arguments where the original puts them
+    is_own = "forward" in base or not cls.forward.__module__.startswith("transformers.")
+    if is_own or any(base[kind] for kind in HOOKS) or nn.modules.module._has_any_global_hook():
         return None
     return None if _own_head(model) else _row(model)[1](model)
 

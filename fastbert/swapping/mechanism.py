@@ -21,13 +21,12 @@ from .. import ops
 from . import table, torch_nn
 from .attention import Attention
 from .stacks import BertEncoder
-from .steps import Options, is_dry
-from .tokenwise import full_name, overrides, own_code
+from .steps import Options, is_dry, plain
+from .tokenwise import are_replaced, full_name, is_watched, library_methods, overrides, own_code
 
 # full name of a class -> what takes its place
 TABLE = {**torch_nn.TABLE, **table.TABLE}
 STACKS = BertEncoder, torch_nn.TransformerEncoder
-PARTS = ("attention", "layer_norm", "gelu", "loss")
 
 
 @dataclass
@@ -126,7 +125,7 @@ def swap(
         raise ValueError(f"unpad is {unpad!r}: expected 'auto', True or False")
     if logits not in ("evaluation", "always"):
         raise ValueError(f"logits is {logits!r}: expected 'evaluation' or 'always'")
-    wanted = dict(zip(PARTS, (attention, layer_norm, gelu, loss)))
+    wanted = dict(attention=attention, layer_norm=layer_norm, gelu=gelu, loss=loss)
     for name, value in wanted.items():
         if not isinstance(value, bool):
             raise ValueError(f"{name} is {value!r}: expected True or False")
@@ -141,16 +140,17 @@ def swap(
         row, replacement = Row(name, type(module).__name__), TABLE[full_name(known)]
         if overrides(type(module), known) or parametrize.is_parametrized(module):
             row.reason = f"a subclass of {known.__name__} with code of its own"
-        elif not any(wanted[part] for part in replacement.PARTS):
-            row.reason = f"switched off: {' and '.join(replacement.PARTS)}"
+        elif not any(wanted[part] for part in replacement.RUNS):
+            row.reason = f"switched off: {' and '.join(replacement.RUNS)}"
         elif "forward" in vars(module):
             row.reason = "its forward was replaced on the instance"
-        elif id(module) in read and "attention" in replacement.PARTS:
+        elif id(module) in read and "attention" in replacement.RUNS:
             row.reason = "a decoder in this model may read its padding rows; pass unpad=True if it does not"
         else:
             row.reason = replacement.refuses(module) or ""
         if not row.reason:
-            row.became = replacement.WHAT
+            runs = "; ".join(what for part, what in replacement.RUNS.items() if wanted[part])
+            row.became = runs if unpad else runs.replace("runs unpadded", "keeps its padding")
             module.__class__ = _class_of(replacement, type(module))
             module.fastbert_options = options
             found[module] = row
@@ -165,11 +165,15 @@ def _keep_stacks_with_own_code(found):
     for module, row in found.items():
         if isinstance(module, STACKS):
             # a hook may go again: it is looked for in every call
-            own = own_code(module, hooks=False)
-            if own is None:
-                inside.update(module.modules())
-            else:
+            own, watched = own_code(module, hooks=False), own_code(module)
+            if own is None and is_watched(module, hooks=False):
+                own = ("it", "has its own methods or layers")
+            if own is not None:
                 row.reason = "keeps its padding: " + " ".join(own)
+                continue
+            inside.update(module.modules())
+            if watched is not None:
+                row.became = "keeps its padding while " + " ".join(watched)
     for module, row in found.items():
         if isinstance(module, Attention) and module not in inside:
             row.reason = "it needs a stack around it that runs fastbert"
@@ -216,10 +220,18 @@ def swapped(model: nn.Module, **switches: bool | str) -> Iterator[SwapReport]:
 @functools.cache
 def _class_of(replacement, original):
     """`original` with the forward of `replacement`. It keeps its name, by which others look classes up."""
+    methods = library_methods(original)
+
+    is_inside = replacement.TOKENWISE or replacement.TAKES_LAYOUT
 
     # keeps the signature: HuggingFace's Trainer reads from it what to pass
     @functools.wraps(original.forward)
     def forward(self, *args, **kwargs):
+        if is_inside and not torch.compiler.is_compiling() and plain.is_on:
+            return original.forward(self, *args, **kwargs)
+        # a method of the class was replaced since, or the module was given back and someone has kept this method
+        if are_replaced(methods) or not isinstance(self, replacement):
+            return original.forward(self, *args, **kwargs)
         if replacement.yields(args, kwargs) or _is_dry_run(args, kwargs) or ops.is_transformed():
             return replacement.call_original(self, *args, **kwargs)
         return replacement.forward(self, *args, **kwargs)

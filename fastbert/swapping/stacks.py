@@ -7,14 +7,17 @@ work row by row and see no difference; where one may not, the original runs (`to
 Letters as in `steps.py`.
 """
 
+import contextlib
 import sys
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .. import ops
 from ..packing import Layout, full_layout, layout_of
-from .steps import PLAIN, Replacement, by_name, from_file_of, is_plain
+from .inference import prepared
+from .steps import PLAIN, Replacement, by_name, from_file_of, is_plain, plain_modules
 from .tokenwise import is_watched
 
 
@@ -26,7 +29,8 @@ def key_mask(mask, B, S):
     """
     if mask is None:
         return None, True
-    if not torch.is_tensor(mask) or mask.dim() not in (2, 3, 4) or mask.shape[-1] != S:
+    # one with a gradient may be any number in the next step
+    if not torch.is_tensor(mask) or mask.dim() not in (2, 3, 4) or mask.shape[-1] != S or mask.requires_grad:
         return None, False
     if mask.dim() == 2:
         return mask.bool().expand(B, S), True
@@ -96,23 +100,25 @@ def layout_under(mask, hidden, kwargs, *, by_distance):
     return None if bool(differs.any()) else layout
 
 
-def _requests(stack, kwargs, name):
+def _requests(config, kwargs, name):
     """Whether a call or the model's config requests output_hidden_states or output_attentions."""
     value = kwargs.get(name)
-    value = getattr(_config(stack), name, False) if value is None else value
+    value = getattr(config, name, False) if value is None else value
     # 0 is the number of a layer
     return value is not None and value is not False
 
 
 def _config(stack):
     # DistilBERT's stack has none, but its attention does
-    return next(config for module in stack.modules() if (config := vars(module).get("config")) is not None)
+    configs = (vars(module).get("config") for module in stack.modules())
+    return next((config for config in configs if hasattr(config, "_attn_implementation")), None)
 
 
 def _own_attention(stack):
     """Why the attention function that a config asks for must be called, else None."""
     name = getattr(_config(stack), "_attn_implementation", None)
     function = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS.get(name)
+    function = function or from_file_of(stack, "eager_attention_forward")
     file = getattr(getattr(function, "func", function), "__module__", None)
     is_known = function is None or (file or "").startswith(("transformers.", "fastbert."))
     return None if is_known else f"its attention, {name}, is not one of transformers'"
@@ -126,9 +132,10 @@ def first_positions(position_ids, cu_seqlens):
 class BertEncoder(Replacement):
     """The loop over layers, on tokens alone."""
 
-    PARTS = ("attention",)
-    WHAT = "runs unpadded; falls back to the original when attentions are requested"
+    RUNS = {"attention": "runs unpadded; falls back to the original when attentions are requested"}
     BY_DISTANCE = False
+    # whether `forward` runs layers as `ops.prepare` has them
+    PREPARES = True
 
     @staticmethod
     def refuses(module):
@@ -168,10 +175,20 @@ class BertEncoder(Replacement):
     def forward(self, hidden_states, attention_mask=None, *args, **kwargs):
         layout, unpads = self._layout(hidden_states, attention_mask, kwargs)
         if layout is None:
-            return self.call_original(hidden_states, attention_mask, *args, **kwargs)
+            return self._padded(unpads, hidden_states, attention_mask, *args, **kwargs)
+        is_flat = kwargs.get("cu_seq_lens_q") is not None
+        layers = prepared(self) if unpads and not is_flat and self._may_prepare(hidden_states) else None
+        if layers is None and not self._pays(hidden_states, layout, unpads, kwargs):
+            return self._padded(None, hidden_states, attention_mask, *args, **kwargs)
         x, inner = _entering(layout, hidden_states, unpads)
-        out = super().forward(x, inner, *args, **kwargs)
-        return _with_last(out, _leaving(layout, out[0], unpads))
+        if layers is None:
+            out = super().forward(x, inner, *args, **kwargs)
+            return _with_last(out, _leaving(layout, out[0], unpads))
+        x = x[0]
+        for layer in layers:
+            x = layer(x, inner.cu_seqlens, inner.max_seqlen)
+        made = from_file_of(self, "BaseModelOutputWithPastAndCrossAttentions") or from_file_of(self, "BaseModelOutput")
+        return made(last_hidden_state=layout.unpack(x))
 
     @staticmethod
     def _encodes(kwargs):
@@ -180,20 +197,47 @@ class BertEncoder(Replacement):
         return not given and not kwargs.get("use_cache")
 
     def _layout(self, hidden_states, attention_mask, kwargs):
-        """(the Layout or None where the original must run, whether the layers run on packed rows)."""
-        if not self._encodes(kwargs) or _requests(self, kwargs, "output_attentions"):
+        """(the Layout or None where the original must run; whether the layers run on packed rows, None where the
+        original is faster)."""
+        config, is_flat = _config(self), kwargs.get("cu_seq_lens_q") is not None
+        if not self._encodes(kwargs) or _requests(config, kwargs, "output_attentions"):
             return None, False
-        # the shapes of flattened sequences are the same in the original
-        if is_watched(self, hooks=kwargs.get("cu_seq_lens_q") is None) or _own_attention(self):
-            return None, False
-        seen = _requests(self, kwargs, "output_hidden_states")
+        seen = _requests(config, kwargs, "output_hidden_states")
+        # feed-forwards in chunks need padded lengths
+        unpads = self.fastbert_options.unpad and not seen and not getattr(config, "chunk_size_feed_forward", 0)
+        if not self._may_prepare(hidden_states) and not self._pays(hidden_states, None, unpads, kwargs):
+            return None, None
         layout = layout_under(attention_mask, hidden_states, kwargs, by_distance=self.BY_DISTANCE)
         if seen and self.BY_DISTANCE and layout is not None and layout.indices is not None:
             # what is seen of a sequence may not depend on whether another one in the batch has gaps
             layout = None
-        # feed-forwards in chunks need padded lengths
-        chunks = getattr(_config(self), "chunk_size_feed_forward", 0)
-        return layout, self.fastbert_options.unpad and not seen and not chunks
+        is_known = layout is not None and not self._may_prepare(hidden_states)
+        if is_known and not self._pays(hidden_states, layout, unpads, kwargs):
+            return None, None
+        # the shapes of flattened sequences are the same in the original
+        if layout is None or is_watched(self, hooks=not is_flat) or _own_attention(self):
+            return None, False
+        return layout, unpads
+
+    def _may_prepare(self, hidden_states):
+        """Whether to look if the layers can run as `ops.prepare` has them: without padding, too, that pays."""
+        rows = hidden_states.shape[0] * hidden_states.shape[1]
+        return self.PREPARES and ops.may_prepare(hidden_states, rows, _config(self).hidden_size)
+
+    def _pays(self, x, layout, unpads, kwargs):
+        """Whether packed rows of x [B, S, ...] are faster than the original. layout: None while it is not known."""
+        if kwargs.get("cu_seq_lens_q") is not None:
+            return True
+        places = x.shape[0] * x.shape[1]
+        tokens = places
+        if unpads:
+            tokens = 0 if layout is None else places if layout.indices is None else len(layout.indices)
+        return ops.pays(x, tokens, places, _config(self).hidden_size)
+
+    def _padded(self, unpads, *args, **kwargs):
+        """The original. unpads: None if it is faster, so that the modules inside are originals, too."""
+        with plain_modules() if unpads is None else contextlib.nullcontext():
+            return self.call_original(*args, **kwargs)
 
 
 def _entering(layout, x, unpads):
@@ -231,6 +275,7 @@ def _with_last(out, last, between=lambda x: x):
 
 class MPNetEncoder(BertEncoder):
     BY_DISTANCE = True
+    PREPARES = False
 
     def forward(
         self, hidden_states, attention_mask=None, output_attentions=False, output_hidden_states=False,
@@ -238,10 +283,11 @@ class MPNetEncoder(BertEncoder):
     ):  # fmt: skip
         outputs = dict(output_attentions=output_attentions, output_hidden_states=output_hidden_states)
         layout, unpads = self._layout(hidden_states, attention_mask, {**kwargs, **outputs})
-        table = self.relative_attention_bias
         # its weights are read
-        if layout is None or not (is_plain(table, nn.Embedding) and _only_looks_up(table)):
-            return self.call_original(hidden_states, attention_mask, **outputs, return_dict=return_dict, **kwargs)
+        table = self.relative_attention_bias
+        is_read = is_plain(table, nn.Embedding) and table.padding_idx is None and table.max_norm is None
+        if layout is None or not is_read or table.scale_grad_by_freq:
+            return self._padded(unpads, hidden_states, attention_mask, **outputs, return_dict=return_dict, **kwargs)
         # row max_seqlen + i - j is for a query at i and a key at j
         distance = torch.arange(-layout.max_seqlen, layout.max_seqlen, device=hidden_states.device)
         buckets = F.one_hot(self.relative_position_bucket(-distance), table.num_embeddings)
@@ -250,10 +296,6 @@ class MPNetEncoder(BertEncoder):
             self, hidden_states, layout, unpads, lambda layer, x, inner: layer(x, inner, bias)[0],
             output_hidden_states, return_dict,
         )  # fmt: skip
-
-
-def _only_looks_up(table):
-    return table.padding_idx is None and table.max_norm is None and not table.scale_grad_by_freq
 
 
 def _run(stack, hidden_states, layout, unpads, call, output_hidden_states, return_dict, after_first=None):
@@ -274,6 +316,7 @@ def _run(stack, hidden_states, layout, unpads, call, output_hidden_states, retur
 
 class DebertaEncoder(BertEncoder):
     BY_DISTANCE = True
+    PREPARES = False
 
     @staticmethod
     def refuses(module):
@@ -289,18 +332,21 @@ class DebertaEncoder(BertEncoder):
         relative_pos=None, return_dict=True,
     ):  # fmt: skip
         given = query_states is not None or relative_pos is not None or not torch.is_tensor(hidden_states)
-        layout = None
-        if not given and not output_attentions and attention_mask.dim() == 2 and not is_watched(self):
-            layout = layout_under(attention_mask, hidden_states, {}, by_distance=True)
+        layout, unpads = None, self.fastbert_options.unpad
+        if not given and not output_attentions and attention_mask.dim() == 2:
+            if not self._pays(hidden_states, None, unpads, {}):
+                unpads = None
+            elif not is_watched(self):
+                layout = layout_under(attention_mask, hidden_states, {}, by_distance=True)
         if layout is None:
-            return self.call_original(
-                hidden_states, attention_mask, output_hidden_states, output_attentions, query_states, relative_pos,
-                return_dict,
+            return self._padded(
+                unpads, hidden_states, attention_mask, output_hidden_states, output_attentions, query_states,
+                relative_pos, return_dict,
             )  # fmt: skip
         relative = self.get_rel_embedding()
         conv = getattr(self, "conv", None)
         return _run(
-            self, hidden_states, layout, self.fastbert_options.unpad,
+            self, hidden_states, layout, unpads,
             lambda layer, x, inner: layer(x, inner, rel_embeddings=relative)[0], output_hidden_states, return_dict,
             after_first=None if conv is None else lambda first, x: conv(first, x, attention_mask),
         )  # fmt: skip
@@ -310,6 +356,7 @@ class ModernBertModel(BertEncoder):
     """The model is its own stack: the padding goes before the embeddings."""
 
     BY_DISTANCE = True
+    PREPARES = False
 
     @staticmethod
     def refuses(module):
@@ -320,11 +367,11 @@ class ModernBertModel(BertEncoder):
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, **kwargs):
         x = input_ids if input_ids is not None else inputs_embeds
-        layout = None
+        layout, unpads = None, False
         if x is not None and (input_ids is None or inputs_embeds is None) and not isinstance(attention_mask, dict):
             layout, unpads = self._layout(x, attention_mask, kwargs)
         if layout is None:
-            return self.call_original(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
+            return self._padded(unpads, input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
         if position_ids is None:
             position_ids = torch.arange(layout.shape[1], device=x.device)[None]
         if unpads:
@@ -342,8 +389,7 @@ class ModernBertModel(BertEncoder):
 class RobertaModel(Replacement):
     """Flattened batches: their collator counts positions from 0, this family's table from `padding_idx + 1`."""
 
-    PARTS = ("attention",)
-    WHAT = "positions of flattened batches counted from padding_idx + 1"
+    RUNS = {"attention": "positions of flattened batches counted from padding_idx + 1"}
 
     def forward(self, *args, **kwargs):
         kwargs = by_name(self, args, kwargs)
@@ -358,8 +404,7 @@ class RobertaModel(Replacement):
 class MPNetModel(Replacement):
     """And DeBERTa: their attention knows no flattened sequences."""
 
-    PARTS = ("attention",)
-    WHAT = "refuses flattened sequences, which the original mixes"
+    RUNS = {"attention": "refuses flattened sequences, which the original mixes"}
 
     def forward(self, *args, **kwargs):
         refuse_flattened(self, kwargs)

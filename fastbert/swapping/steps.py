@@ -4,9 +4,11 @@ Letters: B sequences, S padded length, T real tokens, N rows (T where padding is
 H heads, K head size.
 """
 
+import contextlib
 import functools
 import inspect
 import sys
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -33,17 +35,36 @@ class Options:
     logits: str
 
 
+class _Plain(threading.local):
+    """Whether a stack of this thread runs its original modules, also those inside it."""
+
+    is_on = False
+
+
+plain = _Plain()
+
+
+@contextlib.contextmanager
+def plain_modules():
+    """Within it, the swapped modules that act on each token alone run their originals."""
+    before, plain.is_on = plain.is_on, True
+    try:
+        yield
+    finally:
+        plain.is_on = before
+
+
 class Replacement:
     """A forward that takes the place of another class's; `self` is still an instance of that class.
 
-    PARTS: the switches of `swap` that ask for it. WHAT: what the report says runs now. TOKENWISE: whether it acts on
-    each token alone, or takes a `Layout`. misfit: None, or a function of the module: why it cannot take one now, or
-    None.
+    RUNS: switch of `swap` that asks for it -> what the report says runs then. TOKENWISE: whether it acts on each token
+    alone. TAKES_LAYOUT: whether it takes a `Layout` in place of the mask. misfit: None, or a function of the module:
+    why it cannot take one now, or None.
     """
 
-    PARTS = ()
-    WHAT = ""
+    RUNS = {}
     TOKENWISE = False
+    TAKES_LAYOUT = False
     misfit = None
 
     @staticmethod
@@ -73,18 +94,26 @@ def is_dry(x):
 
 def has_plain_parameters(module):
     """Whether the parameters of a module itself are here as plain tensors: not offloaded, sharded or quantised."""
-    return all(p is None or type(p) in PLAIN and not p.is_meta for p in module._parameters.values())
+    attributes = vars(module)
+    # a user may also keep them as buffers or attributes
+    tensors = (
+        *module._parameters.values(),
+        *module._buffers.values(),
+        attributes.get("weight"),
+        attributes.get("bias"),
+    )
+    return all(p is None or type(p) in PLAIN and not p.is_meta for p in tensors)
 
 
 def is_plain(module, cls):
     """Whether `module` is of `cls` (or of what replaced it) and calling it runs the forward of its library and nothing
     else: no adapter, hook or parametrization. Only then may its parameters and settings be used without calling it."""
-    kind, attributes = type(module), vars(module)
+    kind = type(module)
     return (
         (kind is cls or vars(kind).get("replaces") is cls)
-        and "forward" not in attributes
+        and "forward" not in vars(module)
         and cls.forward.__module__ == cls.__module__
-        and not any(attributes[kind] for kind in HOOKS)
+        and not any(vars(module)[kind] for kind in HOOKS)
         and not nn.modules.module._has_any_global_hook()
         and has_plain_parameters(module)
     )
@@ -110,7 +139,7 @@ def dropout_arguments(dropout, device):
 
 def layer_norm(module, x, residual=None, dropout=None):
     """LayerNorm(dropout(x) + residual), in one pass where the modules allow it. x, residual [..., D]."""
-    eps, options = _eps(module), {}
+    eps, options = eps_of(module), {}
     if dropout is not None:
         if eps is not None and is_plain(dropout, nn.Dropout):
             options = dropout_arguments(dropout, x.device)
@@ -123,7 +152,7 @@ def layer_norm(module, x, residual=None, dropout=None):
     return ops.layer_norm(rows, module.weight, module.bias, residual=residual, eps=eps, **options).view(x.shape)
 
 
-def _eps(norm):
+def eps_of(norm):
     """The epsilon of a LayerNorm over the last dimension whose parameters may be used; None for other modules."""
     if is_plain(norm, nn.LayerNorm):
         return norm.eps if len(norm.normalized_shape) == 1 and norm.weight is not None else None
@@ -148,7 +177,12 @@ def gelu_kind(activation):
     kind = original(activation)
     if kind is nn.GELU:
         return activation.approximate
-    return _GELUS.get(kind.__name__) if kind.__module__ == "transformers.activations" else None
+    if kind.__module__ != "transformers.activations":
+        return None
+    # some are a shell around a function
+    inner = vars(activation).get("act")
+    is_own = inner is not None and getattr(inner, "__self__", None) is not activation and gelu_kind(inner) is None
+    return None if is_own else _GELUS.get(kind.__name__)
 
 
 def gelu_form(activation):
@@ -179,7 +213,7 @@ def gelu(activation, x):
 
 def gelu_norm(dense, activation, norm, x):
     """norm(activation(dense(x))), one pass after the matrix multiplication where the modules allow it."""
-    approximate, eps = gelu_form(activation), _eps(norm)
+    approximate, eps = gelu_form(activation), eps_of(norm)
     if approximate is None or eps is None or not is_plain(dense, nn.Linear):
         return layer_norm(norm, gelu(activation, linear(dense, x)))
     rows = x.reshape(-1, x.shape[-1])
@@ -217,5 +251,9 @@ def from_file_of(module, name):
 
 def by_name(self, args, kwargs):
     """The arguments of a call of the original forward, all by name."""
-    names = list(inspect.signature(original(self).forward).parameters)[1:]
-    return {**dict(zip(names, args)), **kwargs}
+    return {**dict(zip(_parameters(original(self).forward), args)), **kwargs}
+
+
+@functools.cache
+def _parameters(forward):
+    return list(inspect.signature(forward).parameters)[1:]

@@ -15,7 +15,16 @@ from torch import nn
 from .. import ops
 from ..packing import Layout, full_layout, layout_of
 from .stacks import is_static
-from .steps import Replacement, dropout_arguments, has_plain_parameters, is_plain, linear, linear_gelu
+from .steps import (
+    PLAIN,
+    Replacement,
+    dropout_arguments,
+    has_plain_parameters,
+    layer_norm,
+    linear,
+    linear_gelu,
+    plain_modules,
+)
 from .tokenwise import is_watched
 
 # limits of the kernels: columns of a norm, head size
@@ -24,7 +33,7 @@ MOST_COLUMNS, MOST_HEAD_SIZE = 8192, 128
 
 def _takes(x):
     """Whether our ops take x, of any shape. Nested tensors, subclasses and what torch.func traces are left to torch."""
-    if type(x) not in (torch.Tensor, nn.Parameter) or x.is_nested or x.device.type == "meta" or x.numel() == 0:
+    if type(x) not in PLAIN or x.is_nested or x.device.type == "meta" or x.numel() == 0:
         return False
     # the kernels compute in fp32
     is_supported = x.is_floating_point() and (x.dtype != torch.float64 or not ops.uses_triton(x.device))
@@ -32,8 +41,7 @@ def _takes(x):
 
 
 class LayerNorm(Replacement):
-    PARTS = ("layer_norm",)
-    WHAT = "fused norm"
+    RUNS = {"layer_norm": "fused norm"}
     TOKENWISE = True
 
     @staticmethod
@@ -45,7 +53,10 @@ class LayerNorm(Replacement):
 
     def forward(self, input):
         shape = self.normalized_shape
-        if not _takes(input) or input.shape[-len(shape) :] != shape or not has_plain_parameters(self):
+        # without a kernel torch's own is as fast
+        if not (_takes(input) and ops.uses_triton(input.device)):
+            return super().forward(input)
+        if input.shape[-len(shape) :] != shape or not has_plain_parameters(self):
             return super().forward(input)
         weight, bias = (p if p is None else p.flatten() for p in (self.weight, self.bias))
         rows = input.reshape(-1, math.prod(shape))
@@ -53,19 +64,15 @@ class LayerNorm(Replacement):
 
 
 class GELU(Replacement):
-    PARTS = ("gelu",)
-    WHAT = "fused GELU"
+    RUNS = {"gelu": "fused GELU"}
     TOKENWISE = True
 
     def forward(self, input):
-        # torch keeps the memory format of the input
-        if not _takes(input) or not input.is_contiguous():
+        # torch keeps the memory format of the input; without a kernel its own is as fast
+        if not (_takes(input) and ops.uses_triton(input.device)) or not input.is_contiguous():
             return super().forward(input)
         rows = input.view(-1, input.shape[-1] if input.dim() else 1)
         return ops.bias_gelu(rows, None, approximate=self.approximate).view(input.shape)
-
-
-# ------------------------------------------------------------------------------------------------------- transformer
 
 
 def _layout(x, padding, batch_first, begins_padded=True):
@@ -105,9 +112,8 @@ def _layout(x, padding, batch_first, begins_padded=True):
 
 
 class MultiheadAttention(Replacement):
-    PARTS = ("attention",)
-    WHAT = "fused self-attention; falls back to torch's with an attn_mask or need_weights"
-    TOKENWISE = True
+    RUNS = {"attention": "fused self-attention; falls back to torch's with an attn_mask or need_weights"}
+    TAKES_LAYOUT = True
 
     @staticmethod
     def refuses(module):
@@ -156,21 +162,21 @@ class MultiheadAttention(Replacement):
         return layout.unpack(ops.linear(out.flatten(1), self.out_proj.weight, self.out_proj.bias)), None
 
 
-# the methods that torch's layer calls, which a user may have set on an instance
-_BLOCKS = {"_sa_block", "_ff_block"}
-
-
 class TransformerEncoderLayer(Replacement):
     """In evaluation too, where torch's fast path computes the exact GELU even if the tanh form was requested."""
 
-    PARTS = ("attention", "layer_norm", "gelu")
-    WHAT = "fused norms and GELU; runs unpadded unless a src_mask is given"
-    TOKENWISE = True
+    RUNS = {
+        "layer_norm": "fused add and norm",
+        "gelu": "linear, fused bias and GELU if that is its activation",
+        "attention": "outside a stack without padding if unpad=True and no src_mask",
+    }
+    TAKES_LAYOUT = True
 
     def forward(self, src, src_mask=None, src_key_padding_mask=None, is_causal=False):
         if isinstance(src_key_padding_mask, Layout):
             return self._block(src, key_padding_mask=src_key_padding_mask)
-        if vars(self).keys() & _BLOCKS or not _takes(src) or (is_causal and src_mask is None):
+        # the methods that torch's layer calls
+        if vars(self).keys() & {"_sa_block", "_ff_block"} or not _takes(src) or (is_causal and src_mask is None):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         if src_mask is None and self.fastbert_options.unpad is True and not is_watched(self):
             layout = _layout(src, src_key_padding_mask, self.self_attn.batch_first, begins_padded=False)
@@ -196,16 +202,9 @@ class TransformerEncoderLayer(Replacement):
 
     def _add_norm(self, norm, dropout, x, residual):
         """norm(residual + dropout(x)), in one pass where the modules allow it."""
-        fuses = self.fastbert_options.layer_norm and is_plain(norm, nn.LayerNorm)
-        if not fuses or norm.normalized_shape != x.shape[-1:]:
-            return norm(residual + dropout(x))
-        options = {}
-        if is_plain(dropout, nn.Dropout):
-            options = dropout_arguments(dropout, x.device)
-        else:
-            x = dropout(x)
-        rows, residual = (y.reshape(-1, y.shape[-1]) for y in (x, residual))
-        return ops.layer_norm(rows, norm.weight, norm.bias, residual=residual, eps=norm.eps, **options).view(x.shape)
+        if self.fastbert_options.layer_norm:
+            return layer_norm(norm, x, residual, dropout)
+        return norm(residual + dropout(x))
 
     def _feed_forward(self, x):
         if self.fastbert_options.gelu:
@@ -216,15 +215,23 @@ class TransformerEncoderLayer(Replacement):
 
 
 class TransformerEncoder(Replacement):
-    PARTS = ("attention",)
-    WHAT = "runs unpadded"
+    RUNS = {"attention": "runs unpadded"}
 
     def forward(self, src, mask=None, src_key_padding_mask=None, is_causal=None):
         layout, unpads = None, self.fastbert_options.unpad
-        if mask is None and not is_causal and _takes(src) and not is_watched(self):
+        if mask is None and not is_causal and _takes(src):
+            places = src.numel() // src.shape[-1]
             orders = {layer.self_attn.batch_first for layer in self.layers}
-            if len(orders) == 1:
+            is_slower = not ops.pays(src, 0 if unpads else places, places, src.shape[-1])
+            if len(orders) == 1 and not is_slower:
                 layout = _layout(src, src_key_padding_mask, *orders, begins_padded=False)
+                tokens = places if layout is None or layout.indices is None or not unpads else len(layout.indices)
+                is_slower = layout is not None and not ops.pays(src, tokens, places, src.shape[-1])
+            if is_slower:
+                with plain_modules():
+                    return super().forward(src, mask, src_key_padding_mask, is_causal)
+            if layout is not None and is_watched(self):
+                layout = None
         if layout is None:
             return super().forward(src, mask, src_key_padding_mask, is_causal)
         x = layout.pack(src) if unpads else src
@@ -239,21 +246,17 @@ class TransformerEncoder(Replacement):
 class TransformerDecoder(Replacement):
     """And nn.TransformerDecoderLayer."""
 
-    PARTS = ("attention",)
+    RUNS = {"attention": ""}
 
     @staticmethod
     def refuses(module):
         return "a decoder's attention is causal, or reads another model"
 
 
-# -------------------------------------------------------------------------------------------------------------- loss
-
-
 class CrossEntropyLoss(Replacement):
     """Without any label the mean and all gradients are 0; torch's are NaN."""
 
-    PARTS = ("loss",)
-    WHAT = "0 instead of NaN when no row has a label"
+    RUNS = {"loss": "0 instead of NaN when no row has a label"}
 
     def forward(self, input, target):
         loss = super().forward(input, target)

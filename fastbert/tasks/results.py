@@ -55,9 +55,13 @@ def write_metrics(directory, metrics):
 
 
 def interval(task, spec, examples, predictions, metric):
-    """[low, high] of 95 % of the main score over examples drawn with replacement (Efron 1979); None where undefined."""
+    """[low, high] of 95 % of the main score over examples drawn with replacement (Efron 1979).
+
+    None where it is undefined, or where so many examples and labels would take too long.
+    """
     draw, found = np.random.default_rng(0), []
-    for _ in range(min(RESAMPLES, max(20, 1_000_000 // len(examples)))):
+    times = min(RESAMPLES, 50_000_000 // (len(examples) * (1 + len(spec.labels or ()))))
+    for _ in range(times if times >= min(RESAMPLES, 20) else 0):
         chosen = draw.integers(0, len(examples), len(examples))
         scores = task.score([examples[i] for i in chosen], [predictions[i] for i in chosen], spec)
         if scores.get(metric) is not None:

@@ -20,6 +20,7 @@ import shutil
 import warnings
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -32,7 +33,8 @@ _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 # the square root of the largest float32
 MAX_PARAMETER = 1.8e19
 _BUILDING, _REPLACED, _DELETED = ".building-", ".replaced-", ".deleted-"
-_EXACT = "parameter"
+# what AdamW keeps for each parameter
+_ADAMW, _EXACT = ("step", "exp_avg", "exp_avg_sq"), "parameter"
 
 
 def save_checkpoint(directory, step, model, optimizer, tokenizer, state, *, keep=None):
@@ -115,16 +117,28 @@ def load_checkpoint(path, model, optimizer):
             raise ValueError(f"{path} belongs to another model: {name} is {found}, expected {tuple(tensor.shape)}")
     model.load_state_dict(restored)
     parameters = dict(model.named_parameters())
-    # a parameter that has had no gradient yet has no state
-    for key, value in load_file(path / OPTIMIZER).items():
+    try:
+        tensors = load_file(path / OPTIMIZER)
+    except SafetensorError as error:
+        raise ValueError(f"{path / OPTIMIZER} cannot be read: {error}") from None
+    for key, value in tensors.items():
         name, _, entry = key.rpartition("/")
         parameter = parameters.get(name)
-        if parameter is None or value.shape not in (parameter.shape, ()):
-            raise ValueError(f"{path / OPTIMIZER} belongs to another model: {key} has the shape {tuple(value.shape)}")
+        shape = () if parameter is None or entry == "step" else parameter.shape
+        if parameter is None or entry not in (*_ADAMW, _EXACT) or value.shape != shape or value.dtype != torch.float32:
+            raise ValueError(
+                f"{path / OPTIMIZER} belongs to another model: {key} is {value.dtype} {tuple(value.shape)}, "
+                f"expected {f'torch.float32 {tuple(shape)}' if parameter is not None else 'a parameter of the model'}"
+            )
         if entry == _EXACT:
             parameter.data.copy_(value)
         else:
             optimizer.state[parameter][entry] = value.to(parameter.device)
+    # a parameter that has had no gradient yet has no state
+    names = [key.rpartition("/")[0] for key in tensors if not key.endswith(f"/{_EXACT}")]
+    missing = [f"{name}/{entry}" for name in names for entry in _ADAMW if f"{name}/{entry}" not in tensors]
+    if missing:
+        raise ValueError(f"{path / OPTIMIZER} is damaged: it lacks {missing[0]}")
     return read_state(path)
 
 
@@ -183,18 +197,22 @@ def _building(directory, name):
 
 def verify(path):
     """Raises ValueError with the file and the fault unless every file of checkpoint `path` is as it was written."""
-    verify_manifest(path, required=(MODEL, OPTIMIZER, STATE))
+    verify_manifest(path, required=(CONFIG, MODEL, OPTIMIZER, STATE, "tokenizer.json"))
 
 
 def to_resume(directory, resume):
     """The checkpoint that a run in `directory` resumes from; None for a new run.
 
-    Raises ValueError when the directory holds a run and `resume` is False, or when all its checkpoints are damaged.
+    Raises ValueError when the directory holds a run and `resume` is False, when all its checkpoints are damaged, or
+    when it holds a finished model without a checkpoint.
     """
     directory = Path(directory)
     if resume:
         clear_unfinished(directory)
-        return latest(directory)
+        found = latest(directory)
+        if found is None and (directory / MODEL).exists():
+            raise ValueError(f"--resume: {directory} holds a model and no checkpoint: choose another directory")
+        return found
     for name in ("checkpoint-*", MODEL, "metrics.jsonl"):
         for path in directory.glob(name):
             raise ValueError(

@@ -307,7 +307,9 @@ def finetune_with_seeds(config):
     """
     output_dir, found = Path(config.output_dir), {}
     split_seed = config.seed if config.split_seed is None else config.split_seed
-    checkpoint.to_resume(output_dir, config.resume) if output_dir.is_dir() else None
+    if not config.resume:
+        # the checkpoints are in the directories of the seeds
+        checkpoint.to_resume(output_dir, False)
     for seed in range(config.seed, config.seed + config.seeds):
         directory = output_dir / f"seed-{seed}"
         found[seed] = finetune(

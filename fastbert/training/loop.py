@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from .. import ops
 from . import checkpoint, optim, processes
 from .log import peak_memory_mb
 
@@ -52,11 +53,15 @@ class Progress:
     @classmethod
     def restored(cls, values):
         """From what a checkpoint says. Raises ValueError for other names and for values that no run has."""
+        if missing := [name for name in ("step", "epoch", "batch") if name not in values]:
+            raise ValueError(f"the checkpoint's progress has no {missing[0]}: it is damaged")
         for name, value in values.items():
             kind = cls.__annotations__.get(name)
             if kind is dict:
                 # sums may be NaN, after a step that was skipped
-                fits = isinstance(value, dict) and all(type(x) in (int, float) for x in value.values())
+                fits = isinstance(value, dict) and all(
+                    type(x) is float or (type(x) is int and abs(x) < 2**63) for x in value.values()
+                )
             else:
                 fits = kind is not None and type(value) in (int, kind) and 0 <= value < 2**63
             if not fits:
@@ -156,7 +161,7 @@ class Run:
                 if rank == 0:
                     self.unproven = checkpoint.save_checkpoint(
                         config.output_dir, progress.step, self.model, self.optimizer, self.tokenizer,
-                        self.facts | {"progress": asdict(progress)},
+                        self.facts | {"progress": asdict(progress), "products": ops.libraries.chosen()},
                     )  # fmt: skip
                 saved, save_due = progress.step, False
             if self.finished:

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 
+from .. import ops
 from ..data.batches import MAX_TOKENS, MaskedBatches
 from ..data.sequences import OBJECTIVES, PAIRS, held_out_split
 from ..data.shards import Shards, prepare
@@ -173,7 +174,7 @@ def pretrain(config: PretrainConfig) -> dict:
             log.say(f"--resume: {output_dir} has no checkpoint yet, starting a new run")
         tokenizer = _known_tokenizer(config, sources[0], resumed)
         state = checkpoint.read_state(resumed) if resumed else None
-        if state:
+        if resumed:
             checkpoint.check_same_run(resumed, state, config, tokenizer_hash(tokenizer), MAY_DIFFER, MAY_FALL)
         _check_vocabulary(config, model_config, tokenizer)
 
@@ -200,7 +201,7 @@ def pretrain(config: PretrainConfig) -> dict:
                 log.say(f"{shards.directory}: {skipped:,} lines skipped that are not valid text")
         loader, held_out = _loaders(config, train, evaluation, rank, world_size)
         fingerprint = _fingerprint(train, evaluation)
-        if state and state["data"] != fingerprint:
+        if resumed and state["data"] != fingerprint:
             raise ValueError(f"--resume: the text is not the one that {resumed} was trained on")
 
         # model and optimizer
@@ -223,7 +224,9 @@ def pretrain(config: PretrainConfig) -> dict:
         }  # fmt: skip
         log.begin(progress, total, in_seconds=config.max_minutes is not None)
 
-        with processes.signals() as caught:
+        # a resumed run multiplies by the libraries that it began with
+        products = state.get("products") if state else {}
+        with ops.libraries.restored(products), processes.signals() as caught:
             run = Run(config, model, optimizer, tokenizer, facts, progress, log, total, caught)
             # the first process alone writes checkpoints
             run.resumed = resumed if rank == 0 else None

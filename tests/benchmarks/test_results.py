@@ -6,6 +6,7 @@ A figure that is edited by hand, or a summary that another version has made, is 
 import copy
 import datetime
 import json
+import platform
 import statistics
 from pathlib import Path
 
@@ -123,13 +124,13 @@ PROCESSORS = {
     X86.format(25, 1, "AMD EPYC"): "cpu-amd-epyc-family-25-model-1-8-cores",
     X86.format(26, 2, "AMD EPYC 9B45 128-Core Processor"): "cpu-amd-epyc-9b45-family-26-model-2-8-cores",
     X86.format(6, 143, "Intel(R) Xeon(R) CPU @ 2.20GHz"): "cpu-intel-xeon-family-6-model-143-8-cores",
-    ARM: f"cpu-{machine.platform.machine().replace('_', '-')}-implementer-0x41-part-0xd4f-8-cores",
+    ARM: f"cpu-{platform.machine().replace('_', '-')}-implementer-0x41-part-0xd4f-8-cores",
 }
 
 
 @pytest.mark.parametrize("cpuinfo", PROCESSORS, ids=PROCESSORS.get)
 def test_a_cpu_has_a_folder_of_its_own(cpuinfo, tmp_path, monkeypatch):
-    monkeypatch.setattr(machine.platform, "processor", str)
+    monkeypatch.setattr(platform, "processor", str)
     (tmp_path / "cpuinfo").write_text(cpuinfo)
     assert machine.cpu_folder(machine.processor(tmp_path / "cpuinfo"), 8) == PROCESSORS[cpuinfo]
 

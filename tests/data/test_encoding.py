@@ -3,6 +3,8 @@
 import itertools
 import random
 import threading
+import time
+import tracemalloc
 
 import pytest
 from corpus import make_documents, small_tokenizer, words, write_text
@@ -37,12 +39,14 @@ def long_sentence(kind):
         return "".join(
             word + draw.choice([" ", " ", " ", "  ", "\t", "\u3000", " \r "]) for word in draw.choices(words(), k=2000)
         )
+    if kind == "marks":
+        return "".join(word + draw.choice([",", "-", "  ", "/", "'"]) for word in draw.choices(words(), k=2000))
     if kind == "phrases":
         return "bada kilo zuvo " * 600
     return "".join(draw.choices("\u65e5\u672c\u8a9e\u4e2d\u6587", k=5000)) + " " + "w" * 3000 + " ba"
 
 
-@pytest.mark.parametrize("text", ["words", "blanks", "phrases", "ideographs"])
+@pytest.mark.parametrize("text", ["words", "blanks", "marks", "phrases", "ideographs"])
 def test_the_ids_of_a_long_sentence_are_those_of_the_whole(kind, text, monkeypatch):
     monkeypatch.setattr(encoding, "CALL", 300)
     calls = []
@@ -77,3 +81,39 @@ def test_little_is_read_ahead_of_what_is_taken(threads):
         # at most the limit and the item that went beyond it
         assert sum(read[:-1]) - taken <= 6
     assert taken == 19 and len(read) == 7
+
+
+def test_large_texts_are_tokenised_one_after_the_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(encoding, "CALL", 100)
+    encoder = encoding._Encoder(small_tokenizer(tmp_path))
+    whole, inside, most, lock = encoder.tokenizer, 0, 0, threading.Lock()
+
+    class Counting:
+        def encode_batch_fast(self, texts, **settings):
+            nonlocal inside, most
+            with lock:
+                inside += 1
+                most = max(most, inside)
+            time.sleep(0.002)
+            with lock:
+                inside -= 1
+            return whole.encode_batch_fast(texts, **settings)
+
+    encoder.tokenizer = Counting()
+    # a word without a place to cut it
+    for text, expected in (("w" * 1000, [1]), ("ba", [2, 3, 4])):
+        most = 0
+        assert len(list(ordered_map(encoder, [([text], None)] * 30, 4, ahead=30))) == 30
+        assert most in expected
+
+
+def test_many_short_sentences_are_read_a_few_at_a_time(tmp_path):
+    encoder = encoding._Encoder(small_tokenizer(tmp_path))
+    line = "a. " * 100_000
+    tracemalloc.start()
+    calls = encoder.calls([([[line]], False)])
+    number = sum(len(texts) for texts, _ in itertools.islice(calls, 50))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # a list of all sentences would take 60 bytes for each
+    assert 5000 < number < 50_000 and peak < 1e6

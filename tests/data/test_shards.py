@@ -1,5 +1,6 @@
 """Text -> shards: what they hold, restarts, damage, memory."""
 
+import contextlib
 import json
 import os
 import resource
@@ -448,3 +449,30 @@ def test_damaged_shards_are_one_clear_line(tmp_path, tokenizer):
     ):
         (five / "manifest.json").write_text(written)
         fails(five, message)
+
+
+def units_without_end(records):
+    records[-1]["units"] = 10**9
+
+
+def units_that_fall(records):
+    records[0]["units"] = records[1]["units"] + 1
+
+
+def hash_of_another(records):
+    records[2]["sha256"]["sentences"] = "0" * 64
+
+
+@pytest.mark.parametrize("wrong", [units_without_end, units_that_fall, hash_of_another])
+def test_a_record_that_is_wrong_loses_no_text(wrong, tmp_path, tokenizer):
+    text = write_text(tmp_path / "a.txt", make_documents(300))
+    prepare([text], tokenizer, tmp_path / "out", shard_tokens=3000, progress=False)
+    whole, path = contents(tmp_path / "out"), tmp_path / "out" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    wrong(manifest["shards"])
+    path.write_text(json.dumps(manifest))
+    flip(tmp_path / "out" / "shard-00001.tokens.npy")
+    # a manifest that contradicts itself is made again as a whole, without a warning
+    with contextlib.nullcontext() if wrong is units_that_fall else pytest.warns(UserWarning, match="made again"):
+        prepare([text], tokenizer, tmp_path / "out", shard_tokens=3000, progress=False)
+    assert contents(tmp_path / "out") == whole

@@ -99,7 +99,8 @@ def test_layouts_of_txt(text, layout, expected, tmp_path):
 
 def test_expand_files_folders_and_globs(tmp_path):
     for name in ("b/2.txt", "b/1.jsonl", "b/c/3.csv", "b/notes.pdf", "b/.hidden.txt", "b/blank.txt", "a.txt", "z.txt",
-                 "b/.git/4.txt", "b/c/.ipynb_checkpoints/3.csv"):  # fmt: skip
+                 "b/.git/4.txt", "b/c/.ipynb_checkpoints/3.csv", "b/run/vocab.txt", "b/run/metrics.jsonl",
+                 "b/run/tokenizer.json"):  # fmt: skip
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(" \n\n" if "blank" in name else "text\nmore\n")
     os.symlink(tmp_path / "a.txt", tmp_path / "b" / "link.txt")
@@ -111,6 +112,7 @@ def test_expand_files_folders_and_globs(tmp_path):
         return [os.path.relpath(file, tmp_path) for file in expand([str(tmp_path / path) for path in paths])]
 
     assert names("z.txt", "a.txt") == ["z.txt", "a.txt"]
+    assert names("b/run/vocab.txt") == ["b/run/vocab.txt"]
     assert names("b") == ["b/1.jsonl", "b/2.txt", "b/link.txt", "b/c/3.csv"]
     assert names("*.txt", "b/**/*.csv") == ["a.txt", "z.txt", "b/c/3.csv"]
     # each file once, wherever it is met first
@@ -238,6 +240,11 @@ BAD_INPUT = [
     ("blank.txt", "\n \n\t\n\n", "blank.txt holds no text: it is empty or has only blank lines"),
     ("blank.txt.gz", gzip.compress(b"\n\n"), "blank.txt.gz holds no text"),
     ("what.pdf", "text", "what.pdf has an unknown type: expected .txt, .jsonl, .csv, .parquet"),
+    (
+        "latin.txt",
+        "Über\nKöln\nist\nschön\n".encode("latin-1"),
+        "latin.txt is not UTF-8: 3 of its first 4 lines are not",
+    ),
     ("binary.txt", b"\xff\xff\x80\n\xff\xff\n", "binary.txt holds no text: 2 lines are not valid text"),
     ("zeros.txt", b"\0" * 200 + b"text\n", "zeros.txt is not text: 98% of its first bytes are NUL"),
     ("odd.txt", b"\xff\xfea\0b", "odd.txt line 1 is not UTF-16: truncated data"),

@@ -146,6 +146,8 @@ CASES = {
         "901": {"content": "wörd", "lstrip": False, "normalized": True, "rstrip": False, "single_word": True,
                 "special": False},
     }},
+    "other ends": {"cls_token": "[SEP]", "sep_token": "[CLS]"},
+    "more special tokens": {"additional_special_tokens": ["naive", "caf"]},
     "DistilBERT": {"do_lower_case": False, "tokenizer_class": "DistilBertTokenizer"},
     "MPNet": {"tokenizer_class": "MPNetTokenizer"},
 }  # fmt: skip
@@ -189,21 +191,37 @@ def test_reads_what_transformers_reads(case, files, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("settings", [{}, {"do_lower_case": False}, {"keep_accents": True}, {"split_by_punct": True},
-                                      {"do_lower_case": True}, {"add_prefix_space": True}])  # fmt: skip
-@pytest.mark.parametrize("kind", ["AlbertTokenizer", "DebertaV2Tokenizer", "RobertaTokenizer"])
+                                      {"do_lower_case": True}, {"add_prefix_space": True}, {"add_prefix_space": False},
+                                      {"split_special_tokens": True}, {"extra_special_tokens": {"x": "Kilo"}},
+                                      {"bos_token": "</s>", "eos_token": "<s>"}])  # fmt: skip
+@pytest.mark.parametrize("kind", ["AlbertTokenizer", "DebertaV2Tokenizer", "RobertaTokenizer", "XLMRobertaTokenizer"])
 def test_settings_of_other_classes_count(kind, settings, wide_text, tmp_path):
     transformers = pytest.importorskip("transformers")
     if kind == "RobertaTokenizer":
         tokenizer, model_type = train_bpe([wide_text], 400, progress=False), "roberta"
     else:
-        model_type = {"AlbertTokenizer": "albert", "DebertaV2Tokenizer": "deberta-v2"}[kind]
+        model_type = {"AlbertTokenizer": "albert", "DebertaV2Tokenizer": "deberta-v2"}.get(kind, "xlm-roberta")
         tokenizer = sentencepiece(model_type, [wide_text])
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    rules = json.loads(tokenizer.to_str())
+    # the classes build these anew
+    rules |= {"post_processor": None, "truncation": {"direction": "Left", "max_length": 9, "strategy": "LongestFirst",
+                                                     "stride": 0}}  # fmt: skip
+    rules["model"] |= {"byte_fallback": False}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(rules))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind} | settings))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
-    for text in ("Bada ``Kilo'', zuvó!", "naïve  ÀÉ", " don't", "\tba\n ku "):
+    ours.no_truncation()
+    for text in ("Bada ``Kilo'', zuvó!", "naïve  ÀÉ", " don't", "\tba\n ku ", "a <mask> [MASK] b", "ﬁ \u65e5"):
         assert ours.encode(text).ids == theirs(text)["input_ids"]
+
+
+def test_a_class_with_another_model_is_refused(wide_text, tmp_path):
+    """transformers would make a tokenizer of that class of the vocabulary."""
+    train_bpe([wide_text], 400, progress=False).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    with pytest.raises(ValueError, match="it holds a BPE model, but the class BertTokenizer has WordPiece"):
+        load_tokenizer(tmp_path)
 
 
 def test_a_vocabulary_of_a_class_that_is_not_known_is_refused(tmp_path):

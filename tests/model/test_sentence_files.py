@@ -26,6 +26,7 @@ from sentence_transformers.sentence_transformer import modules as theirs  # noqa
 # longer than the 8 tokens that are read; words that are known in lower case alone
 TEXTS = ["the cat sat on a mat and then it ran far away", "The Dog RAN", "dog", "so the dog sat on the mat"]
 TEXT_ONLY = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
+SIDES = ("Left", "Right")
 # file -> key -> values to try
 KEYS = {
     "sentence_bert_config.json": {
@@ -49,6 +50,12 @@ KEYS = {
     },
     "tokenizer_config.json": {
         "truncation_side": ["left", "up"], "padding_side": ["left", "right"], "model_max_length": [5, 10**30, "x"],
+    },
+    "tokenizer.json": {
+        "truncation": [dict(direction=side, max_length=5, strategy="LongestFirst", stride=0) for side in SIDES],
+        "padding": [dict(strategy="BatchLongest", direction=side, pad_to_multiple_of=None, pad_id=0, pad_type_id=0,
+                         pad_token="[PAD]") for side in SIDES],
+        "post_processor": [None],
     },
     "2_Pooling/config.json": {
         **{f"pooling_mode_{key}": [True, 1] for key in (

@@ -4,6 +4,7 @@ The modules and hooks here mix the tokens of a text, so that a text that saw ano
 would come out different.
 """
 
+import copy
 import functools
 
 import pytest
@@ -166,7 +167,44 @@ def in_a_sequence(model):
     output.dense = nn.Sequential(output.dense, Mixing(nn.Linear(D, D)))
 
 
+def another_layer(make):
+    """A layer of a known class where nobody gives it a mask."""
+
+    def change(model):
+        torch.manual_seed(1)
+        output = model.encoder.layer[0].output
+        output.dense = nn.Sequential(output.dense, make(model.config).eval())
+
+    return change
+
+
+def function_for(name):
+    """A function in the place of a module."""
+
+    def change(model):
+        owner, _, name_there = name.rpartition(".")
+        owner = model.get_submodule(owner)
+        module = owner._modules.pop(name_there)
+        setattr(owner, name_there, lambda *args, **kwargs: mix_output(None, (), module(*args, **kwargs)))
+
+    return change
+
+
+def layers_in_a_list(model):
+    layers = [*model.encoder._modules.pop("layer")]
+    model.encoder.layer = layers
+    layers[0].register_forward_hook(mix_output)
+
+
 OWN = {
+    "a function for a linear": function_for("encoder.layer.0.output.dense"),
+    "a function for a dropout": function_for("encoder.layer.0.output.dropout"),
+    "a function for a norm": function_for("encoder.layer.1.attention.output.LayerNorm"),
+    "a function for an output": function_for("encoder.layer.0.output"),
+    "a function for an attention": function_for("encoder.layer.0.attention"),
+    "layers in a list": layers_in_a_list,
+    "another BERT layer": another_layer(BertLayer),
+    "a layer of torch": another_layer(lambda _: nn.TransformerEncoderLayer(D, 4, 37, batch_first=True)),
     "a layer that reads the mask": of_class("encoder.layer.1", OwnLayer),
     "an attention": of_class("encoder.layer.0.attention.self", OwnAttention),
     "another method of a layer": of_class("encoder.layer.0", OwnChunk),
@@ -219,6 +257,7 @@ WAYS = [
     lambda model, name: put(model, name, Around(model.get_submodule(name))),
     lambda model, name: HOOKED["forward"](model.get_submodule(name)),
     lambda model, name: with_method(name, "forward", lambda out: mix_output(None, (), out))(model),
+    lambda model, name: function_for(name)(model),
 ]
 
 
@@ -229,7 +268,7 @@ def test_each_module_in_turn(family):
     modules = tiny(kind, **options).named_modules()
     names = [n for n, module in modules if n.startswith(stack) and n != stack and not isinstance(module, nn.ModuleList)]
     for i, name in enumerate(names):
-        change = WAYS[i % 3]
+        change = WAYS[i % len(WAYS)]
         plain, model = tiny(kind, **options), tiny(kind, **options)
         change(plain, name)
         try:
@@ -284,7 +323,9 @@ def test_a_stack_runs_unpadded_again_once_its_hook_is_gone(when, shapes):
         fastbert.swap(model)
     handle = model.encoder.layer[0].register_forward_hook(lambda *_: None)
     if when == "before":
-        fastbert.swap(model).raise_if_incomplete()
+        report = fastbert.swap(model)
+        report.raise_if_incomplete()
+        assert "keeps its padding while layer.0 (BertLayer) has a hook" in {row.became for row in report.rows}
     hidden(model)
     assert not any(map(is_unpadded, shapes))
     handle.remove()
@@ -360,6 +401,9 @@ TORCH_OWN = {
     "a hook on attention": lambda m: m.stack.layers[1].self_attn.register_forward_hook(mix_output),
     "a function": lambda m: setattr(m.stack.layers[0], "activation", lambda x: mixed(F.gelu(x))),
     "a block": with_method("stack.layers.1", "_ff_block", mixed),
+    "another layer": lambda m: put(
+        m, "stack.layers.0.linear2", nn.Sequential(m.stack.layers[0].linear2, copy.deepcopy(m.stack.layers[1]))
+    ),
     "a norm at the end": lambda m: setattr(m.stack, "norm", Mixing(m.attention.out_proj)),
     "weights of another class": quantise,
 }

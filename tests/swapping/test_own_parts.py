@@ -161,11 +161,16 @@ def own_loss_module(model):
     model.mlm_loss_fct = nn.CrossEntropyLoss(label_smoothing=0.3)
 
 
+def function_for_the_loss(model):
+    del model.mlm_loss_fct
+    model.mlm_loss_fct = lambda scores, labels: F.cross_entropy(scores, labels, label_smoothing=0.3)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
     ("kind", "change"),
     [("BertForMaskedLM", own_cls), ("ModernBertForMaskedLM", own_loss), ("ModernBertForMaskedLM", own_loss_of_a_class),
-     ("DistilBertForMaskedLM", own_loss_module)],
+     ("DistilBertForMaskedLM", own_loss_module), ("DistilBertForMaskedLM", function_for_the_loss)],
 )  # fmt: skip
 def test_heads_and_losses_of_ones_own(kind, change, training):
     plain = tiny(kind).train(training)

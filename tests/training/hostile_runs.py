@@ -117,8 +117,12 @@ def states(draw, state):
     wrong = (None, [], "x", True, -1, 1.5, 10**400, float("nan"), {"x": None}, [[]])
     while True:
         changed = copy.deepcopy(state)
-        part = draw.choice(["config", "tokenizer", "data", "progress", "inside", "option"])
-        if part == "option":
+        part = draw.choice(["config", "tokenizer", "data", "progress", "inside", "option", "less", "window"])
+        if part == "less":
+            draw.choice([changed, changed["progress"]]).clear()
+        elif part == "window":
+            changed["progress"]["window"] = {"loss": draw.choice([10**400, None, "x", []])}
+        elif part == "option":
             changed["config"][draw.choice(["weight_decay", "seed", "objective"])] = draw.choice(wrong)
         elif part == "inside":
             name = draw.choice([name for name in changed["progress"] if name not in ("elapsed", "window")])

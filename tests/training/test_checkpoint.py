@@ -15,6 +15,7 @@ import pytest
 import torch
 from helpers import packed_batch
 from runs import checkpoints
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
 from fastbert import files
@@ -274,6 +275,36 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, tokenizer):
     optimizer = optim.adamw(model, learning_rate=0.01, weight_decay=0.1, betas=(0.9, 0.98), epsilon=1e-6)
     with pytest.raises(ValueError, match=r"another model: vocabulary_bias is \(20,\), expected \(21,\)"):
         checkpoint.load_checkpoint(path, model, optimizer)
+
+
+KEY = "vocabulary_bias/exp_avg"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{KEY: None}, {"vocabulary_bias/step": None}, {KEY: torch.zeros(())}, {KEY: torch.zeros(20, dtype=torch.float16)},
+     {"vocabulary_bias/step": torch.zeros(20)}, {"vocabulary_bias/other": torch.zeros(20)}, None],
+    ids=["no moment", "no step", "scalar", "half", "vector", "other", "no file of tensors"],
+)  # fmt: skip
+def test_an_optimizer_that_does_not_fit_is_refused(changes, tmp_path, tokenizer):
+    """torch's fused AdamW reads beyond a tensor that is too small."""
+    path = checkpoint.save_checkpoint(tmp_path, 1, *trained(), tokenizer, {})
+    if changes is None:
+        (path / checkpoint.OPTIMIZER).write_bytes(b"nothing")
+    else:
+        tensors = load_file(path / checkpoint.OPTIMIZER) | changes
+        save_file({key: value for key, value in tensors.items() if value is not None}, path / checkpoint.OPTIMIZER)
+    (path / files.MANIFEST).unlink()
+    files.write_manifest(path)
+    with pytest.raises(ValueError, match=f"{checkpoint.OPTIMIZER} (belongs to another|is damaged|cannot be read)"):
+        checkpoint.load_checkpoint(path, *trained(1))
+
+
+def test_a_resume_without_a_checkpoint_keeps_the_model(tmp_path, tokenizer):
+    assert checkpoint.to_resume(tmp_path, True) is None
+    checkpoint.publish(tmp_path, trained()[0], tokenizer)
+    with pytest.raises(ValueError, match="--resume: .* holds a model and no checkpoint"):
+        checkpoint.to_resume(tmp_path, True)
 
 
 def test_published_files_replace_the_old_ones(tmp_path, tokenizer):

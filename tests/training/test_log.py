@@ -8,6 +8,7 @@ import pytest
 import torch
 from runs import assert_same_run, run, training_rows
 
+from fastbert.cpu import libraries
 from fastbert.data.batches import MaskedBatches
 from fastbert.data.shards import Shards
 from fastbert.data.tokenizer import load_tokenizer
@@ -100,8 +101,8 @@ def test_a_new_task_needs_only_a_name(options, place, tmp_path, capsys):
     assert f"| label accuracy | {last['eval_label_accuracy']:.2%} |" in text
 
 
-def test_an_old_checkpoint_with_sums_of_every_objective_resumes(options, whole, tmp_path):
-    """Then the sums of every objective were written, those that a run did not have as 0."""
+def test_an_old_checkpoint_resumes(options, whole, monkeypatch):
+    """Then the sums of every objective were written, those that a run did not have as 0, and oneDNN multiplied."""
     directory = shutil.copytree(whole, options["output_dir"])
     for name in ("checkpoint-12", "checkpoint-8"):
         shutil.rmtree(directory / name)
@@ -111,6 +112,7 @@ def test_an_old_checkpoint_with_sums_of_every_objective_resumes(options, whole, 
     assert sums["count"] > 0 and not any("_" in name for name in sums)
     old = [f"{name}_{what}" for name in ("pair", "rtd") for what in ("count", "loss", "correct")]
     sums.update(dict.fromkeys([*old, "rtd_replaced", "rtd_found"], 0))
+    assert state.pop("products") == {"every": "onednn"}
     file.write_text(json.dumps(state))
     checkpoint.write_manifest(directory / "checkpoint-4")
     for name in (checkpoint.MODEL, log.METRICS):
@@ -118,6 +120,7 @@ def test_an_old_checkpoint_with_sums_of_every_objective_resumes(options, whole, 
     (directory / log.METRICS).write_text("".join(
         line + "\n" for line in (whole / log.METRICS).read_text().splitlines() if json.loads(line)["step"] <= 4
     ))  # fmt: skip
+    monkeypatch.setattr(libraries, "PINNED", "torch")
     run(options, resume=True)
     assert_same_run(whole, directory)
 

@@ -1,0 +1,150 @@
+"""A layer for inference: the same values as op by op, whatever happens to its weights."""
+
+import copy
+import gc
+
+import pytest
+import torch
+
+from fastbert import pack, preset
+from fastbert.cpu import inference, libraries
+from fastbert.model.heads import MaskedLM
+
+LENGTHS = 40, 7, 1, 19
+
+
+@pytest.fixture(params=["onednn", "torch"])
+def library(request, monkeypatch):
+    monkeypatch.setattr(libraries, "PINNED", request.param)
+    with libraries.restored({}):
+        yield request.param
+
+
+@pytest.fixture
+def model():
+    # products of 67 rows are above the size from which oneDNN multiplies
+    config = preset("bert-tiny").replace(vocab_size=100, hidden_size=128, intermediate_size=320, num_attention_heads=4)
+    return MaskedLM(config).eval()
+
+
+@pytest.fixture
+def batch():
+    mask = (torch.arange(40) < torch.tensor(LENGTHS)[:, None]).long()
+    return pack(torch.randint(5, 100, (len(LENGTHS), 40)), mask)[0]
+
+
+def layers_of(model):
+    return [inference._PREPARED[block] for block in model.encoder.blocks if block in inference._PREPARED]
+
+
+def check(model, batch):
+    """Within no_grad the layers run prepared, with the values that they have op by op."""
+    with torch.no_grad():
+        got = model.encoder(batch)
+    assert len(layers_of(model)) == len(model.encoder.blocks)
+    expected = model.encoder(batch)
+    assert expected.requires_grad and not got.requires_grad
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    return got
+
+
+def test_values(library, model, batch):
+    check(model, batch)
+    packed = [linear.packed is not None for linear in layers_of(model)[0].linears]
+    assert packed == [library == "onednn"] * 4
+
+
+def in_place(block):
+    block.attention.value.weight.mul_(1.5)
+
+
+def by_data(block):
+    block.attention.output.weight.data.mul_(1.5)
+
+
+def merged(block):
+    # as peft merges an adapter
+    block.feed_forward.down.weight.data += torch.randn(128, 1) @ torch.randn(1, 320) / 10
+
+
+def other_data(block):
+    block.feed_forward.up.weight.data = torch.randn(320, 128) / 10
+
+
+def other_parameter(block):
+    block.attention.query.bias = torch.nn.Parameter(torch.randn(128))
+
+
+def other_module(block):
+    block.feed_forward.down = torch.nn.Linear(320, 128)
+
+
+def loaded(block):
+    block.load_state_dict({name: 1.1 * x for name, x in block.state_dict().items()})
+
+
+def other_dtype(block):
+    block.bfloat16().float()
+
+
+CHANGES = in_place, by_data, merged, other_data, other_parameter, other_module, loaded, other_dtype
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=[change.__name__ for change in CHANGES])
+def test_changed_weights_are_read_again(change, library, model, batch):
+    before = check(model, batch)
+    with torch.no_grad():
+        change(model.encoder.blocks[0])
+    assert not torch.allclose(check(model, batch), before, atol=1e-4)
+
+
+def test_after_a_step_of_training(library, model, batch):
+    before = check(model, batch)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    model.train().encoder(batch).square().sum().backward()
+    optimizer.step()
+    assert not torch.allclose(check(model.eval(), batch), before, atol=1e-4)
+
+
+def test_a_copy_has_layers_of_its_own(model, batch):
+    check(model, batch)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.encoder.blocks[0].attention.value.weight.mul_(1.5)
+    check(other, batch)
+    check(model, batch)
+    known = len(inference._PREPARED)
+    del other
+    gc.collect()
+    assert len(inference._PREPARED) == known - 2
+
+
+@pytest.mark.parametrize("name", ["attention", "attention_norm", "feed_forward", "feed_forward_norm"])
+def test_a_module_with_a_hook_is_called(name, model, batch):
+    seen = []
+    hook = getattr(model.encoder.blocks[1], name).register_forward_hook(lambda *arguments: seen.append(1))
+    with torch.no_grad():
+        model.encoder(batch)
+        hook.remove()
+        model.encoder(batch)
+    assert seen == [1]
+
+
+def test_what_it_cannot_run(model, batch):
+    """Dropout, autocast, other dtypes, some rows only: op by op."""
+
+    def runs(model, **options):
+        inference._PREPARED.clear()
+        with torch.no_grad():
+            model.encoder(batch, **options)
+        return len(layers_of(model))
+
+    assert runs(model) == 2
+    assert runs(model, rows=torch.tensor([0, 3])) == 1
+    assert runs(model.train()) == 0
+    assert runs(model.eval().double()) == 0
+    with torch.autocast("cpu", torch.bfloat16):
+        assert runs(model.float()) == 0
+    with torch.inference_mode():
+        made_inside = copy.deepcopy(model)
+    assert runs(made_inside) == 0
