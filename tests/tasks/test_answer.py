@@ -111,13 +111,14 @@ def test_validation_chooses_the_threshold_and_answers_by_it():
     examples = [Example(1, ("q", "x y"), {"texts": gold, "spans": []}) for gold in golds]
     spans = {"x": ("x", 0, 1, 0.5), "y": ("y", 2, 3, 0.5)}
     predictions = [
-        answer._chosen({"_spans": [spans[text]], "_gap": gap, "_null_share": 0.5}, spec)
-        for text, gap in (("x", 1.0), ("x", 2.5), ("y", 2.0), ("y", 3.0))
+        answer._chosen({"_spans": [spans[text]], "_gap": gap, "_null_share": 0.5, "_golds": tuple(gold)}, spec)
+        for (text, gap), gold in zip((("x", 1.0), ("x", 2.5), ("y", 2.0), ("y", 3.0)), golds)
     ]
     assert answer.score(examples, predictions, spec)["f1"] == 50
     scores = answer.score(examples, predictions, spec, tune=True)
     assert scores["f1"] == scores["best_f1"] == 100 and spec.settings["null_threshold"] == 2.0
     assert [one["answer"] for one in predictions] == ["x", "", "y", ""]
+    assert [one["_error"] for one in predictions] == [0, 0, 0, 0] and predictions[1]["_answer"] == "no answer"
 
 
 @pytest.mark.parametrize("no_answer", [False, True])
