@@ -86,16 +86,13 @@ def errors(examples, predictions, train):
         gold, text = prediction.get("_gold", example.gold), prediction.get("_text", " / ".join(example.texts))
         cells = (example.number, gold, prediction.get("_answer", answer), score, text)
         lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
-    labels = {}
-    for example in (*train, *examples):
-        if isinstance(example.gold, str):
-            labels.setdefault(example.texts, {}).setdefault(example.gold, example.number)
-    torn = {texts: found for texts, found in labels.items() if len(found) > 1}
+    found = torn(train, examples)
     lines += ["", "## Texts with two labels", ""]
     lines += [
-        f"- {_cell(' / '.join(texts))}: {', '.join(map(_cell, found))}" for texts, found in [*torn.items()][:MISTAKES]
+        f"- {_cell(' / '.join(texts))}: {', '.join(map(_cell, labels))}"
+        for texts, labels in [*found.items()][:MISTAKES]
     ]
-    lines += [f"{len(torn):,} in all."]
+    lines += ["", f"{len(found):,} in all."]
     if train:
         only = sorted(_labels(train) - _labels(examples))
         lines += [
@@ -112,6 +109,15 @@ def _labels(examples):
     golds = [example.gold for example in examples]
     several = {name for gold in golds if isinstance(gold, list | tuple) for name in gold if isinstance(name, str)}
     return several | {gold for gold in golds if isinstance(gold, str)}
+
+
+def torn(*sides):
+    """{texts: their labels} of the texts that have more than one."""
+    labels = {}
+    for example in (example for side in sides for example in side):
+        if isinstance(example.gold, str):
+            labels.setdefault(example.texts, {})[example.gold] = None
+    return {texts: [*found] for texts, found in labels.items() if len(found) > 1}
 
 
 def _cell(value):
