@@ -168,15 +168,9 @@ def decode(example, windows, logits, spec):
         "_spans": [(context[start:end], start, end, share) for (_, start, end), share in zip(spans, shares)],
         "_null_share": shares[-1] if len(shares) > len(spans) else 0.0, "_gap": gap,
     }  # fmt: skip
-    found = _chosen(found, spec)
     if example.gold is not None:
-        golds = example.gold["texts"]
-        wrong = 1 - squad.exact_and_f1(found["answer"], tuple(golds), _rules([golds], spec))[1]
-        found |= {
-            "_error": wrong * found["score"], "_gold": " or ".join(golds) or "no answer",
-            "_answer": found["answer"] or "no answer",
-        }  # fmt: skip
-    return found
+        found["_golds"] = tuple(example.gold["texts"])
+    return _chosen(found, spec)
 
 
 def _rules(golds, spec):
@@ -213,6 +207,9 @@ def _chosen(found, spec):
         text, start, end, share = spans[0]
     shown = [dict(zip(("answer", "start", "end", "score"), span)) for span in spans[:SHOWN]]
     found |= {"answer": text, "start": start, "end": end, "score": share, "n_best": shown}
+    if (golds := found.get("_golds")) is not None:
+        wrong = 1 - squad.exact_and_f1(text, golds, _rules([golds], spec))[1]
+        found |= {"_error": wrong * share, "_gold": " or ".join(golds) or "no answer", "_answer": text or "no answer"}
     return found | ({"no_answer_score": found["_gap"]} if may_lack else {})
 
 

@@ -85,7 +85,7 @@ def score(examples, predictions, spec, *, tune=False):
     found = {
         "accuracy": float((best == gold).mean()),
         "macro_f1": float(columns[2][occurs].mean()),
-        "mcc": float(metrics.matthews_corrcoef(gold, best)),
+        "mcc": correlation(gold, best),
         "log_loss": float(-np.log(np.maximum(values[np.arange(len(gold)), gold], 1e-300)).mean()),
         "calibration_error": calibration_error(values.max(1), best == gold),
         "majority_baseline": float(np.bincount(gold).max() / len(gold)),
@@ -105,6 +105,17 @@ def softmax(scores):
     return shifted / shifted.sum(-1, keepdims=True)
 
 
+def correlation(gold, best):
+    """Matthews' correlation of two arrays of label ids (Gorodkin 2004); 0 where one of them is constant.
+
+    Not scikit-learn's: it makes a dense matrix of all pairs of labels, 800 MB for 10,000.
+    """
+    n, right = len(gold), int((gold == best).sum())
+    counts = [np.bincount(values, minlength=max(gold.max(), best.max()) + 1).astype(float) for values in (gold, best)]
+    (a, b), both = (n * n - (one**2).sum() for one in counts), (counts[0] * counts[1]).sum()
+    return float((right * n - both) / np.sqrt(a * b)) if a and b else 0.0
+
+
 def calibration_error(confidence, right, bins=10):
     """Expected calibration error: |accuracy - confidence| in bins (k / 10, (k + 1) / 10], weighted by their share."""
     # a hair less, so that a confidence at a border is in the bin below it, in spite of rounding
@@ -114,8 +125,11 @@ def calibration_error(confidence, right, bins=10):
 
 
 def temperature(scores, gold):
-    """What to divide the logits by for the smallest log loss."""
+    """What to divide the logits by for the smallest log loss, of some 10 million logits at most."""
     from scipy.optimize import minimize_scalar
+
+    rows = max(1000, 10_000_000 // scores.shape[1])
+    scores, gold = scores[:rows], gold[:rows]
 
     def loss(log_temperature):
         values = softmax(scores / np.exp(log_temperature))

@@ -17,7 +17,7 @@ from ..data.tokenizer import check_vocabulary, load_tokenizer, tokenizer_hash
 from ..model import families, hf_files
 from ..model.heads import Model
 from . import results, table
-from .examples import Example, Notes, Pieces, Spec, predictions, read_files
+from .examples import Example, Notes, Pieces, Spec, clean, predictions, read_files
 
 # the ending of a class of transformers -> our task; SequenceClassification has three
 ARCHITECTURES = {"ForTokenClassification": "tag", "ForQuestionAnswering": "answer", "ForMultipleChoice": "choose"}
@@ -68,7 +68,7 @@ class Predictor:
             with open(partial, "a" if count else "w", encoding="utf-8") as file:
                 for example, prediction in self._run(examples, calibrated):
                     row = {} if example.id is None else {"id": example.id}
-                    file.write(json.dumps(row | shown(prediction), ensure_ascii=False) + "\n")
+                    file.write(clean(json.dumps(row | shown(prediction), ensure_ascii=False)) + "\n")
                     count += 1
             files.sync(partial)
             partial.replace(output)

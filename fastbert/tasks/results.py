@@ -8,6 +8,7 @@ import numpy as np
 
 from ..files import write
 from . import pictures
+from .examples import clean
 
 # rows of errors.md
 MISTAKES = 50
@@ -42,7 +43,7 @@ def write_all(directory, spec, examples, predictions, metrics, train=()):
         row = {"line": example.number} | ({} if example.id is None else {"id": example.id})
         row |= {"texts": example.texts, "gold": example.gold}
         row |= {name: value for name, value in prediction.items() if not name.startswith("_")}
-        rows.append(json.dumps(finite(row), ensure_ascii=False, default=str) + "\n")
+        rows.append(clean(json.dumps(finite(row), ensure_ascii=False, default=str)) + "\n")
     write(directory / "predictions.jsonl", "".join(rows))
     write(directory / "errors.md", errors(examples, predictions, train))
     pictures.draw(directory, spec, examples, predictions, metrics["scores"])
@@ -54,9 +55,13 @@ def write_metrics(directory, metrics):
 
 
 def interval(task, spec, examples, predictions, metric):
-    """[low, high] of 95 % of the main score over examples drawn with replacement (Efron 1979); None where undefined."""
+    """[low, high] of 95 % of the main score over examples drawn with replacement (Efron 1979).
+
+    None where it is undefined, or where so many examples and labels would take too long.
+    """
     draw, found = np.random.default_rng(0), []
-    for _ in range(min(RESAMPLES, max(20, 1_000_000 // len(examples)))):
+    times = min(RESAMPLES, 50_000_000 // (len(examples) * (1 + len(spec.labels or ()))))
+    for _ in range(times if times >= min(RESAMPLES, 20) else 0):
         chosen = draw.integers(0, len(examples), len(examples))
         scores = task.score([examples[i] for i in chosen], [predictions[i] for i in chosen], spec)
         if scores.get(metric) is not None:
@@ -81,16 +86,13 @@ def errors(examples, predictions, train):
         gold, text = prediction.get("_gold", example.gold), prediction.get("_text", " / ".join(example.texts))
         cells = (example.number, gold, prediction.get("_answer", answer), score, text)
         lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
-    labels = {}
-    for example in (*train, *examples):
-        if isinstance(example.gold, str):
-            labels.setdefault(example.texts, {}).setdefault(example.gold, example.number)
-    torn = {texts: found for texts, found in labels.items() if len(found) > 1}
+    found = torn(train, examples)
     lines += ["", "## Texts with two labels", ""]
     lines += [
-        f"- {_cell(' / '.join(texts))}: {', '.join(map(_cell, found))}" for texts, found in [*torn.items()][:MISTAKES]
+        f"- {_cell(' / '.join(texts))}: {', '.join(map(_cell, labels))}"
+        for texts, labels in [*found.items()][:MISTAKES]
     ]
-    lines += [f"{len(torn):,} in all."]
+    lines += ["", f"{len(found):,} in all."]
     if train:
         only = sorted(_labels(train) - _labels(examples))
         lines += [
@@ -109,8 +111,17 @@ def _labels(examples):
     return several | {gold for gold in golds if isinstance(gold, str)}
 
 
+def torn(*sides):
+    """{texts: their labels} of the texts that have more than one."""
+    labels = {}
+    for example in (example for side in sides for example in side):
+        if isinstance(example.gold, str):
+            labels.setdefault(example.texts, {})[example.gold] = None
+    return {texts: [*found] for texts, found in labels.items() if len(found) > 1}
+
+
 def _cell(value):
-    text = " ".join(str(value).split()).replace("|", "\\|")
+    text = " ".join(clean(str(value)).split()).replace("|", "\\|")
     return text if len(text) <= 160 else f"{text[:157]}..."
 
 

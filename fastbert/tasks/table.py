@@ -95,6 +95,17 @@ def _named(folder, names):
     ]
 
 
+def how_read(path):
+    """What is not plain about the way a file is read, in a line; None for most files."""
+    if tables.kind(path) != ".tsv":
+        return None
+    if texts.layout_of(path)[1] is not None:
+        return f"{path}: read as a file of GLUE, split at tabs, a quote is a letter"
+    return f"{path}: split at tabs, " + (
+        "quotes belong to the file" if tables.is_quoted(path) else "a quote is a letter"
+    )
+
+
 def _is_squad(path):
     for _, line in tables.lines(path):
         if line.strip():

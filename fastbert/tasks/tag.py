@@ -1,6 +1,7 @@
 """A tag for each word: names of persons and places (NER), parts of speech."""
 
 import re
+import unicodedata
 
 import numpy as np
 
@@ -184,7 +185,8 @@ def _blanks_matter(pieces):
 def _units(text, encoding):
     """(first pieces, spans of characters) of the words of a text, as the tokenizer cuts it.
 
-    In scripts without blanks between words each piece is a unit: a tokenizer may call a whole sentence a word.
+    In scripts without blanks between words each piece is a unit: a tokenizer may call a whole sentence a word. Nor does
+    every tokenizer cut at punctuation.
     """
     firsts, spans, before = [], [], None
     for i, (word, (start, end)) in enumerate(zip(encoding.word_ids, encoding.offsets, strict=True)):
@@ -195,13 +197,18 @@ def _units(text, encoding):
         start, end = start + len(surface) - len(surface.lstrip()), after_marks(text, end)
         dense = _DENSE.search(surface) is not None
         # pieces of one character, in bytes, stay together
-        if firsts and start < spans[-1][1] or before == (word, False) and not dense:
+        if firsts and start < spans[-1][1] or before == (word, False) and not (dense or _is_punctuation(text[start])):
             spans[-1][1] = max(end, spans[-1][1])
         else:
             firsts.append(i)
             spans.append([start, end])
-        before = word, dense
+        before = word, dense or _is_punctuation(text[end - 1])
     return np.array(firsts, np.int64), spans
+
+
+def _is_punctuation(letter):
+    """Whether a character is punctuation or a symbol."""
+    return unicodedata.category(letter)[0] in "PS"
 
 
 def unit_tags(units, spans):

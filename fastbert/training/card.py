@@ -79,7 +79,8 @@ def learning_curve(directory):
             axes.set_ylim(bottom=0)
         axes.grid(axis="y", color="#dddddd", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=9)
+        if axes.lines:
+            axes.legend(frameon=False, fontsize=9)
         above = axes.secondary_xaxis("top", functions=(lambda x: x * tokens_per_step, lambda x: x / tokens_per_step))
         above.xaxis.set_major_formatter(EngFormatter(sep=""))
         above.set_xlabel("tokens", fontsize=9)

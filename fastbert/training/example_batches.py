@@ -1,6 +1,7 @@
 """Examples of a task to packed batches, and the share of them that is held out."""
 
 import hashlib
+import math
 
 import numpy as np
 
@@ -50,12 +51,50 @@ def encoded(task, examples, pieces, spec):
     found = []
     for chunk in chunks(examples, CHUNK):
         for windows in task.encode(chunk, pieces, spec):
+            # a window without its answer teaches nothing
+            windows = [one for one in windows if one.label != (-100, -100)]
             for window in windows:
                 window.ids, window.types = np.array(window.ids, np.int32), np.array(window.types, np.uint8)
                 window.labels = None if window.labels is None else np.array(window.labels, np.int32)
                 window.more = None
             found.append(windows)
     return found
+
+
+def class_weights(text, spec, windows):
+    """float [K], the weight of each label in the loss; None without --class-weights.
+
+    text: that of the option. windows: those of the training examples, which "balanced" counts.
+    """
+    if text is None:
+        return None
+    first = next(window for one in windows for window in one)
+    if first.labels is None and not isinstance(first.label, int) or not spec.labels:
+        raise ValueError(f"--class-weights goes with classify and tag: the task is {spec.task}")
+    if text == "balanced":
+        counts = np.zeros(len(spec.labels))
+        for one in windows:
+            # the windows of a long text are one example
+            for window in one[:1] if first.labels is None else one:
+                labels = np.atleast_1d(window.label if window.labels is None else window.labels)
+                counts += np.bincount(labels[labels >= 0], minlength=len(counts))
+        present = counts > 0
+        # n / (k n_c), and 0 for a label without examples
+        return np.where(present, counts.sum() / (present.sum() * np.maximum(counts, 1)), 0.0)
+    weights = np.ones(len(spec.labels))
+    for part in text.split(","):
+        name, _, value = part.rpartition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if name.strip() not in spec.index or not 0 <= number < math.inf:
+            raise ValueError(
+                f"--class-weights has {part!r}: expected balanced, or NAME=NUMBER with commas between, for labels of "
+                f"the training file: {', '.join(map(repr, spec.labels[:8]))}"
+            )
+        weights[spec.index[name.strip()]] = number
+    return weights
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -96,7 +135,7 @@ def held_out(examples, share, seed):
                 for one, count in counts.items():
                     left[one] -= count
     chosen = {i for number in taken for i in blocks[number]}
-    rare = [name for name in total if left[name] == total[name]]
+    rare = [name for name in total if name and left[name] == total[name]]
     sides = ([e for i, e in enumerate(examples) if (i in chosen) == held] for held in (False, True))
     return *sides, sorted(rare)
 

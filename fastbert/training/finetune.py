@@ -37,7 +37,7 @@ from ..tasks.examples import Pieces, Spec, predictions, read_files
 from ..tasks.predictor import flat_figures, usual_length
 from ..tasks.schemes import SCHEMES
 from . import card, checkpoint, finetune_card, optim, processes
-from .example_batches import ExampleBatches, encoded, held_out
+from .example_batches import ExampleBatches, class_weights, encoded, held_out
 from .log import Log
 from .loop import Progress, Run, accumulate, forward, length
 from .options import command_line, flag, option, tidy
@@ -187,6 +187,8 @@ def finetune(config: FinetuneConfig) -> dict:
         if eval_files or config.eval_share:
             table.check_libraries()
         evaluation, eval_notes = read_files(task, eval_files, spec) if eval_files else ([], [])
+        for said in filter(None, map(table.how_read, train_files)):
+            log.say(said)
         for note in (*notes, *eval_notes):
             if said := note.said():
                 log.say(said)
@@ -199,21 +201,24 @@ def finetune(config: FinetuneConfig) -> dict:
                 raise ValueError(
                     f"{train_files[0]} has too few different texts to hold some out: use --eval-file, or --eval-share 0"
                 )
-        if rare:
-            shown = ", ".join(map(repr, rare[:5])) + (", ..." if len(rare) > 5 else "")
-            log.say(f"{len(rare)} labels have too few examples to hold one out: {shown}")
+        for name in rare[:5]:
+            log.say(f"the label {name!r} has too few different texts to hold one out")
+        if len(rare) > 5:
+            log.say(f"and so have {len(rare) - 5:,} more labels")
+        if torn := results.torn(train, evaluation):
+            log.say(f"{len(torn):,} texts have two labels: errors.md names them")
         log.say(f"{len(train):,} examples to train on, {len(evaluation):,} held out")
         if alike := spec.alike():
             log.say(f"labels that differ in case alone are different labels: {', '.join(map(repr, alike))}")
-        metric = _metric(config, task, spec)
         kind, fields = task.head(spec)
+        metric = _metric(config, task, spec)
         pieces = Pieces(tokenizer, spec)
         windows = encoded(task, train, pieces, spec)
         if cut := pieces.said():
             log.say(cut)
         loader = ExampleBatches(
             windows, batch_size=config.batch_size, tokens_per_batch=config.tokens_per_batch, seed=config.seed,
-            class_weights=_class_weights(config, task, spec, windows),
+            class_weights=class_weights(config.class_weights, spec, windows),
             token_types=encoder_config.type_vocab_size, rank=rank, world_size=world_size,
         )  # fmt: skip
         fingerprint = hashlib.sha256(json.dumps([sha256(file) for file in (*train_files, *eval_files)]).encode())
@@ -455,36 +460,3 @@ def _metric(config, task, spec):
     if spec.metric == "f1" and spec.task == "classify" and len(spec.labels) != 2:
         raise ValueError(f"--metric f1 is that of the second of two labels: there are {len(spec.labels)}")
     return spec.metric
-
-
-def _class_weights(config, task, spec, windows):
-    """float [K], the weight of each label in the loss; None without --class-weights."""
-    if config.class_weights is None:
-        return None
-    first = next(window for one in windows for window in one)
-    if first.labels is None and not isinstance(first.label, int) or not spec.labels:
-        raise ValueError(f"--class-weights goes with classify and tag: the task is {spec.task}")
-    if config.class_weights == "balanced":
-        counts = np.zeros(len(spec.labels))
-        for one in windows:
-            # the windows of a long text are one example
-            for window in one[:1] if first.labels is None else one:
-                labels = np.atleast_1d(window.label if window.labels is None else window.labels)
-                counts += np.bincount(labels[labels >= 0], minlength=len(counts))
-        present = counts > 0
-        # n / (k n_c), and 0 for a label without examples
-        return np.where(present, counts.sum() / (present.sum() * np.maximum(counts, 1)), 0.0)
-    weights = np.ones(len(spec.labels))
-    for part in config.class_weights.split(","):
-        name, _, value = part.rpartition("=")
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if name.strip() not in spec.index or not 0 <= number < math.inf:
-            raise ValueError(
-                f"--class-weights has {part!r}: expected balanced, or NAME=NUMBER with commas between, for labels of "
-                f"the training file: {', '.join(map(repr, spec.labels[:8]))}"
-            )
-        weights[spec.index[name.strip()]] = number
-    return weights

@@ -11,6 +11,8 @@ PIPELINES = {
     "classify": "text-classification", "multilabel": "text-classification", "regress": "text-classification",
     "tag": "token-classification", "answer": "question-answering", "choose": "multiple-choice",
 }  # fmt: skip
+# what `predict` takes, other than a text
+USES = {"answer": '("QUESTION", "CONTEXT")', "choose": '("CONTEXT", ["CHOICE", "CHOICE"])'}
 PICTURES = {
     "learning_curve.png": "Losses and scores over the run", "confusion_matrix.png": "Gold labels and predictions",
     "per_class_f1.png": "F1 of each label", "reliability.png": "Confidence and accuracy",
@@ -69,7 +71,7 @@ fastbert predict --model {directory} --input FILE.jsonl --output PREDICTIONS.jso
 ```
 ```python
 import fastbert
-fastbert.load("{directory}").predict(["..."])
+fastbert.load("{directory}").predict([{USES.get(spec.task, '"..."')}])
 ```
 
 ## Scores

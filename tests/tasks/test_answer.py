@@ -8,6 +8,7 @@ from test_tag import spelling
 
 from fastbert.tasks import answer
 from fastbert.tasks.examples import Example, Pieces, Spec
+from fastbert.training.example_batches import encoded as for_training
 
 QUESTION, CONTEXT = "who?", "Una  Reed met Cafe\u0301 Bo at one."
 TOKENIZER = spelling(sorted({*"who?", *CONTEXT.lower()} - {" "}))
@@ -110,13 +111,14 @@ def test_validation_chooses_the_threshold_and_answers_by_it():
     examples = [Example(1, ("q", "x y"), {"texts": gold, "spans": []}) for gold in golds]
     spans = {"x": ("x", 0, 1, 0.5), "y": ("y", 2, 3, 0.5)}
     predictions = [
-        answer._chosen({"_spans": [spans[text]], "_gap": gap, "_null_share": 0.5}, spec)
-        for text, gap in (("x", 1.0), ("x", 2.5), ("y", 2.0), ("y", 3.0))
+        answer._chosen({"_spans": [spans[text]], "_gap": gap, "_null_share": 0.5, "_golds": tuple(gold)}, spec)
+        for (text, gap), gold in zip((("x", 1.0), ("x", 2.5), ("y", 2.0), ("y", 3.0)), golds)
     ]
     assert answer.score(examples, predictions, spec)["f1"] == 50
     scores = answer.score(examples, predictions, spec, tune=True)
     assert scores["f1"] == scores["best_f1"] == 100 and spec.settings["null_threshold"] == 2.0
     assert [one["answer"] for one in predictions] == ["x", "", "y", ""]
+    assert [one["_error"] for one in predictions] == [0, 0, 0, 0] and predictions[1]["_answer"] == "no answer"
 
 
 @pytest.mark.parametrize("no_answer", [False, True])
@@ -136,3 +138,11 @@ def test_items_of_predict():
     for item in ("who?", ("who?",), {"question": "who?"}):
         with pytest.raises(ValueError, match="item 3"):
             answer.example(3, item)
+
+
+def test_windows_that_teach_nothing_are_left_out_of_training():
+    lost = Example(2, (QUESTION, CONTEXT), {"texts": ["Zoe"], "spans": [None]})
+    for no_answer, counts in ((False, [1, 0]), (True, [2, 0])):
+        spec = Spec("answer", (), max_length=20, stride=4, settings={"no_answer": no_answer})
+        found = for_training(answer, [example("Una"), lost], Pieces(TOKENIZER, spec), spec)
+        assert [len(windows) for windows in found] == counts

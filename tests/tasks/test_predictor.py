@@ -268,3 +268,11 @@ def test_pairs_of_a_model_without_token_types(family, tmp_path, encoder):
     other.tokens_per_batch = 16
     for one, two in zip(wanted, other.predict([row[:2] for row in rows])):
         assert one["probabilities"] == pytest.approx(two["probabilities"], abs=1e-5)
+
+
+def test_half_a_surrogate_is_written_as_a_question_mark(tuned, tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"id": "\ud83d", "text": "a \ud83d b", "label": "cat"}] * 2)
+    call("predict", "--model", tuned, "--input", path, "--output", tmp_path / "out.jsonl")
+    assert json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])["id"] == "?"
+    load(tuned).evaluate([path], output_dir=tmp_path / "scores")
+    assert '"a ? b"' in (tmp_path / "scores" / "predictions.jsonl").read_text()

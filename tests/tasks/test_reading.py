@@ -165,6 +165,16 @@ def test_glue_files(tmp_path):
     assert [(e.texts, e.id) for e in examples] == [(('"what now',), "0")]
 
 
+def test_how_a_tsv_is_read_is_said(tmp_path):
+    path = glue(tmp_path, "RTE", "train.tsv", "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tx\n")
+    assert "read as a file of GLUE" in table.how_read(path)
+    path = glue(tmp_path, "mine", "train.tsv", 'text\tlabel\n"a\tx\n')
+    assert table.how_read(path).endswith("split at tabs, a quote is a letter")
+    path.write_text('text\tlabel\n"a"\tx\n')
+    assert table.how_read(path).endswith("split at tabs, quotes belong to the file")
+    assert table.how_read(tmp_path / "a.csv") is None
+
+
 def test_files_of_a_folder(tmp_path):
     for name in ("train.csv", "dev_matched.tsv", "dev_mismatched.tsv", "test.csv", "notes.txt", "train"):
         (tmp_path / name).write_text("x")

@@ -41,6 +41,11 @@ def test_classify():
             assert found["per_class"][label][ours] == pytest.approx(report[label][theirs])
 
 
+def test_a_constant_has_no_correlation():
+    assert classify.correlation(np.array([1, 1, 0]), np.array([1, 1, 1])) == 0.0
+    assert classify.correlation(np.array([1, 0]), np.array([1, 0])) == 1.0
+
+
 def test_a_tie_is_the_first_labels():
     _, (one,), _ = classified([[0.3, 0.3, 0.3, 0.1]], ["tech"])
     assert one["label"] == "art" and one["score"] == pytest.approx(0.3) and one["_error"] == pytest.approx(0.3)

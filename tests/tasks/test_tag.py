@@ -121,6 +121,19 @@ def test_spans_of_a_text_are_cut_from_the_text(bytes_, max_length):
     assert (scores["f1"], scores["strict_f1"], scores["off_word_entities"]) == (1.0, 1.0, 0)
 
 
+def test_words_of_a_tokenizer_that_cuts_at_blanks_alone():
+    text = "Una met Bo, in \u6771\u4eac\u306b."
+    pieces = [(piece, -1.0) for piece in (*SPECIALS, *sorted({*text} - {" "}), "\u2581", "\u2581Una")]
+    tokenizer = Tokenizer(models.Unigram(pieces, 1))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.post_processor = spelling("").post_processor
+    example = Example(1, (text,), [(0, 3, "A"), (8, 10, "A"), (15, 17, "B")])
+    windows, spec = encoded(example, tokenizer)
+    units = [text[start:end] for start, end in example.more["units"]]
+    assert units == ["Una", "met", "Bo", ",", "in", "\u6771", "\u4eac", "\u306b", "."]
+    assert [entity["text"] for entity in answered(example, windows, spec)["entities"]] == ["Una", "Bo", "\u6771\u4eac"]
+
+
 def test_an_entity_inside_a_word_is_counted_and_missed():
     example = Example(1, ("unquiet days",), [(2, 7, "A")])
     windows, spec = encoded(example, spelling(sorted(set("unquietdays"))))

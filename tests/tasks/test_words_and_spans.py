@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -127,3 +128,16 @@ def test_transformers_loads_the_directory(trained):
         logits = theirs(**{name: value[None] for name, value in inputs.items()}).logits[0]
     (found,) = model.predict([(row["context"], row["choices"])])
     np.testing.assert_allclose(found["probabilities"], logits.softmax(0), atol=1e-5)
+
+
+def test_a_directory_of_others_has_no_task_json(trained, tmp_path):
+    task, directory, _, _ = trained
+    theirs = shutil.copytree(directory, tmp_path / "theirs", ignore=shutil.ignore_patterns("task.json", "checkpoint-*"))
+    text = "every day the dog builds the green trees ."
+    item = {"tag": text, "answer": ("the day ?", text), "choose": (text, ["hills", "dog"])}[task]
+    ours, found = (predictor.load(place).predict([item])[0] for place in (directory, theirs))
+    assert predictor.load(theirs).spec.task == task
+    for name in ("entities", "answer", "probabilities"):
+        assert ours.get(name) == found.get(name)
+    assert {"tag": len(found.get("entities", ())) == 2, "answer": found.get("answer") == "dog",
+            "choose": found.get("choice") == 1}[task]  # fmt: skip

@@ -310,20 +310,20 @@ def test_a_head_of_other_labels_is_drawn_anew(options, capsys):
 
 
 def test_class_weights():
-    from fastbert.tasks import classify
     from fastbert.tasks.examples import Spec, Window
+    from fastbert.training.example_batches import class_weights
 
     spec = Spec("classify", ("a", "b", "c"))
     windows = [[Window([1], [0], label)] for label in (0, 0, 0, 1)]
-    options = {"train_file": "x", "model": "m", "output_dir": "o"}
-    balanced = finetune._class_weights(FinetuneConfig(**options, class_weights="balanced"), classify, spec, windows)
     # n / (k n_c); a label without examples is no division by 0
-    assert balanced.tolist() == pytest.approx([4 / (2 * 3), 4 / 2, 0])
-    named = finetune._class_weights(FinetuneConfig(**options, class_weights="c=2, a=0.5"), classify, spec, windows)
-    assert named.tolist() == [0.5, 1, 2]
+    assert class_weights("balanced", spec, windows).tolist() == pytest.approx([4 / (2 * 3), 4 / 2, 0])
+    assert class_weights("c=2, a=0.5", spec, windows).tolist() == [0.5, 1, 2]
+    assert class_weights(None, spec, windows) is None
     for wrong in ("d=1", "a", "a=x", "a=-1", "a=nan"):
         with pytest.raises(ValueError, match="--class-weights has .*: expected balanced, or NAME=NUMBER"):
-            finetune._class_weights(FinetuneConfig(**options, class_weights=wrong), classify, spec, windows)
+            class_weights(wrong, spec, windows)
+    with pytest.raises(ValueError, match="--class-weights goes with classify and tag: the task is regress"):
+        class_weights("balanced", Spec("regress", ()), [[Window([1], [0], 0.5)]])
 
 
 def test_weights_divide_a_sum_below_one(encoder):
