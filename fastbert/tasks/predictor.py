@@ -122,6 +122,8 @@ class Predictor:
         texts = tuple(item) if isinstance(item, list | tuple) else (item,)
         if not all(isinstance(text, str) for text in texts) or not 1 <= len(texts) <= 2:
             raise ValueError(f"item {number} is {str(item)[:40]!r}: expected a text, or a pair of texts")
+        if len(texts) != (wanted := len(self.spec.columns.get("texts", texts))):
+            raise ValueError(f"item {number} has {len(texts)} texts: the model was trained on {wanted} an example")
         return Example(number, texts)
 
     def _run(self, examples, calibrated, spec=None):

@@ -141,7 +141,12 @@ def test_a_directory_of_transformers(encoder, tmp_path):
 
 @pytest.mark.parametrize(
     ("texts", "error"),
-    [([7], "item 1 is '7': expected a text"), (["a", ("b", "c", "d")], "item 2 is"), ([[]], "item 1 is")],
+    [
+        ([7], "item 1 is '7': expected a text"),
+        (["a", ("b", "c", "d")], "item 2 is"),
+        ([[]], "item 1 is"),
+        (["a", ("b", "c")], "item 2 has 2 texts: the model was trained on 1 an example"),
+    ],
 )
 def test_what_is_no_text(texts, error, tuned):
     with pytest.raises(ValueError, match=error):
