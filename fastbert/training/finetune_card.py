@@ -14,6 +14,7 @@ PIPELINES = {
 PICTURES = {
     "learning_curve.png": "Losses and scores over the run", "confusion_matrix.png": "Gold labels and predictions",
     "per_class_f1.png": "F1 of each label", "reliability.png": "Confidence and accuracy",
+    "lengths.png": "Lengths of the training texts",
 }  # fmt: skip
 
 
