@@ -49,7 +49,7 @@ def _lengths(axes, lengths, spec):
     tokens, counts = np.array(sorted(lengths.items())).T
     longer = int(counts[tokens > spec.max_length].sum())
     what = "cut" if spec.truncate else "cut, or read in windows"
-    axes.hist(tokens, bins=40, weights=counts, color=BLUE)
+    axes.hist(tokens, bins=np.linspace(0, max(tokens.max(), spec.max_length), 41), weights=counts, color=BLUE)
     line = f"{spec.max_length} tokens: {longer:,} of {int(counts.sum()):,} are longer, {what}"
     axes.axvline(spec.max_length, color=ORANGE, linestyle="--", label=line)
     axes.set_xlim(left=0)
