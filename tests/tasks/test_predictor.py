@@ -221,6 +221,26 @@ def test_the_length_is_the_least_of_three(tuned, encoder, tmp_path):
         assert usual_length(tmp_path, config) == expected
 
 
+def test_a_temperature_changes_predictions_and_scores(tuned, tmp_path):
+    spec = Spec.load(tuned)
+    spec.settings["temperature"] = 0.25
+    spec.save(tuned)
+    path, texts = write_csv(tmp_path / "a.csv", sentences(30)), [text for text, _ in sentences(30)]
+    plain, sharp = (load(tuned).predict(texts, calibrated=calibrated) for calibrated in (False, True))
+    for one, other in zip(plain, sharp):
+        powers = np.array([*one["probabilities"].values()]) ** 4
+        assert [*other["probabilities"].values()] == pytest.approx(powers / powers.sum(), abs=1e-5)
+    index, golds = spec.index, [label for _, label in sentences(30)]
+    for calibrated, found in ((False, plain), (True, sharp)):
+        scores = load(tuned).evaluate([path], calibrated=calibrated)["scores"]
+        loss = np.mean([-np.log([*one["probabilities"].values()][index[gold]]) for one, gold in zip(found, golds)])
+        assert scores["log_loss"] == pytest.approx(loss, abs=1e-5)
+
+
+def test_no_texts_at_all(tuned):
+    assert load(tuned).predict([]) == []
+
+
 def test_an_untuned_temperature(tuned):
     with pytest.raises(ValueError, match="the model has no temperature"):
         load(tuned).predict(["a"], calibrated=True)
