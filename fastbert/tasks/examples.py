@@ -15,6 +15,7 @@ Letters: E examples, B windows, T packed tokens, K labels.
 import dataclasses
 import json
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -179,7 +180,8 @@ class Pieces:
     """Texts to windows of at most max_length tokens.
 
     tokenizer: a tokenizers.Tokenizer. stride: tokens that neighbouring windows share. truncate: keep the first window
-    of a text alone. truncated, windowed: how many texts were cut, and how many have several windows.
+    of a text alone. truncated, windowed: how many texts were cut, and how many have several windows. lengths:
+    {tokens: how many texts or pairs have so many, before any cut}.
     """
 
     def __init__(self, tokenizer: Tokenizer, spec: Spec):
@@ -192,6 +194,7 @@ class Pieces:
         self.max_length, self.stride, self.truncate = spec.max_length, spec.stride, spec.truncate
         self.pad = special_ids(tokenizer).pad
         self.truncated = self.windowed = 0
+        self.lengths = Counter()
         room = self.max_length - self.tokenizer.num_special_tokens_to_add(False)
         if not 0 <= self.stride < room:
             raise ValueError(f"--stride is {self.stride}: expected less than a window's {room} tokens of text")
@@ -208,8 +211,11 @@ class Pieces:
         inputs = [one[0] if len(one) == 1 else one for one in inputs]
         found = []
         for one, encoding in zip(texts, self.tokenizer.encode_batch_fast(inputs), strict=True):
-            short = len(encoding) <= self.max_length
-            found.append([encoding] if short else self.windows(*self.encodings(one)))
+            if len(encoding) <= self.max_length:
+                self.lengths[len(encoding)] += 1
+                found.append([encoding])
+            else:
+                found.append(self.windows(*self.encodings(one)))
         return found
 
     def windows(self, first: Encoding, second: Encoding | None = None, *, only_second=False) -> list[Encoding]:
@@ -220,6 +226,7 @@ class Pieces:
         """
         finish = self.tokenizer.post_process
         room = self.max_length - self.tokenizer.num_special_tokens_to_add(second is not None)
+        self.lengths[len(first) + len(second or ()) + self.max_length - room] += 1
         if second is None:
             parts = self._parts(first, room)
             return [finish(part) for part in parts]

@@ -12,8 +12,11 @@ MAX_LABELS = 40
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"
 
 
-def draw(directory, spec, examples, predictions, scores):
-    """Draw confusion_matrix.png, per_class_f1.png and reliability.png, as far as the task has them."""
+def draw(directory, spec, examples, predictions, scores, lengths=None):
+    """Draw confusion_matrix.png, per_class_f1.png and reliability.png, as far as the task has them; and lengths.png.
+
+    lengths: {tokens: how many texts to train on have so many}.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -28,6 +31,8 @@ def draw(directory, spec, examples, predictions, scores):
         figure.savefig(data, format="png")
         write(Path(directory) / name, data.getvalue())
 
+    if lengths:
+        picture("lengths.png", 6, 3.5, lambda axes: _lengths(axes, lengths, spec))
     labels = spec.labels or ()
     side = 3 + 0.35 * len(labels)
     per_class = scores.get("per_class")
@@ -38,6 +43,20 @@ def draw(directory, spec, examples, predictions, scores):
     if len(labels) <= MAX_LABELS:
         picture("confusion_matrix.png", side + 1, side, lambda axes: _matrix(axes, spec, examples, predictions))
     picture("reliability.png", 5, 5, lambda axes: _reliability(axes, examples, predictions))
+
+
+def _lengths(axes, lengths, spec):
+    tokens, counts = np.array(sorted(lengths.items())).T
+    longer = int(counts[tokens > spec.max_length].sum())
+    what = "cut" if spec.truncate else "cut, or read in windows"
+    axes.hist(tokens, bins=np.linspace(0, max(tokens.max(), spec.max_length), 41), weights=counts, color=BLUE)
+    line = f"{spec.max_length} tokens: {longer:,} of {int(counts.sum()):,} are longer, {what}"
+    axes.axvline(spec.max_length, color=ORANGE, linestyle="--", label=line)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("texts to train on")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
 
 
 def _bars(axes, per_class):

@@ -41,9 +41,9 @@ class Predictor:
         classify: {"label", "score", "probabilities"}. calibrated: divide the logits by the temperature that training
         found on its held-out examples. Raises ValueError for what is no text.
         """
-        return [
-            shown(prediction) for _, prediction in self._run(map(self._example, *zip(*enumerate(texts, 1))), calibrated)
-        ]
+        examples = (self._example(number, item) for number, item in enumerate(texts, 1))
+        spec = _calibrated(self.spec) if calibrated else self.spec
+        return [shown(prediction) for _, prediction in self._run(examples, spec)]
 
     def predict_file(self, path: str | os.PathLike, output: str | os.PathLike, *, calibrated: bool = False) -> int:
         """Write the predictions for the rows of a file to the .jsonl `output`, in their order. Returns their number.
@@ -57,6 +57,7 @@ class Predictor:
         for _ in self.task.read(path, self.spec, notes, wants_gold=False):
             pass
         notes.check()
+        spec = _calibrated(self.spec) if calibrated else self.spec
         facts = {"input": files.sha256(path), "model": self._hash(), "calibrated": calibrated}
         facts |= {"columns": self.spec.columns, "tokens_per_batch": self.tokens_per_batch}
         partial, about = Path(f"{output}.partial"), Path(f"{output}.partial.json")
@@ -66,7 +67,7 @@ class Predictor:
             if not count:
                 files.write(about, json.dumps(facts))
             with open(partial, "a" if count else "w", encoding="utf-8") as file:
-                for example, prediction in self._run(examples, calibrated):
+                for example, prediction in self._run(examples, spec):
                     row = {} if example.id is None else {"id": example.id}
                     file.write(clean(json.dumps(row | shown(prediction), ensure_ascii=False)) + "\n")
                     count += 1
@@ -104,11 +105,12 @@ class Predictor:
                     f"{paths[0]} has {len(spec.labels)} labels, the model {self.model.config.num_labels} without names"
                 )
             say(f"the model has no names of its labels: they are taken in the order {', '.join(spec.labels)}")
+        spec = _calibrated(spec) if calibrated else spec
         examples, notes = read_files(self.task, paths, spec)
         for note in notes:
             if said := note.said():
                 say(said)
-        found = [prediction for _, prediction in self._run(examples, calibrated, spec)]
+        found = [prediction for _, prediction in self._run(examples, spec)]
         scores = self.task.score(examples, found, spec)
         metrics = results.summary(self.task, spec, examples, found, scores, paths, notes)
         if output_dir is not None:
@@ -122,15 +124,11 @@ class Predictor:
         texts = tuple(item) if isinstance(item, list | tuple) else (item,)
         if not all(isinstance(text, str) for text in texts) or not 1 <= len(texts) <= 2:
             raise ValueError(f"item {number} is {str(item)[:40]!r}: expected a text, or a pair of texts")
+        if len(texts) != (wanted := len(self.spec.columns.get("texts", texts))):
+            raise ValueError(f"item {number} has {len(texts)} texts: the model was trained on {wanted} an example")
         return Example(number, texts)
 
-    def _run(self, examples, calibrated, spec=None):
-        spec = self.spec if spec is None else spec
-        if calibrated:
-            if "temperature" not in spec.settings:
-                raise ValueError("the model has no temperature: it was not evaluated in training, or needs none")
-            settings = spec.settings | {"applied_temperature": spec.settings["temperature"]}
-            spec = dataclasses.replace(spec, settings=settings)
+    def _run(self, examples, spec):
         device = next(self.model.parameters()).device
 
         def run(batch):
@@ -219,6 +217,13 @@ def usual_length(directory, config):
     return int(
         min(config.max_length, MAX_LENGTH, limit if isinstance(limit, int | float) and limit >= 8 else MAX_LENGTH)
     )
+
+
+def _calibrated(spec):
+    """`spec` with the temperature of the held-out examples applied, in predictions and in scores."""
+    if "temperature" not in spec.settings:
+        raise ValueError("the model has no temperature: it was not evaluated in training, or needs none")
+    return dataclasses.replace(spec, settings=spec.settings | {"applied_temperature": spec.settings["temperature"]})
 
 
 def shown(prediction):

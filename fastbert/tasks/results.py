@@ -34,8 +34,11 @@ def summary(task, spec, examples, predictions, scores, paths, notes):
     return metrics
 
 
-def write_all(directory, spec, examples, predictions, metrics, train=()):
-    """Write metrics.json, predictions.jsonl, errors.md, and pictures where matplotlib is installed."""
+def write_all(directory, spec, examples, predictions, metrics, train=(), lengths=None):
+    """Write metrics.json, predictions.jsonl, errors.md, and pictures where matplotlib is installed.
+
+    lengths: see `pictures.draw`.
+    """
     directory = Path(directory)
     write_metrics(directory, metrics)
     rows = []
@@ -46,7 +49,7 @@ def write_all(directory, spec, examples, predictions, metrics, train=()):
         rows.append(clean(json.dumps(finite(row), ensure_ascii=False, default=str)) + "\n")
     write(directory / "predictions.jsonl", "".join(rows))
     write(directory / "errors.md", errors(examples, predictions, train))
-    pictures.draw(directory, spec, examples, predictions, metrics["scores"])
+    pictures.draw(directory, spec, examples, predictions, metrics["scores"], lengths)
 
 
 def write_metrics(directory, metrics):

@@ -214,6 +214,7 @@ def finetune(config: FinetuneConfig) -> dict:
         metric = _metric(config, task, spec)
         pieces = Pieces(tokenizer, spec)
         windows = encoded(task, train, pieces, spec)
+        lengths = dict(pieces.lengths)
         if cut := pieces.said():
             log.say(cut)
         loader = ExampleBatches(
@@ -290,7 +291,7 @@ def finetune(config: FinetuneConfig) -> dict:
                 scores = task.score(evaluation, found, spec, tune=True)
                 metrics = results.summary(task, spec, evaluation, found, scores, eval_files, [*notes, *eval_notes])
                 metrics |= {"step": best["step"] or progress.step, "train_examples": len(train)}
-                results.write_all(output_dir, spec, evaluation, found, metrics, train)
+                results.write_all(output_dir, spec, evaluation, found, metrics, train, lengths)
             checkpoint.publish(output_dir, model, tokenizer)
             spec.save(output_dir)
             for path in output_dir.glob("best-*"):

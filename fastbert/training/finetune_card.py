@@ -16,6 +16,7 @@ USES = {"answer": '("QUESTION", "CONTEXT")', "choose": '("CONTEXT", ["CHOICE", "
 PICTURES = {
     "learning_curve.png": "Losses and scores over the run", "confusion_matrix.png": "Gold labels and predictions",
     "per_class_f1.png": "F1 of each label", "reliability.png": "Confidence and accuracy",
+    "lengths.png": "Lengths of the training texts",
 }  # fmt: skip
 
 

@@ -141,7 +141,12 @@ def test_a_directory_of_transformers(encoder, tmp_path):
 
 @pytest.mark.parametrize(
     ("texts", "error"),
-    [([7], "item 1 is '7': expected a text"), (["a", ("b", "c", "d")], "item 2 is"), ([[]], "item 1 is")],
+    [
+        ([7], "item 1 is '7': expected a text"),
+        (["a", ("b", "c", "d")], "item 2 is"),
+        ([[]], "item 1 is"),
+        (["a", ("b", "c")], "item 2 has 2 texts: the model was trained on 1 an example"),
+    ],
 )
 def test_what_is_no_text(texts, error, tuned):
     with pytest.raises(ValueError, match=error):
@@ -214,6 +219,26 @@ def test_the_length_is_the_least_of_three(tuned, encoder, tmp_path):
     for limit, expected in ((32, 32), (10**30, 64), (1e30, 64), (None, 64)):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"model_max_length": limit}))
         assert usual_length(tmp_path, config) == expected
+
+
+def test_a_temperature_changes_predictions_and_scores(tuned, tmp_path):
+    spec = Spec.load(tuned)
+    spec.settings["temperature"] = 0.25
+    spec.save(tuned)
+    path, texts = write_csv(tmp_path / "a.csv", sentences(30)), [text for text, _ in sentences(30)]
+    plain, sharp = (load(tuned).predict(texts, calibrated=calibrated) for calibrated in (False, True))
+    for one, other in zip(plain, sharp):
+        powers = np.array([*one["probabilities"].values()]) ** 4
+        assert [*other["probabilities"].values()] == pytest.approx(powers / powers.sum(), abs=1e-5)
+    index, golds = spec.index, [label for _, label in sentences(30)]
+    for calibrated, found in ((False, plain), (True, sharp)):
+        scores = load(tuned).evaluate([path], calibrated=calibrated)["scores"]
+        loss = np.mean([-np.log([*one["probabilities"].values()][index[gold]]) for one, gold in zip(found, golds)])
+        assert scores["log_loss"] == pytest.approx(loss, abs=1e-5)
+
+
+def test_no_texts_at_all(tuned):
+    assert load(tuned).predict([]) == []
 
 
 def test_an_untuned_temperature(tuned):

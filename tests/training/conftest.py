@@ -57,5 +57,6 @@ def encoder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch):
-    """The bootstrap takes longer than a short run."""
+    """The bootstrap and the pictures take longer than a short run; test_pictures.py draws."""
     monkeypatch.setattr(results, "RESAMPLES", 2)
+    monkeypatch.setattr(results.pictures, "draw", lambda *_: None)
