@@ -82,5 +82,8 @@ else:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
 
+    def __dir__():
+        return sorted({*globals(), *__all__})
+
 
 register_with_transformers()

@@ -29,8 +29,12 @@ def one_line_errors():
         yield
     except click.UsageError as error:
         raise Failure(2, error.format_message()) from None
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         raise Failure(2, error) from None
+    except OSError as error:
+        # Python's own text begins with a number
+        own = error.filename is not None and error.strerror
+        raise Failure(2, f"{error.filename}: {error.strerror}" if own else error) from None
     except FloatingPointError as error:
         raise Failure(1, error) from None
     except KeyboardInterrupt:
@@ -165,7 +169,7 @@ def pretrain(**options):
 @main.command(cls=ScriptCommand, options=_finetune_config)
 @click.option("--config", "config_file", metavar="FILE", help="YAML or JSON file of options; the command line wins.")
 def finetune(**options):
-    """Fine-tune a model on a task, from a table of labelled examples.
+    """Fine-tune a model on a table of labelled examples.
 
     Writes a model that transformers can load, its scores, its predictions on held-out examples, its mistakes and a
     model card to --output-dir. Ctrl-C saves a checkpoint, and --resume continues from it.
@@ -182,19 +186,24 @@ def finetune(**options):
 @click.option("--model", required=True, help="Directory of a fine-tuned model, ours or of transformers.")
 @click.option("--input", "path", metavar="FILE", help="Table with the columns that the model was trained on.")
 @click.option("--output", metavar="FILE", help="File for the predictions, .jsonl, a line for each row.")
-@click.option("--text", "texts", multiple=True, help="Print the prediction for a text; for a pair, two texts.")
+@click.option("--text", "texts", multiple=True, help="Print the prediction for one text; for a pair, a question and its "
+              "context, or a context and its choices: each part in order.")  # fmt: skip
 @click.option("--text-column", "columns", multiple=True, help="Column of the text, or both of a pair.")
 @click.option("--calibrated", is_flag=True, help="Divide the logits by the temperature found in training.")
-@click.option("--device", help="cpu or cuda.  [default: a GPU if there is one]")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
 def predict(model, path, output, texts, columns, calibrated, device):
-    """Predict with a fine-tuned model, for the rows of a file or for one text."""
+    """Predict with a fine-tuned model.
+
+    For each row of --input, a line of JSON in --output; or, for one --text, JSON on the screen.
+    """
     import json
 
     from .tasks.predictor import load
+    from .training.processes import device_of
 
     if bool(texts) == bool(path) or bool(path) != bool(output):
         raise ValueError("expected either --text, or --input and --output")
-    predictor = load(model, device=device, text_columns=columns)
+    predictor = load(model, device=str(device_of(device)), text_columns=columns)
     if texts:
         item = texts[0] if len(texts) == 1 else texts
         (found,) = predictor.predict([item], calibrated=calibrated)
@@ -210,14 +219,18 @@ def predict(model, path, output, texts, columns, calibrated, device):
 @click.option("--text-column", "columns", multiple=True, help="Column of the text, or both of a pair.")
 @click.option("--label-column", help="Column of the label, labels or score.")
 @click.option("--calibrated", is_flag=True, help="Divide the logits by the temperature found in training.")
-@click.option("--device", help="cpu or cuda.  [default: a GPU if there is one]")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
 def evaluate(model, paths, output_dir, columns, label_column, calibrated, device):
-    """Print the scores of a fine-tuned model on labelled examples, as JSON."""
+    """Print the scores of a fine-tuned model.
+
+    On labelled examples, as JSON. With --output-dir, also predictions, mistakes and pictures.
+    """
     import json
 
     from .tasks.predictor import load
+    from .training.processes import device_of
 
-    predictor = load(model, device=device, text_columns=columns, label_column=label_column)
+    predictor = load(model, device=str(device_of(device)), text_columns=columns, label_column=label_column)
     say = lambda line: click.echo(line, err=True)  # noqa: E731
     found = predictor.evaluate(paths, output_dir=output_dir, calibrated=calibrated, say=say)
     click.echo(json.dumps(found, indent=2, ensure_ascii=False))
@@ -303,7 +316,10 @@ def fill_mask(model, top_k, text):
 @click.argument("source")
 @click.argument("destination")
 def convert(source, destination, allow_pickle):
-    """Convert the model directory SOURCE to the current transformers format, in DESTINATION."""
+    """Convert a checkpoint to transformers' current format.
+
+    Reads the model directory SOURCE and writes the directory DESTINATION.
+    """
     from .model.convert import convert as rewrite
 
     model = rewrite(source, destination, allow_pickle=allow_pickle)
@@ -326,7 +342,7 @@ def convert(source, destination, allow_pickle):
 @click.option("--candidates", is_flag=True, help="Also compile the launch settings that autotuning would try.")
 @click.option("--json", "json_file", metavar="FILE", help="Also write the report as JSON.")
 def doctor(compiles, archs, dtypes, models, ops, candidates, json_file):
-    """Show versions, the device, and which implementation the ops use.
+    """Show versions, the device and how each op runs.
 
     With --compile, report the registers, spills, shared memory, occupancy and instructions of every kernel compiled for
     --arch. The exit code is 1 if a kernel spills, uses atomics, overflows an offset or misses the tensor cores.
@@ -363,7 +379,7 @@ def _benchmark_suite():
 @click.option("--output", metavar="DIR", help="Directory for the results.  [default: benchmarks/results/<device>; "
               "runs/bench with --quick, --ops or --models]")  # fmt: skip
 def bench(**options):
-    """Benchmark fastbert against the other libraries installed here.
+    """Benchmark fastbert against other installed libraries.
 
     Measures every op, model, training run and the data path, or only what --ops and --models name. Needs a checkout of
     the repository. benchmarks/README.md says what is measured and how.

@@ -110,7 +110,7 @@ def read_json(path, kind=dict):
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     # RecursionError: brackets within brackets
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+        raise ValueError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not isinstance(value, kind):
         raise ValueError(f"{path} holds no JSON {'object' if kind is dict else 'array'}")
     return value

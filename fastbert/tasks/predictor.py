@@ -75,7 +75,8 @@ class Predictor:
             partial.replace(output)
             about.unlink()
         except OSError as error:
-            raise OSError(f"{output} cannot be written: {error.strerror or error}") from None
+            reason = (error.strerror or str(error)).rpartition(" cannot be written: ")[2]
+            raise OSError(f"{output} cannot be written: {reason}") from None
         return count
 
     def _hash(self):

@@ -46,8 +46,10 @@ def detect(path):
     ):
         if fits:
             return name
+    hint = " (a .csv is split at commas, a .tsv at tabs)" if len(found) == 1 else ""
     raise ValueError(
-        f"{path} has the columns {', '.join(map(repr, found))}: no task fits, name one with --task and --label-column"
+        f"{path} has the columns {', '.join(map(repr, found))}{hint}: no task fits, name one with --task, and its "
+        "columns with --text-column and --label-column"
     )
 
 

@@ -66,8 +66,10 @@ def columns_of(path, spec, task, candidates, wants_gold):
 
 
 def missing(path, column, found, flag=None):
+    if not found:
+        return ValueError(f"{path} has no column {column!r} beside the text")
     hint = f"; name another with {flag}" if flag else ""
-    return ValueError(f"{path} has no column {column!r}: it has {', '.join(map(repr, found)) or 'none'}{hint}")
+    return ValueError(f"{path} has no column {column!r}: it has {', '.join(map(repr, found))}{hint}")
 
 
 def text_rows(path, columns, notes, wants_gold):

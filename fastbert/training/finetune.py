@@ -414,7 +414,9 @@ def _tokenizer_and_config(config, resumed):
     elif path.exists():
         found = hf_files.read_config(path / "config.json" if path.is_dir() else path)
     else:
-        raise ValueError(f"--model {config.model}: no such directory, and none of {', '.join(presets.PRESETS)}")
+        raise ValueError(
+            f"--model {config.model}: no such directory, and nothing is downloaded; presets are {', '.join(presets.PRESETS)}"
+        )
     directory = config.tokenizer or (config.model if path.is_dir() else resumed)
     if not directory:
         raise ValueError(f"--tokenizer is missing: --model {config.model} has none")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ..files import write
 from .card import versions
-from .log import clock
+from .log import clock, words
 
 # what transformers calls the tasks
 PIPELINES = {
@@ -33,13 +33,13 @@ def write_card(directory, command, facts, spec, metrics, progress):
         return "\n".join([f"| {head} | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
 
     scores = [
-        (name.replace("_", " "), "undefined" if value is None else f"{value:.4f}")
+        (words(name), "undefined" if value is None else f"{value:.4f}")
         for name, value in metrics.get("scores", {}).items()
         if value is None or isinstance(value, int | float)
     ]
     if metrics.get("interval"):
         low, high = metrics["interval"]
-        scores.append((f"{metrics['metric'].replace('_', ' ')}, 95 % interval (bootstrap)", f"{low:.4f} to {high:.4f}"))
+        scores.append((f"{words(metrics['metric'])}, 95 % interval (bootstrap)", f"{low:.4f} to {high:.4f}"))
     run = [("steps", f"{progress.step:,}"), ("tokens seen", f"{progress.tokens:,}"),
            ("training time", clock(progress.elapsed))]  # fmt: skip
     if metrics:
@@ -48,7 +48,7 @@ def write_card(directory, command, facts, spec, metrics, progress):
         run += [(f"rows skipped in {path}", f"{count:,}") for path, count in metrics["skipped_rows"].items()]
     labels = spec.labels or ()
     shown = ", ".join(labels[:50]) + (", ..." if len(labels) > 50 else "")
-    pictures = [f"![{words}]({name})" for name, words in PICTURES.items() if (directory / name).exists()]
+    pictures = [f"![{title}]({name})" for name, title in PICTURES.items() if (directory / name).exists()]
     write(
         directory / "README.md",
         f"""---
@@ -96,7 +96,7 @@ Made with {", ".join(f"{name} {number}" for name, number in versions().items())}
 def add_seeds(directory, metric, seeds):
     """Add the scores of all seeds to README.md. seeds: those of metrics.json."""
     rows = [*seeds["scores"].items(), ("mean", seeds["mean"]), ("standard deviation", seeds["standard_deviation"])]
-    lines = [f"| seed | {metric.replace('_', ' ')} |", "|---|---|"]
+    lines = [f"| seed | {words(metric)} |", "|---|---|"]
     lines += [f"| {name} | {'undefined' if value is None else f'{value:.4f}'} |" for name, value in rows]
     said = f"This is the model of seed {seeds['best']}, chosen by the held-out examples that its score is from."
     path = Path(directory) / "README.md"

@@ -18,14 +18,14 @@ from ..files import write
 METRICS = "metrics.jsonl"
 # endings of the names of tasks' scores, which are no percentages
 SCORES = ("f1", "mcc", "pearson", "spearman", "mse", "map", "exact_match")
-# names of figures in words; another figure's words are its name
+# names of figures, or their parts between underscores, in words; another's words are its name
 WORDS = {
     "f1": "F1",
-    "macro_f1": "macro F1",
-    "micro_f1": "micro F1",
     "mcc": "MCC",
     "map": "mean average precision",
     "mse": "squared error",
+    "pearson": "Pearson",
+    "spearman": "Spearman",
     "baseline_accuracy": "always guessing the most frequent token",
     "rtd_loss": "detection loss",
     "rtd_accuracy": "detection accuracy",
@@ -130,7 +130,7 @@ def is_evaluation(row):
 def words(name):
     """A column's name in words: "rtd_recall" and "eval_rtd_recall" are "replaced tokens found"."""
     name = name.removeprefix("eval_")
-    return WORDS.get(name, name.replace("_", " "))
+    return WORDS.get(name) or " ".join(WORDS.get(part, part) for part in name.split("_"))
 
 
 def in_words(row, digits=1):
