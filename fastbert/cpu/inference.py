@@ -31,10 +31,6 @@ class PostNorm(NamedTuple):
     norm: nn.LayerNorm
 
 
-# values of each weight that are compared in every call
-_SAMPLES = 16
-
-
 class _Linear:
     """Linear layers of one input side by side, without gradients."""
 
@@ -66,8 +62,8 @@ class _Linear:
 class Layer:
     """A layer of the modules `parts`, with the attention of H heads.
 
-    Weights that change are read again. PyTorch counts changes in place, but not those through `.data`: for these, some
-    values of each weight are compared, so that a change of a few values or rows through `.data` may go unnoticed.
+    Weights that change are read again. PyTorch counts changes in place, but not those through `.data`: for these, a
+    value of each row and column is compared, so that a change of single values through `.data` may go unnoticed.
     """
 
     def __init__(self, parts: PostNorm, heads: int, scale: float | None, approximate: str) -> None:
@@ -88,7 +84,8 @@ class Layer:
         if stamp == self.stamp and torch.equal(torch.cat(self.samples), self.sampled):
             return
         copied = [x for linear in self.linears for x in linear.read()]
-        self.samples = [x.view(-1)[:: -(-x.numel() // _SAMPLES)] for x in copied]
+        # about the diagonal, again and again: a value of each row and, where there are more, of each column
+        self.samples = [x.view(-1)[:: min(x.shape) + 1] if x.dim() == 2 else x for x in copied]
         self.sampled, self.stamp = torch.cat(self.samples), stamp
 
     def __call__(self, x: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int) -> torch.Tensor:

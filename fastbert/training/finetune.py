@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .. import ops
 from ..data.batches import MAX_TOKENS
 from ..data.tokenizer import check_vocabulary, load_tokenizer, special_ids, tokenizer_hash, vocabulary_size
 from ..files import lock, sha256, write
@@ -257,7 +258,9 @@ def finetune(config: FinetuneConfig) -> dict:
             run=partial(forward, model, device=device, bf16=config.bf16),
         )  # fmt: skip
 
-        with processes.signals() as caught:
+        # a resumed run multiplies by the libraries that it began with
+        products = state.get("products") if state else {}
+        with ops.libraries.restored(products), processes.signals() as caught:
             a_pass = max(1, loader.num_batches(0) // config.gradient_accumulation_steps)
             run = Run(
                 dataclasses.replace(
@@ -415,7 +418,8 @@ def _tokenizer_and_config(config, resumed):
         found = hf_files.read_config(path / "config.json" if path.is_dir() else path)
     else:
         raise ValueError(
-            f"--model {config.model}: no such directory, and nothing is downloaded; presets are {', '.join(presets.PRESETS)}"
+            f"--model {config.model}: no such directory, and nothing is downloaded; presets are "
+            f"{', '.join(presets.PRESETS)}"
         )
     directory = config.tokenizer or (config.model if path.is_dir() else resumed)
     if not directory:

@@ -68,6 +68,14 @@ def merged(block):
     block.feed_forward.down.weight.data += torch.randn(128, 1) @ torch.randn(1, 320) / 10
 
 
+def pruned_row(block):
+    block.attention.value.weight.data[37] = 5.0
+
+
+def pruned_column(block):
+    block.feed_forward.down.weight.data[:, 201] = 5.0
+
+
 def other_data(block):
     block.feed_forward.up.weight.data = torch.randn(320, 128) / 10
 
@@ -88,7 +96,18 @@ def other_dtype(block):
     block.bfloat16().float()
 
 
-CHANGES = in_place, by_data, merged, other_data, other_parameter, other_module, loaded, other_dtype
+CHANGES = (
+    in_place,
+    by_data,
+    merged,
+    pruned_row,
+    pruned_column,
+    other_data,
+    other_parameter,
+    other_module,
+    loaded,
+    other_dtype,
+)
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=[change.__name__ for change in CHANGES])
