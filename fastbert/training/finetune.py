@@ -409,7 +409,8 @@ def _tokenizer_and_config(config, resumed):
         found = hf_files.read_config(path / "config.json" if path.is_dir() else path)
     else:
         raise ValueError(
-            f"--model {config.model}: no such directory, and nothing is downloaded; presets are {', '.join(presets.PRESETS)}"
+            f"--model {config.model}: no such directory, and nothing is downloaded; presets are "
+            f"{', '.join(presets.PRESETS)}"
         )
     directory = config.tokenizer or (config.model if path.is_dir() else resumed)
     if not directory:
