@@ -186,8 +186,8 @@ def finetune(**options):
 @click.option("--model", required=True, help="Directory of a fine-tuned model, ours or of transformers.")
 @click.option("--input", "path", metavar="FILE", help="Table with the columns that the model was trained on.")
 @click.option("--output", metavar="FILE", help="File for the predictions, .jsonl, a line for each row.")
-@click.option("--text", "texts", multiple=True, help="Print the prediction for one text; for a pair, a question "
-              "and its context, or a context and its choices: each part in order.")  # fmt: skip
+@click.option("--text", "texts", multiple=True, help="Print the prediction for one text. A pair, a question and its "
+              "context, or a context and its choices: one --text for each, in order.")  # fmt: skip
 @click.option("--text-column", "columns", multiple=True, help="Column of the text, or both of a pair.")
 @click.option("--calibrated", is_flag=True, help="Divide the logits by the temperature found in training.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")

@@ -47,7 +47,8 @@ _AGREE = 1.15
 _known = {}
 # {class: "onednn" or "torch"} that a run was begun with; "every": one library for all
 _restored = {}
-_lock = threading.Lock()
+# candidates for attention multiply, too
+_lock = threading.RLock()
 
 
 def prefers_onednn(kind: str, sizes: tuple[int, ...], candidates: Callable) -> bool:

@@ -33,7 +33,7 @@ def write_card(directory, command, facts, spec, metrics, progress):
         return "\n".join([f"| {head} | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
 
     scores = [
-        (words(name), "undefined" if value is None else f"{value:.4f}")
+        (words(name), "undefined" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
         for name, value in metrics.get("scores", {}).items()
         if value is None or isinstance(value, int | float)
     ]

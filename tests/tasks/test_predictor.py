@@ -119,6 +119,8 @@ def test_the_command_line(tuned, tmp_path):
 
     result = call("predict", "--model", tuned, "--text", rows[0]["text"])
     assert json.loads(result.stdout)["label"] == wanted[0]["label"]
+    result = call("predict", "--model", tuned, "--text", "a", "--device", "gpu")
+    assert result.exit_code == 2 and "--device is 'gpu': expected auto, cpu, cuda or cuda:1" in result.output
     result = call("evaluate", "--model", tuned, "--input", path, "--output-dir", tmp_path / "scores")
     assert result.exit_code == 0, result.output
     right = np.mean([row["label"] == one["label"] for row, one in zip(rows, wanted)])
