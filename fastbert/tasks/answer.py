@@ -223,9 +223,12 @@ def score(examples, predictions, spec, *, tune=False):
     found = {}
     if rules == 2 and spec.settings.get("no_answer"):
         texts = [prediction["_spans"][0][0] if prediction["_spans"] else "" for prediction in predictions]
-        found = squad.best_thresholds(texts, golds, [prediction["_gap"] for prediction in predictions])
+        gaps = [prediction["_gap"] for prediction in predictions]
+        found = squad.best_thresholds(texts, golds, gaps)
         if tune:
-            spec.settings["null_threshold"] = found["best_f1_thresh"]
+            # where it is best to answer nothing, version 2's program says 0.0, which some gaps are below
+            answers_nothing = found["best_f1"] <= 100.0 * sum(not gold for gold in golds) / len(golds)
+            spec.settings["null_threshold"] = min(gaps) - 1.0 if answers_nothing else found["best_f1_thresh"]
             for prediction in predictions:
                 _chosen(prediction, spec)
         found["null_threshold"] = spec.settings.get("null_threshold", 0.0)

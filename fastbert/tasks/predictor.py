@@ -41,6 +41,8 @@ class Predictor:
         classify: {"label", "score", "probabilities"}. calibrated: divide the logits by the temperature that training
         found on its held-out examples. Raises ValueError for what is no text.
         """
+        if isinstance(texts, str):
+            raise ValueError(f"texts is the text {texts[:40]!r}: expected a list of texts")
         examples = (self._example(number, item) for number, item in enumerate(texts, 1))
         spec = _calibrated(self.spec) if calibrated else self.spec
         return [shown(prediction) for _, prediction in self._run(examples, spec)]

@@ -38,7 +38,7 @@ def detect(path):
     columns = set(found)
     for name, fits in (
         ("answer", {"question", "context"} <= columns and bool({"answers", "answer"} & columns)),
-        ("choose", "choices" in columns or "ending0" in columns),
+        ("choose", not {"choices", "ending0", "choice0"}.isdisjoint(columns)),
         ("tag", "tags" in columns or "ner_tags" in columns or "spans" in columns or "entities" in columns),
         ("regress", "score" in columns and "label" not in columns),
         ("multilabel", "labels" in columns or ("label" not in columns and _has_columns_of_bits(path, found))),

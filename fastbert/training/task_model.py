@@ -19,8 +19,9 @@ def model_for(config, kind, encoder_config, fields, resumed, log):
     stored = read_json(Path(config.model) / "config.json")
     architecture = (stored.get("architectures") or ["none"])[0]
     same = architecture == families.family(wanted.model_type).architectures.get(kind.__name__)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with warnings.catch_warnings():
+        # of a head that is missing: the log says what comes in its place
+        warnings.simplefilter("ignore")
         if same and _same_labels(encoder_config, wanted):
             model = kind.from_pretrained(config.model, **_dropouts(encoder_config))
             _reorder(model, wanted)
@@ -37,7 +38,7 @@ def model_for(config, kind, encoder_config, fields, resumed, log):
                     f"the head of {config.model} ({architecture}) is for another task or other labels: it is ignored, "
                     "a new one is drawn from --seed"
                 )
-            elif caught:
+            else:
                 log.say("the head is new: it is drawn from --seed")
     return model
 

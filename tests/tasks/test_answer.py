@@ -121,6 +121,19 @@ def test_validation_chooses_the_threshold_and_answers_by_it():
     assert [one["_error"] for one in predictions] == [0, 0, 0, 0] and predictions[1]["_answer"] == "no answer"
 
 
+def test_where_no_answer_is_right_nothing_is_answered():
+    spec = Spec("answer", (), settings={"no_answer": True})
+    golds = [["x"], [], []]
+    examples = [Example(1, ("q", "x y"), {"texts": gold, "spans": []}) for gold in golds]
+    wrong = {"_spans": [("z", 0, 1, 0.5)], "_null_share": 0.5}
+    predictions = [
+        answer._chosen({**wrong, "_gap": gap, "_golds": tuple(gold)}, spec)
+        for gap, gold in zip((-5.0, -3.0, 2.0), golds)
+    ]
+    scores = answer.score(examples, predictions, spec, tune=True)
+    assert scores["f1"] == scores["best_f1"] == pytest.approx(200 / 3) and not any(p["answer"] for p in predictions)
+
+
 @pytest.mark.parametrize("no_answer", [False, True])
 @pytest.mark.parametrize("context", ["", "\u200b", "   "])
 def test_a_context_without_tokens(context, no_answer):

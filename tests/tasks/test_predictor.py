@@ -241,6 +241,8 @@ def test_a_temperature_changes_predictions_and_scores(tuned, tmp_path):
 
 def test_no_texts_at_all(tuned):
     assert load(tuned).predict([]) == []
+    with pytest.raises(ValueError, match="texts is the text 'one': expected a list"):
+        load(tuned).predict("one")
 
 
 def test_an_untuned_temperature(tuned):
