@@ -50,7 +50,8 @@ def unused(directory):
     path = Path(directory).absolute()
     with contextlib.ExitStack() as held:
         for folder in (path, *path.parents):
-            if (folder / ".lock").exists():
+            # other programs have files named .lock
+            if (folder / ".lock.pid").exists():
                 # a directory that cannot be written has no run
                 with contextlib.suppress(OSError):
                     held.enter_context(lock(folder))
