@@ -278,7 +278,7 @@ def draw(folder, results, history):
 
 # the folder of results that they come from
 FEATURED = RESULTS / "cpu-amd-epyc-2-cores"
-# and of another processor, without AVX-512: the demo, and how far the figures there differ
+# and of another processor, without AVX-512: the demo, and a training step for comparison
 OTHER = RESULTS / "cpu-amd-epyc-family-25-model-1-2-cores"
 
 
@@ -306,7 +306,6 @@ FIGURES = {
     "single": _of("families", tables.single_line),
     "demo": _of("demo", tables.demo_line, OTHER),
     "training_step_elsewhere": _of("training_step", tables.span_line, OTHER),
-    "families_elsewhere": _of("families", tables.span_line, OTHER),
     "models": _of("models", tables.models_summary),
     "models_span": _of("models", tables.span_line),
     "models_about": _of("models", _about),
