@@ -191,6 +191,27 @@ MUTANTS = [
         "[max(end - 2, 0) for end in starts[1:]]",
         "tests/kernels/test_pooling.py::test_the_formulas_of_sentence_transformers",
     ),
+    Mutant(
+        "inference-stale-weights",
+        "fastbert/cpu/inference.py",
+        "if stamp == self.stamp and torch.equal(torch.cat(self.samples), self.sampled):",
+        "if stamp == self.stamp:",
+        "tests/cpu/test_inference.py::test_changed_weights_are_read_again",
+    ),
+    Mutant(
+        "inference-residual-forgotten",
+        "fastbert/cpu/inference.py",
+        "down(up(x, self.approximate)).add_(x)",
+        "down(up(x, self.approximate))",
+        "tests/cpu/test_inference.py::test_values",
+    ),
+    Mutant(
+        "library-of-the-checkpoint-forgotten",
+        "fastbert/cpu/libraries.py",
+        "if name in _restored:",
+        "if not name:",
+        "tests/cpu/test_libraries.py::test_a_resumed_run_goes_on_as_it_began",
+    ),
     # data
     Mutant(
         "masking-rate-off-by-2-percent",
@@ -284,6 +305,28 @@ MUTANTS = [
         "count if num_items is None else num_items",
         "count",
         "tests/swapping/test_swap.py::test_the_loss_is_divided_by_the_labels_of_the_whole_step",
+    ),
+    Mutant(
+        "swap-prepared-under-dropout",
+        "fastbert/swapping/inference.py",
+        "if drops or not all(",
+        "if not all(",
+        "tests/swapping/test_swapped_speed.py::test_dropout_that_is_on_in_evaluation_drops",
+    ),
+    # tasks
+    Mutant(
+        "tasks-worst-model-kept",
+        "fastbert/training/finetune.py",
+        "direction * score <= direction * best",
+        "direction * score >= direction * best",
+        "tests/training/test_finetune.py::test_the_best_step",
+    ),
+    Mutant(
+        "tasks-null-threshold-not-chosen",
+        "fastbert/tasks/answer.py",
+        'found["null_threshold"] = spec.settings.get("null_threshold", 0.0)',
+        'spec.settings["null_threshold"] = found["null_threshold"] = 0.0',
+        "tests/tasks/test_answer.py",
     ),
 ]
 

@@ -338,8 +338,9 @@ def test_a_stack_runs_unpadded_again_once_its_hook_is_gone(when, shapes):
     hidden(model)
     assert not any(map(is_unpadded, shapes))
     handle.remove()
+    shapes.clear()
     hidden(model)
-    assert sum(map(is_unpadded, shapes)) == 4
+    assert len(shapes) >= 8 and all(map(is_unpadded, shapes))
 
 
 class Quantised(torch.Tensor):
