@@ -251,8 +251,8 @@ MUTANTS = [
     Mutant(
         "long-sentences-cut-anywhere",
         "fastbert/data/encoding.py",
-        "if whole == ids + self._ids(gap[0] + right):",
-        "if whole:",
+        "if self._ids(sentence[begin : gap.end() + 99])[: len(ids)] == ids:",
+        "if ids:",
         "tests/data/test_encoding.py::test_the_ids_of_a_long_sentence_are_those_of_the_whole",
     ),
     # training
@@ -273,8 +273,8 @@ MUTANTS = [
     Mutant(
         "checkpoint-forgets-the-window",
         "fastbert/training/loop.py",
-        '{"progress": asdict(progress)}',
-        '{"progress": asdict(progress) | {"window": {}}}',
+        '{"progress": asdict(progress), "products"',
+        '{"progress": asdict(progress) | {"window": {}}, "products"',
         "tests/training/test_resume.py::test_a_stopped_run_resumes_to_the_bit",
     ),
     # swapping
@@ -288,8 +288,8 @@ MUTANTS = [
     Mutant(
         "swap-unpads-over-a-hook",
         "fastbert/swapping/stacks.py",
-        'if is_watched(self, hooks=kwargs.get("cu_seq_lens_q") is None) or _own_attention(self):',
-        "if False:",
+        "if layout is None or is_watched(self, hooks=not is_flat) or _own_attention(self):",
+        "if layout is None:",
         "tests/swapping/test_own_code.py::test_hooks_that_mix_tokens",
     ),
     Mutant(
