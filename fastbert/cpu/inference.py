@@ -73,11 +73,12 @@ class Layer:
         self.stamp = None
 
     def holds(self, parts):
-        """Whether these are still the modules, with the same parameters, in float32."""
+        """Whether these are still the modules, with the same parameters, in float32 and without gaps."""
         return parts == self.parts and all(
             part.weight is weight and part.bias is bias and weight.dtype == bias.dtype == torch.float32
+            and weight.is_contiguous() and bias.is_contiguous()
             for part, weight, bias in zip(parts, self.parameters[::2], self.parameters[1::2])
-        )
+        )  # fmt: skip
 
     def _refresh(self):
         stamp = [(x._version, x.data_ptr()) for x in self.parameters]
@@ -107,8 +108,7 @@ _PREPARED = weakref.WeakKeyDictionary()
 
 
 def prepare(module, parts, heads, scale, approximate):
-    """The Layer of `module` for inference now, made once; None where it cannot run: where gradients are wanted, and for
-    parameters that are no float32 tensors in memory."""
+    """The Layer of `module`, made once; None for parameters that are no contiguous float32 tensors in memory."""
     layer = _PREPARED.get(module)
     if layer is None or not layer.holds(parts):
         parameters = [x for part in parts for x in (part.weight, part.bias)]

@@ -159,7 +159,8 @@ def chosen() -> dict[str, str]:
     if pinned != "auto":
         return {"every": pinned}
     return _restored | {
-        class_of(kind, sizes): "onednn" if is_onednn else "torch" for (kind, sizes, _), is_onednn in _known.items()
+        class_of(kind, sizes): "onednn" if is_onednn else "torch"
+        for (kind, sizes, _), is_onednn in list(_known.items())
     }
 
 
@@ -209,7 +210,11 @@ def _facts(cpuinfo):
 
 @functools.cache
 def _file(threads):
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    try:
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        # a container's user may have no home
+        cache = tempfile.gettempdir()
     name = re.sub(r"[^a-z0-9.]+", "-", f"{processor()} {threads} threads torch {torch.__version__}".lower()).strip("-")
     return Path(cache) / "fastbert" / "products" / f"{name}.json"
 
@@ -218,7 +223,8 @@ def _read(path):
     """{class: [seconds of oneDNN, seconds of torch]}; {} if there is no such file, or it holds something else."""
     try:
         times = json.loads(path.read_text(encoding="utf-8"))
-        return {str(name): (float(onednn), float(own)) for name, (onednn, own) in times.items()}
+        times = {str(name): (float(onednn), float(own)) for name, (onednn, own) in times.items()}
+        return {name: both for name, both in times.items() if min(both) > 0}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
 
@@ -227,9 +233,12 @@ def _write(path, times):
     # without the file, the next process measures again
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
-            json.dump(times, file, indent=1, sort_keys=True)
-        os.replace(file.name, path)
+        building = path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            building.write_text(json.dumps(times, indent=1, sort_keys=True), encoding="utf-8")
+            building.replace(path)
+        finally:
+            building.unlink(missing_ok=True)
 
 
 def table(candidates: Callable) -> list[tuple[str, float, float]]:

@@ -150,6 +150,15 @@ def test_a_module_with_a_hook_is_called(name, model, batch):
     assert seen == [1]
 
 
+def test_a_weight_with_gaps_after_a_call(model, batch):
+    check(model, batch)
+    linear = model.encoder.blocks[0].attention.output
+    linear.weight.data = torch.randn(128, 128).t()
+    with torch.no_grad():
+        got = model.encoder(batch)
+    torch.testing.assert_close(got, model.encoder(batch), rtol=1e-5, atol=1e-5)
+
+
 def test_another_dtype_after_a_call(model, batch):
     check(model, batch)
     with torch.no_grad():

@@ -1,6 +1,7 @@
 """The choice between torch's two matrix libraries."""
 
 import math
+import tempfile
 
 import pytest
 import torch
@@ -70,7 +71,10 @@ def test_times_of_a_busy_machine_are_not_kept(measured, fresh):
     assert fresh.exists()
 
 
-@pytest.mark.parametrize("content", ["", "[]", "[1]", '{"a": 1}', '{"forward 96 x 768 x 768": ["a", 1]}', "\0\1"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "[1]", '{"a": 1}', '{"forward 96 x 768 x 768": ["a", 1]}', '{"forward 96 x 768 x 768": [1, 0]}', "\0\1"],
+)
 def test_a_damaged_file_is_measured_again(content, measured, fresh):
     fresh.parent.mkdir()
     fresh.write_text(content)
@@ -84,6 +88,13 @@ def test_without_a_file(measured, fresh):
     fresh.parent.write_text("not a folder")
     measured += [(FASTER, SLOWER)]
     assert prefers() and prefers()
+
+
+def test_a_user_without_a_home(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(libraries.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert libraries._file.__wrapped__(2).is_relative_to(tempfile.gettempdir())
 
 
 def test_rounds_in_which_a_core_was_taken_away_do_not_count():
