@@ -19,7 +19,8 @@ _WIDTH, _ROWS = 2**20, 2**31 - 1
 _LIMITS = {
     "vocab_size": (1, _ROWS), "hidden_size": (1, _WIDTH), "num_hidden_layers": (1, 1024),
     "num_attention_heads": (1, _WIDTH), "intermediate_size": (1, _WIDTH), "max_position_embeddings": (1, _ROWS),
-    "type_vocab_size": (0, _ROWS), "position_offset": (0, _ROWS), "embedding_size": (1, _WIDTH),
+    "type_vocab_size": (0, _ROWS), "task_type_vocab_size": (0, _ROWS), "position_offset": (0, _ROWS),
+    "embedding_size": (1, _WIDTH),
     "num_hidden_groups": (1, 1024), "inner_group_num": (1, 1024), "position_buckets": (0, _WIDTH),
     "max_relative_positions": (0, _WIDTH), "conv_kernel_size": (0, 1023), "num_labels": (1, 2**22),
     "initializer_range": (0, 100), "layer_norm_eps": (0, 1),
@@ -125,9 +126,19 @@ class EncoderConfig:
     # buckets of the distances that have a bias; 0 for no bias
     distance_buckets: int = 0
 
-    # --- ModernBERT
-    # whether norms come before attention and feed-forward; the feed-forward is then gated
+    # --- ERNIE
+    # rows of the table of task types; every token is of type 0, the default of transformers. 0 for no table
+    task_type_vocab_size: int = 0
+
+    # --- pre-norm families: ModernBERT, Megatron-BERT, XLM-RoBERTa-XL
+    # whether norms come before attention and feed-forward, and after the last layer
     pre_norm: bool = False
+    # whether the sum of the embeddings goes through a LayerNorm
+    embedding_norm: bool = True
+    # whether the first pre-norm layer has a norm before attention
+    first_norm: bool = True
+    # whether the feed-forward is gated
+    gated: bool = False
     # how far each layer sees to both sides, None for a layer that sees everything; None: all layers do
     windows: tuple | None = None
     # the rotary base of each layer; None: no rotary positions
@@ -140,8 +151,10 @@ class EncoderConfig:
     norm_bias: bool = True
     # dropout after the gate
     mlp_dropout: float = 0.0
-    # dropout after attention's output projection
+    # dropout after attention's output projection, in pre-norm layers
     output_dropout: float = 0.0
+    # dropout after the feed-forward, in pre-norm layers
+    down_dropout: float = 0.0
     # the masked-LM head's activation; None: hidden_act
     head_act: str | None = None
     # whether the masked-LM head's linear layer has a bias

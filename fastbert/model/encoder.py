@@ -44,7 +44,7 @@ class Block(nn.Module):
         self.config = config
         self.attention = ATTENTIONS[config.attention](config, i)
         self.attention_norm = AddNorm(config, "attention")
-        self.feed_forward = FeedForward(config)
+        self.feed_forward = (GatedFeedForward if config.gated else FeedForward)(config)
         self.feed_forward_norm = AddNorm(config, "feed_forward")
 
     def forward(self, x, layout, dropout):
@@ -59,7 +59,7 @@ class Block(nn.Module):
     def _prepared(self, layout, dropout):
         """This layer as `ops.prepare` has it for inference; None where a module inside must be called."""
         config, attention, feed_forward = self.config, self.attention, self.feed_forward
-        if config.attention != "softmax" or dropout.seed is not None or layout.query_rows is not None:
+        if config.attention != "softmax" or config.gated or dropout.seed is not None or layout.query_rows is not None:
             return None
         called = attention, self.attention_norm, feed_forward, self.feed_forward_norm
         if any(module._forward_hooks or module._forward_pre_hooks for module in called):
@@ -73,19 +73,19 @@ class Block(nn.Module):
     def after_attention(self, attended, residual, dropout):
         """The rest of the layer; attention's output and the residual are both [T, D] or [M, D]."""
         x = self.attention_norm(attended, residual, dropout)
-        return self.feed_forward_norm(self.feed_forward(x), x, dropout)
+        return self.feed_forward_norm(self.feed_forward(x, dropout), x, dropout)
 
 
 class PreNormBlock(nn.Module):
-    """One pre-norm layer, as in ModernBERT (Warner et al. 2024); the first has no norm before attention."""
+    """One pre-norm layer (Xiong et al. 2020), as in Megatron-BERT and, gated, in ModernBERT (Warner et al. 2024)."""
 
     def __init__(self, config, i):
         super().__init__()
-        self.attention_norm = Norm(config) if i > 0 else None
+        self.attention_norm = Norm(config) if i > 0 or config.first_norm else None
         self.attention = ATTENTIONS[config.attention](config, i)
         self.feed_forward_norm = Norm(config)
-        self.feed_forward = GatedFeedForward(config)
-        self.output_dropout = config.output_dropout
+        self.feed_forward = (GatedFeedForward if config.gated else FeedForward)(config)
+        self.output_dropout, self.down_dropout = config.output_dropout, config.down_dropout
 
     def forward(self, x, layout, dropout):
         """x [T, D] -> [T, D], or [M, D] of the query rows."""
@@ -93,7 +93,8 @@ class PreNormBlock(nn.Module):
         attended = self.attention(x if self.attention_norm is None else self.attention_norm(x), layout, dropout)
         attended = dropped(attended, self.output_dropout, dropout)
         x = attended + (x if layout.query_rows is None else x[layout.query_rows])
-        return x + self.feed_forward(self.feed_forward_norm(x), dropout)
+        down = self.feed_forward(self.feed_forward_norm(x), dropout)
+        return x + dropped(down, self.down_dropout, dropout)
 
 
 class Encoder(nn.Module):

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from . import config_json
 from .config import EncoderConfig, checked, shown
 
 
@@ -64,10 +65,23 @@ def _embeddings(prefix):
     }
 
 
+def _embeddings_without_norm(prefix):
+    return {ours: theirs for ours, theirs in _embeddings(prefix).items() if ours != "encoder.embeddings.norm"}
+
+
 def _encoder(prefix, query_key_value="attention.self.query attention.self.key attention.self.value"):
     """The names of BERT's encoder, which several families share."""
     rest = "attention.output.dense attention.output.LayerNorm intermediate.dense output.dense output.LayerNorm"
     return _embeddings(prefix) | _layers(prefix + "encoder.layer.{i}.", f"{query_key_value} {rest}")
+
+
+def _pre_norm_layers(prefix, before_attention, before_feed_forward):
+    """BERT's names, with the norms elsewhere."""
+    return _layers(
+        prefix + "encoder.layer.{i}.",
+        f"attention.self.query attention.self.key attention.self.value attention.output.dense {before_attention} "
+        f"intermediate.dense output.dense {before_feed_forward}",
+    )
 
 
 def _heads(name, **others):
@@ -97,14 +111,34 @@ _LM_HEAD = _vocabulary_head("lm_head.dense", "lm_head.layer_norm", "lm_head.bias
 _LM_HEAD_TIED = ("lm_head.decoder.weight", "lm_head.decoder.bias")
 
 
-def _roberta(name):
+def _bert(name, prefix="bert.", encoder=None, **options):
+    """encoder: names of the encoder; None: BERT's."""
     return Family(
-        prefix="roberta.",
-        names={**_encoder("roberta."), **_LM_HEAD, **_DENSE_CLASSIFIER, "pooler": "roberta.pooler.dense"},
+        prefix=prefix,
+        names={
+            **(_encoder(prefix) if encoder is None else encoder),
+            **_vocabulary_head(
+                "cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias"
+            ),
+            "pooler": f"{prefix}pooler.dense",
+            "pair_classifier": "cls.seq_relationship",
+            **_CLASSIFIERS,
+        },
+        architectures=_heads(name, Pretraining=f"{name}ForPreTraining"),
+        tied=("cls.predictions.decoder.weight", "cls.predictions.decoder.bias", f"{prefix}embeddings.position_ids"),
+        **options,
+    )
+
+
+def _roberta(name, prefix="roberta.", encoder=None, keys=None, **defaults):
+    """encoder: names of the encoder; None: BERT's."""
+    return Family(
+        prefix=prefix,
+        names={**(encoder or _encoder(prefix)), **_LM_HEAD, **_DENSE_CLASSIFIER, "pooler": f"{prefix}pooler.dense"},
         architectures=_heads(name),
-        tied=(*_LM_HEAD_TIED, "roberta.embeddings.position_ids"),
-        defaults=dict(pad_token_id=1, head_act="gelu", pooler_dropout=None),
-        keys=dict(classifier_dropout="classifier_dropout"),
+        tied=(*_LM_HEAD_TIED, f"{prefix}embeddings.position_ids"),
+        defaults=dict(pad_token_id=1, head_act="gelu", pooler_dropout=None, **defaults),
+        keys=dict(classifier_dropout="classifier_dropout", **(keys or {})),
         tokenizer="bpe",
         positions_after_padding=True,
     )
@@ -126,87 +160,6 @@ def _electra_generator(config):
 def _deberta_generator(config):
     """As wide as the discriminator, half as deep (He et al. 2023)."""
     return config.replace(num_hidden_layers=max(1, config.num_hidden_layers // 2))
-
-
-def _given(values, key, default, kind=int, limits=None):
-    """The value of a key, which must fit as in `config.checked`; `default` where it is missing or null."""
-    return default if values.get(key) is None else checked(key, values[key], kind, limits)
-
-
-def _read_distilbert(values):
-    """transformers knows these by BERT's names too, and prefers them."""
-    names = ("num_hidden_layers", "num_attention_heads", "hidden_size")
-    return {name: values[name] for name in names if values.get(name) is not None}
-
-
-def _read_modernbert(values):
-    """Windows and rotary bases of the layers, from current keys or those of the published checkpoints."""
-    layers = _given(values, "num_hidden_layers", 22, limits=(1, 1024))
-    every = _given(values, "global_attn_every_n_layers", 3, limits=(1, 1024))
-    usual = ["sliding_attention" if i % every else "full_attention" for i in range(layers)]
-    kinds = _given(values, "layer_types", usual, list)
-    ropes = _given(values, "rope_parameters", {}, dict)
-    thetas = {}
-    for kind, old, default in (
-        ("full_attention", "global_rope_theta", 160000.0),
-        ("sliding_attention", "local_rope_theta", 10000.0),
-    ):
-        rope = _given(ropes, kind, {}, dict)
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise ValueError(f"rope_parameters of {kind} are {shown(rope)}: expected rope_type 'default'")
-        thetas[kind] = _given(rope, "rope_theta", _given(values, old, default, float, (1, 1e12)), float, (1, 1e12))
-    if len(kinds) != layers or not all(kind in [*thetas] for kind in kinds):
-        raise ValueError(f"layer_types is {shown(kinds)}: expected {' or '.join(thetas)}, num_hidden_layers times")
-    # transformers reads either, the second last
-    window = _given(values, "local_attention", 128, limits=(0, 2**31 - 1)) // 2
-    window = _given(values, "sliding_window", window, limits=(0, 2**30))
-    return dict(
-        windows=tuple(window if kind == "sliding_attention" else None for kind in kinds),
-        rope_thetas=tuple(thetas[kind] for kind in kinds),
-    )
-
-
-def _write_modernbert(config):
-    kinds = ["full_attention" if window is None else "sliding_attention" for window in config.windows]
-    thetas = {kind: dict(rope_type="default", rope_theta=theta) for kind, theta in zip(kinds, config.rope_thetas)}
-    windows = [window for window in config.windows if window is not None]
-    return dict(layer_types=kinds, rope_parameters=thetas, local_attention=2 * windows[0] if windows else 128)
-
-
-def _read_deberta(values):
-    """The fields of both of DeBERTa's model types that BERT does not have."""
-    is_packed = values.get("model_type") == "deberta"
-    is_relative = _given(values, "relative_attention", False, bool)
-    terms = values.get("pos_att_type") or ()
-    terms = terms.lower().split("|") if isinstance(terms, str) else _given(values, "pos_att_type", [], list)
-    terms = tuple(checked("pos_att_type", term, str).strip() for term in terms)
-    if terms and not is_relative:
-        raise ValueError(f"relative_attention is false: expected true with pos_att_type, which is {shown(terms)}")
-    norms = _given(values, "norm_rel_ebd", "none", str).lower().split("|")
-    positions = _given(values, "max_position_embeddings", 512)
-    furthest = _given(values, "max_relative_positions", -1)
-    return dict(
-        attention="packed disentangled" if is_packed else "disentangled" if is_relative else "softmax",
-        pos_att_type=terms,
-        position_buckets=0 if is_packed else max(_given(values, "position_buckets", -1), 0),
-        max_relative_positions=furthest if furthest > 0 else positions,
-        norm_rel_ebd="layer_norm" in [norm.strip() for norm in norms],
-        # our own key: transformers has no such decoder, and the published config.json do not mention it
-        enhanced_mask_decoder=_given(values, "enhanced_mask_decoder", False, bool),
-    )
-
-
-def _write_deberta(config):
-    values = dict(
-        relative_attention=bool(config.pos_att_type), pos_att_type=list(config.pos_att_type),
-        max_relative_positions=config.max_relative_positions,
-    )  # fmt: skip
-    if config.enhanced_mask_decoder:
-        values["enhanced_mask_decoder"] = True
-    if config.model_type == "deberta-v2":
-        values["position_buckets"] = config.position_buckets or -1
-        values["norm_rel_ebd"] = "layer_norm" if config.norm_rel_ebd else "none"
-    return values
 
 
 def _deberta(**names):
@@ -232,8 +185,8 @@ def _deberta(**names):
         },
         expected=dict(talking_head=[False], conv_groups=[1]),
         same=dict(embedding_size="hidden_size", pooler_hidden_size="hidden_size", attention_head_size="head_size"),
-        read=_read_deberta,
-        write=_write_deberta,
+        read=config_json.read_deberta,
+        write=config_json.write_deberta,
     )
 
 
@@ -244,25 +197,54 @@ _DEBERTA_KEYS = dict(
 )  # fmt: skip
 _DEBERTA_SELF = "deberta.encoder.layer.{i}.attention.self."
 _MODERNBERT_LAYER = "model.layers.{i}."
+_PRE_NORM_DROPOUTS = dict(output_dropout="hidden_dropout_prob", down_dropout="hidden_dropout_prob")
 
 FAMILIES = {
-    "bert": Family(
-        prefix="bert.",
-        names={
-            **_encoder("bert."),
-            **_vocabulary_head(
-                "cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias"
-            ),
-            "pooler": "bert.pooler.dense",
-            "pair_classifier": "cls.seq_relationship",
-            **_CLASSIFIERS,
-        },
-        architectures=_heads("Bert", Pretraining="BertForPreTraining"),
+    "bert": _bert("Bert", keys=dict(classifier_dropout="classifier_dropout")),
+    "ernie": _bert(
+        "Ernie", "ernie.",
+        encoder={**_encoder("ernie."), "encoder.embeddings.task_type": "ernie.embeddings.task_type_embeddings"},
         keys=dict(classifier_dropout="classifier_dropout"),
-        tied=("cls.predictions.decoder.weight", "cls.predictions.decoder.bias", "bert.embeddings.position_ids"),
+        read=config_json.read_ernie,
+        write=config_json.write_ernie,
+    ),
+    "megatron-bert": _bert(
+        "MegatronBert",
+        encoder={
+            **_embeddings_without_norm("bert."),
+            **_pre_norm_layers("bert.", "attention.ln", "ln"),
+            "encoder.final_norm": "bert.encoder.ln",
+        },
+        defaults=dict(
+            vocab_size=29056, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
+            pre_norm=True, embedding_norm=False,
+        ),
+        keys=_PRE_NORM_DROPOUTS,
     ),
     "roberta": _roberta("Roberta"),
     "xlm-roberta": _roberta("XLMRoberta"),
+    "camembert": _roberta("Camembert"),
+    "data2vec-text": _roberta("Data2VecText", "data2vec_text."),
+    "roberta-prelayernorm": _roberta(
+        "RobertaPreLayerNorm", "roberta_prelayernorm.",
+        encoder={
+            **_embeddings("roberta_prelayernorm."),
+            **_pre_norm_layers("roberta_prelayernorm.", "attention.LayerNorm", "intermediate.LayerNorm"),
+            "encoder.final_norm": "roberta_prelayernorm.LayerNorm",
+        },
+        keys=_PRE_NORM_DROPOUTS, vocab_size=50265, pre_norm=True,
+    ),
+    "xlm-roberta-xl": _roberta(
+        "XLMRobertaXL",
+        encoder={
+            **_embeddings_without_norm("roberta."),
+            **_pre_norm_layers("roberta.", "attention.self_attn_layer_norm", "LayerNorm"),
+            "encoder.final_norm": "roberta.encoder.LayerNorm",
+        },
+        keys=dict(output_dropout="hidden_dropout_prob"),
+        vocab_size=250880, hidden_size=2560, num_hidden_layers=36, num_attention_heads=32, intermediate_size=10240,
+        max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5, pre_norm=True, embedding_norm=False,
+    ),
     "albert": Family(
         prefix="albert.",
         names={
@@ -346,7 +328,7 @@ FAMILIES = {
             attention_probs_dropout_prob="attention_dropout", hidden_act="activation", type_vocab_size=None,
             layer_norm_eps=None, classifier_dropout="seq_classif_dropout", qa_dropout="qa_dropout",
         ),
-        read=_read_distilbert,
+        read=config_json.read_distilbert,
     ),
     "deberta": Family(
         **_deberta(**{
@@ -433,9 +415,9 @@ FAMILIES = {
         defaults=dict(
             vocab_size=50368, num_hidden_layers=22, intermediate_size=1152, max_position_embeddings=8192,
             layer_norm_eps=1e-5, pad_token_id=50283, type_vocab_size=0, position_biased_input=False, pre_norm=True,
-            attention="rotary", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, attention_bias=False,
-            mlp_bias=False, norm_bias=False, head_bias=False, head_act="gelu", pooler_act="transform",
-            classifier_dropout=0.0,
+            first_norm=False, gated=True, attention="rotary", hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0, attention_bias=False, mlp_bias=False, norm_bias=False, head_bias=False,
+            head_act="gelu", pooler_act="transform", classifier_dropout=0.0,
         ),
         keys=dict(
             hidden_act="hidden_activation", head_act="classifier_activation", hidden_dropout_prob="embedding_dropout",
@@ -447,8 +429,8 @@ FAMILIES = {
         ),
         expected=dict(decoder_bias=[True], rope_scaling=[]),
         same=dict(head_dim="head_size"),
-        read=_read_modernbert,
-        write=_write_modernbert,
+        read=config_json.read_modernbert,
+        write=config_json.write_modernbert,
     ),
 }  # fmt: skip
 

@@ -19,7 +19,10 @@ class Embeddings(nn.Module):
         self.word = nn.Embedding(config.vocab_size, width, padding_idx=config.pad_token_id)
         self.position = nn.Embedding(config.max_position_embeddings, width) if config.position_biased_input else None
         self.token_type = nn.Embedding(config.type_vocab_size, width) if config.type_vocab_size else None
-        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps, bias=config.norm_bias)
+        self.task_type = nn.Embedding(config.task_type_vocab_size, width) if config.task_type_vocab_size else None
+        self.norm = None
+        if config.embedding_norm:
+            self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps, bias=config.norm_bias)
         self.project = nn.Linear(width, D) if config.embedding_size is not None else None
 
     def forward(self, batch, dropout):
@@ -30,12 +33,30 @@ class Embeddings(nn.Module):
             position_ids, position = batch.position_ids, self.position.weight
             if self.config.position_offset:
                 position_ids = position_ids + self.config.position_offset
-        x = ops.embedding(
-            batch.input_ids, position_ids, token_type_ids, self.word.weight, position, token_type,
-            self.norm.weight, self.norm.bias,
-            padding_idx=self.config.pad_token_id, eps=self.norm.eps, **dropout.next(self.config.hidden_dropout_prob),
-        )  # fmt: skip
+        if self.task_type is not None:
+            # all tokens have row 0: a constant, which the token types' table can carry
+            token_type = token_type + self.task_type.weight[0]
+        tables = batch.input_ids, position_ids, token_type_ids, self.word.weight, position, token_type
+        padding_idx, dropout_p = self.config.pad_token_id, self.config.hidden_dropout_prob
+        if self.norm is None:
+            x = dropped(summed(*tables, padding_idx), dropout_p, dropout)
+        else:
+            x = ops.embedding(
+                *tables, self.norm.weight, self.norm.bias, padding_idx=padding_idx, eps=self.norm.eps,
+                **dropout.next(dropout_p),
+            )  # fmt: skip
         return x if self.project is None else ops.linear(x, self.project.weight, self.project.bias)
+
+
+def summed(input_ids, position_ids, token_type_ids, word, position, token_type, padding_idx):
+    """The sum of `ops.embedding`'s lookups alone, [T, width]."""
+    ops.check_ids("input_ids", input_ids, len(word))
+    x = nn.functional.embedding(input_ids, word, padding_idx)
+    for name, ids, table in (("token_type", token_type_ids, token_type), ("position", position_ids, position)):
+        if table is not None:
+            ops.check_ids(f"{name}_ids", ids, len(table))
+            x = x + nn.functional.embedding(ids, table)
+    return x
 
 
 def longest_of(layout):
@@ -104,7 +125,7 @@ class FeedForward(nn.Module):
         self.up = nn.Linear(config.hidden_size, config.intermediate_size)
         self.down = nn.Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x):
+    def forward(self, x, dropout):
         x = ops.linear_gelu(x, self.up.weight, self.up.bias, approximate=self.config.approximate)
         return ops.linear(x, self.down.weight, self.down.bias)
 

@@ -34,6 +34,25 @@ PRESETS = {
     "roberta-large": _sized("roberta", 24, 1024, vocab_size=50265, **_LIU),
     "xlm-roberta-base": _sized("xlm-roberta", 12, 768, vocab_size=250002, **_LIU),
     "xlm-roberta-large": _sized("xlm-roberta", 24, 1024, vocab_size=250002, **_LIU),
+    # Martin et al. 2020; Baevski et al. 2022; Goyal et al. 2021
+    "camembert-base": _sized("camembert", 12, 768, vocab_size=32005, **_LIU),
+    "data2vec-text-base": _sized("data2vec-text", 12, 768, vocab_size=50265, **_LIU),
+    "xlm-roberta-xl": _sized("xlm-roberta-xl", 36, 2560, 32),
+    # Wettig et al. 2023, with a masked share of 40 %
+    "efficient-mlm": _sized("roberta-prelayernorm", 24, 1024, **_LIU),
+    # Sun et al. 2021
+    "ernie-3.0-base-zh": _sized(
+        "ernie",
+        12,
+        768,
+        vocab_size=40000,
+        max_position_embeddings=2048,
+        type_vocab_size=4,
+        task_type_vocab_size=3,
+        layer_norm_eps=1e-5,
+    ),
+    # Shoeybi et al. 2019
+    "megatron-bert-345m": _sized("megatron-bert", 24, 1024),
     # Lan et al. 2020, second version
     "albert-base-v2": _sized("albert", 12, 768),
     "albert-large-v2": _sized("albert", 24, 1024),

@@ -45,7 +45,8 @@ class BertSelfAttention(Attention):
         heads = q.shape[-1] // self.attention_head_size
         # the original too reads the probability, and does not call the dropout
         dropout = dropout_arguments(getattr(self, self.DROPOUT).p if self.training else 0.0, q.device)
-        return attend(layout, q, k, v, heads, scale=self.scaling, **dropout)
+        # Megatron-BERT's has no such attribute: it divides by the root, as an op does without a scale
+        return attend(layout, q, k, v, heads, scale=getattr(self, "scaling", None), **dropout)
 
 
 class AlbertAttention(BertSelfAttention):

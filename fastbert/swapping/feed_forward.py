@@ -59,6 +59,13 @@ class BertIntermediate(TokenWise):
         return linear_gelu(self.dense, self.intermediate_act_fn, hidden_states)
 
 
+class RobertaPreLayerNormIntermediate(BertIntermediate):
+    """gelu(dense(LayerNorm(x)))."""
+
+    def forward(self, hidden_states):
+        return super().forward(layer_norm(self.LayerNorm, hidden_states))
+
+
 class FFN(TokenWise):
     """DistilBERT's."""
 

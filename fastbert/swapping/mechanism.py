@@ -114,10 +114,11 @@ def swap(
     a masked-language model that is given labels also returns scores: in "evaluation" only, or "always". Without labels
     it always does.
 
-    Known: HuggingFace's BERT, RoBERTa, XLM-R, ALBERT, DistilBERT, ELECTRA, DeBERTa (v1, v2, v3), MPNet and ModernBERT
-    with any head, also inside other models (sentence-transformers); nn.TransformerEncoder and its layers, nn.LayerNorm,
-    nn.GELU, nn.CrossEntropyLoss. Returns a SwapReport. Swapping again applies the new switches. Raises ValueError for
-    an unknown value of a switch, TypeError if `model` is not an nn.Module.
+    Known: HuggingFace's BERT, RoBERTa, XLM-R, ALBERT, DistilBERT, ELECTRA, DeBERTa (v1, v2, v3), MPNet, ModernBERT,
+    CamemBERT, ERNIE, data2vec-text, RoCBert, XLM-R-XL, RoBERTa-PreLayerNorm and Megatron-BERT with any head, also
+    inside other models (sentence-transformers); nn.TransformerEncoder and its layers, nn.LayerNorm, nn.GELU,
+    nn.CrossEntropyLoss. Returns a SwapReport. Swapping again applies the new switches. Raises ValueError for an unknown
+    value of a switch, TypeError if `model` is not an nn.Module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: expected a torch.nn.Module")

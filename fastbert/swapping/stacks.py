@@ -277,6 +277,12 @@ def _with_last(out, last, between=lambda x: x):
     return out
 
 
+class PreNormEncoder(BertEncoder):
+    """Of layers that begin with their norms."""
+
+    PREPARES = False
+
+
 class MPNetEncoder(BertEncoder):
     BY_DISTANCE = True
     PREPARES = False

@@ -19,6 +19,7 @@ from .feed_forward import (
     DebertaLayerNorm,
     ModernBertMLP,
     MPNetAttention,
+    RobertaPreLayerNormIntermediate,
     TransformerBlock,
 )
 from .losses import (
@@ -28,7 +29,15 @@ from .losses import (
     BertForSequenceClassification,
     ElectraForPreTraining,
 )
-from .stacks import BertEncoder, DebertaEncoder, ModernBertModel, MPNetEncoder, MPNetModel, RobertaModel
+from .stacks import (
+    BertEncoder,
+    DebertaEncoder,
+    ModernBertModel,
+    MPNetEncoder,
+    MPNetModel,
+    PreNormEncoder,
+    RobertaModel,
+)
 from .tokenwise import KNOWN
 
 # what most families copy from BERT, by the name without the family's
@@ -44,14 +53,39 @@ _COPIED = {
     "ForMultipleChoice": BertForSequenceClassification,
     "ForNextSentencePrediction": BertForSequenceClassification,
 }
-# file, family's name -> their class: ours, where it is not one of those above
+
+
+def _pre_norm(family, **others):
+    """Their residuals have no norm."""
+    return {f"{family}Encoder": PreNormEncoder, f"{family}SelfOutput": None, f"{family}Output": None, **others}
+
+
+# file, family's name -> their class: ours, where it is not one of those above; None: it stays
 _OWN = {
     ("bert", "Bert"): {
         "BertForPreTraining": BertForPreTraining,
         "BertPredictionHeadTransform": BertPredictionHeadTransform,
     },
+    ("ernie", "Ernie"): {
+        "ErnieForPreTraining": BertForPreTraining,
+        "ErniePredictionHeadTransform": BertPredictionHeadTransform,
+    },
+    ("roc_bert", "RoCBert"): {"RoCBertPredictionHeadTransform": BertPredictionHeadTransform},
+    ("megatron_bert", "MegatronBert"): _pre_norm(
+        "MegatronBert",
+        MegatronBertForPreTraining=BertForPreTraining,
+        MegatronBertPredictionHeadTransform=BertPredictionHeadTransform,
+    ),
     ("roberta", "Roberta"): {"RobertaModel": RobertaModel},
     ("xlm_roberta", "XLMRoberta"): {"XLMRobertaModel": RobertaModel},
+    ("camembert", "Camembert"): {"CamembertModel": RobertaModel},
+    ("data2vec", "Data2VecText"): {"Data2VecTextModel": RobertaModel},
+    ("roberta_prelayernorm", "RobertaPreLayerNorm"): _pre_norm(
+        "RobertaPreLayerNorm",
+        RobertaPreLayerNormIntermediate=RobertaPreLayerNormIntermediate,
+        RobertaPreLayerNormModel=RobertaModel,
+    ),
+    ("xlm_roberta_xl", "XLMRobertaXL"): _pre_norm("XLMRobertaXL", XLMRobertaXLModel=RobertaModel),
     ("electra", "Electra"): {"ElectraForPreTraining": ElectraForPreTraining},
     ("albert", "Albert"): {
         "AlbertAttention": AlbertAttention,
@@ -99,7 +133,8 @@ _CALLERS = (
 
 
 def _full_name(file, name):
-    return f"transformers.models.{file}.modeling_{file}.{name}"
+    # data2vec is a folder of three models
+    return f"transformers.models.{file}.modeling_{'data2vec_text' if file == 'data2vec' else file}.{name}"
 
 
 # full name of HuggingFace's class -> what takes its place
@@ -107,6 +142,7 @@ TABLE = {
     _full_name(file, theirs): ours
     for (file, family), own in _OWN.items()
     for theirs, ours in {**{f"{family}{name}": cls for name, cls in _COPIED.items()}, **own}.items()
+    if ours is not None
 }
 # attention must be ours, the rest may also have stayed what it was
 KNOWN.update(
@@ -116,4 +152,5 @@ KNOWN.update(
     for prefix in ("", "Legacy")
 )
 KNOWN.update(name for name, cls in TABLE.items() if cls.TOKENWISE)
+KNOWN.update(_full_name(file, name) for (file, _), own in _OWN.items() for name, cls in own.items() if cls is None)
 KNOWN.difference_update(name for name, cls in TABLE.items() if issubclass(cls, Attention))

@@ -57,6 +57,7 @@ NOT_COMPUTED = {
 GENERAL = {"position_embedding_type", "per_layer_config", "num_labels", "id2label", "tie_word_embeddings", "dtype"}
 WALKED = [
     "bert", "roberta", "albert-groups", "electra", "distilbert", "deberta", "deberta-v2-xlarge", "mpnet", "modernbert",
+    "ernie-tasks", "megatron-bert", "xlm-roberta-xl",
 ]  # fmt: skip
 
 

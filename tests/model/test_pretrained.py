@@ -43,8 +43,8 @@ CONFIGS = {
     ),
     "a decoder": (dict(is_decoder=True), "is_decoder is True: expected False"),
     "relative": (dict(position_embedding_type="relative_key"), "position_embedding_type is 'relative_key'"),
-    "no type": (dict(model_type=None), "model_type None: expected one of bert, roberta"),
-    "unknown": (dict(model_type="llama"), "model_type 'llama': expected one of bert, roberta.*modernbert"),
+    "no type": (dict(model_type=None), "model_type None: expected one of bert, .*roberta"),
+    "unknown": (dict(model_type="llama"), "model_type 'llama': expected one of bert, .*roberta.*modernbert"),
     "more layers": (dict(num_hidden_layers=4), "lacks 16 of the encoder's tensors, the first is bert.encoder.layer.3"),
     "wider": (
         dict(intermediate_size=38),

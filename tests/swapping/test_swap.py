@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from small import assert_close
-from test_families import CASES, MASKS, WITHOUT_CHOICE, B, S, mask_of, theirs_of
+from test_families import MASKS, SWAPPED, WITHOUT_CHOICE, B, S, mask_of, theirs_of
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -20,13 +20,13 @@ from fastbert.swapping import stacks, steps
 
 HEADS = ["ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice"]
 # transformers' own models know no other
-EAGER = {"Deberta", "DebertaV2", "MPNet"}
+EAGER = {"Deberta", "DebertaV2", "MPNet", "MegatronBert"}
 
 
 def pair_of(case, head="ForMaskedLM", impl="sdpa", switches=None, **changes):
     """(the model as it was, the same swapped, the report)."""
     model = theirs_of(case, head, **changes)
-    if CASES[case][0] not in EAGER:
+    if SWAPPED[case][0] not in EAGER:
         model.set_attn_implementation(impl)
     swapped = copy.deepcopy(model)
     return model, swapped, fastbert.swap(swapped, **(switches or {}))
@@ -61,7 +61,7 @@ def loss_of(model, inputs, **more):
 
 
 @pytest.mark.parametrize("kind", MASKS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", SWAPPED)
 def test_values_and_gradients(case, kind):
     impl = "eager" if kind in ("left", "full") else "sdpa"
     model, swapped, _ = pair_of(case, impl=impl)
@@ -85,9 +85,9 @@ def test_values_and_gradients(case, kind):
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", SWAPPED)
 def test_heads(case, head):
-    if head == "ForMultipleChoice" and CASES[case][0] in WITHOUT_CHOICE:
+    if head == "ForMultipleChoice" and SWAPPED[case][0] in WITHOUT_CHOICE:
         pytest.skip("transformers has no such class")
     model, swapped, _ = pair_of(case, head)
     # padding that is left out, and padding that the original code sees
@@ -259,7 +259,7 @@ def test_shapes_without_values(case):
     model, swapped, _ = pair_of(case)
     inputs = inputs_of(model, "right")
     inputs["labels"] = labels_of(inputs)
-    if not CASES[case][0].startswith("Deberta"):
+    if not SWAPPED[case][0].startswith("Deberta"):
         # transformers' other models read it there
         del inputs["attention_mask"]
     for mode, device in ((FakeTensorMode(allow_non_fake_inputs=True), "cpu"), (nullcontext(), "meta")):
@@ -270,7 +270,7 @@ def test_shapes_without_values(case):
         assert got == expected and "loss" in got
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", SWAPPED)
 def test_unswap_gives_back_the_model_to_the_bit(case):
     model, swapped, report = pair_of(case)
     assert report.swapped and not [row for row in report.stayed if "padding" in row.reason]
