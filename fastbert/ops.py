@@ -265,8 +265,10 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return _library("linear", x)(x, weight, bias)
 
 
-def linears(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> torch.Tensor:
+def linears(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> torch.Tensor:
     """Several linear layers of x [T, D], with their results concatenated: see `reference.linears`."""
+    if len(weights) == 1:
+        return linear(x, weights[0], biases[0])
     if any(map(_is_wrapper, weights)):
         return torch.cat([linear(x, weight, bias) for weight, bias in zip(weights, biases)], 1)
     return _library("linears", x)(x, weights, biases)

@@ -107,8 +107,8 @@ def linear(x, weight, bias=None):
 
 
 def linears(x, weights, biases):
-    """Several linear layers of x [T, D], with their results [T, F] concatenated."""
-    return F.linear(x, torch.cat(weights), torch.cat(biases))
+    """Several linear layers of x [T, D], with their results [T, F] concatenated; all have a bias, or none has."""
+    return F.linear(x, torch.cat(weights), None if biases[0] is None else torch.cat(biases))
 
 
 def linear_gelu(x, weight, bias=None, *, approximate="none"):

@@ -153,7 +153,7 @@ def linears(x, weights, biases):
     if len(x) < x.shape[1] and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
         # with few rows, concatenating the results is faster than concatenating the weights
         return torch.cat([linear(x, weight, bias) for weight, bias in zip(weights, biases)], 1)
-    return linear(x, torch.cat(weights), torch.cat(biases))
+    return linear(x, torch.cat(weights), None if biases[0] is None else torch.cat(biases))
 
 
 def linear_gelu(x, weight, bias=None, *, approximate="none"):

@@ -49,15 +49,15 @@ class SelfAttention(nn.Module):
 
 
 class RotaryAttention(nn.Module):
-    """The same with rotary positions (Su et al. 2021), and in some layers a window: ModernBERT's."""
+    """The same with rotary positions (Su et al. 2021), and in some of ModernBERT's layers a window."""
 
     def __init__(self, config, i):
         super().__init__()
         self.config = config
         self.window, self.theta = config.windows[i], config.rope_thetas[i]
-        D = config.hidden_size
-        self.qkv = nn.Linear(D, 3 * D, bias=config.attention_bias)
-        self.output = nn.Linear(D, D, bias=config.attention_bias)
+        D, bias = config.hidden_size, config.attention_bias
+        self.qkv = nn.Linear(D, 3 * D, bias=bias)
+        self.output = nn.Linear(D, D, bias=bias)
 
     def forward(self, x, layout, dropout):
         """x [T, D] -> [T, D], or [M, D] of the query rows."""
@@ -83,7 +83,7 @@ class RotaryAttention(nn.Module):
         if self.theta not in layout.rotations:
             K = x.shape[-1]
             frequencies = 1.0 / (self.theta ** (torch.arange(0, K, 2, dtype=torch.float32, device=x.device) / K))
-            angle = layout.position_ids[:, None].float() * frequencies
+            angle = layout.position_ids[:, None].float() * (frequencies / self.config.rope_factor)
             layout.rotations[self.theta] = tuple(f(angle).to(x.dtype)[:, None, None, :] for f in (torch.cos, torch.sin))
         cos, sin = layout.rotations[self.theta]
         a, b = x.float().chunk(2, -1)

@@ -6,8 +6,11 @@ import types
 from dataclasses import dataclass
 
 ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+# further ones of gated feed-forwards
+GATES = ("silu",)
 _CHOICES = {
     "conv_act": ("tanh", "gelu"),
+    "gate": (None, "first", "last", "apart"),
     "pooler_act": ("tanh", "relu", "gelu", "transform"),
     "head_pooling": ("cls", "mean"),
     "problem_type": (None, "regression", "single_label_classification", "multi_label_classification"),
@@ -23,7 +26,7 @@ _LIMITS = {
     "embedding_size": (1, _WIDTH),
     "num_hidden_groups": (1, 1024), "inner_group_num": (1, 1024), "position_buckets": (0, _WIDTH),
     "max_relative_positions": (0, _WIDTH), "conv_kernel_size": (0, 1023), "num_labels": (1, 2**22),
-    "initializer_range": (0, 100), "layer_norm_eps": (0, 1),
+    "initializer_range": (0, 100), "rope_factor": (1e-3, 1e6), "layer_norm_eps": (0, 1),
     # a quarter of them are for one distance each, all below DistanceBias.FURTHEST
     "distance_buckets": (0, 511),
 }  # fmt: skip
@@ -67,7 +70,7 @@ class EncoderConfig:
     num_attention_heads: int = 12
     # width inside the feed-forward
     intermediate_size: int = 3072
-    # the feed-forward's activation, one of ACTIVATIONS
+    # the feed-forward's activation, one of ACTIVATIONS, or of GATES where it is gated
     hidden_act: str = "gelu"
     # dropout of the hidden states
     hidden_dropout_prob: float = 0.1
@@ -137,8 +140,13 @@ class EncoderConfig:
     embedding_norm: bool = True
     # whether the first pre-norm layer has a norm before attention
     first_norm: bool = True
-    # whether the feed-forward is gated
-    gated: bool = False
+
+    # --- families with gated feed-forwards or rotary positions: ModernBERT, GTE, nomic-embed, jina-embeddings-v3
+    # where a gated feed-forward has the half that goes through the activation: "first" or "last" in one linear layer,
+    # "apart" in a layer of its own; None: it is not gated
+    gate: str | None = None
+    # positions are divided by this before they are rotated
+    rope_factor: float = 1.0
     # how far each layer sees to both sides, None for a layer that sees everything; None: all layers do
     windows: tuple | None = None
     # the rotary base of each layer; None: no rotary positions
@@ -147,6 +155,8 @@ class EncoderConfig:
     attention_bias: bool = True
     # whether the feed-forward's linear layers have biases
     mlp_bias: bool = True
+    # the same for its last one; None: mlp_bias
+    down_bias: bool | None = None
     # whether the norms have biases
     norm_bias: bool = True
     # dropout after the gate
@@ -200,8 +210,9 @@ class EncoderConfig:
             ("num_attention_heads", self.rope_thetas is None or self.head_size % 2 == 0,
              f"hidden_size, {self.hidden_size}, in heads of an even size for rotary positions"),
             ("pad_token_id", 0 <= self.pad_token_id < self.vocab_size, f"0 to {self.vocab_size - 1}"),
-            ("hidden_act", self.hidden_act in ACTIVATIONS, f"one of {activations}"),
-            ("head_act", self.head_act is None or self.head_act in ACTIVATIONS, f"one of {activations}"),
+            ("hidden_act", self.hidden_act in ACTIVATIONS or (self.gate and self.hidden_act in GATES),
+             f"one of {activations}"),
+            ("head_act", self.head_act is None or self.head_act in (*ACTIVATIONS, *GATES), f"one of {activations}"),
             ("num_hidden_groups", (self.num_hidden_groups or 1) <= layers, f"at most num_hidden_layers, {layers}"),
             ("max_position_embeddings", not self.has_positions or self.max_length >= 1,
              f"more than the {self.position_offset} rows before that of the first token"),
@@ -230,13 +241,13 @@ class EncoderConfig:
 
     @property
     def approximate(self) -> str:
-        """The form of the GELU, as torch.nn.functional.gelu names it."""
-        return ACTIVATIONS[self.hidden_act]
+        """The form of the GELU, as torch.nn.functional.gelu names it; None for another activation."""
+        return ACTIVATIONS.get(self.hidden_act)
 
     @property
     def head_approximate(self) -> str:
         """The same for the masked-LM head."""
-        return ACTIVATIONS[self.head_act or self.hidden_act]
+        return ACTIVATIONS.get(self.head_act or self.hidden_act)
 
     @property
     def embedding_width(self) -> int:

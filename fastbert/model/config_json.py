@@ -26,6 +26,33 @@ def write_ernie(config):
     return dict(use_task_id=True, task_type_vocab_size=config.task_type_vocab_size)
 
 
+def rotary(default_theta):
+    """read and write of a family whose layers all have the same rotary positions."""
+
+    def read(values):
+        layers = _given(values, "num_hidden_layers", 12, limits=(1, 1024))
+        rope = _given(values, "rope_parameters", None, dict) or _given(values, "rope_scaling", {}, dict)
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        theta = _given(values, "rope_theta", default_theta, float, (1, 1e12))
+        theta = float(_given(rope, "rope_theta", theta, float, (1, 1e12)))
+        factor = float(_given(rope, "factor", 1.0, float, (1e-3, 1e6))) if kind in ("linear", "ntk") else 1.0
+        if kind == "ntk" and rope.get("mixed_b") is None:
+            # of the published GTE directories: a larger base, and positions divided by a root
+            head = _given(values, "hidden_size", 768) // _given(values, "num_attention_heads", 12, limits=(1, 2**20))
+            theta, factor = theta * factor, factor ** (2 / head)
+        elif kind not in ("default", "linear"):
+            raise ValueError(f"rope_parameters are {shown(rope)}: expected rope_type 'default' or 'linear'")
+        return dict(windows=(None,) * layers, rope_thetas=(theta,) * layers, rope_factor=factor)
+
+    def write(config):
+        rope = dict(rope_type="default", rope_theta=config.rope_thetas[0])
+        if config.rope_factor != 1.0:
+            rope |= dict(rope_type="linear", factor=config.rope_factor)
+        return dict(rope_parameters=rope)
+
+    return dict(read=read, write=write)
+
+
 def read_modernbert(values):
     """Windows and rotary bases of the layers, from current keys or those of the published checkpoints."""
     layers = _given(values, "num_hidden_layers", 22, limits=(1, 1024))

@@ -44,7 +44,7 @@ class Block(nn.Module):
         self.config = config
         self.attention = ATTENTIONS[config.attention](config, i)
         self.attention_norm = AddNorm(config, "attention")
-        self.feed_forward = (GatedFeedForward if config.gated else FeedForward)(config)
+        self.feed_forward = (GatedFeedForward if config.gate else FeedForward)(config)
         self.feed_forward_norm = AddNorm(config, "feed_forward")
 
     def forward(self, x, layout, dropout):
@@ -59,7 +59,7 @@ class Block(nn.Module):
     def _prepared(self, layout, dropout):
         """This layer as `ops.prepare` has it for inference; None where a module inside must be called."""
         config, attention, feed_forward = self.config, self.attention, self.feed_forward
-        if config.attention != "softmax" or config.gated or dropout.seed is not None or layout.query_rows is not None:
+        if config.attention != "softmax" or config.gate or dropout.seed is not None or layout.query_rows is not None:
             return None
         called = attention, self.attention_norm, feed_forward, self.feed_forward_norm
         if any(module._forward_hooks or module._forward_pre_hooks for module in called):
@@ -84,7 +84,7 @@ class PreNormBlock(nn.Module):
         self.attention_norm = Norm(config) if i > 0 or config.first_norm else None
         self.attention = ATTENTIONS[config.attention](config, i)
         self.feed_forward_norm = Norm(config)
-        self.feed_forward = (GatedFeedForward if config.gated else FeedForward)(config)
+        self.feed_forward = (GatedFeedForward if config.gate else FeedForward)(config)
         self.output_dropout, self.down_dropout = config.output_dropout, config.down_dropout
 
     def forward(self, x, layout, dropout):

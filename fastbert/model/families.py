@@ -1,114 +1,11 @@
-"""The families of models as rows of data: how HuggingFace names their parts and numbers."""
+"""The families of models as rows of data."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-
-from . import config_json
+from . import config_json, naming
 from .config import EncoderConfig, checked, shown
+from .naming import Family
 
-
-@dataclass(frozen=True)
-class Family:
-    """How HuggingFace stores one model type.
-
-    prefix: of the encoder's tensors in a checkpoint of a whole model. names: our module or parameter -> theirs; {i} is
-    the layer's number, {g} and {j} its group and its place there; "Head.name" stands for `name` in that head alone.
-    architectures: our head -> their class. tied: in checkpoints, but copies of other tensors or buffers.
-
-    defaults: EncoderConfig fields whose default is not BERT's. keys: EncoderConfig field -> their key in config.json,
-    where BERT has no such key or another name; None where they have none. expected: further keys of config.json -> the
-    values for which this library computes the same as transformers. same: keys -> the EncoderConfig field or property
-    that they must agree with. tokenizer: the kind that is trained for it.
-    positions_after_padding: the rows of the position table up to the padding token's id are unused. projects_always:
-    the embeddings have a projection even if they are as wide as the hidden states. renamed: beginnings of names in
-    published checkpoints -> current ones. read, write: EncoderConfig fields from a whole config.json, and back, where
-    more than names differ. generator: the EncoderConfig of the generator for a discriminator, in families that detect
-    replaced tokens; embedding_sharing: how these two share tables, see replaced_tokens.ReplacedTokenPretraining.
-    """
-
-    prefix: str
-    names: dict
-    architectures: dict
-    tied: tuple = ()
-    defaults: dict = field(default_factory=dict)
-    keys: dict = field(default_factory=dict)
-    expected: dict = field(default_factory=dict)
-    same: dict = field(default_factory=dict)
-    tokenizer: str = "wordpiece"
-    positions_after_padding: bool = False
-    projects_always: bool = False
-    renamed: dict = field(default_factory=dict)
-    read: Callable = lambda values: {}
-    write: Callable = lambda config: {}
-    generator: Callable | None = None
-    embedding_sharing: str | None = None
-
-
-# the modules of a layer, in the order in which `_layers` gets their names
-_LAYER = (
-    "attention.query", "attention.key", "attention.value", "attention.output", "attention_norm", "feed_forward.up",
-    "feed_forward.down", "feed_forward_norm",
-)  # fmt: skip
-
-
-def _layers(prefix, theirs):
-    """Names of the modules of a layer: theirs in one text, in the order of _LAYER."""
-    return {f"encoder.blocks.{{i}}.{ours}": prefix + name for ours, name in zip(_LAYER, theirs.split(), strict=True)}
-
-
-def _embeddings(prefix):
-    return {
-        "encoder.embeddings.word": prefix + "embeddings.word_embeddings",
-        "encoder.embeddings.position": prefix + "embeddings.position_embeddings",
-        "encoder.embeddings.token_type": prefix + "embeddings.token_type_embeddings",
-        "encoder.embeddings.norm": prefix + "embeddings.LayerNorm",
-    }
-
-
-def _embeddings_without_norm(prefix):
-    return {ours: theirs for ours, theirs in _embeddings(prefix).items() if ours != "encoder.embeddings.norm"}
-
-
-def _encoder(prefix, query_key_value="attention.self.query attention.self.key attention.self.value"):
-    """The names of BERT's encoder, which several families share."""
-    rest = "attention.output.dense attention.output.LayerNorm intermediate.dense output.dense output.LayerNorm"
-    return _embeddings(prefix) | _layers(prefix + "encoder.layer.{i}.", f"{query_key_value} {rest}")
-
-
-def _pre_norm_layers(prefix, before_attention, before_feed_forward):
-    """BERT's names, with the norms elsewhere."""
-    return _layers(
-        prefix + "encoder.layer.{i}.",
-        f"attention.self.query attention.self.key attention.self.value attention.output.dense {before_attention} "
-        f"intermediate.dense output.dense {before_feed_forward}",
-    )
-
-
-def _heads(name, **others):
-    """transformers' classes for our heads, which most families name alike."""
-    return {
-        "MaskedLM": f"{name}ForMaskedLM",
-        "SequenceClassifier": f"{name}ForSequenceClassification",
-        "TokenClassifier": f"{name}ForTokenClassification",
-        "QuestionAnswerer": f"{name}ForQuestionAnswering",
-        "MultipleChoice": f"{name}ForMultipleChoice",
-        "SentenceEmbedder": f"{name}Model",
-        **others,
-    }
-
-
-def _vocabulary_head(dense, norm, bias):
-    return {"transform.dense": dense, "transform.norm": norm, "vocabulary_bias": bias}
-
-
-_CLASSIFIERS = {"classifier": "classifier", "QuestionAnswerer.classifier": "qa_outputs"}
-_DENSE_CLASSIFIER = {
-    **_CLASSIFIERS,
-    "SequenceClassifier.pooler": "classifier.dense",
-    "SequenceClassifier.classifier": "classifier.out_proj",
-}
-_LM_HEAD = _vocabulary_head("lm_head.dense", "lm_head.layer_norm", "lm_head.bias")
-_LM_HEAD_TIED = ("lm_head.decoder.weight", "lm_head.decoder.bias")
+# names of model types that are another's: of directories with code of their own
+ALIASES = {"new": "gte"}
 
 
 def _bert(name, prefix="bert.", encoder=None, **options):
@@ -116,15 +13,15 @@ def _bert(name, prefix="bert.", encoder=None, **options):
     return Family(
         prefix=prefix,
         names={
-            **(_encoder(prefix) if encoder is None else encoder),
-            **_vocabulary_head(
+            **(naming.encoder(prefix) if encoder is None else encoder),
+            **naming.vocabulary_head(
                 "cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias"
             ),
             "pooler": f"{prefix}pooler.dense",
             "pair_classifier": "cls.seq_relationship",
-            **_CLASSIFIERS,
+            **naming.CLASSIFIERS,
         },
-        architectures=_heads(name, Pretraining=f"{name}ForPreTraining"),
+        architectures=naming.heads(name, Pretraining=f"{name}ForPreTraining"),
         tied=("cls.predictions.decoder.weight", "cls.predictions.decoder.bias", f"{prefix}embeddings.position_ids"),
         **options,
     )
@@ -134,9 +31,14 @@ def _roberta(name, prefix="roberta.", encoder=None, keys=None, **defaults):
     """encoder: names of the encoder; None: BERT's."""
     return Family(
         prefix=prefix,
-        names={**(encoder or _encoder(prefix)), **_LM_HEAD, **_DENSE_CLASSIFIER, "pooler": f"{prefix}pooler.dense"},
-        architectures=_heads(name),
-        tied=(*_LM_HEAD_TIED, f"{prefix}embeddings.position_ids"),
+        names={
+            **(encoder or naming.encoder(prefix)),
+            **naming.LM_HEAD,
+            **naming.DENSE_CLASSIFIER,
+            "pooler": f"{prefix}pooler.dense",
+        },
+        architectures=naming.heads(name),
+        tied=(*naming.LM_HEAD_TIED, f"{prefix}embeddings.position_ids"),
         defaults=dict(pad_token_id=1, head_act="gelu", pooler_dropout=None, **defaults),
         keys=dict(classifier_dropout="classifier_dropout", **(keys or {})),
         tokenizer="bpe",
@@ -166,14 +68,14 @@ def _deberta(**names):
     return dict(
         prefix="deberta.",
         names={
-            **_encoder("deberta."),
+            **naming.encoder("deberta."),
             "encoder.relative.table": "deberta.encoder.rel_embeddings",
             "MaskedLM.mask_decoder.position": "deberta.embeddings.position_embeddings",
-            **_vocabulary_head(
+            **naming.vocabulary_head(
                 "cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias"
             ),
             "pooler": "pooler.dense",
-            **_CLASSIFIERS,
+            **naming.CLASSIFIERS,
             **names,
         },
         tied=("cls.predictions.decoder.weight", "cls.predictions.decoder.bias", "deberta.embeddings.position_ids"),
@@ -203,7 +105,7 @@ FAMILIES = {
     "bert": _bert("Bert", keys=dict(classifier_dropout="classifier_dropout")),
     "ernie": _bert(
         "Ernie", "ernie.",
-        encoder={**_encoder("ernie."), "encoder.embeddings.task_type": "ernie.embeddings.task_type_embeddings"},
+        encoder={**naming.encoder("ernie."), "encoder.embeddings.task_type": "ernie.embeddings.task_type_embeddings"},
         keys=dict(classifier_dropout="classifier_dropout"),
         read=config_json.read_ernie,
         write=config_json.write_ernie,
@@ -211,8 +113,8 @@ FAMILIES = {
     "megatron-bert": _bert(
         "MegatronBert",
         encoder={
-            **_embeddings_without_norm("bert."),
-            **_pre_norm_layers("bert.", "attention.ln", "ln"),
+            **naming.embeddings_without_norm("bert."),
+            **naming.pre_norm_layers("bert.", "attention.ln", "ln"),
             "encoder.final_norm": "bert.encoder.ln",
         },
         defaults=dict(
@@ -228,8 +130,8 @@ FAMILIES = {
     "roberta-prelayernorm": _roberta(
         "RobertaPreLayerNorm", "roberta_prelayernorm.",
         encoder={
-            **_embeddings("roberta_prelayernorm."),
-            **_pre_norm_layers("roberta_prelayernorm.", "attention.LayerNorm", "intermediate.LayerNorm"),
+            **naming.embeddings("roberta_prelayernorm."),
+            **naming.pre_norm_layers("roberta_prelayernorm.", "attention.LayerNorm", "intermediate.LayerNorm"),
             "encoder.final_norm": "roberta_prelayernorm.LayerNorm",
         },
         keys=_PRE_NORM_DROPOUTS, vocab_size=50265, pre_norm=True,
@@ -237,8 +139,8 @@ FAMILIES = {
     "xlm-roberta-xl": _roberta(
         "XLMRobertaXL",
         encoder={
-            **_embeddings_without_norm("roberta."),
-            **_pre_norm_layers("roberta.", "attention.self_attn_layer_norm", "LayerNorm"),
+            **naming.embeddings_without_norm("roberta."),
+            **naming.pre_norm_layers("roberta.", "attention.self_attn_layer_norm", "LayerNorm"),
             "encoder.final_norm": "roberta.encoder.LayerNorm",
         },
         keys=dict(output_dropout="hidden_dropout_prob"),
@@ -248,19 +150,19 @@ FAMILIES = {
     "albert": Family(
         prefix="albert.",
         names={
-            **_embeddings("albert."),
+            **naming.embeddings("albert."),
             "encoder.embeddings.project": "albert.encoder.embedding_hidden_mapping_in",
-            **_layers(
+            **naming.layers(
                 "albert.encoder.albert_layer_groups.{g}.albert_layers.{j}.",
                 "attention.query attention.key attention.value attention.dense attention.LayerNorm ffn ffn_output "
                 "full_layer_layer_norm",
             ),
-            **_vocabulary_head("predictions.dense", "predictions.LayerNorm", "predictions.bias"),
+            **naming.vocabulary_head("predictions.dense", "predictions.LayerNorm", "predictions.bias"),
             "pooler": "albert.pooler",
             "pair_classifier": "sop_classifier.classifier",
-            **_CLASSIFIERS,
+            **naming.CLASSIFIERS,
         },
-        architectures=_heads("Albert", Pretraining="AlbertForPreTraining"),
+        architectures=naming.heads("Albert", Pretraining="AlbertForPreTraining"),
         tied=("predictions.decoder.weight", "predictions.decoder.bias", "albert.embeddings.position_ids"),
         defaults=dict(
             vocab_size=30000, embedding_size=128, hidden_size=4096, num_attention_heads=64, intermediate_size=16384,
@@ -276,17 +178,17 @@ FAMILIES = {
     "electra": Family(
         prefix="electra.",
         names={
-            **_encoder("electra."),
+            **naming.encoder("electra."),
             "encoder.embeddings.project": "electra.embeddings_project",
-            **_vocabulary_head(
+            **naming.vocabulary_head(
                 "generator_predictions.dense", "generator_predictions.LayerNorm", "generator_lm_head.bias"
             ),
-            **_DENSE_CLASSIFIER,
+            **naming.DENSE_CLASSIFIER,
             "MultipleChoice.pooler": "sequence_summary.summary",
             "dense": "discriminator_predictions.dense",
             "ReplacedTokenDetector.classifier": "discriminator_predictions.dense_prediction",
         },
-        architectures=_heads("Electra", ReplacedTokenDetector="ElectraForPreTraining"),
+        architectures=naming.heads("Electra", ReplacedTokenDetector="ElectraForPreTraining"),
         tied=("generator_lm_head.weight", "electra.embeddings.position_ids"),
         defaults=dict(
             embedding_size=128, hidden_size=256, num_attention_heads=4, intermediate_size=1024, head_act="gelu",
@@ -306,17 +208,17 @@ FAMILIES = {
     "distilbert": Family(
         prefix="distilbert.",
         names={
-            **_embeddings("distilbert."),
-            **_layers(
+            **naming.embeddings("distilbert."),
+            **naming.layers(
                 "distilbert.transformer.layer.{i}.",
                 "attention.q_lin attention.k_lin attention.v_lin attention.out_lin sa_layer_norm ffn.lin1 ffn.lin2 "
                 "output_layer_norm",
             ),
-            **_vocabulary_head("vocab_transform", "vocab_layer_norm", "vocab_projector.bias"),
+            **naming.vocabulary_head("vocab_transform", "vocab_layer_norm", "vocab_projector.bias"),
             "pooler": "pre_classifier",
-            **_CLASSIFIERS,
+            **naming.CLASSIFIERS,
         },
-        architectures=_heads("DistilBert"),
+        architectures=naming.heads("DistilBert"),
         tied=("vocab_projector.weight", "distilbert.embeddings.position_ids"),
         defaults=dict(
             num_hidden_layers=6, type_vocab_size=0, pooler_act="relu", classifier_dropout=0.2, token_dropout=0.1,
@@ -338,14 +240,14 @@ FAMILIES = {
             "encoder.blocks.{i}.attention.pos_key": _DEBERTA_SELF + "pos_proj",
             "encoder.blocks.{i}.attention.pos_query": _DEBERTA_SELF + "pos_q_proj",
         }),
-        architectures={head: name for head, name in _heads("Deberta").items() if head != "MultipleChoice"},
+        architectures=naming.without(naming.heads("Deberta"), "MultipleChoice"),
         tokenizer="bpe",
         defaults=dict(vocab_size=50265, **_DEBERTA_DEFAULTS),
         keys=_DEBERTA_KEYS,
     ),
     "deberta-v2": Family(
         **_deberta(**{
-            **_encoder(
+            **naming.encoder(
                 "deberta.", "attention.self.query_proj attention.self.key_proj attention.self.value_proj"
             ),
             "encoder.blocks.{i}.attention.pos_key": _DEBERTA_SELF + "pos_key_proj",
@@ -357,7 +259,7 @@ FAMILIES = {
             "dense": "discriminator_predictions.dense",
             "ReplacedTokenDetector.classifier": "discriminator_predictions.dense_prediction",
         }),
-        architectures=_heads("DebertaV2", ReplacedTokenDetector="DebertaV2ForReplacedTokenDetection"),
+        architectures=naming.heads("DebertaV2", ReplacedTokenDetector="DebertaV2ForReplacedTokenDetection"),
         generator=_deberta_generator,
         embedding_sharing="gdes",
         tokenizer="bpe",
@@ -372,25 +274,98 @@ FAMILIES = {
     "mpnet": Family(
         prefix="mpnet.",
         names={
-            **_embeddings("mpnet."),
-            **_layers(
+            **naming.embeddings("mpnet."),
+            **naming.layers(
                 "mpnet.encoder.layer.{i}.",
                 "attention.attn.q attention.attn.k attention.attn.v attention.attn.o attention.LayerNorm "
                 "intermediate.dense output.dense output.LayerNorm",
             ),
             "encoder.relative.table": "mpnet.encoder.relative_attention_bias",
-            **_LM_HEAD,
-            **_DENSE_CLASSIFIER,
+            **naming.LM_HEAD,
+            **naming.DENSE_CLASSIFIER,
             "pooler": "mpnet.pooler.dense",
         },
-        architectures=_heads("MPNet"),
-        tied=(*_LM_HEAD_TIED, "mpnet.embeddings.position_ids"),
+        architectures=naming.heads("MPNet"),
+        tied=(*naming.LM_HEAD_TIED, "mpnet.embeddings.position_ids"),
         defaults=dict(
             vocab_size=30527, type_vocab_size=0, pad_token_id=1, attention="biased", distance_buckets=32,
             # whatever the padding token's id is
             position_offset=2, head_act="gelu", pooler_dropout=None,
         ),
         keys=dict(distance_buckets="relative_attention_num_buckets", type_vocab_size=None),
+    ),
+    "gte": Family(
+        **naming.rotary(
+            "gte.", "encoder.layer", "embeddings.LayerNorm",
+            {
+                "attention.qkv": "attention.qkv_proj", "attention.output": "attention.o_proj",
+                "attention_norm": "attn_ln", "feed_forward.up": "mlp.up_gate_proj",
+                "feed_forward.down": "mlp.down_proj", "feed_forward_norm": "mlp_ln",
+            },
+            {**naming.vocabulary_head("lm_head.dense", "lm_head.norm", "lm_head.decoder.bias"), **naming.CLASSIFIERS},
+            160000.0,
+            vocab_size=250048, attention_probs_dropout_prob=0.0, max_position_embeddings=8192, type_vocab_size=1,
+            pad_token_id=1, head_act="gelu", gate="last", mlp_bias=False, down_bias=True,
+        ),
+        architectures=naming.without(naming.heads("Gte"), "QuestionAnswerer", "MultipleChoice"),
+        tied=("lm_head.decoder.weight", "gte.embeddings.position_ids"),
+        renamed={"new.": "gte.", "lm_head.layer_norm.": "lm_head.norm."},
+        keys=dict(classifier_dropout="classifier_dropout", mlp_dropout="hidden_dropout_prob"),
+        expected=dict(
+            # of the published directories
+            pack_qkv=[True], layer_norm_type=["layer_norm"], logn_attention_scale=[False], logn_attention_clip1=[False],
+            position_embedding_type=["rope"],
+        ),
+    ),
+    "nomic_bert": Family(
+        **naming.rotary(
+            "nomic_bert.", "encoder.layers", "emb_ln",
+            {
+                "attention.qkv": "attn.Wqkv", "attention.output": "attn.out_proj", "attention_norm": "norm1",
+                "feed_forward.gate": "mlp.fc12", "feed_forward.up": "mlp.fc11", "feed_forward.down": "mlp.fc2",
+                "feed_forward_norm": "norm2",
+            },
+            {
+                **naming.vocabulary_head(
+                    "cls.predictions.transform.dense", "cls.predictions.transform.layer_norm", "cls.predictions.bias"
+                ),
+                **naming.CLASSIFIERS,
+            },
+            1000.0,
+            vocab_size=30528, hidden_act="silu", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+            max_position_embeddings=2048, gate="apart", attention_bias=False, mlp_bias=False,
+            same=dict(
+                n_embd="hidden_size", n_head="num_attention_heads", n_layer="num_hidden_layers",
+                n_inner="intermediate_size",
+            ),
+        ),
+        architectures=naming.without(naming.heads("NomicBert"), "QuestionAnswerer", "MultipleChoice"),
+        tied=("cls.predictions.decoder.weight", "cls.predictions.decoder.bias", "nomic_bert.embeddings.position_ids"),
+        keys=dict(classifier_dropout="classifier_dropout"),
+        expected=dict(
+            # of the published directories
+            activation_function=["swiglu"], moe_every_n_layers=[0], prenorm=[False], qkv_proj_bias=[False],
+            mlp_fc1_bias=[False], mlp_fc2_bias=[False], rotary_emb_base=[1000], rotary_emb_fraction=[1.0],
+            rotary_emb_interleaved=[False], rotary_scaling_factor=[],
+        ),
+    ),
+    "jina_embeddings_v3": Family(
+        **naming.rotary(
+            "roberta.", "encoder.layers", "emb_ln",
+            {
+                "attention.qkv": "mixer.Wqkv", "attention.output": "mixer.out_proj", "attention_norm": "norm1",
+                "feed_forward.up": "mlp.fc1", "feed_forward.down": "mlp.fc2", "feed_forward_norm": "norm2",
+            },
+            {**naming.LM_HEAD, **naming.DENSE_CLASSIFIER},
+            20000.0,
+            vocab_size=250002, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
+            max_position_embeddings=8194, type_vocab_size=1, layer_norm_eps=1e-5, pad_token_id=1, head_act="gelu",
+            pooler_dropout=None,
+        ),
+        architectures=naming.without(naming.heads("JinaEmbeddingsV3"), "MultipleChoice"),
+        tied=(*naming.LM_HEAD_TIED, "roberta.embeddings.position_ids"),
+        keys=dict(classifier_dropout="classifier_dropout"),
+        tokenizer="bpe",
     ),
     "modernbert": Family(
         prefix="model.",
@@ -404,18 +379,18 @@ FAMILIES = {
             "encoder.blocks.{i}.feed_forward.up": _MODERNBERT_LAYER + "mlp.Wi",
             "encoder.blocks.{i}.feed_forward.down": _MODERNBERT_LAYER + "mlp.Wo",
             "encoder.final_norm": "model.final_norm",
-            **_vocabulary_head("head.dense", "head.norm", "decoder.bias"),
+            **naming.vocabulary_head("head.dense", "head.norm", "decoder.bias"),
             "pooler.dense": "head.dense",
             "pooler.norm": "head.norm",
             "classifier": "classifier",
         },
-        architectures=_heads("ModernBert"),
+        architectures=naming.heads("ModernBert"),
         tokenizer="bpe",
         tied=("decoder.weight",),
         defaults=dict(
             vocab_size=50368, num_hidden_layers=22, intermediate_size=1152, max_position_embeddings=8192,
             layer_norm_eps=1e-5, pad_token_id=50283, type_vocab_size=0, position_biased_input=False, pre_norm=True,
-            first_norm=False, gated=True, attention="rotary", hidden_dropout_prob=0.0,
+            first_norm=False, gate="first", attention="rotary", hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0, attention_bias=False, mlp_bias=False, norm_bias=False, head_bias=False,
             head_act="gelu", pooler_act="transform", classifier_dropout=0.0,
         ),

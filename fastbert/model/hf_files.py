@@ -17,7 +17,7 @@ from torch import nn
 from .. import files
 from .config import checked, shown
 from .encoder import initialize
-from .families import FAMILIES, config_of, family
+from .families import ALIASES, FAMILIES, config_of, family
 
 # the keys that every family's config.json has, unless its row says otherwise
 _COMMON = (
@@ -49,6 +49,9 @@ def config_from_hf(values):
     unknown model type, a value that no model can have, and whatever this encoder does not have.
     """
     model_type = values.get("model_type", "bert")
+    if model_type in ALIASES:
+        # what its code computes is known
+        model_type, values = ALIASES[model_type], {key: x for key, x in values.items() if key != "auto_map"}
     row = family(model_type)
     for key, expected in {**_EXPECTED, **row.expected}.items():
         if values.get(key) is not None and values[key] not in expected:

@@ -131,18 +131,25 @@ class FeedForward(nn.Module):
 
 
 class GatedFeedForward(nn.Module):
-    """Up to 2 F; one half goes through GELU and is multiplied with the other; down to D (Shazeer 2020)."""
+    """Up to 2 F; one half goes through the activation and is multiplied with the other; down to D (Shazeer 2020)."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        D, F, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate = nn.Linear(D, F, bias=bias) if config.gate == "apart" else None
+        self.up = nn.Linear(D, F if self.gate else 2 * F, bias=bias)
+        self.down = nn.Linear(F, D, bias=bias if config.down_bias is None else config.down_bias)
 
     def forward(self, x, dropout):
-        x, gate = ops.linear(x, self.up.weight, self.up.bias).chunk(2, -1)
-        x = ops.bias_gelu(x, None, approximate=self.config.approximate) * gate
-        return ops.linear(dropped(x, self.config.mlp_dropout, dropout), self.down.weight, self.down.bias)
+        linears = [self.up] if self.gate is None else [self.gate, self.up]
+        up = ops.linears(x, [linear.weight for linear in linears], [linear.bias for linear in linears])
+        first, last = up.chunk(2, -1)
+        gate, x = (last, first) if self.config.gate == "last" else (first, last)
+        approximate = self.config.approximate
+        # SiLU is the only other activation
+        gate = nn.functional.silu(gate) if approximate is None else ops.bias_gelu(gate, None, approximate=approximate)
+        return ops.linear(dropped(gate * x, self.config.mlp_dropout, dropout), self.down.weight, self.down.bias)
 
 
 class Norm(nn.LayerNorm):
@@ -177,7 +184,7 @@ class AddNorm(nn.LayerNorm):
 
 
 class VocabularyTransform(nn.Module):
-    """The masked-LM head before the tied projection: linear, GELU, LayerNorm."""
+    """The masked-LM head before the tied projection: linear, activation, LayerNorm."""
 
     def __init__(self, config):
         super().__init__()
@@ -187,6 +194,9 @@ class VocabularyTransform(nn.Module):
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps, bias=config.norm_bias)
 
     def forward(self, x):
+        if self.config.head_approximate is None:
+            x = nn.functional.silu(ops.linear(x, self.dense.weight, self.dense.bias))
+            return ops.layer_norm(x, self.norm.weight, self.norm.bias, eps=self.norm.eps, dtype=x.dtype)
         x = ops.linear(x, self.dense.weight)
         # dtype: see AddNorm
         return ops.gelu_layer_norm(

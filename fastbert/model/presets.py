@@ -76,6 +76,10 @@ PRESETS = {
     # Warner et al. 2024
     "modernbert-base": _from_hf("modernbert", 22, 768, intermediate_size=1152),
     "modernbert-large": _from_hf("modernbert", 28, 1024, intermediate_size=2624),
+    # Zhang et al. 2024; Nussbaum et al. 2024; Sturua et al. 2024, without its adapters
+    "gte-multilingual-base": _from_hf("gte", 12, 768),
+    "nomic-embed-text-v1.5": _from_hf("nomic_bert", 12, 768),
+    "jina-embeddings-v3": _from_hf("jina_embeddings_v3", 24, 1024),
     # Sanh et al. 2019
     "distilbert-base": _sized("distilbert", 6, 768),
 }

@@ -18,6 +18,7 @@ MILLIONS = {
     "mpnet-base": 109.49, "modernbert-base": 149.01, "modernbert-large": 394.78, "bert-tiny": 4.39, "bert-mini": 11.17,
     "bert-small": 28.76, "bert-medium": 41.37, "camembert-base": 110.62, "data2vec-text-base": 124.65,
     "xlm-roberta-xl": 3482.49, "efficient-mlm": 355.36, "ernie-3.0-base-zh": 117.94, "megatron-bert-345m": 333.64,
+    "gte-multilingual-base": 305.37, "nomic-embed-text-v1.5": 136.73, "jina-embeddings-v3": 559.36,
 }  # fmt: skip
 
 

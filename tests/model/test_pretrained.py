@@ -205,3 +205,28 @@ def test_positions_and_segments_may_be_given_once_for_all_rows():
     expected = model(ONES, position_ids=whole, token_type_ids=whole % 2).logits
     for rows in (whole[:1], whole[0]):
         assert torch.equal(model(ONES, position_ids=rows, token_type_ids=rows % 2).logits, expected)
+
+
+def test_published_gte_directories(tmp_path):
+    """They name another model type, have code of their own, other names of tensors, and a scaling of their own."""
+    theirs = theirs_of("gte", "Model")
+    theirs.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({f"new.{name.removeprefix('gte.')}": x for name, x in tensors.items()}, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["rope_parameters"]
+    config |= dict(
+        model_type="new", architectures=["NewModel"], auto_map={"AutoModel": "x--modeling.NewModel"}, pack_qkv=True,
+        rope_theta=20.0, rope_scaling={"type": "ntk", "factor": 8.0}, layer_norm_type="layer_norm",
+        logn_attention_scale=False, position_embedding_type="rope",
+    )  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = SentenceEmbedder.from_pretrained(tmp_path, normalize=False)
+    K = 12
+    theirs.rotary_emb.inv_freq = 1 / (20.0 * 8.0) ** (torch.arange(0, K, 2) / K) / 8.0 ** (2 / K)
+    ids = torch.randint(10, 99, (3, 17))
+    assert (model(ids) - theirs(ids).last_hidden_state.mean(1)).abs().max() < 1e-5
+    for key, value in (("logn_attention_scale", True), ("layer_norm_type", "rms_norm"), ("pack_qkv", False)):
+        (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
+        with pytest.raises(ValueError, match=f"{key} is {value!r}: expected"):
+            SentenceEmbedder.from_pretrained(tmp_path)
