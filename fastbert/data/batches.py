@@ -225,6 +225,8 @@ class MaskedBatches:
             some = count > 0
             border = (low + (share[here] * count).astype(np.int64))[some]
             cut[here[some]] = borders[border] - first[some]
+            if not ((cut[here] > 0) & (cut[here] < length[here])).all():
+                raise self.shards.damage(s, "sentences", "a sentence begins before the one that it follows")
         return cut
 
     def _tokens(self, starts, counts, within):
@@ -235,7 +237,7 @@ class MaskedBatches:
         tokens = np.empty(len(sources), dtype=np.int64)
         for s in np.unique(shard):
             here = shard == s
-            tokens[here] = self.shards.tokens[s][sources[here]]
+            tokens[here] = self.shards.tokens_at(s, sources[here])
         return tokens
 
 

@@ -407,6 +407,7 @@ class Shards:
         self.directory, self.manifest, self.tokenizer = directory, manifest, tokenizer
         self.tokens, self.sentences, self.documents = parts
         self.first_token = np.cumsum([0, *map(len, self.tokens)])
+        self.vocab_size = vocabulary_size(tokenizer)
 
     @classmethod
     def open(cls, directory, verify=False, progress=False):
@@ -444,7 +445,8 @@ class Shards:
                 raise ValueError(f"{path} is missing or damaged: {error}") from None
             dtypes = ("uint16", "uint32") if part == "tokens" else ("int64",)
             size = record[part] + (part != "tokens")
-            if array.dtype.name not in dtypes or array.shape != (size,):
+            # one bit turns the header's "<u2" into ">u2"
+            if array.dtype.name not in dtypes or not array.dtype.isnative or array.shape != (size,):
                 raise ValueError(
                     f"{path} has {array.dtype} {array.shape}: the manifest says {size} entries; it is damaged"
                 )
@@ -456,9 +458,28 @@ class Shards:
         return arrays
 
     def document_starts(self):
-        """int64 [documents + 1]: the index of each document's first token, and the end."""
-        starts = [
-            first + np.asarray(sentences)[documents[:-1]]
-            for first, sentences, documents in zip(self.first_token, self.sentences, self.documents, strict=False)
-        ]
+        """int64 [documents + 1]: the index of each document's first token, and the end.
+
+        Raises ValueError for damaged shards, as `tokens_at` does: those that were not verified.
+        """
+        starts = []
+        for s, (sentences, documents) in enumerate(zip(self.sentences, self.documents, strict=True)):
+            if not (documents[1:] > documents[:-1]).all():
+                raise self.damage(s, "documents", "a document begins before the one that it follows")
+            first = np.asarray(sentences)[documents]
+            if not (first[1:] > first[:-1]).all():
+                raise self.damage(s, "sentences", "a document begins before the one that it follows")
+            starts.append(self.first_token[s] + first[:-1])
         return np.concatenate([*starts, self.first_token[-1:]])
+
+    def tokens_at(self, s, places):
+        """int64: tokens of shard s."""
+        tokens = self.tokens[s][places].astype(np.int64)
+        if len(tokens) and tokens.max() >= self.vocab_size:
+            raise self.damage(s, "tokens", f"it has a token {tokens.max()}, the vocabulary has {self.vocab_size}")
+        return tokens
+
+    def damage(self, s, part, what):
+        """The error to raise for shard s."""
+        path = _path(self.directory, self.manifest["shards"][s], part)
+        return ValueError(f"{path} is damaged: {what}; prepare the data again")

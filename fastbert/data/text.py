@@ -9,7 +9,7 @@
 Text is UTF-8, or UTF-16 or UTF-32 where a byte-order mark or the NULs between its letters show it. Lines that are not
 valid and rows without text are counted and skipped; a file that is not valid in most of its first lines is refused.
 A document of more than MAX_SIZE letters is cut at a blank, and the rest, which begins with this blank, is another
-document: memory stays bounded.
+document: memory stays bounded. A row of a table may have MAX_ROW letters.
 """
 
 import codecs
@@ -27,6 +27,7 @@ from collections import Counter
 # letters of a document, of a line of a table, and of a word
 MAX_SIZE, MAX_ROW = 1 << 22, 1 << 24
 MAX_WORD = 1 << 20
+_SHORTER = f"expected at most {MAX_ROW:,} letters; lines of a .txt file may be longer"
 KINDS = (".txt", ".jsonl", ".csv", ".parquet")
 LAYOUTS = ("auto", "blank-line", "line")
 _OF_MODELS = ("vocab.txt", "merges.txt", "metrics.jsonl")
@@ -48,6 +49,19 @@ _MARKS = [
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 ]
+
+
+class Part(str):
+    """A part of a line of more than MAX_SIZE letters."""
+
+    # whether it continues the part before, whether the next one continues it, and the line's file and number
+    follows, goes_on, place = False, False, ""
+
+    @classmethod
+    def of(cls, text, **facts):
+        part = cls(text)
+        vars(part).update(facts)
+        return part
 
 
 def _kind(path):
@@ -250,16 +264,17 @@ def _is_valid(line):
 
 def _whole(path, number, line):
     if len(line) > MAX_ROW:
-        raise ValueError(f"{path} line {number} has more than {MAX_ROW:,} letters: expected shorter rows")
+        raise ValueError(f"{path} line {number} has more than {MAX_ROW:,} letters: {_SHORTER}")
     return [line]
 
 
 def _parts(path, number, line):
     """The parts of a line that documents may have. Raises ValueError for a word that is too long."""
+    place = f"{path} {'row' if _kind(path) == '.parquet' else 'line'} {number}"
     if _has_long_word(line):
-        what = "row" if _kind(path) == ".parquet" else "line"
-        raise ValueError(f"{path} {what} {number} has a word of more than {MAX_WORD:,} letters: expected blanks")
-    return cut_line(line, MAX_SIZE)
+        raise ValueError(f"{place} has a word of more than {MAX_WORD:,} letters: expected blanks")
+    *parts, last = cut_line(line, MAX_SIZE)
+    return [*(Part.of(part, goes_on=True, place=place) for part in parts), last]
 
 
 def _has_long_word(line):
@@ -288,13 +303,18 @@ def _grouped(lines, layout):
     """Documents of (number, line). layout "row": all lines are one document, as far as MAX_SIZE allows."""
     document, size, before = [], 0, None
     for number, line in lines:
-        # the rest of a line that was cut keeps its blank
-        line = line.rstrip() if number == before else line.strip()
-        before = number
-        if line:
+        part = line if isinstance(line, Part) else Part()
+        follows = number == before
+        # where a line was cut it keeps its blanks
+        line = line if follows else line.lstrip()
+        line = line if part.goes_on else line.rstrip()
+        if follows or part.goes_on:
+            line = Part.of(line, follows=follows, goes_on=part.goes_on, place=part.place)
+        if line.strip():
+            before = number
             document.append(line)
             size += len(line)
-        if document and (layout == "line" or size >= MAX_SIZE or (not line and layout == "blank-line")):
+        if document and (layout == "line" or size >= MAX_SIZE or (not line and not follows and layout == "blank-line")):
             yield document
             document, size = [], 0
     if document:
@@ -398,7 +418,16 @@ def _rows_of_parquet(path, column, stats, done):
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
                 raise ValueError(f"{path}: column {column!r} holds {kind}: expected text")
             read, size = 0, os.path.getsize(path)
-            for batch in file.iter_batches(batch_size=64, columns=[column]):
+            # a row comes into memory as a whole, and the file says how large a row of each group is on average
+            groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
+            columns = ((group.num_rows, group.column(i)) for group in groups for i in range(group.num_columns))
+            mean = max(
+                (c.total_uncompressed_size / max(n, 1) for n, c in columns if c.path_in_schema == column), default=0
+            )
+            if mean > 4 * MAX_ROW:
+                raise ValueError(f"{path} has rows of {mean:,.0f} bytes: {_SHORTER}")
+            rows = int(min(max(MAX_SIZE / (mean + 1), 1), 64))
+            for batch in file.iter_batches(batch_size=rows, columns=[column]):
                 for number, text in enumerate(batch.column(0), read + 1):
                     try:
                         text = text.as_py()
@@ -408,6 +437,8 @@ def _rows_of_parquet(path, column, stats, done):
                     if text is None:
                         stats["skipped_lines"] += 1
                         stats["no_text"] += 1
+                    elif len(text) > MAX_ROW:
+                        raise ValueError(f"{path} row {number} has {len(text):,} letters: {_SHORTER}")
                     else:
                         yield number, text
                 read += batch.num_rows

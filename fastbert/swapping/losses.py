@@ -46,7 +46,12 @@ class BertForSequenceClassification(Replacement):
 
 
 class ElectraForPreTraining(BertForSequenceClassification):
-    """The discriminator. Its loss is the mean over real tokens, whatever the labels of padding say."""
+    """The discriminator. Its loss is the mean over real tokens, whatever the labels of padding say.
+
+    Labels other than -100 at padding are refused in a step of several micro-batches. As one batch, the step's loss is
+    a sum over its real tokens, divided by their number. num_items_in_batch counts labels, those at padding too, and a
+    micro-batch cannot know how many of the others' labels are at padding.
+    """
 
     def forward(self, *args, **kwargs):
         kwargs = by_name(self, args, kwargs)

@@ -1,5 +1,7 @@
 """Shards -> batches: sequences, masks, seeds, threads, ranks, pairs."""
 
+import random
+import shutil
 import threading
 import time
 from collections import Counter
@@ -284,3 +286,26 @@ def test_real_text_fills_batches(tmp_path):
             assert loader(opened, max_seq_length=128, tokens_per_batch=budget).fill >= 0.98
     first = tokenizer.decode(sum(document_of(opened, 0), []))
     assert first == "in the beginning god created the heaven and the earth."
+
+
+@pytest.mark.parametrize("part", ["tokens", "sentences", "documents"])
+def test_flipped_bits_in_shards_that_are_not_verified(part, shards, tmp_path):
+    """A batch may hold other tokens then, but none outside the vocabulary; else one line names the file."""
+    directory = shutil.copytree(shards.directory, tmp_path / "out")
+    path, draw = directory / f"shard-00001.{part}.npy", random.Random(part)
+    whole, said = path.read_bytes(), Counter()
+    for trial in range(40):
+        data = bytearray(whole)
+        for _ in range(3):
+            data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        path.write_bytes(data)
+        try:
+            opened = Shards.open(directory)
+            for objective in ("mlm", "mlm+sop"):
+                for batch in loader(opened, objective=objective, whole_word_mask=True).epoch(trial):
+                    assert batch.input_ids.min() >= 0 and batch.input_ids.max() < opened.vocab_size
+                    assert batch.cu_seqlens.diff().min() > 0
+        except ValueError as error:
+            assert str(path) in str(error) and "damaged" in str(error) and "\n" not in str(error)
+            said[True] += 1
+    assert said[True] > 20

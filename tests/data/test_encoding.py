@@ -9,18 +9,25 @@ import tracemalloc
 import pytest
 from corpus import make_documents, small_tokenizer, words, write_text
 from test_sentencepiece import sentencepiece
+from tokenizers import normalizers, pre_tokenizers
 
-from fastbert.data import encoding
+from fastbert.data import encoding, text
 from fastbert.data.encoding import encoded_units
 from fastbert.data.threads import ordered_map
 from fastbert.data.tokenizer import train_bpe
 
+# Unigram leaves it to rounding whether "aaa" is "a aa" or "aa a", in a line as a whole: few of them are alike
+IDEOGRAPHS = "".join(map(chr, range(0x4E00, 0x4E1E)))
+
 
 @pytest.fixture(scope="module", params=["wordpiece", "bpe", "albert", "xlm-roberta", "deberta-v2"])
 def kind(request, tmp_path_factory):
-    """A tokenizer that also has tokens of two words."""
-    folder = tmp_path_factory.mktemp("kind")
-    text = write_text(folder / "text.txt", make_documents(60))
+    """A tokenizer that also has tokens of several ideographs and of several words."""
+    folder, draw = tmp_path_factory.mktemp("kind"), random.Random(1)
+    ideographs = [
+        "".join(draw.choices(["\u65e5" * 3, "\u65e5\u672c", "\u8a9e", "\u4e2d\u6587"], k=9)) for _ in range(99)
+    ]
+    text = write_text(folder / "text.txt", make_documents(60) + [ideographs])
     if request.param == "wordpiece":
         tokenizer = small_tokenizer(folder)
     elif request.param == "bpe":
@@ -43,7 +50,7 @@ def long_sentence(kind):
         return "".join(word + draw.choice([",", "-", "  ", "/", "'"]) for word in draw.choices(words(), k=2000))
     if kind == "phrases":
         return "bada kilo zuvo " * 600
-    return "".join(draw.choices("\u65e5\u672c\u8a9e\u4e2d\u6587", k=5000)) + " " + "w" * 3000 + " ba"
+    return "".join(draw.choices(IDEOGRAPHS, k=5000)) + " " + "w" * 3000 + " ba"
 
 
 @pytest.mark.parametrize("text", ["words", "blanks", "marks", "phrases", "ideographs"])
@@ -62,6 +69,47 @@ def test_the_ids_of_a_long_sentence_are_those_of_the_whole(kind, text, monkeypat
     ]
     assert of_document.tolist() == [1, 3]
     assert len(calls) > 5
+
+
+@pytest.mark.parametrize("case", ["words", "blanks", "marks", "phrases", "ideographs", "sentences", "one letter"])
+def test_the_ids_of_a_line_in_several_documents_are_those_of_the_whole(kind, case, tmp_path, monkeypatch):
+    monkeypatch.setattr(encoding, "CALL", 150)
+    monkeypatch.setattr(text, "MAX_SIZE", 1100)
+    if case == "one letter":
+        # with tokens of several, a place where one ends depends on all that stands before
+        line = "\u65e5" * 3001 + "\u672c\u65e5" + "w" * 50 + "\u8a9e" * 2000 + "\u65e5\u672c" * 2000
+    elif case == "sentences":
+        line = "".join(word + (". " if i % 9 else "! \u3000 ") for i, word in enumerate(long_sentence("words").split()))
+    else:
+        line = long_sentence(case).strip()
+    (tmp_path / "a.txt").write_text(f"ba bo\n{line}\nki ku\n")
+    documents = [*text.read_documents([str(tmp_path / "a.txt")], layout="line")]
+    assert len(documents) > 5
+    units = encoded_units(documents, kind, unit_letters=2000, skips=itertools.repeat(False), num_workers=2)
+    tokens = [id for ids, _, _ in units for id in ids.tolist()]
+    whole = [kind.encode(s, add_special_tokens=False).ids for s in ("ba bo", *encoding._sentences(line), "ki ku")]
+    assert tokens == sum(whole, [])
+
+
+def test_a_line_that_no_tokenizer_can_cut(tmp_path, monkeypatch):
+    """Letters that WordPiece takes for one word, as it does not set ideographs apart."""
+    monkeypatch.setattr(text, "MAX_SIZE", 1000)
+    monkeypatch.setattr(encoding, "MAX_REST", 3000)
+    tokenizer = small_tokenizer(tmp_path)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.normalizer = normalizers.Sequence([])
+    for letters, fits in ((2000, True), (5000, False)):
+        (tmp_path / "a.txt").write_text("\u65e5" * letters + "\n")
+        units = encoded_units(
+            text.read_documents([str(tmp_path / "a.txt")]), tokenizer,
+            unit_letters=9999, skips=itertools.repeat(False), num_workers=1,
+        )  # fmt: skip
+        if fits:
+            ((tokens, *_),) = units
+            assert tokens.tolist() == [tokenizer.token_to_id("[UNK]")]
+        else:
+            with pytest.raises(ValueError, match=r"a.txt line 1 has 3,99\d letters where no token .* expected blanks"):
+                list(units)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -101,9 +149,9 @@ def test_large_texts_are_tokenised_one_after_the_other(tmp_path, monkeypatch):
 
     encoder.tokenizer = Counting()
     # a word without a place to cut it
-    for text, expected in (("w" * 1000, [1]), ("ba", [2, 3, 4])):
+    for piece, expected in ((encoding._Piece("w" * 1000), [1]), (encoding._Piece("ba"), [2, 3, 4])):
         most = 0
-        assert len(list(ordered_map(encoder, [([(text, 0)], None)] * 30, 4, ahead=30))) == 30
+        assert len(list(ordered_map(encoder, [([piece], None)] * 30, 4, ahead=30))) == 30
         assert most in expected
 
 

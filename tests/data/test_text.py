@@ -217,6 +217,18 @@ def test_a_word_above_a_megabyte_is_an_error(name, where, tmp_path):
     assert len(list(read_documents([str(tmp_path / "b.txt")]))) == 1
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet"])
+def test_a_row_above_the_limit_is_an_error(name, tmp_path, monkeypatch):
+    """The limit bounds memory: a row is read as a whole."""
+    monkeypatch.setattr("fastbert.data.text.MAX_ROW", 1000)
+    path = write_as(tmp_path / name, [["ba bo"], ["ba " * 300], ["ki"]])
+    assert len(list(read_documents([str(path)]))) == 3
+    for letters in (1100, 40_000):
+        path = write_as(tmp_path / name, [["ba bo"], ["ba " * (letters // 3)], ["ki"]])
+        with pytest.raises(ValueError, match=rf"{name} (line \d|row 2|has rows of).*: expected at most [\d,]+ letters"):
+            list(read_documents([str(path)]))
+
+
 def gzip_cut_short(path):
     path.write_bytes(gzip.compress(os.urandom(1000).hex().encode())[:500])
 
