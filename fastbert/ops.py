@@ -114,8 +114,9 @@ def may_prepare(x: torch.Tensor, rows: int, width: int) -> bool:
 def prepare(
     module: torch.nn.Module, parts: PostNorm, heads: int, scale: float | None = None, approximate: str = "none"
 ) -> Callable | None:
-    """A post-norm layer for inference: a function (x [T, D], cu_seqlens, max_seqlen) -> [T, D]; None where nothing is
-    faster than the ops one by one: on a GPU, where gradients are wanted, under autocast, for other dtypes than float32.
+    """A post-norm layer for inference: a function (x [T, D], cu_seqlens, max_seqlen, bias=None) -> [T, D]; None where
+    nothing is faster than the ops one by one: on a GPU, where gradients are wanted, under autocast, for other dtypes
+    than float32. With a bias its attention is `biased_attention`.
 
     module: whose layer this is. The parts' weights are prepared once, and again after a change. scale: see `attention`.
     approximate: see `bias_gelu`.

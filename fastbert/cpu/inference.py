@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .attention import attention
+from .attention import attention, biased_attention
 from .autograd import in_memory
 from .libraries import LEAST, prefers_onednn
 from .matmul import candidates
@@ -89,12 +89,17 @@ class Layer:
         self.samples = [x.view(-1)[:: min(x.shape) + 1] if x.dim() == 2 else x for x in copied]
         self.sampled, self.stamp = torch.cat(self.samples), stamp
 
-    def __call__(self, x: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int) -> torch.Tensor:
-        """x float32 [T, D] -> [T, D], with the sequences of `ops.attention`."""
+    def __call__(
+        self, x: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x float32 [T, D] -> [T, D], with the sequences of `ops.attention`; with a bias, of `ops.biased_attention`."""
         self._refresh()
         qkv, output, up, down = self.linears
         heads = qkv(x).view(len(x), 3, self.heads, -1)
-        attended = attention(heads, None, None, cu_seqlens, max_seqlen, scale=self.scale)
+        if bias is None:
+            attended = attention(heads, None, None, cu_seqlens, max_seqlen, scale=self.scale)
+        else:
+            attended = biased_attention(heads, None, None, bias, cu_seqlens, max_seqlen, scale=self.scale)
         x = _normalised(self.parts.attention_norm, output(attended.flatten(1)).add_(x))
         return _normalised(self.parts.norm, down(up(x, self.approximate)).add_(x))
 

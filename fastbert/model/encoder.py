@@ -51,7 +51,7 @@ class Block(nn.Module):
         """x [T, D] -> [T, D], or [M, D] of the query rows."""
         prepared = self._prepared(layout, dropout)
         if prepared is not None:
-            return prepared(x, layout.cu_seqlens, layout.max_seqlen)
+            return prepared(x, layout.cu_seqlens, layout.max_seqlen, layout.relative)
         dropout = dropout.copy()
         attended = self.attention(x, layout, dropout)
         return self.after_attention(attended, x if layout.query_rows is None else x[layout.query_rows], dropout)
@@ -59,7 +59,8 @@ class Block(nn.Module):
     def _prepared(self, layout, dropout):
         """This layer as `ops.prepare` has it for inference; None where a module inside must be called."""
         config, attention, feed_forward = self.config, self.attention, self.feed_forward
-        if config.attention != "softmax" or config.gate or dropout.seed is not None or layout.query_rows is not None:
+        is_plain = config.attention == "softmax" or config.attention == "biased" and layout.columns is None
+        if not is_plain or config.gate or dropout.seed is not None or layout.query_rows is not None:
             return None
         called = attention, self.attention_norm, feed_forward, self.feed_forward_norm
         if any(module._forward_hooks or module._forward_pre_hooks for module in called):

@@ -7,7 +7,7 @@ found before, by `tokenwise.is_watched`.
 from torch import nn
 
 from .. import ops
-from .attention import BertSelfAttention, DistilBertSelfAttention
+from .attention import AlbertAttention, BertSelfAttention, DistilBertSelfAttention, MPNetSelfAttention
 from .steps import eps_of, gelu_form, is_plain
 
 
@@ -31,8 +31,32 @@ def _distilbert(layer):
     return (inner, layer, ffn), (ffn.dropout,), ffn.activation, parts
 
 
+def _albert(layer):
+    inner = layer.attention
+    parts = ops.PostNorm(
+        inner.query, inner.key, inner.value, inner.dense, inner.LayerNorm,
+        layer.ffn, layer.ffn_output, layer.full_layer_layer_norm,
+    )  # fmt: skip
+    return (inner, layer), (inner.output_dropout,), layer.activation, parts
+
+
+def _mpnet(layer):
+    attended, output = layer.attention, layer.output
+    inner = attended.attn
+    parts = ops.PostNorm(
+        inner.q, inner.k, inner.v, inner.o, attended.LayerNorm, layer.intermediate.dense, output.dense, output.LayerNorm
+    )
+    callers, dropouts = (inner, layer, attended, layer.intermediate, output), (attended.dropout, output.dropout)
+    return callers, (inner.dropout, *dropouts), layer.intermediate.intermediate_act_fn, parts
+
+
 # what replaced the attention -> how to find the rest, and where the attention is
-_PARTS = {BertSelfAttention: _bert, DistilBertSelfAttention: _distilbert}
+_PARTS = {
+    AlbertAttention: _albert,
+    BertSelfAttention: _bert,
+    DistilBertSelfAttention: _distilbert,
+    MPNetSelfAttention: _mpnet,
+}
 
 
 def prepared(stack):
@@ -40,22 +64,36 @@ def prepared(stack):
     options, layers = stack.fastbert_options, []
     if not (options.layer_norm and options.gelu):
         return None
-    for layer in getattr(stack, "layer", ()):
-        found = _prepared(layer)
+    for layer in getattr(stack, "layer", ()) or _alberts(stack):
+        found = layer and _prepared(layer)
         if found is None:
             return None
         layers.append(found)
     return layers or None
 
 
+def _alberts(stack):
+    """The layers of an ALBERT stack as often as they run; None for those of a group that must be called."""
+    groups = getattr(stack, "albert_layer_groups", ())
+    n = stack.config.num_hidden_layers if groups else 0
+    for i in range(n):
+        group = groups[int(i / (n / len(groups)))]
+        yield from (None if _is_called(group) else layer for layer in group.albert_layers)
+
+
+def _is_called(module):
+    """Whether a module must be called: a library's hook may prepare the weights."""
+    return "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks
+
+
 def _prepared(layer):
     attention = getattr(layer, "attention", None)
-    replacement = getattr(type(getattr(attention, "self", attention)), "replacement", None)
+    inner = getattr(attention, "self", getattr(attention, "attn", attention))
+    replacement = getattr(type(inner), "replacement", None)
     if replacement not in _PARTS:
         return None
     callers, dropouts, activation, parts = _PARTS[replacement](layer)
-    # a library's hook may prepare the weights
-    if any("forward" in vars(x) or x._forward_hooks or x._forward_pre_hooks for x in callers):
+    if any(map(_is_called, callers)):
         return None
     inner = callers[0]
     drops = inner.training or any(x.training and getattr(x, "p", 0.0) for x in dropouts)
@@ -66,4 +104,4 @@ def _prepared(layer):
     if approximate is None or eps_of(parts.attention_norm) is None or eps_of(parts.norm) is None:
         return None
     heads = parts.query.out_features // inner.attention_head_size
-    return ops.prepare(layer, parts, heads, inner.scaling, approximate)
+    return ops.prepare(layer, parts, heads, getattr(inner, "scaling", None), approximate)

@@ -17,7 +17,7 @@ from torch import nn
 from .. import ops
 from ..packing import Layout, full_layout, layout_of
 from .inference import prepared
-from .steps import PLAIN, Replacement, by_name, from_file_of, is_plain, plain_modules
+from .steps import PLAIN, Replacement, by_name, from_file_of, is_plain, linear, plain_modules
 from .tokenwise import is_watched, may_run_again
 
 
@@ -176,8 +176,7 @@ class BertEncoder(Replacement):
         layout, unpads = self._layout(hidden_states, attention_mask, kwargs)
         if layout is None:
             return self._padded(unpads, hidden_states, attention_mask, *args, **kwargs)
-        is_flat = kwargs.get("cu_seq_lens_q") is not None
-        layers = prepared(self) if unpads and not is_flat and self._may_prepare(hidden_states) else None
+        layers = self._prepared(hidden_states, unpads, kwargs)
         if layers is None and not self._pays(hidden_states, layout, unpads, kwargs):
             return self._padded(None, hidden_states, attention_mask, *args, **kwargs)
         x, inner = _entering(layout, hidden_states, unpads)
@@ -185,6 +184,9 @@ class BertEncoder(Replacement):
             out = super().forward(x, inner, *args, **kwargs)
             return _with_last(out, _leaving(layout, out[0], unpads))
         x = x[0]
+        if hasattr(self, "embedding_hidden_mapping_in"):
+            # ALBERT's stack begins with it
+            x = linear(self.embedding_hidden_mapping_in, x)
         for layer in layers:
             x = layer(x, inner.cu_seqlens, inner.max_seqlen)
         made = from_file_of(self, "BaseModelOutputWithPastAndCrossAttentions") or from_file_of(self, "BaseModelOutput")
@@ -224,6 +226,11 @@ class BertEncoder(Replacement):
         rows = hidden_states.shape[0] * hidden_states.shape[1]
         return self.PREPARES and ops.may_prepare(hidden_states, rows, self._width(hidden_states))
 
+    def _prepared(self, hidden_states, unpads, kwargs):
+        """The layers as `ops.prepare` has them, or None."""
+        is_flat = kwargs.get("cu_seq_lens_q") is not None
+        return prepared(self) if unpads and not is_flat and self._may_prepare(hidden_states) else None
+
     def _pays(self, x, layout, unpads, kwargs):
         """Whether packed rows of x [B, S, ...] are faster than the original. layout: None while it is not known."""
         if kwargs.get("cu_seq_lens_q") is not None:
@@ -235,8 +242,8 @@ class BertEncoder(Replacement):
         return ops.pays(x, tokens, places, self._width(x), self.training)
 
     def _width(self, x):
-        """Of the hidden states, or of what a model makes of ids [B, S]."""
-        return x.shape[-1] if x.dim() > 2 else _config(self).hidden_size
+        """Of the layers; x may be narrower embeddings, as ALBERT's, or ids [B, S]."""
+        return getattr(_config(self), "hidden_size", x.shape[-1])
 
     def _padded(self, unpads, *args, **kwargs):
         """The original. unpads: None if it is faster, so that the modules inside are originals, too."""
@@ -285,7 +292,6 @@ class PreNormEncoder(BertEncoder):
 
 class MPNetEncoder(BertEncoder):
     BY_DISTANCE = True
-    PREPARES = False
 
     def forward(
         self, hidden_states, attention_mask=None, output_attentions=False, output_hidden_states=False,
@@ -298,14 +304,21 @@ class MPNetEncoder(BertEncoder):
         is_read = is_plain(table, nn.Embedding) and table.padding_idx is None and table.max_norm is None
         if layout is None or not is_read or table.scale_grad_by_freq:
             return self._padded(unpads, hidden_states, attention_mask, **outputs, return_dict=return_dict, **kwargs)
+        layers = self._prepared(hidden_states, unpads, kwargs)
+        if layers is None and not self._pays(hidden_states, layout, unpads, kwargs):
+            return self._padded(None, hidden_states, attention_mask, **outputs, return_dict=return_dict, **kwargs)
         # row max_seqlen + i - j is for a query at i and a key at j
         distance = torch.arange(-layout.max_seqlen, layout.max_seqlen, device=hidden_states.device)
         buckets = F.one_hot(self.relative_position_bucket(-distance), table.num_embeddings)
         bias = buckets.to(hidden_states.dtype) @ table.weight.to(hidden_states.dtype)
-        return _run(
-            self, hidden_states, layout, unpads, lambda layer, x, inner: layer(x, inner, bias)[0],
-            output_hidden_states, return_dict,
-        )  # fmt: skip
+
+        def call(layer, x, inner):
+            if layers is None:
+                return layer(x, inner, bias)[0]
+            return faster[layer](x[0], inner.cu_seqlens, inner.max_seqlen, bias)[None]
+
+        faster = dict(zip(self.layer, layers or ()))
+        return _run(self, hidden_states, layout, unpads, call, output_hidden_states, return_dict)
 
 
 def _run(stack, hidden_states, layout, unpads, call, output_hidden_states, return_dict, after_first=None):

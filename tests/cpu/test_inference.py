@@ -28,6 +28,28 @@ def model():
     return MaskedLM(config).eval()
 
 
+@pytest.mark.parametrize("family", ["albert-base-v2", "mpnet-base"])
+def test_values_of_another_family(family, library, batch):
+    config = preset(family).replace(
+        vocab_size=100, hidden_size=128, intermediate_size=320, num_attention_heads=4, num_hidden_layers=2
+    )
+    check(MaskedLM(config).eval(), batch)
+
+
+def test_gaps_in_a_sequence_and_a_bias(library):
+    """Padding between tokens: a bias goes by the columns, so op by op."""
+    config = preset("mpnet-base").replace(
+        vocab_size=100, hidden_size=128, intermediate_size=320, num_attention_heads=4, num_hidden_layers=1
+    )
+    model, mask = MaskedLM(config).eval(), torch.ones(2, 40, dtype=torch.int64)
+    mask[0, 3:30] = 0
+    batch = pack(torch.randint(5, 100, (2, 40)), mask)[0]
+    with torch.no_grad():
+        got = model.encoder(batch)
+    assert not layers_of(model)
+    torch.testing.assert_close(got, model.encoder(batch), rtol=1e-5, atol=1e-5)
+
+
 @pytest.fixture
 def batch():
     mask = (torch.arange(40) < torch.tensor(LENGTHS)[:, None]).long()

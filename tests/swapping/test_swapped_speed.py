@@ -14,7 +14,10 @@ SIZES = dict(
     max_position_embeddings=64,
 )  # fmt: skip
 DISTILBERT = dict(vocab_size=100, dim=128, n_layers=2, n_heads=4, hidden_dim=256, max_position_embeddings=64)
-FAMILIES = {"Bert": SIZES, "Roberta": SIZES, "XLMRoberta": SIZES, "Electra": SIZES, "DistilBert": DISTILBERT}
+FAMILIES = {
+    "Bert": SIZES, "Roberta": SIZES, "XLMRoberta": SIZES, "Electra": SIZES, "DistilBert": DISTILBERT, "MPNet": SIZES,
+    "Albert": {**SIZES, "embedding_size": 32, "num_hidden_groups": 2},
+}  # fmt: skip
 MASK = (torch.arange(40) < torch.tensor([[40], [33], [5], [22]])).long()
 IDS = torch.randint(5, 100, (4, 40), generator=torch.Generator().manual_seed(0))
 real_pays = ops.pays
@@ -40,8 +43,14 @@ def nothing_prepared():
     inference._PREPARED.clear()
 
 
+def layers_of(model):
+    stack = stack_of(model)
+    groups = getattr(stack, "albert_layer_groups", ())
+    return [layer for group in groups for layer in group.albert_layers] or stack.layer
+
+
 def prepared(model):
-    return sum(layer in inference._PREPARED for layer in stack_of(model).layer)
+    return sum(layer in inference._PREPARED for layer in layers_of(model))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -118,6 +127,45 @@ def test_what_a_user_has_changed_in_a_layer_is_called(change, when):
     unswap(model)
     assert not torch.allclose(changed, plain, atol=1e-3)
     torch.testing.assert_close(changed, hidden(model), rtol=1e-4, atol=1e-5)
+
+
+def on_a_group(model):
+    stack_of(model).albert_layer_groups[1].register_forward_hook(lambda module, x, out: out + 1)
+
+
+def on_attention(model):
+    layers_of(model)[1].attention.register_forward_hook(lambda module, x, out: (3 * out[0], *out[1:]))
+
+
+def in_attention(model):
+    attn = layers_of(model)[1].attention.attn
+    forward = attn.forward
+    attn.forward = lambda x, *args, **kwargs: (forward(x, *args, **kwargs)[0] + 3 * x,)
+
+
+@pytest.mark.parametrize(
+    "family, change",
+    [("Albert", on_a_group), ("Albert", on_attention), ("MPNet", on_attention), ("MPNet", in_attention)],
+)
+def test_what_a_user_has_changed_in_another_family_is_called(family, change):
+    model = a_model(family)
+    plain = hidden(model)
+    change(model)
+    swap(model)
+    changed = hidden(model)
+    assert prepared(model) < 2
+    unswap(model)
+    assert not torch.allclose(changed, plain, atol=1e-3)
+    torch.testing.assert_close(changed, hidden(model), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dropout", "attn.dropout", "output.dropout"])
+def test_each_dropout_of_mpnet_drops(name):
+    model = a_model("MPNet")
+    swap(model)
+    layer = layers_of(model)[1]
+    (layer if name.startswith("output") else layer.attention).get_submodule(name).train()
+    assert not torch.equal(hidden(model), hidden(model)) and prepared(model) < 2
 
 
 def test_dropout_that_is_on_in_evaluation_drops():
