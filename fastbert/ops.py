@@ -100,11 +100,10 @@ def pays(x: torch.Tensor, tokens: int, places: int, width: int, training: bool) 
 
     On a GPU always, and with an `impl` or a dtype that is asked for. On a CPU by what was measured there.
     """
-    if low_precision.current() != "fp32":
-        return True
     if x.device.type != "cpu" or IMPL != "auto" or places == 0 or torch.compiler.is_compiling():
         return True
-    return matmul.pays(tokens, places, width, training or torch.is_grad_enabled(), torch.get_num_threads())
+    training = training or torch.is_grad_enabled()
+    return low_precision.current() != "fp32" or matmul.pays(tokens, places, width, training, torch.get_num_threads())
 
 
 def may_prepare(x: torch.Tensor, rows: int, width: int) -> bool:
@@ -272,7 +271,8 @@ def linears(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[t
     """Several linear layers of x [T, D], with their results concatenated: see `reference.linears`."""
     if any(map(_is_wrapper, weights)):
         return torch.cat([linear(x, weight, bias) for weight, bias in zip(weights, biases)], 1)
-    return _library("linears", x)(x, weights, biases)
+    x, *cast = _autocast(x, *weights, *biases)
+    return _library("linears", x)(x, cast[: len(weights)], cast[len(weights) :])
 
 
 def linear_gelu(
