@@ -136,6 +136,12 @@ def _finetune_config():
     return FinetuneConfig
 
 
+_dtype = click.option(
+    "--dtype", type=click.Choice(["fp32", "auto", "bf16", "int8"]), default="fp32", show_default=True,
+    help="What a CPU multiplies in; auto: bf16 where that is faster. bf16 and int8 give fp32 where not faster.",
+)  # fmt: skip
+
+
 # --max_steps and --max-steps are the same
 @click.group(
     cls=Main, context_settings={"token_normalize_func": lambda name: name.replace("_", "-"), "max_content_width": 120}
@@ -191,7 +197,8 @@ def finetune(**options):
 @click.option("--text-column", "columns", multiple=True, help="Column of the text, or both of a pair.")
 @click.option("--calibrated", is_flag=True, help="Divide the logits by the temperature found in training.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
-def predict(model, path, output, texts, columns, calibrated, device):
+@_dtype
+def predict(model, path, output, texts, columns, calibrated, device, dtype):
     """Predict with a fine-tuned model.
 
     For each row of --input, a line of JSON in --output; or, for one --text, JSON on the screen.
@@ -203,7 +210,7 @@ def predict(model, path, output, texts, columns, calibrated, device):
 
     if bool(texts) == bool(path) or bool(path) != bool(output):
         raise ValueError("expected either --text, or --input and --output")
-    predictor = load(model, device=str(device_of(device)), text_columns=columns)
+    predictor = load(model, device=str(device_of(device)), text_columns=columns, dtype=dtype)
     if texts:
         item = texts[0] if len(texts) == 1 else texts
         (found,) = predictor.predict([item], calibrated=calibrated)
@@ -220,7 +227,8 @@ def predict(model, path, output, texts, columns, calibrated, device):
 @click.option("--label-column", help="Column of the label, labels or score.")
 @click.option("--calibrated", is_flag=True, help="Divide the logits by the temperature found in training.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
-def evaluate(model, paths, output_dir, columns, label_column, calibrated, device):
+@_dtype
+def evaluate(model, paths, output_dir, columns, label_column, calibrated, device, dtype):
     """Print the scores of a fine-tuned model.
 
     On labelled examples, as JSON. With --output-dir, also predictions, mistakes and pictures.
@@ -230,7 +238,7 @@ def evaluate(model, paths, output_dir, columns, label_column, calibrated, device
     from .tasks.predictor import load
     from .training.processes import device_of
 
-    predictor = load(model, device=str(device_of(device)), text_columns=columns, label_column=label_column)
+    predictor = load(model, device=str(device_of(device)), text_columns=columns, label_column=label_column, dtype=dtype)
     say = lambda line: click.echo(line, err=True)  # noqa: E731
     found = predictor.evaluate(paths, output_dir=output_dir, calibrated=calibrated, say=say)
     click.echo(json.dumps(found, indent=2, ensure_ascii=False))
@@ -300,12 +308,13 @@ def prepare(files, tokenizer, output_dir, text_column, layout, num_workers, veri
 @main.command(cls=Command)
 @click.option("--model", required=True, help="Directory of the model.")
 @click.option("--top-k", default=5, show_default=True, help="Number of words to print for each [MASK].")
+@_dtype
 @click.argument("text")
-def fill_mask(model, top_k, text):
+def fill_mask(model, top_k, dtype, text):
     """Print the most likely words for each [MASK] in TEXT."""
     from .tasks import fill_mask as script
 
-    for number, words in enumerate(script.fill_mask(*script.load_masked_lm(model), text, top_k), 1):
+    for number, words in enumerate(script.fill_mask(*script.load_masked_lm(model, dtype), text, top_k), 1):
         click.echo(f"[MASK] {number}")
         for word, probability in words:
             click.echo(f"  {probability:6.1%}  {word}")

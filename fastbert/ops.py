@@ -22,6 +22,7 @@ import torch
 from . import reference
 from .cpu import inference, matmul
 from .cpu import libraries as libraries
+from .cpu import low_precision as low_precision
 from .cpu import ops as cpu
 from .cpu.autograd import in_memory as in_memory
 from .cpu.autograd import is_transformed as is_transformed
@@ -97,11 +98,12 @@ def pays(x: torch.Tensor, tokens: int, places: int, width: int, training: bool) 
     own modules on `places` padded rows. x: a tensor on their device. training: whether gradients will be wanted, also
     where activation checkpointing turns them off first.
 
-    On a GPU always, and with an `impl` that is asked for. On a CPU by what was measured there.
+    On a GPU always, and with an `impl` or a dtype that is asked for. On a CPU by what was measured there.
     """
     if x.device.type != "cpu" or IMPL != "auto" or places == 0 or torch.compiler.is_compiling():
         return True
-    return matmul.pays(tokens, places, width, training or torch.is_grad_enabled(), torch.get_num_threads())
+    training = training or torch.is_grad_enabled()
+    return low_precision.current() != "fp32" or matmul.pays(tokens, places, width, training, torch.get_num_threads())
 
 
 def may_prepare(x: torch.Tensor, rows: int, width: int) -> bool:
@@ -272,7 +274,8 @@ def linears(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[t
         return linear(x, weights[0], biases[0])
     if any(map(_is_wrapper, weights)):
         return torch.cat([linear(x, weight, bias) for weight, bias in zip(weights, biases)], 1)
-    return _library("linears", x)(x, weights, biases)
+    x, *cast = _autocast(x, *weights, *biases)
+    return _library("linears", x)(x, cast[: len(weights)], cast[len(weights) :])
 
 
 def linear_gelu(

@@ -19,7 +19,7 @@ import torch
 from .. import reference
 from .autograd import derivatives, in_memory, runs_by_autograd
 from .dropout import attention_keep_mask
-from .groups import in_groups, uniform
+from .groups import in_groups, uniform, with_backward
 from .libraries import LEAST, prefers_onednn
 from .matmul import bmm
 
@@ -60,11 +60,16 @@ def _runs_in_cache(kind, q, starts):
     # shorter sequences are faster in padded groups, because each library call has an overhead
     if not starts[-1] >= 64 * (len(starts) - 1) > 0 or not in_memory(q):
         return False
-    if q.dtype != torch.float32:
+    is_bf16 = q.dtype == torch.bfloat16
+    if q.dtype != torch.float32 and not is_bf16:
         return q.dtype == torch.float64
-    kind += "-backward" * _wants_gradients(q)
+    if is_bf16 and "-bias" in kind:
+        # a bias's gradient is a long sum
+        return False
+    kind += "-bf16" * is_bf16 + "-backward" * _wants_gradients(q)
     length = starts[-1] // (len(starts) - 1)
-    return prefers_onednn(kind, (min(q.shape[-2], 4), length, length, q.shape[-1]), _candidates)
+    # in bf16 the first of the two is what older checkpoints ran: groups
+    return is_bf16 != prefers_onednn(kind, (min(q.shape[-2], 4), length, length, q.shape[-1]), _candidates)
 
 
 def _wants_gradients(*tensors):
@@ -72,12 +77,14 @@ def _wants_gradients(*tensors):
 
 
 def _candidates(kind, sizes):
-    """Attention of one sequence in cache and in a group, as functions; for `prefers_onednn`.
+    """Attention of one sequence in cache and in a group, as functions; for `prefers_onednn`. In bf16 the other way
+    round.
 
-    kind: "attention", with what is in the call: -bias, -dropout, -backward, -uniform where all have one length.
+    kind: "attention", with what is in the call: -bias, -dropout, -bf16, -backward, -uniform where all have one length.
     """
     H, S, _, K = sizes
-    q, options = torch.ones(S, 3, H, K, requires_grad=True), dict(scale=K**-0.5)
+    dtype = torch.bfloat16 if "-bf16" in kind else torch.float32
+    q, options = torch.ones(S, 3, H, K, dtype=dtype, requires_grad=True), dict(scale=K**-0.5)
     if "-bias" in kind:
         options["bias"] = torch.zeros(2 * S, H)
     if "-dropout" in kind:
@@ -87,17 +94,13 @@ def _candidates(kind, sizes):
         def forward():
             return run(q, None, None, (0, S), **options)
 
-        def both():
-            with torch.enable_grad():
-                out = forward()
-            torch.autograd.grad(out, q, out.detach())
-
-        return both if kind.endswith("-backward") else forward
+        return with_backward(forward, (q,)) if kind.endswith("-backward") else forward
 
     def alike(q, k, v, starts, *, scale):
         return uniform(q, k, v, 1, scale)
 
-    return call(in_cache), call(alike if "-uniform" in kind else in_groups)
+    both = call(in_cache), call(alike if "-uniform" in kind else in_groups)
+    return both[::-1] if "-bf16" in kind else both
 
 
 @functools.lru_cache(maxsize=4)

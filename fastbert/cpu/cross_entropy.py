@@ -36,7 +36,7 @@ class MaskedCrossEntropyFunction(torch.autograd.Function):
             if not is_complete:
                 labelled = has_label[chunk, None]
                 rows = rows.where(labelled, 0)
-            logits = matmul(rows, weight.t(), bias).to(loss_sum.dtype)
+            logits = matmul(rows, weight.t(), bias)
             losses, is_right, dlogits = _softmax(logits, target, labelled, label_smoothing)
             loss_sum += losses.sum()
             correct += is_right.sum()
@@ -108,7 +108,9 @@ def _softmax(logits, target, labelled, label_smoothing):
     labelled: bool [rows, 1], the rows that count, or None for all. With a large vocabulary each pass over the logits
     takes a notable part of their product's time, so passes are few.
     """
+    # before half precision is widened: half the bytes
     maximum, best = logits.max(-1, keepdim=True)
+    maximum, logits = (x.to(reference.wide(x.dtype)) for x in (maximum, logits))
     place, inside = _place(target, logits.shape[1])
     # a label outside the vocabulary gives NaN
     at_label = logits.gather(1, place).where(inside, float("nan"))

@@ -65,7 +65,7 @@ class DropFunction(torch.autograd.Function):
     @staticmethod
     def drop(x, keep, scale):
         # bytes: torch converts them with vector instructions, booleans without
-        return keep.view(torch.uint8).to(x.dtype).mul_(x).mul_(scale)
+        return torch.addcmul(x.new_zeros(()), x, keep.view(torch.uint8).to(x.dtype), value=scale)
 
 
 def draw(row, head, columns, seed, offset, threshold, lanes):

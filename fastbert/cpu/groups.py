@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
 from .. import reference
-from .autograd import derivatives, runs_by_autograd
+from .autograd import derivatives, in_memory, runs_by_autograd
 from .dropout import attention_keep_mask, drop
+from .libraries import prefers_onednn
 
 _BUCKET = 16
 
@@ -67,13 +68,43 @@ def in_groups(
 
 def _attend(q, k, v, scale, mask=None, biases=None, keep=None, dropout_p=0.0):
     """softmax(q kᵀ · scale + biases) v for q, k, v [members, H, length, K]; what is None is absent."""
-    # in bfloat16 torch's fused attention is slower than its parts (4x at length 128, 1.7x at 512, forward and backward;
-    # Zen 5)
-    if biases is None and keep is None and q.dtype != torch.bfloat16:
+    if biases is None and keep is None and not _is_faster_in_steps(q):
         if _runs_flash(q, k, v, mask, scale):
             return FlashFunction.apply(q, k, v, mask, scale)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return _attend_in_steps(q, k, v, scale, mask, biases, keep, dropout_p)
+
+
+def _is_faster_in_steps(q):
+    """Whether torch's fused attention is slower than its parts, as in bfloat16 it may be (4x at length 128, 1.7x at
+    512, forward and backward; Zen 5)."""
+    if q.dtype != torch.bfloat16:
+        return False
+    if not in_memory(q):
+        return True
+    kind = "attend-bf16" + "-backward" * (torch.is_grad_enabled() and q.requires_grad)
+    members, H, L, K = q.shape
+    return prefers_onednn(kind, (min(members * H, 8), L, L, K), _candidates)
+
+
+def _candidates(kind, sizes):
+    """Attention in bfloat16 of one group, in steps and fused, as functions; for `prefers_onednn`."""
+    H, L, _, K = sizes
+    q, k, v = (torch.ones(1, H, L, K, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    run = with_backward if kind.endswith("-backward") else lambda forward, inputs: forward
+    fused = lambda: F.scaled_dot_product_attention(q, k, v)  # noqa: E731
+    return run(lambda: _attend_in_steps(q, k, v, K**-0.5, None), (q, k, v)), run(fused, (q, k, v))
+
+
+def with_backward(forward, inputs):
+    """A function that runs `forward` and the gradients of `inputs`."""
+
+    def both():
+        with torch.enable_grad():
+            out = forward()
+        torch.autograd.grad(out, inputs, out.detach())
+
+    return both
 
 
 def _attend_in_steps(q, k, v, scale, mask, biases=None, keep=None, dropout_p=0.0):
@@ -81,7 +112,8 @@ def _attend_in_steps(q, k, v, scale, mask, biases=None, keep=None, dropout_p=0.0
     if biases is not None:
         scores = scores + biases
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
+        # the product's, or the sum's, and nobody else's
+        scores = scores.masked_fill_(~mask, float("-inf"))
     probabilities = torch.softmax(scores, dim=-1)
     if keep is not None:
         probabilities = drop(probabilities, keep, dropout_p)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from . import low_precision
 from .attention import attention, biased_attention
 from .autograd import in_memory
 from .libraries import LEAST, prefers_onednn
@@ -41,11 +42,17 @@ class _Linear:
         """Read the weights again. Returns those that copies are made of."""
         weights, biases = [x.weight.detach() for x in self.linears], [x.bias.detach() for x in self.linears]
         self.weight, self.bias = (x[0] if len(x) == 1 else torch.cat(x) for x in (weights, biases))
-        self.packed = None
+        self.packed, self.low = None, {}
         return weights if len(weights) == 1 else weights + biases
 
     def __call__(self, x, gelu=None):
         """gelu(x [M, K] @ weight.T + bias), [M, N]. gelu: "none" or "tanh" as PyTorch names it; None for none."""
+        dtype = low_precision.current()
+        if dtype != "fp32":
+            low = self.low.get(dtype)
+            if low is None:
+                low = self.low[dtype] = low_precision.Packed(self.weight, dtype)
+            return low(x, self.bias, gelu)
         (M, K), N = x.shape, len(self.weight)
         kind = "packed" if gelu is None else "packed-gelu"
         if M * K * N >= LEAST and torch.backends.mkldnn.enabled and prefers_onednn(kind, (M, K, N), candidates):
@@ -85,8 +92,7 @@ class Layer:
         if stamp == self.stamp and torch.equal(torch.cat(self.samples), self.sampled):
             return
         copied = [x for linear in self.linears for x in linear.read()]
-        # about the diagonal, again and again: a value of each row and, where there are more, of each column
-        self.samples = [x.view(-1)[:: min(x.shape) + 1] if x.dim() == 2 else x for x in copied]
+        self.samples = [low_precision.samples(x) for x in copied]
         self.sampled, self.stamp = torch.cat(self.samples), stamp
 
     def __call__(

@@ -1,6 +1,7 @@
 """LayerNorm and embedding on a CPU, with the fast dropout."""
 
 import torch
+import torch.nn.functional as F
 
 from .. import reference
 from .dropout import dropout
@@ -11,7 +12,12 @@ def layer_norm(x, weight, bias, *, residual=None, dropout_p=0.0, seed=None, offs
     if residual is not None:
         # dropout returned a fresh tensor: add in place
         z = z + residual if z is x or z.dtype != residual.dtype else z.add_(residual)
-    return reference.layer_norm(z, weight, bias, eps=eps, dtype=dtype or x.dtype)
+    dtype = dtype or x.dtype
+    if z.dtype == dtype == torch.bfloat16 and weight is not None and weight.dtype == torch.float32:
+        # torch reads a float32 weight beside a bfloat16 input: nothing is cast, forward or backward
+        bias = torch.zeros_like(weight) if bias is None else bias
+        return F.layer_norm(z, z.shape[-1:], weight, bias, eps)
+    return reference.layer_norm(z, weight, bias, eps=eps, dtype=dtype)
 
 
 def embedding(

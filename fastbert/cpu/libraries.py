@@ -45,6 +45,8 @@ _AGREE = 1.15
 
 # (kind, sizes, threads) -> whether oneDNN multiplies
 _known = {}
+# the same -> times
+_timed = {}
 # {class: "onednn" or "torch"} that a run was begun with; "every": one library for all
 _restored = {}
 # candidates for attention multiply, too
@@ -102,6 +104,17 @@ def share_saved(kind: str, sizes: tuple[int, ...], candidates: Callable) -> tupl
     measured = math.prod(map(int, name.partition(" ")[2].split(" x ")))
     saved = max(1 - onednn / own, 0.0) if math.prod(sizes) >= LEAST and prefers_onednn(kind, sizes, candidates) else 0.0
     return own * math.prod(sizes) / measured, saved
+
+
+def measured(kind: str, sizes: tuple[int, ...], candidates: Callable) -> tuple[float, float]:
+    """The seconds of the two functions candidates(kind, sizes) in the class of these sizes, from the file or measured,
+    once in a process."""
+    threads = torch.get_num_threads()
+    found = _timed.get((kind, sizes, threads))
+    if found is None:
+        with _lock:
+            found = _timed[kind, sizes, threads] = tuple(_times(class_of(kind, sizes), threads, candidates))
+    return found
 
 
 def _times(name, threads, candidates):

@@ -6,6 +6,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from . import low_precision
 from .autograd import in_memory, runs_by_autograd
 from .libraries import LEAST, prefers_onednn, share_saved
 
@@ -138,6 +139,8 @@ class LinearFunction(torch.autograd.Function):
 
 
 def linear(x, weight, bias=None):
+    if low_precision.takes(x, weight):
+        return low_precision.linear(x, weight, bias)
     if not _may_use_onednn(x.shape[0] * weight.numel(), x, weight):
         return F.linear(x, weight, bias)
     if not torch.is_grad_enabled():
@@ -150,7 +153,8 @@ def linear(x, weight, bias=None):
 
 
 def linears(x, weights, biases):
-    if len(x) < x.shape[1] and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+    is_low = all(low_precision.takes(x, weight) for weight in weights)
+    if is_low or len(x) < x.shape[1] and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
         # with few rows, concatenating the results is faster than concatenating the weights
         return torch.cat([linear(x, weight, bias) for weight, bias in zip(weights, biases)], 1)
     return linear(x, torch.cat(weights), None if biases[0] is None else torch.cat(biases))
@@ -158,6 +162,8 @@ def linears(x, weights, biases):
 
 def linear_gelu(x, weight, bias=None, *, approximate="none"):
     """GELU(linear(x)). Without gradients oneDNN applies the GELU while the product is in cache."""
+    if low_precision.takes(x, weight):
+        return low_precision.linear(x, weight, bias, approximate)
     wants_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
     if not wants_gradient and _uses_onednn("gelu", x, weight, len(weight)):
         return _by_onednn(x, weight.t(), bias, "gelu", approximate)

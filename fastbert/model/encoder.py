@@ -115,7 +115,29 @@ class Encoder(nn.Module):
         if config.pos_att_type or config.distance_buckets:
             self.relative = (RelativePositions if config.pos_att_type else DistanceBias)(config)
         self.convolution = Convolution(config) if config.conv_kernel_size else None
+        # what linear layers multiply in where no gradient is wanted: see `set_dtype`
+        self.products = "fp32"
         initialize(self, config)
+
+    def set_dtype(self, dtype: str) -> None:
+        """Let linear layers multiply in `dtype` in inference on a CPU; the rest, weights included, stays float32.
+
+        dtype: "fp32"; "bf16"; "int8" (8 bits for each row of the input and of the weight); or "auto": bf16 where this
+        processor multiplies it faster, measured, else fp32. bf16 and int8 give fp32, with a warning, where they are not
+        faster. Raises ValueError when int8 loses too much: on 8 sequences of 16 random ids, always the same, the mean
+        hidden state of each must have a cosine of at least 0.99 to that in fp32. Random ids lose more than text.
+        """
+        products = ops.low_precision.chosen(dtype)
+        if products == "int8":
+            self.products = "fp32"
+            ops.low_precision.check_int8(self, self._probed)
+        self.products = products
+
+    def _probed(self):
+        B, S = 8, min(16, self.config.max_length)
+        ids = torch.randint(self.config.vocab_size, (B * S,), generator=torch.Generator().manual_seed(0))
+        starts = torch.arange(B + 1, dtype=torch.int32) * S
+        return self(Batch(ids, torch.arange(S).repeat(B), torch.zeros_like(ids), starts, S)).view(B, S, -1)
 
     def forward(
         self, batch: Batch, rows: torch.Tensor | None = None, dropout: DropoutStream | None = None,
@@ -131,6 +153,12 @@ class Encoder(nn.Module):
             raise ValueError(
                 f"a sequence of {batch.max_seqlen} tokens: the model has {self.config.max_length} positions"
             )
+        if self.products == "fp32" or torch.compiler.is_compiling():
+            return self._run(batch, rows, dropout, decoder)
+        with ops.low_precision.products(self.products):
+            return self._run(batch, rows, dropout, decoder)
+
+    def _run(self, batch, rows, dropout, decoder):
         dropout = self.dropout(batch) if dropout is None else dropout
         layout = Layout(batch.cu_seqlens, batch.max_seqlen, batch.position_ids, batch.columns, rotations={})
         x = self.embeddings(batch, dropout)

@@ -100,15 +100,16 @@ class Model(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | os.PathLike, *, allow_pickle: bool = False, dtype: torch.dtype = torch.float32,
+        cls, directory: str | os.PathLike, *, allow_pickle: bool = False, dtype: torch.dtype | str = torch.float32,
         **changes: object,
     ) -> "Self":  # fmt: skip
         """From a directory with config.json and model.safetensors (or its shards), HuggingFace's or ours.
 
         allow_pickle: read a pytorch_model.bin where there is nothing else; only tensors are read, no code is run.
-        dtype: of the weights in memory. changes: EncoderConfig fields to set, such as num_labels of a new head. A head
-        that the checkpoint lacks starts fresh, with a warning that names it. Raises ValueError when the encoder is
-        incomplete, when a shape disagrees with config.json, or when a file cannot be read.
+        dtype: of the weights in memory; or "auto", "bf16" or "int8", for inference on a CPU: see `Encoder.set_dtype`.
+        changes: EncoderConfig fields to set, such as num_labels of a new head. A head that the checkpoint lacks starts
+        fresh, with a warning that names it. Raises ValueError when the encoder is incomplete, when a shape disagrees
+        with config.json, when a file cannot be read, or when int8 loses too much.
         """
         return hf_files.load_model(cls, directory, head=cls.__name__, allow_pickle=allow_pickle, dtype=dtype, **changes)
 

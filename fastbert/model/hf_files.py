@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .. import files
+from .. import files, ops
 from .config import checked, shown
 from .encoder import initialize
 from .families import ALIASES, FAMILIES, config_of, family
@@ -171,6 +171,9 @@ def load_model(make, directory, *, head, other=None, config_changes=None, allow_
     make: builds the model of a config. head: the name of its class. other: parameters stored elsewhere, by our names.
     config_changes: values for keys of config.json. changes: values for fields of EncoderConfig.
     """
+    products, dtype = (dtype, torch.float32) if isinstance(dtype, str) else ("fp32", dtype)
+    # an error or a warning now, not after reading the weights
+    products = ops.low_precision.chosen(products)
     directory = Path(directory)
     if not directory.is_dir():
         raise ValueError(f"{directory} is no directory: expected one with config.json and {WEIGHTS}")
@@ -219,7 +222,8 @@ def load_model(make, directory, *, head, other=None, config_changes=None, allow_
     tensors = {ours: stored[theirs][-1]().to(dtype) for ours, theirs in names.items() if theirs in stored}
     tensors |= {ours: x.to(dtype) for ours, x in other.items()}
     model.load_state_dict(tensors, strict=False, assign=True)
-    return model.eval()
+    model.eval().encoder.set_dtype(products)
+    return model
 
 
 def save_model(model, directory, *, elsewhere=()):

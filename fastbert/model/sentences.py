@@ -239,13 +239,14 @@ class SentenceEmbedder(Model):
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | os.PathLike, *, allow_pickle: bool = False, dtype: torch.dtype = torch.float32,
+        cls, directory: str | os.PathLike, *, allow_pickle: bool = False, dtype: torch.dtype | str = torch.float32,
         **options: object,
     ) -> "Self":  # fmt: skip
         """From a directory of sentence-transformers, or of a bare HuggingFace encoder (then mean pooling).
 
-        options: arguments of the class that override those of the directory. Raises ValueError as other models do, and
-        for a module or a setting of sentence-transformers that is not known here.
+        dtype: see `Model.from_pretrained`. options: arguments of the class that override those of the directory.
+        Raises ValueError as other models do, and for a module or a setting of sentence-transformers that is not known
+        here.
         """
         directory = Path(directory)
         found, folder, config_changes, weights = sentence_files.read_directory(directory, allow_pickle)

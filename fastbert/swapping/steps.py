@@ -33,6 +33,7 @@ class Options:
     loss: bool
     unpad: bool | str
     logits: str
+    dtype: str = "fp32"
 
 
 class _Plain(threading.local):

@@ -9,12 +9,14 @@ from ..model.heads import MaskedLM
 from ..packing import Batch
 
 
-def load_masked_lm(directory):
-    """(MaskedLM, tokenizers.Tokenizer) of a model directory, on the GPU if there is one."""
+def load_masked_lm(directory, dtype="fp32"):
+    """(MaskedLM, tokenizers.Tokenizer) of a model directory, on the GPU if there is one. dtype: on a CPU, see
+    `Encoder.set_dtype`."""
     if not (Path(directory) / "config.json").is_file():
         raise FileNotFoundError(f"no model in {directory}: expected a folder with config.json and model.safetensors")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = MaskedLM.from_pretrained(directory), load_tokenizer(directory)
+    model = MaskedLM.from_pretrained(directory, dtype=dtype if device == "cpu" else "fp32")
+    tokenizer = load_tokenizer(directory)
     check_vocabulary(tokenizer, model.config)
     return model.to(device), tokenizer
 

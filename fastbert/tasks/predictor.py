@@ -62,6 +62,7 @@ class Predictor:
         spec = _calibrated(self.spec) if calibrated else self.spec
         facts = {"input": files.sha256(path), "model": self._hash(), "calibrated": calibrated}
         facts |= {"columns": self.spec.columns, "tokens_per_batch": self.tokens_per_batch}
+        facts |= {"dtype": self.model.encoder.products}
         partial, about = Path(f"{output}.partial"), Path(f"{output}.partial.json")
         count = _written(partial) if about.is_file() and about.read_text() == json.dumps(facts) else 0
         examples = itertools.islice(self.task.read(path, self.spec, Notes(path), wants_gold=False), count, None)
@@ -145,12 +146,14 @@ class Predictor:
 
 def load(
     directory: str | os.PathLike, *, device: str | None = None, text_columns: Iterable[str] = (),
-    label_column: str | None = None,
+    label_column: str | None = None, dtype: str = "fp32",
 ) -> Predictor:  # fmt: skip
     """The Predictor of a directory that `fastbert finetune` wrote, or that transformers saved with a task's head.
 
     device: "cpu", "cuda"; a GPU by default, if there is one. text_columns, label_column: of the files to read; those of
-    the training file by default, or found by name. Raises ValueError when the model has no head of a task.
+    the training file by default, or found by name. dtype: "fp32", "auto", "bf16" or "int8", what the encoder multiplies
+    in on a CPU: see `Encoder.set_dtype`. Raises ValueError when the model has no head of a task, and when it loses too
+    much in int8.
     """
     directory = Path(directory)
     if not (directory / "config.json").is_file():
@@ -176,7 +179,11 @@ def load(
     check_vocabulary(tokenizer, config)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Predictor(kind.from_pretrained(directory).to(device), tokenizer, spec)
+    if torch.device(device).type != "cpu":
+        if dtype not in ("fp32", "auto"):
+            raise ValueError(f"dtype is {dtype!r} on the device {device}: bf16 and int8 are for a CPU")
+        dtype = "fp32"
+    return Predictor(kind.from_pretrained(directory, dtype=dtype).to(device), tokenizer, spec)
 
 
 def _spec_of(directory, config):

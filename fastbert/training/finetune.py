@@ -41,7 +41,7 @@ from . import card, checkpoint, finetune_card, optim, processes
 from .example_batches import ExampleBatches, class_weights, encoded, held_out
 from .log import Log
 from .loop import Progress, Run, accumulate, forward, length
-from .options import command_line, flag, option, tidy
+from .options import command_line, flag, option, take_bf16, tidy
 from .task_model import model_for
 
 
@@ -108,7 +108,12 @@ class FinetuneConfig:
     freeze_encoder: bool = option(False, "Train the head alone: faster and weaker than training the whole model.")
     metric: str | None = option(None, "The score that decides which step is best. The task's own by default.")
     patience: int = option(3, "Evaluations without a better score after which training ends early.", least=1)
-    bf16: bool = option(False, "Run matrix products in bfloat16.")
+    dtype: str = option(
+        "auto",
+        "What matrix products run in. auto: bf16 where this machine multiplies it faster. Parameters are fp32.",
+        processes.DTYPES,
+    )
+    bf16: bool | None = option(None, "The same as --dtype bf16.")
     seed: int = option(0, "Seed of everything random.", least=-(2**63), most=2**63 - 1)
     split_seed: int | None = option(
         None, "Seed of the held-out share. --seed by default.", least=-(2**63), most=2**63 - 1
@@ -125,6 +130,7 @@ class FinetuneConfig:
 
     def __post_init__(self):
         tidy(self)
+        take_bf16(self)
         for name in ("train_file", "output_dir", "model"):
             if not getattr(self, name):
                 raise ValueError(f"{flag(name)} is missing")
@@ -142,6 +148,8 @@ class FinetuneConfig:
 MAY_DIFFER = {
     "train_file", "eval_file", "output_dir", "tokenizer", "max_steps", "epochs", "max_minutes", "resume",
     "save_steps", "save_total_limit", "eval_steps", "logging_steps", "tokens_per_batch", "patience", "device", "seeds",
+    # see processes.dtype_of
+    "dtype", "bf16",
 }  # fmt: skip
 # these it may lower, after training diverged
 MAY_FALL = {"learning_rate"}
@@ -176,6 +184,7 @@ def finetune(config: FinetuneConfig) -> dict:
         state = checkpoint.read_state(resumed) if resumed else None
         if state:
             checkpoint.check_same_run(resumed, state, config, tokenizer_hash(tokenizer), MAY_DIFFER, MAY_FALL)
+        config = dataclasses.replace(config, dtype=processes.dtype_of(config, device, resumed, state, log.say))
 
         # files -> examples -> training and held-out examples
         train_files, eval_files = table.train_and_eval_files(config.train_file, config.eval_file)
@@ -255,7 +264,7 @@ def finetune(config: FinetuneConfig) -> dict:
             keep(progress.step, log.last_evaluation[column(metric)])
         predict = partial(
             predictions, task, model, spec, pieces, tokens_per_batch=config.tokens_per_batch,
-            run=partial(forward, model, device=device, bf16=config.bf16),
+            run=partial(forward, model, device=device, bf16=config.dtype == "bf16"),
         )  # fmt: skip
 
         # a resumed run multiplies by the libraries that it began with
@@ -278,7 +287,7 @@ def finetune(config: FinetuneConfig) -> dict:
                         keep(progress.step, step.row[column(metric)])
                         stop_early(run, best, config.patience)
                     continue
-                sums = accumulate(model, step.batches, bf16=config.bf16)
+                sums = accumulate(model, step.batches, bf16=config.dtype == "bf16")
                 factor = optim.SCHEDULES[config.schedule](step.position, total, warmup)
                 run.update(step, sums, config.learning_rate * factor)
 

@@ -45,6 +45,18 @@ def tidy(options):
                 raise ValueError(f"{flag(name)} is {value!r}: expected {words}")
 
 
+def take_bf16(options):
+    """For __post_init__: --bf16, an older name, is --dtype bf16, and --no-bf16 is --dtype fp32. Raises ValueError if
+    --dtype says something else."""
+    if options.bf16 is None:
+        return
+    dtype, default = "bf16" if options.bf16 else "fp32", type(options).dtype
+    if options.dtype not in (default, dtype):
+        raise ValueError(f"--{'' if options.bf16 else 'no-'}bf16 is --dtype {dtype}: --dtype is {options.dtype}")
+    object.__setattr__(options, "dtype", dtype)
+    object.__setattr__(options, "bf16", None)
+
+
 def command_line(command, options):
     """The command line of `command` with these options, a dataclass; those that are as by default are left out."""
     words = ["fastbert", command]

@@ -47,7 +47,7 @@ from ..model.replaced_tokens import EMBEDDING_SHARING, GENERATOR, ReplacedTokenP
 from . import card, checkpoint, optim, processes
 from .log import Log
 from .loop import Progress, Run, accumulate, add, figures, forward, length
-from .options import flag, option, tidy
+from .options import flag, option, take_bf16, tidy
 
 # held-out text is masked with a seed of its own, the same for all runs, and read up to this many tokens
 EVAL_SEED, EVAL_TOKENS = 20181011, 1_000_000
@@ -108,7 +108,12 @@ class PretrainConfig:
     dropout: float | None = option(
         None, "Dropout of hidden states and attention. The model's own by default.", least=0, below=1
     )
-    bf16: bool = option(False, "Run matrix products in bfloat16.")
+    dtype: str = option(
+        "fp32",
+        "What matrix products run in. auto: bf16 where this machine multiplies it faster. Parameters are fp32.",
+        processes.DTYPES,
+    )
+    bf16: bool | None = option(None, "The same as --dtype bf16.")
     seed: int = option(0, "Seed of everything random.", least=-(2**63), most=2**63 - 1)
     resume: bool = option(False, "Resume the run in the output directory from its last good checkpoint.")
     save_steps: int = option(1000, "Steps between checkpoints.", least=1)
@@ -121,6 +126,7 @@ class PretrainConfig:
 
     def __post_init__(self):
         tidy(self)
+        take_bf16(self)
         for name in ("train_file", "output_dir"):
             if not getattr(self, name):
                 raise ValueError(f"{flag(name)} is missing")
@@ -141,6 +147,8 @@ class PretrainConfig:
 MAY_DIFFER = {
     "train_file", "eval_file", "output_dir", "tokenizer", "max_steps", "epochs", "max_minutes", "resume", "save_steps",
     "save_total_limit", "eval_steps", "logging_steps", "num_workers", "verify", "device",
+    # see processes.dtype_of
+    "dtype", "bf16",
 }  # fmt: skip
 # these it may lower, after training diverged
 MAY_FALL = {"learning_rate"}
@@ -180,6 +188,7 @@ def pretrain(config: PretrainConfig) -> dict:
         state = checkpoint.read_state(resumed) if resumed else None
         if resumed:
             checkpoint.check_same_run(resumed, state, config, tokenizer_hash(tokenizer), MAY_DIFFER, MAY_FALL)
+        config = dataclasses.replace(config, dtype=processes.dtype_of(config, device, resumed, state, log.say))
         _check_vocabulary(config, model_config, tokenizer)
 
         # text -> tokenizer -> shards; under torchrun the first process makes them for all
@@ -236,9 +245,9 @@ def pretrain(config: PretrainConfig) -> dict:
             run.resumed = resumed if rank == 0 else None
             for step in run.steps(loader, evaluates=held_out is not None):
                 if step.batches is None:
-                    step.row = evaluate(model, held_out, bf16=config.bf16, interrupted=lambda: caught)
+                    step.row = evaluate(model, held_out, bf16=config.dtype == "bf16", interrupted=lambda: caught)
                     continue
-                sums = accumulate(model, step.batches, bf16=config.bf16)
+                sums = accumulate(model, step.batches, bf16=config.dtype == "bf16")
                 factor = optim.SCHEDULES[config.schedule](step.position, total, warmup)
                 run.update(step, sums, config.learning_rate * factor)
 

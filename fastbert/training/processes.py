@@ -8,6 +8,8 @@ import threading
 import torch
 import torch.distributed as dist
 
+from .. import ops
+
 
 def device_of(name):
     """The torch.device of --device. Under torchrun each process has its own GPU. Raises ValueError."""
@@ -24,6 +26,37 @@ def device_of(name):
     if device.type == "cuda" and (not torch.cuda.is_available() or device.index >= max(torch.cuda.device_count(), 1)):
         raise ValueError(f"--device is {name!r}: PyTorch finds no such GPU")
     return device
+
+
+DTYPES = ("auto", "fp32", "bf16")
+
+
+def dtype_of(config, device, resumed, state, say):
+    """ "fp32" or "bf16", what matrix products run in: a resumed run's own, or what --dtype says or means on `device`.
+
+    resumed: the checkpoint's path, or None. state: see `checkpoint.read_state`. say: is told what --dtype auto means
+    where that is no default, and that bf16 was asked for in vain. All processes take the first one's. Raises ValueError
+    where --dtype is not the checkpoint's.
+    """
+    if state is not None:
+        # older checkpoints say bf16: true or false
+        then = state["config"].get("dtype") or ("bf16" if state["config"].get("bf16") else "fp32")
+        if config.dtype not in ("auto", then):
+            raise ValueError(f"--resume: --dtype is {config.dtype!r}, but {then!r} in {resumed}")
+        return then
+    if device.type == "cuda":
+        is_faster = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        is_faster = ops.low_precision.chosen("auto") == "bf16"
+    (is_faster,) = total(is_faster if join()[0] == 0 else False)
+    if config.dtype == "bf16" and not is_faster:
+        say("--dtype bf16: bf16 is not faster than fp32 on this machine")
+    if config.dtype != "auto":
+        return config.dtype
+    dtype = "bf16" if is_faster else "fp32"
+    if is_faster or type(config).dtype != "auto":
+        say(f"--dtype auto: matrix products run in {dtype}")
+    return dtype
 
 
 def join():

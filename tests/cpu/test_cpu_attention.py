@@ -223,13 +223,19 @@ def test_memory_of_long_sequences():
     assert sum(kept) == qkv.numel()
 
 
-def test_bfloat16_is_within_its_rounding():
+@pytest.mark.parametrize("lengths", [[40, 16, 1, 0, 33], [80, 70]], ids=str)
+@pytest.mark.parametrize("is_older", [True, False], ids=["in steps", "in cache or fused"])
+@pytest.mark.parametrize("options", [{}, dict(dropout_p=0.2, seed=torch.tensor([3]))], ids=["", "dropout"])
+def test_bfloat16_is_within_its_rounding(lengths, is_older, options, monkeypatch):
     """Computed differently from float32: the same result to a few of bfloat16's steps of 2^-8."""
-    lengths = [40, 16, 1, 0, 33]
+    for module in (attention, groups):
+        monkeypatch.setattr(module, "prefers_onednn", lambda *arguments: is_older)
     cu_seqlens = cu_seqlens_of(lengths, "cpu")
     qkv = torch.randn(sum(lengths) + 2, 3, 2, 8, dtype=torch.bfloat16, requires_grad=True)
     wide = qkv.detach().double().requires_grad_()
-    out, truth = (op.attention(x, None, None, cu_seqlens, 40) for op, x in ((cpu, qkv), (reference, wide)))
+    out, truth = (
+        op.attention(x, None, None, cu_seqlens, max(lengths), **options) for op, x in ((cpu, qkv), (reference, wide))
+    )
     assert (out.double() - truth).abs().max() < 4 * 2**-8
     cotangent = torch.randn_like(truth)
     (gradient,), (expected,) = (

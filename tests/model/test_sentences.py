@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from fastbert.cpu import low_precision
 from fastbert.model import families
 from fastbert.model.sentences import MODES, SentenceEmbedder
 
@@ -150,3 +151,19 @@ def test_directories_of_sentence_transformers(tmp_path):
     theirs.save_pretrained(str(tmp_path / "theirs"))
     again = SentenceEmbedder.from_pretrained(tmp_path / "theirs")
     assert np.abs(again.encode(TEXTS, prompt_name="query") - theirs.encode(TEXTS, prompt_name="query")).max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bf16", "int8"])
+def test_a_dtype_of_products_is_not_that_of_the_weights(dtype, tmp_path, monkeypatch):
+    """Read, encode, save: close to fp32, weights to the bit; a text gives the same vector in any batch."""
+    monkeypatch.setattr(low_precision, "gain", lambda dtype: 2.0)
+    model = embedder()
+    model.save_pretrained(tmp_path / "a")
+    low = SentenceEmbedder.from_pretrained(tmp_path / "a", dtype=dtype)
+    assert low.encoder.products == ("bf16" if dtype == "auto" else dtype)
+    expected, got = model.encode(TEXTS), low.encode(TEXTS)
+    assert (expected * got).sum(1).min() > 0.99 and abs(expected - got).max() > 1e-5
+    alone = np.stack([low.encode(text) for text in TEXTS])
+    np.testing.assert_allclose(alone, got, atol=1e-5 if dtype == "int8" else 1e-2)
+    low.save_pretrained(tmp_path / "b")
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()

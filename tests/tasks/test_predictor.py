@@ -1,5 +1,6 @@
 """Predictions come in the order of the file, whatever the batches; other authors' directories; the command line."""
 
+import contextlib
 import importlib.util
 import json
 
@@ -9,8 +10,9 @@ import torch
 from click.testing import CliRunner
 from labelled import sentences, write_csv, write_jsonl
 
-from fastbert import load
+from fastbert import files, load
 from fastbert.cli import main
+from fastbert.cpu import low_precision
 from fastbert.data.tokenizer import load_tokenizer, save_tokenizer
 from fastbert.model.heads import SequenceClassifier, TokenClassifier
 from fastbert.tasks import examples as shared
@@ -305,3 +307,26 @@ def test_half_a_surrogate_is_written_as_a_question_mark(tuned, tmp_path):
     assert json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])["id"] == "?"
     load(tuned).evaluate([path], output_dir=tmp_path / "scores")
     assert '"a ? b"' in (tmp_path / "scores" / "predictions.jsonl").read_text()
+
+
+def test_int8_on_the_command_line(tuned, tmp_path, monkeypatch):
+    """Close to fp32; what was interrupted in one dtype does not go on in another; not for a GPU."""
+    monkeypatch.setattr(low_precision, "gain", lambda dtype: 2.0)
+    monkeypatch.setattr(low_precision, "LEAST_COSINE", 0.9)
+    write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in TEXTS])
+    for dtype in ("fp32", "int8"):
+        output = tmp_path / f"{dtype}.jsonl"
+        done = call("predict", "--model", tuned, "--input", tmp_path / "in.jsonl", "--output", output, "--dtype", dtype)
+        assert done.exit_code == 0, done.output
+    lines = [(tmp_path / f"{name}.jsonl").read_text().splitlines() for name in ("fp32", "int8")]
+    scores = np.array([[json.loads(line)["score"] for line in found] for found in lines])
+    assert 1e-5 < abs(scores[0] - scores[1]).max() < 0.2
+    about = []
+    for dtype in ("fp32", "int8"):
+        monkeypatch.setattr(files, "write", lambda path, text: about.append(json.loads(text)))
+        with contextlib.suppress(OSError):
+            load(tuned, dtype=dtype).predict_file(tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    assert [one.pop("dtype") for one in about] == ["fp32", "int8"] and about[0] == about[1]
+    with pytest.raises(ValueError, match="dtype is 'int8' on the device cuda: bf16 and int8 are for a CPU"):
+        load(tuned, device="cuda", dtype="int8")
+    assert call("evaluate", "--model", tuned, "--input", tmp_path / "in.jsonl", "--dtype", "fp8").exit_code == 2

@@ -1,5 +1,6 @@
 """Runs that end early resume bit for bit: stopped, killed, damaged; two runs cannot share a directory."""
 
+import json
 import multiprocessing
 import os
 import shutil
@@ -13,9 +14,12 @@ from runs import assert_same_run, assert_same_tensors, run, stop_in
 
 from fastbert import __main__
 from fastbert.cli import main
+from fastbert.cpu import low_precision
 from fastbert.data.shards import prepare
 from fastbert.data.tokenizer import load_tokenizer, save_tokenizer, train_wordpiece
 from fastbert.training import checkpoint, log
+from fastbert.training.finetune import FinetuneConfig
+from fastbert.training.pretrain import PretrainConfig
 
 
 @pytest.mark.parametrize(
@@ -57,6 +61,49 @@ def test_a_run_resumes_from_the_last_intact_checkpoint(options, whole):
         run(options, resume=True)
     assert_same_run(whole, directory)
     assert (directory / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("is_old", [False, True], ids=["now", "before there was --dtype"])
+def test_a_run_keeps_its_dtype_on_another_machine(is_old, options, tmp_path, monkeypatch, capsys):
+    """bf16 where auto means fp32: bit for bit as if it had not moved."""
+    options |= {"max_steps": 4, "logging_steps": 1, "eval_steps": 4}
+    one = tmp_path / "one"
+    monkeypatch.setattr(low_precision, "gain", lambda dtype: 2.0)
+    run(options, dtype="auto", output_dir=one)
+    assert "--dtype auto: matrix products run in bf16" in capsys.readouterr().err
+    two = options["output_dir"]
+    with monkeypatch.context() as patched:
+        stop_in(patched, "accumulate", 2)
+        run(options, dtype="bf16")
+    if is_old:
+        file = two / "checkpoint-2" / checkpoint.STATE
+        state = json.loads(file.read_text())
+        state["config"]["bf16"] = state["config"].pop("dtype") == "bf16"
+        file.write_text(json.dumps(state))
+        checkpoint.write_manifest(file.parent)
+    monkeypatch.setattr(low_precision, "gain", lambda dtype: 0.5)
+    with pytest.raises(ValueError, match=r"--resume: --dtype is 'fp32', but 'bf16' in .*checkpoint-2"):
+        run(options, resume=True)
+    run(options, dtype="auto", resume=True)
+    assert_same_run(one, two, step=4)
+
+
+def test_dtypes_of_a_run(tmp_path, options, monkeypatch, capsys):
+    """--bf16 is another name; auto is told; bf16 in vain, too."""
+    monkeypatch.setattr(low_precision, "gain", lambda dtype: 0.5)
+    given = dict(train_file="a", output_dir="b")
+    assert PretrainConfig(**given, bf16=True) == PretrainConfig(**given, dtype="bf16")
+    assert PretrainConfig(**given, bf16=False) == PretrainConfig(**given, dtype="fp32") == PretrainConfig(**given)
+    assert FinetuneConfig(**given, model="c", bf16=False).dtype == "fp32"
+    assert FinetuneConfig(**given, model="c").dtype == "auto"
+    with pytest.raises(ValueError, match="--no-bf16 is --dtype fp32: --dtype is bf16"):
+        PretrainConfig(**given, bf16=False, dtype="bf16")
+    with pytest.raises(ValueError, match="--dtype is 'int8': expected one of auto, fp32, bf16"):
+        PretrainConfig(**given, dtype="int8")
+    run(options, dtype="auto", max_steps=1)
+    assert "--dtype auto: matrix products run in fp32" in capsys.readouterr().err
+    run(options, bf16=True, max_steps=1, output_dir=tmp_path / "other")
+    assert "--dtype bf16: bf16 is not faster than fp32 on this machine" in capsys.readouterr().err
 
 
 def test_a_finished_run_may_be_made_longer(options, whole):
