@@ -130,6 +130,9 @@ def _pretrain_config():
     return PretrainConfig
 
 
+_revision = click.option("--revision", help="Branch, tag or commit of a model on the hub.  [default: its main branch]")
+
+
 def _finetune_config():
     from .training.finetune import FinetuneConfig
 
@@ -183,7 +186,9 @@ def finetune(**options):
 
 
 @main.command(cls=Command)
-@click.option("--model", required=True, help="Directory of a fine-tuned model, ours or of transformers.")
+@click.option("--model", required=True, help="A fine-tuned model, ours or of transformers: a directory, or a name on "
+              "the HuggingFace hub.")  # fmt: skip
+@_revision
 @click.option("--input", "path", metavar="FILE", help="Table with the columns that the model was trained on.")
 @click.option("--output", metavar="FILE", help="File for the predictions, .jsonl, a line for each row.")
 @click.option("--text", "texts", multiple=True, help="Print the prediction for one text. A pair, a question and its "
@@ -191,7 +196,7 @@ def finetune(**options):
 @click.option("--text-column", "columns", multiple=True, help="Column of the text, or both of a pair.")
 @click.option("--calibrated", is_flag=True, help="Divide the logits by the temperature found in training.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
-def predict(model, path, output, texts, columns, calibrated, device):
+def predict(model, revision, path, output, texts, columns, calibrated, device):
     """Predict with a fine-tuned model.
 
     For each row of --input, a line of JSON in --output; or, for one --text, JSON on the screen.
@@ -203,7 +208,7 @@ def predict(model, path, output, texts, columns, calibrated, device):
 
     if bool(texts) == bool(path) or bool(path) != bool(output):
         raise ValueError("expected either --text, or --input and --output")
-    predictor = load(model, device=str(device_of(device)), text_columns=columns)
+    predictor = load(model, revision=revision, device=str(device_of(device)), text_columns=columns)
     if texts:
         item = texts[0] if len(texts) == 1 else texts
         (found,) = predictor.predict([item], calibrated=calibrated)
@@ -213,14 +218,16 @@ def predict(model, path, output, texts, columns, calibrated, device):
 
 
 @main.command(cls=Command)
-@click.option("--model", required=True, help="Directory of a fine-tuned model, ours or of transformers.")
+@click.option("--model", required=True, help="A fine-tuned model, ours or of transformers: a directory, or a name on "
+              "the HuggingFace hub.")  # fmt: skip
+@_revision
 @click.option("--input", "paths", multiple=True, required=True, metavar="FILE", help="Labelled examples.")
 @click.option("--output-dir", metavar="DIR", help="Directory for metrics.json, predictions, mistakes and pictures.")
 @click.option("--text-column", "columns", multiple=True, help="Column of the text, or both of a pair.")
 @click.option("--label-column", help="Column of the label, labels or score.")
 @click.option("--calibrated", is_flag=True, help="Divide the logits by the temperature found in training.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
-def evaluate(model, paths, output_dir, columns, label_column, calibrated, device):
+def evaluate(model, revision, paths, output_dir, columns, label_column, calibrated, device):
     """Print the scores of a fine-tuned model.
 
     On labelled examples, as JSON. With --output-dir, also predictions, mistakes and pictures.
@@ -230,7 +237,8 @@ def evaluate(model, paths, output_dir, columns, label_column, calibrated, device
     from .tasks.predictor import load
     from .training.processes import device_of
 
-    predictor = load(model, device=str(device_of(device)), text_columns=columns, label_column=label_column)
+    where = str(device_of(device))
+    predictor = load(model, revision=revision, device=where, text_columns=columns, label_column=label_column)
     say = lambda line: click.echo(line, err=True)  # noqa: E731
     found = predictor.evaluate(paths, output_dir=output_dir, calibrated=calibrated, say=say)
     click.echo(json.dumps(found, indent=2, ensure_ascii=False))
@@ -298,14 +306,15 @@ def prepare(files, tokenizer, output_dir, text_column, layout, num_workers, veri
 
 
 @main.command(cls=Command)
-@click.option("--model", required=True, help="Directory of the model.")
+@click.option("--model", required=True, help="Directory of the model, or its name on the HuggingFace hub.")
+@_revision
 @click.option("--top-k", default=5, show_default=True, help="Number of words to print for each [MASK].")
 @click.argument("text")
-def fill_mask(model, top_k, text):
+def fill_mask(model, revision, top_k, text):
     """Print the most likely words for each [MASK] in TEXT."""
     from .tasks import fill_mask as script
 
-    for number, words in enumerate(script.fill_mask(*script.load_masked_lm(model), text, top_k), 1):
+    for number, words in enumerate(script.fill_mask(*script.load_masked_lm(model, revision), text, top_k), 1):
         click.echo(f"[MASK] {number}")
         for word, probability in words:
             click.echo(f"  {probability:6.1%}  {word}")
@@ -313,16 +322,17 @@ def fill_mask(model, top_k, text):
 
 @main.command(cls=Command)
 @click.option("--allow-pickle", is_flag=True, help="Also read pytorch_model.bin: tensors only, no code is run.")
+@_revision
 @click.argument("source")
 @click.argument("destination")
-def convert(source, destination, allow_pickle):
+def convert(source, destination, allow_pickle, revision):
     """Convert a checkpoint to transformers' current format.
 
-    Reads the model directory SOURCE and writes the directory DESTINATION.
+    Reads the model SOURCE, a directory or a name on the HuggingFace hub, and writes the directory DESTINATION.
     """
     from .model.convert import convert as rewrite
 
-    model = rewrite(source, destination, allow_pickle=allow_pickle)
+    model = rewrite(source, destination, allow_pickle=allow_pickle, revision=revision)
     count = sum(x.numel() for x in model.parameters())
     kind = f"{type(model).__name__} of model type {model.config.model_type}"
     click.echo(f"{destination}: a {kind}, {count / 1e6:.2f} M parameters")

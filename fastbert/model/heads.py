@@ -101,16 +101,18 @@ class Model(nn.Module):
     @classmethod
     def from_pretrained(
         cls, directory: str | os.PathLike, *, allow_pickle: bool = False, dtype: torch.dtype = torch.float32,
-        **changes: object,
+        revision: str | None = None, **changes: object,
     ) -> "Self":  # fmt: skip
         """From a directory with config.json and model.safetensors (or its shards), HuggingFace's or ours.
 
-        allow_pickle: read a pytorch_model.bin where there is nothing else; only tensors are read, no code is run.
-        dtype: of the weights in memory. changes: EncoderConfig fields to set, such as num_labels of a new head. A head
-        that the checkpoint lacks starts fresh, with a warning that names it. Raises ValueError when the encoder is
-        incomplete, when a shape disagrees with config.json, or when a file cannot be read.
+        directory: or OWNER/NAME on the HuggingFace hub, at `revision` (a branch, tag or commit). allow_pickle: read a
+        pytorch_model.bin where there is nothing else; only tensors are read, no code is run. dtype: of the weights in
+        memory. changes: EncoderConfig fields to set, such as num_labels of a new head. A head that the checkpoint lacks
+        starts fresh, with a warning that names it. Raises ValueError when the encoder is incomplete, when a shape
+        disagrees with config.json, or when a file cannot be read.
         """
-        return hf_files.load_model(cls, directory, head=cls.__name__, allow_pickle=allow_pickle, dtype=dtype, **changes)
+        options = dict(allow_pickle=allow_pickle, dtype=dtype, revision=revision)
+        return hf_files.load_model(cls, directory, head=cls.__name__, **options, **changes)
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Write config.json and model.safetensors under HuggingFace's names; transformers loads the directory."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from .. import files
+from .. import files, hub
 from ..data.tokenizer import check_vocabulary, load_tokenizer, tokenizer_hash
 from ..model import families, hf_files
 from ..model.heads import Model
@@ -115,7 +115,8 @@ class Predictor:
                 say(said)
         found = [prediction for _, prediction in self._run(examples, spec)]
         scores = self.task.score(examples, found, spec)
-        metrics = results.summary(self.task, spec, examples, found, scores, paths, notes)
+        resampled = results.resampled(self.task, spec, examples, found)
+        metrics = results.summary(self.task, spec, examples, found, scores, paths, notes, resampled)
         if output_dir is not None:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             results.write_all(output_dir, spec, examples, found, metrics)
@@ -145,14 +146,15 @@ class Predictor:
 
 def load(
     directory: str | os.PathLike, *, device: str | None = None, text_columns: Iterable[str] = (),
-    label_column: str | None = None,
+    label_column: str | None = None, revision: str | None = None,
 ) -> Predictor:  # fmt: skip
     """The Predictor of a directory that `fastbert finetune` wrote, or that transformers saved with a task's head.
 
-    device: "cpu", "cuda"; a GPU by default, if there is one. text_columns, label_column: of the files to read; those of
-    the training file by default, or found by name. Raises ValueError when the model has no head of a task.
+    directory: or OWNER/NAME on the HuggingFace hub, at `revision` (a branch, tag or commit). device: "cpu", "cuda"; a
+    GPU by default, if there is one. text_columns, label_column: of the files to read; those of the training file by
+    default, or found by name. Raises ValueError when the model has no head of a task.
     """
-    directory = Path(directory)
+    directory = hub.local(directory, revision)
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(f"no model in {directory}: expected a folder with config.json and model.safetensors")
     config, spec = hf_files.read_config(directory / "config.json"), Spec.load(directory)

@@ -98,6 +98,9 @@ def add_seeds(directory, metric, seeds):
     rows = [*seeds["scores"].items(), ("mean", seeds["mean"]), ("standard deviation", seeds["standard_deviation"])]
     lines = [f"| seed | {words(metric)} |", "|---|---|"]
     lines += [f"| {name} | {'undefined' if value is None else f'{value:.4f}'} |" for name, value in rows]
+    if seeds["interval"]:
+        low, high = seeds["interval"]
+        lines.append(f"| mean, 95 % interval (bootstrap) | {low:.4f} to {high:.4f} |")
     said = f"This is the model of seed {seeds['best']}, chosen by the held-out examples that its score is from."
     path = Path(directory) / "README.md"
     text = path.read_text(encoding="utf-8")

@@ -8,6 +8,8 @@ import os
 import shlex
 from pathlib import Path
 
+from .. import hub
+
 
 def option(default, help, choices=None, **limits):
     """A dataclass field with its help text. A default () allows several values, a default None no value.
@@ -43,6 +45,19 @@ def tidy(options):
             if not finite or not all(LIMITS[key][0](value, limit) for key, limit in limits.items()):
                 words = " and ".join(f"{LIMITS[key][1]} {limit}" for key, limit in limits.items())
                 raise ValueError(f"{flag(name)} is {value!r}: expected {words}")
+
+
+def with_local_model(options, **more):
+    """`options` with directories in place of a --model and a --tokenizer that are names on the hub; see hub.local."""
+    found = {}
+    model = hub.local(options.model, options.revision, **more)
+    if hub.is_name(options.model):
+        found = {"model": str(model), "revision": None}
+    if options.tokenizer and hub.is_name(options.tokenizer):
+        # of the same repository the same revision
+        revision = options.revision if options.tokenizer == options.model else None
+        found["tokenizer"] = str(hub.local(options.tokenizer, revision, weights=False))
+    return dataclasses.replace(options, **found)
 
 
 def command_line(command, options):
