@@ -190,7 +190,8 @@ def finetune(**options):
               "the HuggingFace hub.")  # fmt: skip
 @_revision
 @click.option("--input", "path", metavar="FILE", help="Table with the columns that the model was trained on.")
-@click.option("--output", metavar="FILE", help="File for the predictions, .jsonl, a line for each row.")
+@click.option("--output", metavar="FILE", help="For the predictions: a .jsonl file, a line for each row, or a "
+              ".parquet, a directory with part files.")  # fmt: skip
 @click.option("--text", "texts", multiple=True, help="Print the prediction for one text. A pair, a question and its "
               "context, or a context and its choices: one --text for each, in order.")  # fmt: skip
 @click.option("--text-column", "columns", multiple=True, help="Column of the text, or both of a pair.")
@@ -199,7 +200,7 @@ def finetune(**options):
 def predict(model, revision, path, output, texts, columns, calibrated, device):
     """Predict with a fine-tuned model.
 
-    For each row of --input, a line of JSON in --output; or, for one --text, JSON on the screen.
+    For each row of --input, a row in --output; or, for one --text, JSON on the screen. What was interrupted goes on.
     """
     import json
 
@@ -214,7 +215,9 @@ def predict(model, revision, path, output, texts, columns, calibrated, device):
         (found,) = predictor.predict([item], calibrated=calibrated)
         click.echo(json.dumps(found, ensure_ascii=False))
     else:
-        click.echo(f"{output}: {predictor.predict_file(path, output, calibrated=calibrated):,} predictions")
+        say = lambda line: click.echo(line, err=True)  # noqa: E731
+        count = predictor.predict_file(path, output, calibrated=calibrated, say=say)
+        click.echo(f"{output}: {count:,} predictions")
 
 
 @main.command(cls=Command)

@@ -116,6 +116,15 @@ def test_every_task(task, options, tmp_path):
     assert metrics["task"] == task and (tmp_path / "run" / "adapter" / "adapter_config.json").is_file()
     again = predictor.load(tmp_path / "run").evaluate([tmp_path / "train.jsonl"])
     assert set(metrics["scores"]) <= {*again["scores"], "temperature"}
+    # a .parquet has what a .jsonl has
+    for ending in ("jsonl", "parquet"):
+        predictor.load(tmp_path / "run").predict_file(tmp_path / "train.jsonl", tmp_path / f"out.{ending}")
+    table = pytest.importorskip("pyarrow.dataset").dataset(tmp_path / "out.parquet").to_table()
+    found = [{name: value for name, value in row.items() if value is not None}
+             for row in table.to_pylist(maps_as_pydicts="strict")]  # fmt: skip
+    lines = (tmp_path / "out.jsonl").read_text().splitlines()
+    wanted = [{name: value for name, value in json.loads(line).items() if value is not None} for line in lines]
+    assert found == wanted
 
 
 SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16,
