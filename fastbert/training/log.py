@@ -142,7 +142,7 @@ def in_words(row, digits=1):
     """
     shown = {}
     for name, value in row.items():
-        if name.startswith("eval_strict_"):
+        if name.removeprefix("eval_").startswith("strict_"):
             continue
         if value is None and name.endswith("loss"):
             shown[words(name)] = "not finite"
