@@ -240,6 +240,9 @@ def train(config):
 
         # model and optimizer
         adapts = checked_lora(config)
+        base = lora.weights_hash(here.model) if adapts else None
+        if state and state.get("base") != base:
+            raise ValueError(f"--resume: the weights of {config.model} are not those that {resumed} adapts")
         # a checkpoint has the weights, but with --lora those of the adapter alone
         model = model_for(here, kind, encoder_config, fields, None if adapts else resumed, log)
         if adapts:
@@ -265,6 +268,7 @@ def train(config):
         facts = {
             "config": dataclasses.asdict(config), "model_config": model.config.to_dict(),
             "tokenizer": tokenizer_hash(tokenizer), "data": fingerprint.hexdigest(), "best": best,
+            "base": base,
         }  # fmt: skip
         log.begin(progress, total, in_seconds=config.max_minutes is not None)
         keep = partial(keep_best, output_dir, model, best, direction=task.SCORES[metric])

@@ -75,7 +75,7 @@ import fastbert
 fastbert.load("{directory}").predict([{USES.get(spec.task, '"..."')}])
 ```
 
-## Scores
+{_adapter(directory, facts)}## Scores
 
 {table(f"{metrics['examples']:,} held-out examples", scores) if metrics else "Nothing was held out."}
 
@@ -91,6 +91,18 @@ Windows of {spec.max_length} tokens{f", {spec.stride} shared by neighbours" if n
 Made with {", ".join(f"{name} {number}" for name, number in versions().items())}.
 """,
     )
+
+
+def _adapter(directory, facts):
+    """How to load what --lora trained, without the model around it."""
+    config, model = facts["config"], facts["model_config"]
+    if not config.get("lora"):
+        return ""
+    return f"""The adapter of --lora is merged into this model. For peft it stands alone in `adapter`: load the base, \
+`{config["model"]}`, with transformers' class for the task and `num_labels={model["num_labels"]}`, then
+`PeftModel.from_pretrained(base, "{directory / "adapter"}")`.
+
+"""
 
 
 def add_seeds(directory, metric, seeds):

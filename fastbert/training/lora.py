@@ -6,8 +6,10 @@ stores is the adapter alone: adapter_config.json and adapter_model.safetensors, 
 
 import contextlib
 import copy
+import hashlib
 import importlib.util
 import inspect
+import json
 import math
 import warnings
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from .. import hub
+from ..files import sha256
 from ..model import families, hf_files
 from ..packing import unpack
 from ..swapping import lora as plain
@@ -71,6 +74,12 @@ def check_libraries():
     """Raises ValueError when a library that LoRA needs is not installed."""
     if not all(map(importlib.util.find_spec, ("peft", "transformers"))):
         raise ValueError("--lora needs peft and transformers: install fastbert-kernels with the extra lora")
+
+
+def weights_hash(directory):
+    """sha256 of the weights in a directory: an adapter goes with these alone."""
+    found = [sha256(path) for path in sorted(Path(directory).glob("model*.safetensors"))]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
 def with_adapter(model, settings, base, revision=None):

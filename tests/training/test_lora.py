@@ -1,6 +1,7 @@
 """--lora: the adapter is peft's, the losses are ours, and what is published works with it and without."""
 
 import json
+import shutil
 import signal
 
 import numpy as np
@@ -14,7 +15,7 @@ from fastbert.model.families import FAMILIES, config_of
 from fastbert.model.hf_files import config_from_hf
 from fastbert.tasks import predictor
 from fastbert.tasks.examples import Window, batch_of
-from fastbert.training import finetune, log, lora
+from fastbert.training import checkpoint, finetune, log, lora
 from fastbert.training.finetune import FinetuneConfig
 
 peft = pytest.importorskip("peft")
@@ -83,6 +84,18 @@ def test_a_stopped_run_resumes_to_the_bit(step, options, monkeypatch):
     assert (one / "metrics.json").read_text() == (two / "metrics.json").read_text()
     run(options, resume=True)
     assert_same_tensors(one / "model.safetensors", two / "model.safetensors")
+
+
+def test_another_model_does_not_resume(options, encoder, tmp_path, monkeypatch):
+    """The checkpoint has the adapter alone: on other weights it would be another model."""
+    options |= {"model": shutil.copytree(encoder, tmp_path / "model")}
+    stop_in(monkeypatch, "accumulate", 4, script=finetune)
+    run(options)
+    tensors = lora.load_file(tmp_path / "model" / "model.safetensors")
+    tensors["bert.embeddings.LayerNorm.weight"] += 1
+    checkpoint.save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="--resume: the weights of .*model are not those that .*checkpoint-4 adapts"):
+        run(options, resume=True)
 
 
 def test_a_step_does_not_depend_on_its_parts(options, tmp_path):
