@@ -183,6 +183,8 @@ def train(config):
     command = command_line("finetune", dataclasses.replace(config, resume=False))
     output_dir = Path(config.output_dir)
     device = processes.device_of(config.device)
+    # a wrong path leaves no directory behind
+    train_files, eval_files = table.train_and_eval_files(config.train_file, config.eval_file)
     with lock(output_dir) if rank == 0 else contextlib.nullcontext(), Log(output_dir, rank) as log:
         resumed = checkpoint.to_resume(output_dir, config.resume)
         if resumed:
@@ -200,7 +202,6 @@ def train(config):
             checkpoint.check_same_run(resumed, state, config, tokenizer_hash(tokenizer), MAY_DIFFER, MAY_FALL)
 
         # files -> examples -> training and held-out examples
-        train_files, eval_files = table.train_and_eval_files(config.train_file, config.eval_file)
         name = table.detect(train_files[0]) if config.task == "auto" else config.task
         task = table.task(name)
         if config.task == "auto":
