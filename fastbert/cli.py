@@ -130,6 +130,9 @@ def _pretrain_config():
     return PretrainConfig
 
 
+_revision = click.option("--revision", help="Branch, tag or commit of a model on the hub.  [default: its main branch]")
+
+
 def _finetune_config():
     from .training.finetune import FinetuneConfig
 
@@ -189,19 +192,22 @@ def finetune(**options):
 
 
 @main.command(cls=Command)
-@click.option("--model", required=True, help="Directory of a fine-tuned model, ours or of transformers.")
+@click.option("--model", required=True, help="A fine-tuned model, ours or of transformers: a directory, or a name on "
+              "the HuggingFace hub.")  # fmt: skip
+@_revision
 @click.option("--input", "path", metavar="FILE", help="Table with the columns that the model was trained on.")
-@click.option("--output", metavar="FILE", help="File for the predictions, .jsonl, a line for each row.")
+@click.option("--output", metavar="FILE", help="For the predictions: a .jsonl file, a line for each row, or a "
+              ".parquet, a directory with part files.")  # fmt: skip
 @click.option("--text", "texts", multiple=True, help="Print the prediction for one text. A pair, a question and its "
               "context, or a context and its choices: one --text for each, in order.")  # fmt: skip
 @click.option("--text-column", "columns", multiple=True, help="Column of the text, or both of a pair.")
 @click.option("--calibrated", is_flag=True, help="Divide the logits by the temperature found in training.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
 @_dtype
-def predict(model, path, output, texts, columns, calibrated, device, dtype):
+def predict(model, revision, path, output, texts, columns, calibrated, device, dtype):
     """Predict with a fine-tuned model.
 
-    For each row of --input, a line of JSON in --output; or, for one --text, JSON on the screen.
+    For each row of --input, a row in --output; or, for one --text, JSON on the screen. What was interrupted goes on.
     """
     import json
 
@@ -210,17 +216,21 @@ def predict(model, path, output, texts, columns, calibrated, device, dtype):
 
     if bool(texts) == bool(path) or bool(path) != bool(output):
         raise ValueError("expected either --text, or --input and --output")
-    predictor = load(model, device=str(device_of(device)), text_columns=columns, dtype=dtype)
+    predictor = load(model, revision=revision, device=str(device_of(device)), text_columns=columns, dtype=dtype)
     if texts:
         item = texts[0] if len(texts) == 1 else texts
         (found,) = predictor.predict([item], calibrated=calibrated)
         click.echo(json.dumps(found, ensure_ascii=False))
     else:
-        click.echo(f"{output}: {predictor.predict_file(path, output, calibrated=calibrated):,} predictions")
+        say = lambda line: click.echo(line, err=True)  # noqa: E731
+        count = predictor.predict_file(path, output, calibrated=calibrated, say=say)
+        click.echo(f"{output}: {count:,} predictions")
 
 
 @main.command(cls=Command)
-@click.option("--model", required=True, help="Directory of a fine-tuned model, ours or of transformers.")
+@click.option("--model", required=True, help="A fine-tuned model, ours or of transformers: a directory, or a name on "
+              "the HuggingFace hub.")  # fmt: skip
+@_revision
 @click.option("--input", "paths", multiple=True, required=True, metavar="FILE", help="Labelled examples.")
 @click.option("--output-dir", metavar="DIR", help="Directory for metrics.json, predictions, mistakes and pictures.")
 @click.option("--text-column", "columns", multiple=True, help="Column of the text, or both of a pair.")
@@ -228,7 +238,7 @@ def predict(model, path, output, texts, columns, calibrated, device, dtype):
 @click.option("--calibrated", is_flag=True, help="Divide the logits by the temperature found in training.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
 @_dtype
-def evaluate(model, paths, output_dir, columns, label_column, calibrated, device, dtype):
+def evaluate(model, revision, paths, output_dir, columns, label_column, calibrated, device, dtype):
     """Print the scores of a fine-tuned model.
 
     On labelled examples, as JSON. With --output-dir, also predictions, mistakes and pictures.
@@ -238,7 +248,8 @@ def evaluate(model, paths, output_dir, columns, label_column, calibrated, device
     from .tasks.predictor import load
     from .training.processes import device_of
 
-    predictor = load(model, device=str(device_of(device)), text_columns=columns, label_column=label_column, dtype=dtype)
+    columns = dict(text_columns=columns, label_column=label_column)
+    predictor = load(model, revision=revision, device=str(device_of(device)), dtype=dtype, **columns)
     say = lambda line: click.echo(line, err=True)  # noqa: E731
     found = predictor.evaluate(paths, output_dir=output_dir, calibrated=calibrated, say=say)
     click.echo(json.dumps(found, indent=2, ensure_ascii=False))
@@ -306,15 +317,16 @@ def prepare(files, tokenizer, output_dir, text_column, layout, num_workers, veri
 
 
 @main.command(cls=Command)
-@click.option("--model", required=True, help="Directory of the model.")
+@click.option("--model", required=True, help="Directory of the model, or its name on the HuggingFace hub.")
+@_revision
 @click.option("--top-k", default=5, show_default=True, help="Number of words to print for each [MASK].")
 @_dtype
 @click.argument("text")
-def fill_mask(model, top_k, dtype, text):
+def fill_mask(model, revision, top_k, dtype, text):
     """Print the most likely words for each [MASK] in TEXT."""
     from .tasks import fill_mask as script
 
-    for number, words in enumerate(script.fill_mask(*script.load_masked_lm(model, dtype), text, top_k), 1):
+    for number, words in enumerate(script.fill_mask(*script.load_masked_lm(model, revision, dtype), text, top_k), 1):
         click.echo(f"[MASK] {number}")
         for word, probability in words:
             click.echo(f"  {probability:6.1%}  {word}")
@@ -322,16 +334,17 @@ def fill_mask(model, top_k, dtype, text):
 
 @main.command(cls=Command)
 @click.option("--allow-pickle", is_flag=True, help="Also read pytorch_model.bin: tensors only, no code is run.")
+@_revision
 @click.argument("source")
 @click.argument("destination")
-def convert(source, destination, allow_pickle):
+def convert(source, destination, allow_pickle, revision):
     """Convert a checkpoint to transformers' current format.
 
-    Reads the model directory SOURCE and writes the directory DESTINATION.
+    Reads the model SOURCE, a directory or a name on the HuggingFace hub, and writes the directory DESTINATION.
     """
     from .model.convert import convert as rewrite
 
-    model = rewrite(source, destination, allow_pickle=allow_pickle)
+    model = rewrite(source, destination, allow_pickle=allow_pickle, revision=revision)
     count = sum(x.numel() for x in model.parameters())
     kind = f"{type(model).__name__} of model type {model.config.model_type}"
     click.echo(f"{destination}: a {kind}, {count / 1e6:.2f} M parameters")

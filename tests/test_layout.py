@@ -28,11 +28,12 @@ MAY_IMPORT = {
     "ops": ("kernels cpu reference", "torch"),
     "packing": ("", "torch numpy"),
     "files": ("", None),
-    "data": ("packing files", None),
-    "model": ("ops reference packing files data", None),
+    "hub": ("files", None),
+    "data": ("packing files hub", None),
+    "model": ("ops reference packing files hub data", None),
     "swapping": ("ops packing", None),
-    "tasks": ("ops packing files data model swapping", None),
-    "training": ("ops packing files data model swapping tasks", None),
+    "tasks": ("ops packing files hub data model swapping", None),
+    "training": ("ops packing files hub data model swapping tasks", None),
 }
 # the two longest kernels have more room
 LONG = {ROOT / "kernels" / "attention.py": 700, ROOT / "kernels" / "disentangled_attention.py": 700}
@@ -265,7 +266,9 @@ def test_works_without_triton_and_without_transformers():
 import sys
 class Blocker:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {{"triton", "transformers", "pyarrow", "matplotlib", "tensorboard", "yaml"}}:
+        if name.split(".")[0] in {{
+            "triton", "transformers", "huggingface_hub", "peft", "pyarrow", "matplotlib", "tensorboard", "yaml"
+        }}:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Blocker())
 import importlib, torch, fastbert

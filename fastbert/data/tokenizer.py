@@ -13,6 +13,7 @@ from typing import NamedTuple
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from ..files import read_json, write
+from ..hub import local
 from .text import IDEOGRAPHS, cut_line, expand, read_documents
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -240,16 +241,16 @@ def _is_berts(rules):
     )
 
 
-def load_tokenizer(path, *, as_saved=False):
-    """The tokenizers.Tokenizer of a directory (tokenizer.json, else vocab.txt) or of one of these files.
+def load_tokenizer(path, *, as_saved=False, revision=None):
+    """The tokenizers.Tokenizer of a directory (tokenizer.json, else vocab.txt), of one of these files, or of a name on
+    the hub, at `revision`.
 
     It does what transformers' AutoTokenizer of the directory does: where tokenizer_config.json disagrees with
     tokenizer.json, the former counts. as_saved: tokenizer.json alone, for what `save_tokenizer` wrote.
 
     Raises FileNotFoundError if there is none, ValueError if it cannot be read or lacks BERT's special tokens.
     """
-    path = Path(path)
-    file = path
+    file = path = local(path, revision, weights=False)
     if path.is_dir():
         file = next((path / name for name in ("tokenizer.json", "vocab.txt") if (path / name).is_file()), path)
     if not file.is_file():

@@ -36,15 +36,17 @@ def load_by_architecture(directory, *, allow_pickle=False):
     return cls.from_pretrained(directory, allow_pickle=allow_pickle)
 
 
-def convert(source, destination, *, allow_pickle=False):
-    """Rewrite a model directory: one model.safetensors under current names, with its tokenizer.
+def convert(source, destination, *, allow_pickle=False, revision=None):
+    """Rewrite a model's directory: one model.safetensors under current names, with its tokenizer.
 
-    Reads one file or shards, old names, a bare encoder or any head; pytorch_model.bin with `allow_pickle`. Returns
-    the model. Raises ValueError when the source cannot be read or the destination already has a model.
+    source: a directory, or OWNER/NAME on the HuggingFace hub, at `revision` (a branch, tag or commit). Reads one file
+    or shards, old names, a bare encoder or any head; pytorch_model.bin with `allow_pickle`. Returns the model. Raises
+    ValueError when the source cannot be read or the destination already has a model.
     """
     destination = Path(destination)
     if (destination / "config.json").exists():
         raise ValueError(f"{destination} already has a model: choose another directory")
+    source = hf_files.local(source, revision)
     with warnings.catch_warnings():
         # a fresh head would be another model
         warnings.filterwarnings("error", message=".*start fresh", category=UserWarning)

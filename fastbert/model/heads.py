@@ -17,25 +17,11 @@ from . import hf_files
 from .config import EncoderConfig
 from .encoder import Encoder, initialize
 from .layers import MaskDecoder, VocabularyTransform, dropped
+from .losses import Loss, classification, label_loss, number_of_labels, ragged_classification
 
 if TYPE_CHECKING:
     # in the standard library from Python 3.11 on
     from typing_extensions import Self
-
-
-@dataclass
-class Loss:
-    """A sum, not a mean: those of micro-batches and processes are added, then divided once by the global count.
-
-    sum: fp32. count, correct: int64, the number of predictions and of correct ones (None in regression); with weights,
-    their sums. weight: of the mean in `Output.loss`. more: other counts of the task, by name.
-    """
-
-    sum: torch.Tensor
-    count: torch.Tensor
-    correct: torch.Tensor | None = None
-    weight: float = 1.0
-    more: dict = field(default_factory=dict)
 
 
 @dataclass
@@ -101,17 +87,19 @@ class Model(nn.Module):
     @classmethod
     def from_pretrained(
         cls, directory: str | os.PathLike, *, allow_pickle: bool = False, dtype: torch.dtype | str = torch.float32,
-        **changes: object,
+        revision: str | None = None, **changes: object,
     ) -> "Self":  # fmt: skip
         """From a directory with config.json and model.safetensors (or its shards), HuggingFace's or ours.
 
-        allow_pickle: read a pytorch_model.bin where there is nothing else; only tensors are read, no code is run.
-        dtype: of the weights in memory; or "auto", "bf16" or "int8", for inference on a CPU: see `Encoder.set_dtype`.
-        changes: EncoderConfig fields to set, such as num_labels of a new head. A head that the checkpoint lacks starts
-        fresh, with a warning that names it. Raises ValueError when the encoder is incomplete, when a shape disagrees
-        with config.json, when a file cannot be read, or when int8 loses too much.
+        directory: or OWNER/NAME on the HuggingFace hub, at `revision` (a branch, tag or commit). allow_pickle: read a
+        pytorch_model.bin where there is nothing else; only tensors are read, no code is run. dtype: of the weights in
+        memory; or "auto", "bf16" or "int8", for inference on a CPU: see `Encoder.set_dtype`. changes: EncoderConfig
+        fields to set, such as num_labels of a new head. A head that the checkpoint lacks starts fresh, with a warning
+        that names it. Raises ValueError when the encoder is incomplete, when a shape disagrees with config.json, when a
+        file cannot be read, or when int8 loses too much.
         """
-        return hf_files.load_model(cls, directory, head=cls.__name__, allow_pickle=allow_pickle, dtype=dtype, **changes)
+        options = dict(allow_pickle=allow_pickle, dtype=dtype, revision=revision)
+        return hf_files.load_model(cls, directory, head=cls.__name__, **options, **changes)
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Write config.json and model.safetensors under HuggingFace's names; transformers loads the directory."""
@@ -124,17 +112,6 @@ class Model(nn.Module):
     def inexact(self) -> dict[str, torch.Tensor]:
         """{name: parameter} of those that `stored` returns only up to rounding."""
         return {}
-
-
-def number_of_labels(labels, weights=None):
-    """The labels that are not -100, or the sum of their weights. A target of floats counts all its numbers."""
-    if labels is None:
-        return 0
-    if weights is None:
-        return labels.numel() if labels.is_floating_point() else int((labels != -100).sum())
-    if labels.is_floating_point():
-        return float(weights.double().sum()) * labels[:1].numel()
-    return float(weights.double()[labels != -100].sum())
 
 
 class MaskedLM(Model):
@@ -217,7 +194,7 @@ class Pretraining(MaskedLM):
             output.losses["mlm"] = self._masked_lm(hidden[: len(picks)], batch)
         if batch.pair_labels is not None:
             scores = self._pair_logits(hidden[len(picks) :], batch, dropout)
-            output.losses["pair"] = _classification(scores, batch.pair_labels, name="pair labels")
+            output.losses["pair"] = classification(scores, batch.pair_labels, name="pair labels")
         return output
 
     def label_counts(self, batch: Batch) -> dict[str, int]:
@@ -262,7 +239,7 @@ class SequenceClassifier(Model):
         batch, _ = pack_inputs(self.config, input_ids, attention_mask, token_type_ids, position_ids)
         logits = self._scores(batch, self.config.pooler_dropout, self.config.classifier_dropout)
         labels = batch.targets if labels is None else labels
-        return Output(logits, _label_loss(logits, labels, self.config, batch.weights, self.label_smoothing))
+        return Output(logits, label_loss(logits, labels, self.config, batch.weights, self.label_smoothing))
 
     def label_counts(self, batch: Batch) -> dict[str, int]:
         """See `MaskedLM.label_counts`."""
@@ -308,7 +285,7 @@ class MultipleChoice(SequenceClassifier):
             if labels is not None:
                 cu = input_ids.cu_examples
                 scores = padded_groups(logits[:, 0].float(), cu, int(cu.diff().max()))
-                output.losses["label"] = _classification(scores.nan_to_num(neginf=-1e30), labels)
+                output.losses["label"] = ragged_classification(scores, labels, smoothing=self.label_smoothing)
             output.logits = logits
             return output
         if input_ids.dim() != 3:
@@ -316,7 +293,7 @@ class MultipleChoice(SequenceClassifier):
         flat = (x if x is None else x.flatten(0, 1) for x in (attention_mask, token_type_ids, position_ids))
         batch, _ = pack_inputs(self.config, input_ids.flatten(0, 1), *flat)
         logits = self._scores(batch, *dropouts).view(input_ids.shape[:2])
-        return Output(logits, _label_loss(logits, labels))
+        return Output(logits, label_loss(logits, labels, smoothing=self.label_smoothing))
 
     def label_counts(self, batch: Batch) -> dict[str, int]:
         """See `MaskedLM.label_counts`."""
@@ -357,7 +334,7 @@ class TokenClassifier(_TokenScores):
         config = self.config
         chain = (config.token_dropout, config.classifier_dropout, config.hidden_dropout_prob)
         logits = self._scores(batch, next(p for p in chain if p is not None))
-        return Output(logits, _label_loss(logits, batch.labels, None, batch.weights, self.label_smoothing))
+        return Output(logits, label_loss(logits, batch.labels, None, batch.weights, self.label_smoothing))
 
     def label_counts(self, batch: Batch) -> dict[str, int]:
         """See `MaskedLM.label_counts`."""
@@ -430,58 +407,14 @@ class QuestionAnswerer(_TokenScores):
                 inside = (place >= 0) & (place < S)
                 inside &= ~one.gather(1, place.clamp(0, S - 1)[:, None])[:, 0].isneginf()
                 # each end's mean counts half
-                one = one.nan_to_num(neginf=-1e30)
-                output.losses[name] = _classification(one, place.where(inside, -100), weight=0.5)
+                place = place.where(inside, -100)
+                output.losses[name] = ragged_classification(one, place, 0.5, self.label_smoothing)
         return output
 
     def label_counts(self, batch: Batch) -> dict[str, int]:
         """See `MaskedLM.label_counts`."""
         places = (None, None) if batch.targets is None else batch.targets.unbind(1)
         return {name: number_of_labels(place) for name, place in zip(("start", "end"), places, strict=True)}
-
-
-def _classification(logits, labels, weight=1.0, name="labels", weights=None, smoothing=0.0):
-    """Loss of logits [N, C] for labels int64 [N], -100 for none. weights: of the N losses, fp32 [N]."""
-    ops.check_ids(name, labels, logits.shape[-1], -100)
-    known, scores = labels != -100, logits.float()
-    hits = (logits.argmax(-1) == labels) & known
-    if weights is None:
-        loss_sum = F.cross_entropy(scores, labels, reduction="sum", label_smoothing=smoothing)
-        return Loss(loss_sum, known.sum(), hits.sum(), weight)
-    losses = F.cross_entropy(scores, labels, reduction="none", label_smoothing=smoothing)
-    weights = weights.where(known, 0.0)
-    return Loss((weights * losses).sum(), weights.double().sum(), (weights * hits).sum(), weight)
-
-
-def _label_loss(logits, labels, config=None, weights=None, smoothing=0.0):
-    """{"label": Loss}, of the kind that config.problem_type or the labels' type and shape mean; {} without labels."""
-    if labels is None:
-        return {}
-    kind = config.problem_type if config is not None else "single_label_classification"
-    if kind is None:
-        kind = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
-        if logits.shape[-1] == 1:
-            kind = "regression"
-    if kind == "single_label_classification":
-        if labels.shape != logits.shape[:-1]:
-            raise ValueError(f"labels have shape {tuple(labels.shape)}: expected {tuple(logits.shape[:-1])}")
-        return {"label": _classification(logits, labels, weights=weights, smoothing=smoothing)}
-    scores, labels = logits.float(), labels.float()
-    if labels.numel() != logits.numel():
-        raise ValueError(f"labels have shape {tuple(labels.shape)}: expected {tuple(logits.shape)} for {kind}")
-    labels = labels.view_as(scores)
-    if kind == "regression":
-        losses, hits = F.mse_loss(scores, labels, reduction="none"), None
-    else:
-        targets = labels * (1 - smoothing) + smoothing / 2
-        losses = F.binary_cross_entropy_with_logits(scores, targets, reduction="none")
-        hits = (scores > 0) == (labels > 0.5)
-    if weights is None:
-        count = torch.tensor(labels.numel(), device=labels.device)
-    else:
-        weights = weights[:, None].expand_as(scores)
-        losses, hits, count = weights * losses, hits if hits is None else weights * hits, weights.double().sum()
-    return {"label": Loss(losses.sum(), count, hits if hits is None else hits.sum())}
 
 
 def first_hidden(encoder, batch, dropout):

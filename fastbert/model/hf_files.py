@@ -1,4 +1,4 @@
-"""Models on disk as HuggingFace keeps them: config.json beside the weights.
+"""Models on disk as HuggingFace keeps them, or on its hub: config.json beside the weights.
 
 The weights are in one safetensors file or in shards. Names of tensors and keys are translated here, by the rows of
 families.py.
@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .. import files, ops
+from .. import files, hub, ops
 from .config import checked, shown
 from .encoder import initialize
 from .families import ALIASES, FAMILIES, config_of, family
@@ -159,14 +159,17 @@ def from_hf_names(tensors, config):
     return renewed
 
 
+# the directory of a path or of a name on the hub
+local = hub.local
+
 WEIGHTS, PICKLED_WEIGHTS = "model.safetensors", "pytorch_model.bin"
 # the types of tensors that a model can have, as safetensors and torch name them
 _FLOATS = {"F64", "F32", "F16", "BF16", "torch.float64", "torch.float32", "torch.float16", "torch.bfloat16"}
 
 
 def load_model(make, directory, *, head, other=None, config_changes=None, allow_pickle=False, dtype=torch.float32,
-               **changes):  # fmt: skip
-    """A model from a directory, in evaluation mode: see `Model.from_pretrained`.
+               revision=None, **changes):  # fmt: skip
+    """A model from a directory or the hub, in evaluation mode: see `Model.from_pretrained`.
 
     make: builds the model of a config. head: the name of its class. other: parameters stored elsewhere, by our names.
     config_changes: values for keys of config.json. changes: values for fields of EncoderConfig.
@@ -174,9 +177,12 @@ def load_model(make, directory, *, head, other=None, config_changes=None, allow_
     products, dtype = (dtype, torch.float32) if isinstance(dtype, str) else ("fp32", dtype)
     # an error or a warning now, not after reading the weights
     products = ops.low_precision.chosen(products)
-    directory = Path(directory)
+    directory = local(directory, revision)
     if not directory.is_dir():
-        raise ValueError(f"{directory} is no directory: expected one with config.json and {WEIGHTS}")
+        raise ValueError(
+            f"{directory} is no directory: expected one with config.json and {WEIGHTS}, or the name of a model on the "
+            f"hub, such as {hub.EXAMPLE}"
+        )
     if (directory / "adapter_config.json").exists():
         raise ValueError(f"{directory} has an adapter_config.json: merge the adapter into the weights first")
     if "num_labels" in changes:
@@ -284,6 +290,8 @@ def stored_tensors(directory, allow_pickle):
             raise ValueError(f"{index} has no usable weight_map: expected the name of a file for each tensor")
         shards = sorted(set(shards.values()))
         return {name: entry for shard in shards for name, entry in read(files.inside(directory, shard)).items()}
+    if (directory / "adapter_config.json").exists():
+        raise ValueError(f"{directory} holds an adapter alone: expected a model that it is merged into")
     raise ValueError(f"{directory} has no weights: expected {WEIGHTS} or {WEIGHTS}.index.json")
 
 
@@ -338,13 +346,6 @@ def write_json(path, values):
     files.write(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
-# files beside the weights that are copied as they are
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
-    "vocab.json", "merges.txt", "spm.model", "spiece.model", "sentencepiece.bpe.model",
-)  # fmt: skip
-
-
 def write_tokenizer(tokenizer, directory, config, settings):
     """Write tokenizer.json of a tokenizers.Tokenizer, and tokenizer_config.json with `settings`."""
     names = dict(
@@ -377,6 +378,6 @@ def save_tensors(tensors: dict[str, torch.Tensor], directory: Path) -> None:
 
 def copy_tokenizer(source: str | Path, destination: str | Path) -> None:
     """Copy a tokenizer's files from one model's directory to another, except those that it already has."""
-    for name in TOKENIZER_FILES:
+    for name in hub.TOKENIZER_FILES:
         if (Path(source) / name).exists() and not (Path(destination) / name).exists():
             files.write(Path(destination) / name, (Path(source) / name).read_bytes())

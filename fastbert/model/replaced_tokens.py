@@ -166,9 +166,13 @@ class ReplacedTokenPretraining(nn.Module):
     @classmethod
     def from_pretrained(
         cls, directory: str | os.PathLike, *, embedding_sharing: str | None = None, rtd_weight: float = 50.0,
+        revision: str | None = None,
     ) -> "Self":  # fmt: skip
-        """From what `save_pretrained` writes: a detector's directory with its generator in the folder `generator`."""
-        directory = Path(directory)
+        """From what `save_pretrained` writes: a detector's directory with its generator in the folder `generator`.
+
+        directory: or OWNER/NAME on the HuggingFace hub, at `revision` (a branch, tag or commit).
+        """
+        directory = hf_files.local(directory, revision, folders=(GENERATOR,))
         configs = [hf_files.read_config(place / "config.json") for place in (directory, directory / GENERATOR)]
         model = cls(*configs, embedding_sharing=embedding_sharing, rtd_weight=rtd_weight)
         model.load_state_dict(model.stored(directory))

@@ -240,15 +240,15 @@ class SentenceEmbedder(Model):
     @classmethod
     def from_pretrained(
         cls, directory: str | os.PathLike, *, allow_pickle: bool = False, dtype: torch.dtype | str = torch.float32,
-        **options: object,
+        revision: str | None = None, **options: object,
     ) -> "Self":  # fmt: skip
         """From a directory of sentence-transformers, or of a bare HuggingFace encoder (then mean pooling).
 
-        dtype: see `Model.from_pretrained`. options: arguments of the class that override those of the directory.
-        Raises ValueError as other models do, and for a module or a setting of sentence-transformers that is not known
-        here.
+        directory: or OWNER/NAME on the HuggingFace hub, at `revision` (a branch, tag or commit). dtype: see
+        `Model.from_pretrained`. options: arguments of the class that override those of the directory. Raises ValueError
+        as other models do, and for a module or a setting of sentence-transformers that is not known here.
         """
-        directory = Path(directory)
+        directory = hf_files.local(directory, revision)
         found, folder, config_changes, weights = sentence_files.read_directory(directory, allow_pickle)
         return hf_files.load_model(
             lambda config: cls(config, **{**found, **options}), folder, allow_pickle=allow_pickle, dtype=dtype,

@@ -35,7 +35,7 @@ def read(path, spec, notes, *, wants_gold=True):
         raise ValueError(f"{path} has no column {label!r}: it has {', '.join(map(repr, found))}")
     # what comes before each choice: SWAG's beginning of the sentence, RACE's question
     before = next((one for one in ("sent2", "question") if one in found and one != context), None)
-    for number, row in tables.rows(path, notes.skip if wants_gold else None):
+    for number, row in tables.rows(path, notes.skip):
         names = None
         if endings:
             texts = [row.get(one) for one in endings]

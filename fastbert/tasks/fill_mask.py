@@ -1,18 +1,18 @@
 """Fill in the words that [MASK] replaces."""
 
-from pathlib import Path
-
 import torch
 
+from .. import hub
 from ..data.tokenizer import check_vocabulary, load_tokenizer, special_ids, vocabulary_size
 from ..model.heads import MaskedLM
 from ..packing import Batch
 
 
-def load_masked_lm(directory, dtype="fp32"):
-    """(MaskedLM, tokenizers.Tokenizer) of a model directory, on the GPU if there is one. dtype: on a CPU, see
-    `Encoder.set_dtype`."""
-    if not (Path(directory) / "config.json").is_file():
+def load_masked_lm(directory, revision=None, dtype="fp32"):
+    """(MaskedLM, tokenizers.Tokenizer) of a directory or a name on the hub, on the GPU if there is one. dtype: on a
+    CPU, see `Encoder.set_dtype`."""
+    directory = hub.local(directory, revision)
+    if not (directory / "config.json").is_file():
         raise FileNotFoundError(f"no model in {directory}: expected a folder with config.json and model.safetensors")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = MaskedLM.from_pretrained(directory, dtype=dtype if device == "cpu" else "fp32")

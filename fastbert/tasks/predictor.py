@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import os
+from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,12 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from .. import files
+from .. import files, hub
 from ..data.tokenizer import check_vocabulary, load_tokenizer, tokenizer_hash
 from ..model import families, hf_files
 from ..model.heads import Model
-from . import results, table
-from .examples import Example, Notes, Pieces, Spec, clean, predictions, read_files
+from . import prediction_files, results, table
+from .examples import Example, Notes, Pieces, Spec, predictions, read_files
 
 # the ending of a class of transformers -> our task; SequenceClassification has three
 ARCHITECTURES = {"ForTokenClassification": "tag", "ForQuestionAnswering": "answer", "ForMultipleChoice": "choose"}
@@ -47,40 +48,63 @@ class Predictor:
         spec = _calibrated(self.spec) if calibrated else self.spec
         return [shown(prediction) for _, prediction in self._run(examples, spec)]
 
-    def predict_file(self, path: str | os.PathLike, output: str | os.PathLike, *, calibrated: bool = False) -> int:
-        """Write the predictions for the rows of a file to the .jsonl `output`, in their order. Returns their number.
+    def predict_file(
+        self, path: str | os.PathLike, output: str | os.PathLike, *, calibrated: bool = False, say=lambda line: None
+    ) -> int:
+        """Write the predictions for the rows of a file to `output`, in their order. Returns the number of rows.
 
-        Memory is constant. What was interrupted goes on from `output`.partial, if model, input and options are the
-        same. Raises ValueError before any work when a row cannot be read.
+        output: a .jsonl file, or a directory NAME.parquet of part files with the same columns. Memory is constant. What
+        was interrupted goes on from `output`.partial, if model, input and options are the same. A row with too few or
+        too many columns has "error" in place of a prediction; say: is told of these rows. Raises ValueError before any
+        work when another row cannot be read.
         """
-        if not str(output).endswith(".jsonl"):
-            raise ValueError(f"--output is {str(output)!r}: expected a .jsonl file")
-        notes = Notes(path)
-        for _ in self.task.read(path, self.spec, notes, wants_gold=False):
-            pass
+        notes, ids = Notes(path), set()
+        for example in self.task.read(path, self.spec, notes, wants_gold=False):
+            if example.id is not None:
+                ids.add(int if type(example.id) is int and abs(example.id) < 2**63 else str)
         notes.check()
         spec = _calibrated(self.spec) if calibrated else self.spec
         facts = {"input": files.sha256(path), "model": self._hash(), "calibrated": calibrated}
         facts |= {"columns": self.spec.columns, "tokens_per_batch": self.tokens_per_batch}
         facts |= {"dtype": self.model.encoder.products}
-        partial, about = Path(f"{output}.partial"), Path(f"{output}.partial.json")
-        count = _written(partial) if about.is_file() and about.read_text() == json.dumps(facts) else 0
-        examples = itertools.islice(self.task.read(path, self.spec, Notes(path), wants_gold=False), count, None)
+        columns = prediction_files.types(self.spec.task, ids, bool(notes.skipped))
+        faulty = deque()
+
+        def examples(rows):
+            for row in rows:
+                if isinstance(row, Example):
+                    yield row
+                else:
+                    faulty.append(row)
+
         try:
-            if not count:
-                files.write(about, json.dumps(facts))
-            with open(partial, "a" if count else "w", encoding="utf-8") as file:
-                for example, prediction in self._run(examples, spec):
-                    row = {} if example.id is None else {"id": example.id}
-                    file.write(clean(json.dumps(row | shown(prediction), ensure_ascii=False)) + "\n")
-                    count += 1
-            files.sync(partial)
-            partial.replace(output)
-            about.unlink()
+            with prediction_files.opened(output, facts, columns) as writer:
+                rows = itertools.islice(self._rows(path), writer.done, None)
+                for example, prediction in self._run(examples(rows), spec):
+                    while faulty and faulty[0][0] < example.number:
+                        writer.write({"error": faulty.popleft()[1]})
+                    identity = {} if example.id is None else {"id": example.id}
+                    writer.write(identity | shown(prediction))
+                for _, why in faulty:
+                    writer.write({"error": why})
+                writer.finish()
         except OSError as error:
             reason = (error.strerror or str(error)).rpartition(" cannot be written: ")[2]
             raise OSError(f"{output} cannot be written: {reason}") from None
-        return count
+        if notes.skipped:
+            listed = ", ".join(f"{number} ({why})" for number, why in notes.skipped[:5])
+            more = ", ..." if len(notes.skipped) > 5 else ""
+            say(f'{path}: {len(notes.skipped):,} rows have "error" in place of a prediction, lines {listed}{more}')
+        return writer.done
+
+    def _rows(self, path):
+        """Each row of a file to predict on, in its order: its Example, or (line, why) of one with other columns."""
+        notes, told = Notes(path), 0
+        for example in self.task.read(path, self.spec, notes, wants_gold=False):
+            yield from notes.skipped[told:]
+            told = len(notes.skipped)
+            yield example
+        yield from notes.skipped[told:]
 
     def _hash(self):
         """A hash of the weights and of what decides on predictions beside them."""
@@ -116,7 +140,8 @@ class Predictor:
                 say(said)
         found = [prediction for _, prediction in self._run(examples, spec)]
         scores = self.task.score(examples, found, spec)
-        metrics = results.summary(self.task, spec, examples, found, scores, paths, notes)
+        resampled = results.resampled(self.task, spec, examples, found)
+        metrics = results.summary(self.task, spec, examples, found, scores, paths, notes, resampled)
         if output_dir is not None:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             results.write_all(output_dir, spec, examples, found, metrics)
@@ -146,16 +171,16 @@ class Predictor:
 
 def load(
     directory: str | os.PathLike, *, device: str | None = None, text_columns: Iterable[str] = (),
-    label_column: str | None = None, dtype: str = "fp32",
+    label_column: str | None = None, revision: str | None = None, dtype: str = "fp32",
 ) -> Predictor:  # fmt: skip
     """The Predictor of a directory that `fastbert finetune` wrote, or that transformers saved with a task's head.
 
-    device: "cpu", "cuda"; a GPU by default, if there is one. text_columns, label_column: of the files to read; those of
-    the training file by default, or found by name. dtype: "fp32", "auto", "bf16" or "int8", what the encoder multiplies
-    in on a CPU: see `Encoder.set_dtype`. Raises ValueError when the model has no head of a task, and when it loses too
-    much in int8.
+    directory: or OWNER/NAME on the HuggingFace hub, at `revision` (a branch, tag or commit). device: "cpu", "cuda"; a
+    GPU by default, if there is one. text_columns, label_column: of the files to read; those of the training file by
+    default, or found by name. dtype: "fp32", "auto", "bf16" or "int8", what the encoder multiplies in on a CPU: see
+    `Encoder.set_dtype`. Raises ValueError when the model has no head of a task, and when it loses too much in int8.
     """
-    directory = Path(directory)
+    directory = hub.local(directory, revision)
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(f"no model in {directory}: expected a folder with config.json and model.safetensors")
     config, spec = hf_files.read_config(directory / "config.json"), Spec.load(directory)
@@ -203,20 +228,6 @@ def _spec_of(directory, config):
         name, labels if name in ("classify", "multilabel", "tag") else (), {}, length, length // 4,
         settings={} if config.labels else {"unnamed": True},
     )  # fmt: skip
-
-
-def _written(path):
-    """The whole lines of a file that was being written; what follows the last is cut off."""
-    if not path.is_file():
-        return 0
-    with open(path, "rb+") as file:
-        count = end = 0
-        for line in file:
-            if not line.endswith(b"\n"):
-                break
-            count, end = count + 1, end + len(line)
-        file.truncate(end)
-    return count
 
 
 def usual_length(directory, config):

@@ -16,12 +16,12 @@ MISTAKES = 50
 RESAMPLES = 200
 
 
-def summary(task, spec, examples, predictions, scores, paths, notes):
-    """The contents of metrics.json."""
+def summary(task, spec, examples, predictions, scores, paths, notes, resampled):
+    """The contents of metrics.json. resampled: see the function of that name."""
     metric = spec.metric or next(iter(task.SCORES))
     metrics = {
         "task": spec.task, "metric": metric, "examples": len(examples), "scores": scores,
-        "interval": interval(task, spec, examples, predictions, metric),
+        "interval": percentiles(resampled),
         "skipped_rows": {str(note.path): len(note.skipped) for note in notes if note.skipped},
     }  # fmt: skip
     if len(paths) > 1:
@@ -57,19 +57,25 @@ def write_metrics(directory, metrics):
     write(Path(directory) / "metrics.json", text + "\n")
 
 
-def interval(task, spec, examples, predictions, metric):
-    """[low, high] of 95 % of the main score over examples drawn with replacement (Efron 1979).
+def resampled(task, spec, examples, predictions):
+    """The main score on examples drawn with replacement, the same ones for the same number of examples (Efron 1979).
 
-    None where it is undefined, or where so many examples and labels would take too long.
+    NaN where it is undefined. [] where so many examples and labels would take too long.
     """
+    metric = spec.metric or next(iter(task.SCORES))
     draw, found = np.random.default_rng(0), []
     times = min(RESAMPLES, 50_000_000 // (len(examples) * (1 + len(spec.labels or ()))))
     for _ in range(times if times >= min(RESAMPLES, 20) else 0):
         chosen = draw.integers(0, len(examples), len(examples))
         scores = task.score([examples[i] for i in chosen], [predictions[i] for i in chosen], spec)
-        if scores.get(metric) is not None:
-            found.append(scores[metric])
-    return [float(value) for value in np.percentile(found, [2.5, 97.5])] if found else None
+        found.append(math.nan if scores.get(metric) is None else scores[metric])
+    return found
+
+
+def percentiles(values):
+    """[low, high] of the middle 95 % of some numbers, without NaN; None where there is none."""
+    known = [value for value in values if not math.isnan(value)]
+    return [float(value) for value in np.percentile(known, [2.5, 97.5])] if known else None
 
 
 def errors(examples, predictions, train):

@@ -104,7 +104,7 @@ def questions(path, columns, notes, wants_gold):
     for column in (question, context, *([answers] if wants_gold else [])):
         if column not in found and (tables.kind(path) in (".csv", ".tsv") or column in (question, context)):
             raise ValueError(f"{path} has no column {column!r}: it has {', '.join(map(repr, found))}")
-    for number, row in tables.rows(path, notes.skip if wants_gold else None):
+    for number, row in tables.rows(path, notes.skip):
         yield number, {
             "id": row.get("id"), "question": row.get(question), "context": row.get(context),
             "answers": _cell(row.get(answers), row.get("answer_start")), "is_impossible": row.get("is_impossible"),

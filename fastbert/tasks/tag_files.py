@@ -89,7 +89,7 @@ def _rows(path, spec, notes, wants_gold):
     if wants_gold and (gold is None or (label and gold != label)):
         raise ValueError(f"{path} has no column {label or 'tags'!r}: it has {', '.join(map(repr, found))}")
     kinds, group = {}, spec.columns.get("group")
-    for number, row in tables.rows(path, notes.skip if wants_gold else None):
+    for number, row in tables.rows(path, notes.skip):
         value, marks, of = row.get(text), row.get(gold), row.get(group) if group else None
         if isinstance(value, str):
             if not wants_gold:

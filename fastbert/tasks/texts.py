@@ -75,11 +75,12 @@ def missing(path, column, found, flag=None):
 def text_rows(path, columns, notes, wants_gold):
     """Yields (Example without gold, row) for the rows of a table.
 
-    wants_gold: leave out rows with an empty text or without a gold label. Without it each row has its example.
+    wants_gold: leave out rows with an empty text or without a gold label. Without it each row with as many columns as
+    the header has its example.
     """
-    layout, skip = columns.layout, notes.skip if wants_gold else None
+    layout = columns.layout
     identity = next((one for one in IDS if one in columns.found), None)
-    for number, row in tables.rows(path, skip, names=layout and layout.names, quoted=False if layout else None):
+    for number, row in tables.rows(path, notes.skip, names=layout and layout.names, quoted=False if layout else None):
         texts = tuple(row.get(column) for column in columns.texts)
         named = dict(zip(columns.texts, texts, strict=True))
         wrong = next((name for name, text in named.items() if not isinstance(text, str)), None)

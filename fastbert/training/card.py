@@ -9,7 +9,7 @@ from pathlib import Path
 from .. import __version__
 from ..files import write
 from ..model.replaced_tokens import GENERATOR
-from .log import SCORES, clock, in_words, is_evaluation, read_metrics, words
+from .log import RATES, SCORES, clock, in_words, is_evaluation, read_metrics, words
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart
 TRAIN, HELD_OUT, BASELINE = "#56B4E9", "#D55E00", "#555555"
@@ -50,8 +50,8 @@ def learning_curve(directory):
         return tuple(zip(*points, strict=True)) or ((), ())
 
     names = dict.fromkeys(name.removeprefix("eval_") for row in rows for name in row)
-    shown = ("loss", "accuracy", "recall", *SCORES)
-    panels = [name for name in names if name.endswith(shown) and "baseline" not in name]
+    shown = ("loss", *RATES, *SCORES)
+    panels = [name for name in names if name.endswith(shown) and "baseline" not in name and "strict" not in name]
     if not panels:
         return None
     columns, lines = min(len(panels), 3), math.ceil(len(panels) / 3)

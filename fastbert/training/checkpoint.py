@@ -1,7 +1,8 @@
 """Checkpoints that survive a crash at any instant.
 
     checkpoint-<step>/
-        config.json, model.safetensors, tokenizer files    a model that fastbert and transformers load
+        config.json, model.safetensors, tokenizer files    a model that fastbert and transformers load; with --lora, in
+                                                            its place the adapter
         generator/                                          the generator of replaced-token detection
         optimizer.safetensors                               AdamW's two moments and step, by parameter name, and
                                                             parameters that the model's file holds only rounded
@@ -29,6 +30,8 @@ from ..files import all_files, read_json, sync, verify_manifest, write_manifest
 from .options import flag
 
 CONFIG, MODEL, OPTIMIZER, STATE = "config.json", "model.safetensors", "optimizer.safetensors", "trainer_state.json"
+# in place of the model's weights, after --lora
+ADAPTER = "adapter_model.safetensors"
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 # the square root of the largest float32
 MAX_PARAMETER = 1.8e19
@@ -197,7 +200,8 @@ def _building(directory, name):
 
 def verify(path):
     """Raises ValueError with the file and the fault unless every file of checkpoint `path` is as it was written."""
-    verify_manifest(path, required=(CONFIG, MODEL, OPTIMIZER, STATE, "tokenizer.json"))
+    weights = ADAPTER if (Path(path) / ADAPTER).exists() else MODEL
+    verify_manifest(path, required=(CONFIG, weights, OPTIMIZER, STATE, "tokenizer.json"))
 
 
 def to_resume(directory, resume):

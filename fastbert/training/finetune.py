@@ -26,23 +26,25 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from .. import ops
 from ..data.batches import MAX_TOKENS
-from ..data.tokenizer import check_vocabulary, load_tokenizer, special_ids, tokenizer_hash, vocabulary_size
-from ..files import lock, sha256, write
-from ..model import families, hf_files, presets
+from ..data.tokenizer import tokenizer_hash
+from ..files import lock, sha256
 from ..tasks import results, table
-from ..tasks.examples import Pieces, Spec, predictions, read_files
-from ..tasks.predictor import flat_figures, usual_length
+from ..tasks.examples import Pieces, predictions, read_files
+from ..tasks.predictor import flat_figures
 from ..tasks.schemes import SCHEMES
-from . import card, checkpoint, finetune_card, optim, processes
-from .example_batches import ExampleBatches, class_weights, encoded, held_out
+from . import card, checkpoint, finetune_card, finetune_seeds, lora, optim, processes
+from .example_batches import ExampleBatches, class_weights, encoded
+from .finetune_inputs import checked_lora, hold_out, main_score, spec_of, tokenizer_and_config
+from .finetune_seeds import Outcome
 from .log import Log
 from .loop import Progress, Run, accumulate, forward, length
-from .options import command_line, flag, option, take_bf16, tidy
+from .options import command_line, flag, option, take_bf16, tidy, with_local_model
 from .task_model import model_for
+
+# by default; a fresh adapter begins at zero and has far to go (Hu et al. 2021, D.1)
+LEARNING_RATE, LORA_LEARNING_RATE = 3e-5, 3e-4
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,11 @@ class FinetuneConfig:
     label_column: str | None = option(None, "Column of the label, labels or score. Found by name by default.")
     group_column: str | None = option(None, "Column of a group, such as an author, that is held out as a whole.")
     output_dir: str = option("", "Directory for the model, checkpoints and logs.")
-    model: str = option("", "Directory of the model to start from; or a preset or a config.json, for fresh weights.")
-    tokenizer: str | None = option(None, "Directory of the tokenizer. The model's own by default.")
+    model: str = option(
+        "", "Model to start from: a directory or a name on the HuggingFace hub; a preset or a config.json starts fresh."
+    )
+    revision: str | None = option(None, "Branch, tag or commit of a --model on the hub. Its main branch by default.")
+    tokenizer: str | None = option(None, "Directory or name of the tokenizer. The model's own by default.")
     max_seq_length: int | None = option(
         None,
         "Maximum tokens in a window, special tokens included. Up to 512, as the model allows, by default.",
@@ -86,7 +91,11 @@ class FinetuneConfig:
     max_minutes: float | None = option(
         None, "Length of the run, in minutes of training; the schedule follows the clock.", above=0, most=1e7
     )
-    learning_rate: float = option(3e-5, "Peak learning rate, 2e-5 to 5e-5 as a rule. --resume may lower it.", above=0)
+    learning_rate: float | None = option(
+        None,
+        "Peak learning rate, 2e-5 to 5e-5 as a rule. 3e-5, or 3e-4 with --lora, by default. --resume may lower it.",
+        above=0,
+    )
     schedule: str = option("linear", "Learning rate schedule after the warm-up.", tuple(optim.SCHEDULES))
     warmup_ratio: float = option(0.1, "Share of the run spent on warm-up.", least=0, most=1)
     warmup_steps: int | None = option(None, "Warm-up in steps. Overrides --warmup-ratio.", least=0)
@@ -104,6 +113,9 @@ class FinetuneConfig:
     label_smoothing: float = option(0.0, "Share of a label's probability spread over all labels.", least=0, below=1)
     class_weights: str | None = option(
         None, 'Weights of the labels in the loss: balanced, or by name, such as "spam=5,ham=1".'
+    )
+    lora: str | None = option(
+        None, "Train an adapter in place of the encoder: r=8, or r=8,alpha=16,dropout=0.1,target=query+value."
     )
     freeze_encoder: bool = option(False, "Train the head alone: faster and weaker than training the whole model.")
     metric: str | None = option(None, "The score that decides which step is best. The task's own by default.")
@@ -142,6 +154,10 @@ class FinetuneConfig:
             raise ValueError("--warmup-steps does not go with --max-minutes, which counts time: use --warmup-ratio")
         if self.task != "auto":
             table.task(self.task)
+        if checked_lora(self) is not None:
+            lora.check_libraries()
+        if self.learning_rate is None:
+            object.__setattr__(self, "learning_rate", LORA_LEARNING_RATE if self.lora else LEARNING_RATE)
 
 
 # A resumed run may change these options. The examples and the tokenizer are compared by content.
@@ -164,14 +180,19 @@ def finetune(config: FinetuneConfig) -> dict:
     Returns the contents of metrics.json ({} without held-out examples), with the number of the signal that ended the
     run, or None, in "signal". Raises ValueError or OSError for errors of the caller, if possible before any work, and
     FloatingPointError when training diverges. Under torchrun every process takes its share of the micro-batches.
-    With --seeds N, see `finetune_with_seeds`.
+    With --seeds N: see `finetune_seeds.with_seeds`.
     """
-    if config.seeds > 1:
-        return finetune_with_seeds(config)
+    return finetune_seeds.with_seeds(config, train) if config.seeds > 1 else train(config).metrics
+
+
+def train(config):
+    """The Outcome of a run with one seed."""
     rank, world_size = processes.join()
     command = command_line("finetune", dataclasses.replace(config, resume=False))
     output_dir = Path(config.output_dir)
     device = processes.device_of(config.device)
+    # a wrong path leaves no directory behind
+    train_files, eval_files = table.train_and_eval_files(config.train_file, config.eval_file)
     with lock(output_dir) if rank == 0 else contextlib.nullcontext(), Log(output_dir, rank) as log:
         resumed = checkpoint.to_resume(output_dir, config.resume)
         if resumed:
@@ -180,20 +201,22 @@ def finetune(config: FinetuneConfig) -> dict:
             log.say(f"--resume: {output_dir} has no checkpoint yet, starting a new run")
         with processes.first_process_first(rank):
             # the others have looked at the directory before the first writes into it
-            tokenizer, encoder_config = _tokenizer_and_config(config, resumed)
+            here = with_local_model(config)
+            if here.model != config.model:
+                log.say(f"--model {config.model}: commit {Path(here.model).name} of the hub")
+            tokenizer, encoder_config = tokenizer_and_config(here, resumed)
         state = checkpoint.read_state(resumed) if resumed else None
         if state:
             checkpoint.check_same_run(resumed, state, config, tokenizer_hash(tokenizer), MAY_DIFFER, MAY_FALL)
         config = dataclasses.replace(config, dtype=processes.dtype_of(config, device, resumed, state, log.say))
 
         # files -> examples -> training and held-out examples
-        train_files, eval_files = table.train_and_eval_files(config.train_file, config.eval_file)
         name = table.detect(train_files[0]) if config.task == "auto" else config.task
         task = table.task(name)
         if config.task == "auto":
             log.say(f"--task auto: {train_files[0]} is read as {name}")
-        spec = _spec(config, name, encoder_config)
-        train, notes = read_files(task, train_files, spec)
+        spec = spec_of(here, name, encoder_config)
+        training, notes = read_files(task, train_files, spec)
         if eval_files or config.eval_share:
             table.check_libraries()
         evaluation, eval_notes = read_files(task, eval_files, spec) if eval_files else ([], [])
@@ -202,28 +225,17 @@ def finetune(config: FinetuneConfig) -> dict:
         for note in (*notes, *eval_notes):
             if said := note.said():
                 log.say(said)
-        rare = []
         if not eval_files and config.eval_share:
-            train, evaluation, rare = held_out(
-                train, config.eval_share, config.seed if config.split_seed is None else config.split_seed
-            )
-            if not evaluation or not train:
-                raise ValueError(
-                    f"{train_files[0]} has too few different texts to hold some out: use --eval-file, or --eval-share 0"
-                )
-        for name in rare[:5]:
-            log.say(f"the label {name!r} has too few different texts to hold one out")
-        if len(rare) > 5:
-            log.say(f"and so have {len(rare) - 5:,} more labels")
-        if torn := results.torn(train, evaluation):
+            training, evaluation = hold_out(config, training, train_files[0], log.say)
+        if torn := results.torn(training, evaluation):
             log.say(f"{len(torn):,} texts have two labels: errors.md names them")
-        log.say(f"{len(train):,} examples to train on, {len(evaluation):,} held out")
+        log.say(f"{len(training):,} examples to train on, {len(evaluation):,} held out")
         if alike := spec.alike():
             log.say(f"labels that differ in case alone are different labels: {', '.join(map(repr, alike))}")
         kind, fields = task.head(spec)
-        metric = _metric(config, task, spec)
+        metric = main_score(config, task, spec)
         pieces = Pieces(tokenizer, spec)
-        windows = encoded(task, train, pieces, spec)
+        windows = encoded(task, training, pieces, spec)
         lengths = dict(pieces.lengths)
         if cut := pieces.said():
             log.say(cut)
@@ -237,7 +249,17 @@ def finetune(config: FinetuneConfig) -> dict:
             raise ValueError(f"--resume: the examples are not those that {resumed} was trained on")
 
         # model and optimizer
-        model = model_for(config, kind, encoder_config, fields, resumed, log).to(device).train()
+        adapts = checked_lora(config)
+        base = lora.weights_hash(here.model) if adapts else None
+        if state and state.get("base") != base:
+            raise ValueError(f"--resume: the weights of {config.model} are not those that {resumed} adapts")
+        # a checkpoint has the weights, but with --lora those of the adapter alone
+        model = model_for(here, kind, encoder_config, fields, None if adapts else resumed, log)
+        if adapts:
+            model = lora.with_adapter(model, adapts, config.model, config.revision)
+            share = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            log.say(f"--lora trains {share:,} of {sum(p.numel() for p in model.parameters()):,} parameters")
+        model = model.to(device).train()
         model.label_smoothing = config.label_smoothing
         if config.freeze_encoder:
             log.say("--freeze-encoder trains the head alone: expect clearly lower scores than without it")
@@ -256,16 +278,19 @@ def finetune(config: FinetuneConfig) -> dict:
         facts = {
             "config": dataclasses.asdict(config), "model_config": model.config.to_dict(),
             "tokenizer": tokenizer_hash(tokenizer), "data": fingerprint.hexdigest(), "best": best,
+            "base": base,
         }  # fmt: skip
         log.begin(progress, total, in_seconds=config.max_minutes is not None)
         keep = partial(keep_best, output_dir, model, best, direction=task.SCORES[metric])
         if log.last_evaluation.get("step", 0) > best["evaluated"]:
             # a run that was stopped in an evaluation has its checkpoint from before it
             keep(progress.step, log.last_evaluation[column(metric)])
-        predict = partial(
-            predictions, task, model, spec, pieces, tokens_per_batch=config.tokens_per_batch,
-            run=partial(forward, model, device=device, bf16=config.dtype == "bf16"),
-        )  # fmt: skip
+
+        def predict(examples, model=model, **more):
+            run = partial(forward, model, device=device, bf16=config.dtype == "bf16")
+            return predictions(
+                task, model, spec, pieces, examples, tokens_per_batch=config.tokens_per_batch, run=run, **more
+            )
 
         # a resumed run multiplies by the libraries that it began with
         products = state.get("products") if state else {}
@@ -291,72 +316,39 @@ def finetune(config: FinetuneConfig) -> dict:
                 factor = optim.SCHEDULES[config.schedule](step.position, total, warmup)
                 run.update(step, sums, config.learning_rate * factor)
 
-        metrics = {}
+        outcome = Outcome({"signal": caught[0] if caught and not run.finished else None})
         if rank == 0 and run.finished:
             if best["score"] is not None:
                 stored = best_directory(output_dir, best["step"])
                 # a finished run that is resumed has published it
                 model.load_state_dict(model.stored(stored if stored.is_dir() else output_dir))
+            # the scores are those of what is published
+            final = model.merged() if adapts else model.eval()
+            metrics = {}
             if evaluation:
-                model.eval()
-                found = [prediction for _, prediction in predict(evaluation)]
+                found = [prediction for _, prediction in predict(evaluation, final)]
                 scores = task.score(evaluation, found, spec, tune=True)
-                metrics = results.summary(task, spec, evaluation, found, scores, eval_files, [*notes, *eval_notes])
-                metrics |= {"step": best["step"] or progress.step, "train_examples": len(train)}
-                results.write_all(output_dir, spec, evaluation, found, metrics, train, lengths)
-            checkpoint.publish(output_dir, model, tokenizer)
+                outcome.resampled = results.resampled(task, spec, evaluation, found)
+                metrics = results.summary(
+                    task, spec, evaluation, found, scores, eval_files, [*notes, *eval_notes], outcome.resampled
+                )
+                metrics |= {"step": best["step"] or progress.step, "train_examples": len(training)}
+                results.write_all(output_dir, spec, evaluation, found, metrics, training, lengths)
+            checkpoint.publish(output_dir, lora.Published(final, model) if adapts else model, tokenizer)
             spec.save(output_dir)
             for path in output_dir.glob("best-*"):
                 shutil.rmtree(path, ignore_errors=True)
             card.learning_curve(output_dir)
-            finetune_card.write_card(output_dir, command, facts, spec, metrics, progress)
+            outcome.metrics |= metrics
+            outcome.write_card = partial(
+                finetune_card.write_card, facts=facts, spec=spec, metrics=metrics, progress=progress
+            )
+            outcome.write_card(output_dir, command)
             log.say(f"done: {output_dir} holds the model and README.md")
         elif rank == 0:
             name = signal.Signals(caught[0]).name if caught else "another process"
             log.say(f"stopped by {name} after step {progress.step}: continue with --resume")
-        return metrics | {"signal": caught[0] if caught and not run.finished else None}
-
-
-def finetune_with_seeds(config):
-    """Train with the seeds seed .. seed + seeds - 1 on the same split, in seed-<seed>/; publish the best.
-
-    Returns the contents of metrics.json: those of the best run, with each seed's main score, their mean and standard
-    deviation in "seeds".
-    """
-    output_dir, found = Path(config.output_dir), {}
-    split_seed = config.seed if config.split_seed is None else config.split_seed
-    if not config.resume:
-        # the checkpoints are in the directories of the seeds
-        checkpoint.to_resume(output_dir, False)
-    for seed in range(config.seed, config.seed + config.seeds):
-        directory = output_dir / f"seed-{seed}"
-        found[seed] = finetune(
-            dataclasses.replace(config, seeds=1, seed=seed, split_seed=split_seed, output_dir=str(directory))
-        )
-        if found[seed]["signal"] is not None:
-            return found[seed]
-        if "metric" not in found[seed]:
-            raise ValueError("--seeds compares scores on held-out examples: use --eval-file, or --eval-share above 0")
-    metric = found[config.seed]["metric"]
-    direction = table.task(found[config.seed]["task"]).SCORES[metric]
-    scores = {seed: metrics["scores"][metric] for seed, metrics in found.items()}
-    known = {seed: score for seed, score in scores.items() if score is not None}
-    best = max(known, key=lambda seed: direction * known[seed], default=config.seed)
-    values = np.array([*known.values()])
-    metrics = found[best] | {
-        "seeds": {
-            "scores": {str(seed): score for seed, score in scores.items()}, "best": best,
-            "mean": float(values.mean()) if known else None,
-            "standard_deviation": float(values.std(ddof=1)) if len(known) > 1 else None,
-        }
-    }  # fmt: skip
-    if processes.join()[0] == 0:
-        for path in sorted((output_dir / f"seed-{best}").iterdir()):
-            if path.is_file() and not path.name.startswith("."):
-                write(output_dir / path.name, path.read_bytes())
-        finetune_card.add_seeds(output_dir, metric, metrics["seeds"])
-        results.write_metrics(output_dir, {name: value for name, value in metrics.items() if name != "signal"})
-    return metrics
+        return outcome
 
 
 def evaluate(model, task, spec, predict, examples, interrupted):
@@ -412,67 +404,3 @@ def stop_early(run, best, patience):
     if best["since"] >= patience:
         run.log.say(f"no better score in {patience} evaluations: training ends, step {best['step']} is the best")
         run.total = 0
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what a run needs; each function raises a one-line error if it is missing or wrong
-
-
-def _tokenizer_and_config(config, resumed):
-    """(tokenizer, EncoderConfig) of --model."""
-    path = Path(config.model)
-    if config.model in presets.PRESETS:
-        found = presets.preset(config.model)
-    elif path.exists():
-        found = hf_files.read_config(path / "config.json" if path.is_dir() else path)
-    else:
-        raise ValueError(
-            f"--model {config.model}: no such directory, and nothing is downloaded; presets are "
-            f"{', '.join(presets.PRESETS)}"
-        )
-    directory = config.tokenizer or (config.model if path.is_dir() else resumed)
-    if not directory:
-        raise ValueError(f"--tokenizer is missing: --model {config.model} has none")
-    tokenizer = load_tokenizer(directory, as_saved=directory == resumed)
-    if config.model in presets.PRESETS:
-        found = families.with_vocabulary(found, vocabulary_size(tokenizer), special_ids(tokenizer).pad)
-    check_vocabulary(tokenizer, found)
-    if special_ids(tokenizer).pad != found.pad_token_id:
-        raise ValueError(
-            f"the tokenizer's [PAD] is {special_ids(tokenizer).pad}: {config.model} has a pad_token_id of "
-            f"{found.pad_token_id}"
-        )
-    if (config.max_seq_length or 0) > found.max_length:
-        raise ValueError(
-            f"--max-seq-length is {config.max_seq_length}: the model {config.model} has {found.max_length} positions"
-        )
-    if config.dropout is not None:
-        found = found.replace(hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout)
-    return tokenizer, found
-
-
-def _spec(config, name, encoder_config):
-    columns = {}
-    for column, value in (("texts", list(config.text_column)), ("label", config.label_column),
-                          ("group", config.group_column)):  # fmt: skip
-        if value:
-            columns[column] = value
-    max_length = config.max_seq_length or usual_length(config.tokenizer or config.model, encoder_config)
-    stride = max_length // 4 if config.stride is None else config.stride
-    if config.scheme and name != "tag":
-        raise ValueError(f"--scheme goes with the task tag: it is {name}")
-    if config.label_smoothing and name not in ("classify", "multilabel", "tag"):
-        raise ValueError(f"--label-smoothing goes with classify, multilabel and tag: the task is {name}")
-    settings = {"read_as": config.scheme} if config.scheme else {}
-    return Spec(name, None, columns, max_length, stride, config.truncate, config.metric, settings)
-
-
-def _metric(config, task, spec):
-    """The name of the main score."""
-    if spec.metric is None:
-        spec.metric = next(iter(task.SCORES))
-    if spec.metric not in task.SCORES:
-        raise ValueError(f"--metric is {spec.metric!r}: expected one of {', '.join(task.SCORES)} for {spec.task}")
-    if spec.metric == "f1" and spec.task == "classify" and len(spec.labels) != 2:
-        raise ValueError(f"--metric f1 is that of the second of two labels: there are {len(spec.labels)}")
-    return spec.metric

@@ -75,7 +75,7 @@ import fastbert
 fastbert.load("{directory}").predict([{USES.get(spec.task, '"..."')}])
 ```
 
-## Scores
+{_adapter(directory, facts)}## Scores
 
 {table(f"{metrics['examples']:,} held-out examples", scores) if metrics else "Nothing was held out."}
 
@@ -93,11 +93,26 @@ Made with {", ".join(f"{name} {number}" for name, number in versions().items())}
     )
 
 
+def _adapter(directory, facts):
+    """How to load what --lora trained, without the model around it."""
+    config, model = facts["config"], facts["model_config"]
+    if not config.get("lora"):
+        return ""
+    return f"""The adapter of --lora is merged into this model. For peft it stands alone in `adapter`: load the base, \
+`{config["model"]}`, with transformers' class for the task and `num_labels={model["num_labels"]}`, then
+`PeftModel.from_pretrained(base, "{directory / "adapter"}")`.
+
+"""
+
+
 def add_seeds(directory, metric, seeds):
     """Add the scores of all seeds to README.md. seeds: those of metrics.json."""
     rows = [*seeds["scores"].items(), ("mean", seeds["mean"]), ("standard deviation", seeds["standard_deviation"])]
     lines = [f"| seed | {words(metric)} |", "|---|---|"]
     lines += [f"| {name} | {'undefined' if value is None else f'{value:.4f}'} |" for name, value in rows]
+    if seeds["interval"]:
+        low, high = seeds["interval"]
+        lines.append(f"| mean, 95 % interval (bootstrap) | {low:.4f} to {high:.4f} |")
     said = f"This is the model of seed {seeds['best']}, chosen by the held-out examples that its score is from."
     path = Path(directory) / "README.md"
     text = path.read_text(encoding="utf-8")

@@ -16,7 +16,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from ..files import write
 
 METRICS = "metrics.jsonl"
-# endings of the names of tasks' scores, which are no percentages
+# endings of the names of figures that are shown in percent
+RATES = ("accuracy", "precision", "recall")
+# endings of the names of tasks' scores, which are not
 SCORES = ("f1", "mcc", "pearson", "spearman", "mse", "map", "exact_match")
 # names of figures, or their parts between underscores, in words; another's words are its name
 WORDS = {
@@ -134,14 +136,19 @@ def words(name):
 
 
 def in_words(row, digits=1):
-    """{name in words: value as text} of the losses, accuracies, recalls and scores in a row. digits: of percentages."""
+    """{name in words: value as text} of the losses, rates and scores in a row. digits: of percentages.
+
+    The strict scores of tags are left out: they are in metrics.jsonl, and mostly the same.
+    """
     shown = {}
     for name, value in row.items():
+        if name.removeprefix("eval_").startswith("strict_"):
+            continue
         if value is None and name.endswith("loss"):
             shown[words(name)] = "not finite"
         elif name.endswith("loss"):
             shown[words(name)] = f"{value:.3f}"
-        elif value is not None and name.endswith(("accuracy", "recall")):
+        elif value is not None and name.endswith(RATES):
             shown[words(name)] = f"{value:.{digits}%}"
         elif name.endswith(SCORES):
             shown[words(name)] = "undefined" if value is None else f"{value:.3f}"

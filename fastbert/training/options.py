@@ -8,6 +8,8 @@ import os
 import shlex
 from pathlib import Path
 
+from .. import hub
+
 
 def option(default, help, choices=None, **limits):
     """A dataclass field with its help text. A default () allows several values, a default None no value.
@@ -55,6 +57,19 @@ def take_bf16(options):
         raise ValueError(f"--{'' if options.bf16 else 'no-'}bf16 is --dtype {dtype}: --dtype is {options.dtype}")
     object.__setattr__(options, "dtype", dtype)
     object.__setattr__(options, "bf16", None)
+
+
+def with_local_model(options, **more):
+    """`options` with directories in place of a --model and a --tokenizer that are names on the hub; see hub.local."""
+    found = {}
+    model = hub.local(options.model, options.revision, **more)
+    if hub.is_name(options.model):
+        found = {"model": str(model), "revision": None}
+    if options.tokenizer and hub.is_name(options.tokenizer):
+        # of the same repository the same revision
+        revision = options.revision if options.tokenizer == options.model else None
+        found["tokenizer"] = str(hub.local(options.tokenizer, revision, weights=False))
+    return dataclasses.replace(options, **found)
 
 
 def command_line(command, options):

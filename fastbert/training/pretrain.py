@@ -47,7 +47,7 @@ from ..model.replaced_tokens import EMBEDDING_SHARING, GENERATOR, ReplacedTokenP
 from . import card, checkpoint, optim, processes
 from .log import Log
 from .loop import Progress, Run, accumulate, add, figures, forward, length
-from .options import flag, option, take_bf16, tidy
+from .options import flag, option, take_bf16, tidy, with_local_model
 
 # held-out text is masked with a seed of its own, the same for all runs, and read up to this many tokens
 EVAL_SEED, EVAL_TOKENS = 20181011, 1_000_000
@@ -65,13 +65,15 @@ class PretrainConfig:
     text_column: str = option("text", "Column with the text, in .jsonl, .csv and .parquet files.")
     layout: str = option("auto", "Documents in .txt files: separated by blank lines, or one per line.", LAYOUTS)
     output_dir: str = option("", "Directory for the model, checkpoints and logs.")
-    tokenizer: str | None = option(None, "Directory of a tokenizer. Without it, one is trained on the text.")
+    tokenizer: str | None = option(None, "Directory or name of a tokenizer. Without it, one is trained on the text.")
     vocab_size: int = option(30522, "Vocabulary size of the trained tokenizer.", least=1)
     cased: bool = option(False, "Train a tokenizer that keeps case and accents.")
     model: str = option(
         "bert-base",
-        "bert-tiny, -mini, -small, -medium, -base or -large; a config.json; or the directory of a model to start from.",
+        "bert-tiny, -mini, -small, -medium, -base or -large; a config.json; or a model to start from: a directory or a "
+        "name on the HuggingFace hub.",
     )
+    revision: str | None = option(None, "Branch, tag or commit of a --model on the hub. Its main branch by default.")
     objective: str = option(
         "mlm", "Masked words, masked words and sentence pairs, or replaced tokens (ELECTRA, DeBERTa-v3).", OBJECTIVES
     )
@@ -168,7 +170,8 @@ def pretrain(config: PretrainConfig) -> dict:
     rank, world_size = processes.join()
     output_dir = Path(config.output_dir)
     device = processes.device_of(config.device)
-    model_config = _model_config(config)
+    here = with_local_model(config, folders=(GENERATOR,) if config.objective == "rtd" else ())
+    model_config = _model_config(here)
     if rank == 0:
         # not in a folder of a live run
         with unused(output_dir.absolute().parent):
@@ -184,12 +187,14 @@ def pretrain(config: PretrainConfig) -> dict:
             log.say(f"resuming from {resumed}")
         elif config.resume:
             log.say(f"--resume: {output_dir} has no checkpoint yet, starting a new run")
-        tokenizer = _known_tokenizer(config, sources[0], resumed)
+        if here.model != config.model:
+            log.say(f"--model {config.model}: commit {Path(here.model).name} of the hub")
+        tokenizer = _known_tokenizer(here, sources[0], resumed)
         state = checkpoint.read_state(resumed) if resumed else None
         if resumed:
             checkpoint.check_same_run(resumed, state, config, tokenizer_hash(tokenizer), MAY_DIFFER, MAY_FALL)
         config = dataclasses.replace(config, dtype=processes.dtype_of(config, device, resumed, state, log.say))
-        _check_vocabulary(config, model_config, tokenizer)
+        _check_vocabulary(here, model_config, tokenizer)
 
         # text -> tokenizer -> shards; under torchrun the first process makes them for all
         with processes.first_process_first(rank):
@@ -221,7 +226,7 @@ def pretrain(config: PretrainConfig) -> dict:
         if config.model in presets.PRESETS:
             size, pad = vocabulary_size(tokenizer), special_ids(tokenizer).pad
             model_config = families.with_vocabulary(model_config, size, pad)
-        model = _model(config, model_config).to(device).train()
+        model = _model(here, model_config).to(device).train()
         optimizer = optim.adamw(
             model, learning_rate=config.learning_rate, weight_decay=config.weight_decay,
             betas=(config.adam_beta1, config.adam_beta2), epsilon=config.adam_epsilon,

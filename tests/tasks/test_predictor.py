@@ -16,6 +16,7 @@ from fastbert.cpu import low_precision
 from fastbert.data.tokenizer import load_tokenizer, save_tokenizer
 from fastbert.model.heads import SequenceClassifier, TokenClassifier
 from fastbert.tasks import examples as shared
+from fastbert.tasks import prediction_files
 from fastbert.tasks.examples import Spec
 
 
@@ -202,6 +203,103 @@ def test_an_interrupted_prediction_goes_on(tuned, tmp_path, monkeypatch):
     partial.write_bytes(done + b'{"label": "c')
     assert load(tuned).predict_file(path, output) == len(TEXTS)
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and not [*tmp_path.glob("*.partial*")]
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def read_parquet(directory):
+    dataset = pytest.importorskip("pyarrow.dataset")
+    return dataset.dataset(directory, format="parquet").to_table().to_pylist(maps_as_pydicts="strict")
+
+
+def test_parts_of_a_parquet_go_on(tuned, tmp_path, monkeypatch):
+    """The rows are those of the .jsonl; whole parts are kept, broken ones are made again."""
+    rows = [{"id": i, "text": text} for i, text in enumerate(TEXTS)]
+    path, output = write_jsonl(tmp_path / "in.jsonl", rows), tmp_path / "out.parquet"
+    monkeypatch.setattr(prediction_files, "PART", 8)
+    monkeypatch.setattr(shared, "CHUNK", 8)
+    load(tuned).predict_file(path, tmp_path / "whole.jsonl")
+    wanted = read_jsonl(tmp_path / "whole.jsonl")
+    real, calls = shared.batch_of, []
+
+    def interrupted(windows, **more):
+        calls.append(len(windows))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(windows, **more)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(shared, "batch_of", interrupted)
+        load(tuned).predict_file(path, output)
+    parts = sorted((tmp_path / "out.parquet.partial").iterdir())
+    assert [part.name for part in parts] == [f"part-0000{i}.parquet" for i in range(3)] and not output.exists()
+    # as if the disk had lost the end of one
+    parts[1].write_bytes(parts[1].read_bytes()[:50])
+    first = parts[0].stat().st_mtime_ns
+    assert load(tuned).predict_file(path, output) == len(TEXTS)
+    assert sorted(part.name for part in output.iterdir()) == [f"part-0000{i}.parquet" for i in range(4)]
+    assert (output / "part-00000.parquet").stat().st_mtime_ns == first
+    assert read_parquet(output) == wanted and not [*tmp_path.glob("*.partial*")]
+    # again, in the place of the old one
+    assert load(tuned).predict_file(path, output) == len(TEXTS) and read_parquet(output) == wanted
+
+
+def test_a_parquet_replaces_nothing_else(tuned, tmp_path):
+    pytest.importorskip("pyarrow")
+    path = write_jsonl(tmp_path / "in.jsonl", [{"text": "the cat"}])
+    (tmp_path / "file.parquet").write_text("mine")
+    (tmp_path / "folder.parquet").mkdir()
+    (tmp_path / "folder.parquet" / "notes.txt").write_text("mine")
+    (tmp_path / "folder.jsonl").mkdir()
+    for name, said in (("file.parquet", "is a file"), ("folder.parquet", "holds notes.txt"),
+                       ("folder.jsonl", "is a dir"), ("out.csv", "expected a .jsonl file, or .parquet")):  # fmt: skip
+        with pytest.raises(ValueError, match=f"--output .*{name}.*{said}"):
+            load(tuned).predict_file(path, tmp_path / name)
+    assert (tmp_path / "file.parquet").read_text() == (tmp_path / "folder.parquet" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_rows_with_other_columns_keep_their_place(ending, tuned, tmp_path):
+    """In training they are left out and counted; here the rows below them must not move up."""
+    lines = ["id,text", "x", "a,the cat", "y", "b,the dog", "c,the bird", "z"]
+    path = tmp_path / "in.csv"
+    path.write_text("\n".join(lines))
+    output = tmp_path / f"out.{ending}"
+    result = call("predict", "--model", tuned, "--input", path, "--output", output)
+    assert result.exit_code == 0 and f"{output}: 6 predictions" in result.stdout, result.output
+    assert (
+        'in.csv: 3 rows have "error" in place of a prediction, lines 2 (1 columns, the header has 2), 4 ('
+        in result.stderr
+    )
+    found = (
+        read_parquet(output) if ending == "parquet" else [json.loads(line) for line in output.read_text().splitlines()]
+    )
+    assert ["error" in row and row["error"] is not None for row in found] == [True, False, True, False, False, True]
+    assert [row.get("id") for row in found] == [None, "a", None, "b", "c", None]
+    assert [row["label"] for row in found if row.get("label")] == [
+        one["label"] for one in load(tuned).predict(["the cat", "the dog", "the bird"])
+    ]
+
+
+@pytest.mark.parametrize("done", range(7))
+def test_rows_with_other_columns_keep_their_place_when_it_goes_on(done, tuned, tmp_path, monkeypatch):
+    path = tmp_path / "in.csv"
+    path.write_text("\n".join(["id,text", "x", "a,the cat", "y", "b,the dog", "c,the bird", "z"]))
+    load(tuned).predict_file(path, tmp_path / "whole.jsonl")
+    whole, facts = (tmp_path / "whole.jsonl").read_text(), []
+    real = prediction_files.opened
+    monkeypatch.setattr(prediction_files, "opened", lambda *more: facts.append(more[1]) or real(*more))
+    (tmp_path / "out.jsonl.partial").write_text("".join(whole.splitlines(keepends=True)[:done]))
+    load(tuned).predict_file(path, tmp_path / "other.jsonl")
+    (tmp_path / "out.jsonl.partial.json").write_text(json.dumps(facts[0]))
+    load(tuned).predict_file(path, tmp_path / "out.jsonl")
+    for one, other in zip(read_jsonl(tmp_path / "out.jsonl"), read_jsonl(tmp_path / "whole.jsonl"), strict=True):
+        # another batch: other rounding
+        assert one.pop("score", None) == pytest.approx(other.pop("score", None), abs=1e-6)
+        assert one.pop("probabilities", None) == pytest.approx(other.pop("probabilities", None), abs=1e-6)
+        assert one == other
 
 
 def test_another_input_does_not_go_on(tuned, tmp_path):

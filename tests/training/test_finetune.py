@@ -10,7 +10,7 @@ from labelled import sentences, write_csv
 from runs import assert_same_tensors, checkpoints, in_two_processes, rows_without_times, stop_in
 
 from fastbert.model.heads import SequenceClassifier
-from fastbert.tasks import predictor
+from fastbert.tasks import predictor, results
 from fastbert.training import checkpoint, finetune, log, loop, optim
 from fastbert.training.finetune import FinetuneConfig
 
@@ -339,8 +339,10 @@ def test_weights_divide_a_sum_below_one(encoder):
         assert model(batch_of(light)).loss.item() == pytest.approx(model(batch_of(plain)).loss.item())
 
 
-def test_several_seeds_share_the_split_and_the_best_is_on_top(options):
-    directory = options["output_dir"]
+def test_several_seeds_share_the_split_and_the_best_is_on_top(options, monkeypatch, capsys):
+    directory, outcomes, real = options["output_dir"], [], finetune.train
+    monkeypatch.setattr(results, "RESAMPLES", 20)
+    monkeypatch.setattr(finetune, "train", lambda config: outcomes.append(real(config)) or outcomes[-1])
     metrics = run(options, seeds=2, seed=3, metric="log_loss", max_steps=4)
     scores = metrics["seeds"]["scores"]
     assert [*scores] == ["3", "4"] and metrics["seeds"]["mean"] == pytest.approx(np.mean([*scores.values()]))
@@ -356,5 +358,24 @@ def test_several_seeds_share_the_split_and_the_best_is_on_top(options):
     assert json.loads((directory / "metrics.json").read_text()) | {"signal": None} == metrics
     card = (directory / "README.md").read_text()
     assert f"| {best} | {scores[best]:.4f} |" in card and f"| mean | {metrics['seeds']['mean']:.4f} |" in card
+    # the card is that of the whole, not of the seed
+    assert card.split("\n# ")[1].startswith(f"{directory.name}\n") and "seed-" not in card and "--seeds 2" in card
+    # the interval of the mean: over the same resamples of the examples for both seeds
+    means = np.mean([outcome.resampled for outcome in outcomes], 0)
+    low, high = metrics["seeds"]["interval"]
+    assert [low, high] == pytest.approx(np.percentile(means, [2.5, 97.5])) and low < metrics["seeds"]["mean"] < high
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"2 seeds: log loss {metrics['seeds']['mean']:.4f} in the mean, standard deviation ")
+    assert f"95 % interval {low:.4f} to {high:.4f}; seed {best} is published in {directory}" in said
     # finished runs go on to the same end
     assert run(options, seeds=2, seed=3, metric="log_loss", max_steps=4, resume=True)["seeds"] == metrics["seeds"]
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [(160, None), (12, "25.0% of the examples are held out, not 10.0%: at least one example of each label")],
+)
+def test_the_share_that_is_held_out_is_said(count, said, options, capsys):
+    run(options, train_file=write_csv(options["train_file"], sentences(count)), eval_share=0.1, max_steps=1)
+    found = [line for line in capsys.readouterr().err.splitlines() if "are held out, not" in line]
+    assert found == ([] if said is None else [said])

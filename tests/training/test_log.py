@@ -32,8 +32,8 @@ RTD = {"rtd_loss": 0.25, "rtd_accuracy": 0.9, "rtd_baseline_accuracy": 0.875, "r
         (MLM | {"loss": None}, "loss not finite, masked accuracy 25.0%"),
         ({"span_loss": 1.5, "span_accuracy": 0.5, "size_loss": 3.0},
          "span loss 1.500, span accuracy 50.0%, size loss 3.000"),
-        ({"strict_macro_f1": 0.5, "mcc": 0.25, "pearson": None},
-         "strict macro F1 0.500, MCC 0.250, Pearson undefined"),
+        ({"macro_f1": 0.5, "strict_macro_f1": 0.5, "precision": 0.75, "mcc": 0.25, "pearson": None},
+         "macro F1 0.500, precision 75.0%, MCC 0.250, Pearson undefined"),
     ],
     ids=["mlm", "pair", "rtd", "not-finite", "others", "scores"],
 )  # fmt: skip
