@@ -38,11 +38,12 @@ from ..tasks.examples import Pieces, Spec, predictions, read_files
 from ..tasks.predictor import flat_figures, usual_length
 from ..tasks.schemes import SCHEMES
 from . import card, checkpoint, finetune_card, optim, processes
-from .example_batches import ExampleBatches, class_weights, encoded, held_out
+from .example_batches import ExampleBatches, class_weights, held_out
 from .log import Log
 from .loop import Progress, Run, accumulate, forward, length
 from .options import command_line, flag, option, tidy
 from .task_model import model_for
+from .windows import encoded
 
 
 @dataclass(frozen=True)
@@ -214,7 +215,7 @@ def finetune(config: FinetuneConfig) -> dict:
         kind, fields = task.head(spec)
         metric = _metric(config, task, spec)
         pieces = Pieces(tokenizer, spec)
-        windows = encoded(task, train, pieces, spec)
+        windows = encoded(task, train, pieces, spec, say=log.say)
         lengths = dict(pieces.lengths)
         if cut := pieces.said():
             log.say(cut)
