@@ -221,15 +221,20 @@ def _facts(cpuinfo):
     return {name.strip().lower(): value.strip() for name, _, value in (x.partition(":") for x in reversed(lines))}
 
 
-@functools.cache
-def _file(threads):
+def cache_directory() -> Path:
+    """Where files that can be made again are kept, for all runs of this user."""
     try:
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     except RuntimeError:
         # a container's user may have no home
         cache = tempfile.gettempdir()
+    return Path(cache) / "fastbert"
+
+
+@functools.cache
+def _file(threads):
     name = re.sub(r"[^a-z0-9.]+", "-", f"{processor()} {threads} threads torch {torch.__version__}".lower()).strip("-")
-    return Path(cache) / "fastbert" / "products" / f"{name}.json"
+    return cache_directory() / "products" / f"{name}.json"
 
 
 def _read(path):

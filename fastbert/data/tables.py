@@ -11,6 +11,7 @@ Text is read as in text.py: UTF-8 with or without a mark, UTF-16 or UTF-32; line
 """
 
 import csv
+import functools
 import itertools
 import json
 import os
@@ -71,6 +72,13 @@ def is_quoted(path):
     """Whether quotes around a cell are no part of it: always in a .csv, never in a .tsv unless all its rows say so."""
     if kind(path) == ".csv":
         return True
+    stat = os.stat(path)
+    return _is_quoted(os.fspath(path), stat.st_size, stat.st_mtime_ns)
+
+
+# a run asks several times, and it takes a reading of the whole file; `size` and `time` tell whether it changed
+@functools.lru_cache(64)
+def _is_quoted(path, size, time):
     # a quote inside a cell is a letter for either way of reading
     if not any(cell.startswith('"') for _, line in lines(path) for cell in line.split("\t")):
         return False

@@ -6,13 +6,13 @@ import math
 import numpy as np
 
 from ..data.draws import ORDER, draw, sequence_keys
-from ..tasks.examples import CHUNK, batch_of, chunks, parts_by_size
+from ..tasks.examples import batch_of, parts_by_size
 
 
 class ExampleBatches:
     """Batches of batch_size examples in random order, packed. A large one comes in parts, as a list of Batches.
 
-    windows: for each example its Windows. tokens_per_batch: tokens of a part, which has at least one example.
+    windows: the Windows of the examples. tokens_per_batch: tokens of a part, which has at least one example.
     class_weights, token_types: see `batch_of`. rank, world_size: each rank gets its own batches, all the same number.
     """
 
@@ -22,8 +22,7 @@ class ExampleBatches:
         self.windows, self.batch_size, self.tokens_per_batch = windows, batch_size, tokens_per_batch
         self.seed, self.class_weights, self.token_types = seed, class_weights, token_types
         self.rank, self.world_size = rank, world_size
-        self.sizes = [sum(len(window.ids) for window in one) for one in windows]
-        self.ids = np.flatnonzero(self.sizes)
+        self.ids = np.flatnonzero(windows.sizes)
         if not self.num_batches(0):
             raise ValueError(
                 f"{len(self.ids)} examples fill {-(-len(self.ids) // batch_size)} batches of {batch_size}: "
@@ -42,23 +41,8 @@ class ExampleBatches:
             chosen = order[first : first + self.batch_size].tolist()
             yield [
                 batch_of([self.windows[i] for i in part], self.class_weights, token_types=self.token_types)
-                for part in parts_by_size(self.sizes, self.tokens_per_batch, chosen)
+                for part in parts_by_size(self.windows.sizes, self.tokens_per_batch, chosen)
             ]
-
-
-def encoded(task, examples, pieces, spec):
-    """For each example its Windows, as small as possible: what training needs of them."""
-    found = []
-    for chunk in chunks(examples, CHUNK):
-        for windows in task.encode(chunk, pieces, spec):
-            # a window without its answer teaches nothing
-            windows = [one for one in windows if one.label != (-100, -100)]
-            for window in windows:
-                window.ids, window.types = np.array(window.ids, np.int32), np.array(window.types, np.uint8)
-                window.labels = None if window.labels is None else np.array(window.labels, np.int32)
-                window.more = None
-            found.append(windows)
-    return found
 
 
 def class_weights(text, spec, windows):
@@ -106,9 +90,10 @@ def held_out(examples, share, seed):
     Equal texts, but for case and blanks, stay on one side, and so does each group. About `share` of each label's
     examples is held out, at least one. The choice depends on the seed and the texts, not on the order of the rows.
     """
-    blocks = _blocks(examples)
+    texts = [normalised(example.texts) for example in examples]
+    blocks = _blocks(examples, texts)
     strata = [_strata(example) for example in examples]
-    keys = [min(_key(seed, examples[i]) for i in block) for block in blocks]
+    keys = [min(_key(seed, texts[i]) for i in block) for block in blocks]
     total, blocks_with = {}, {}
     for number, block in enumerate(blocks):
         for i in block:
@@ -155,8 +140,8 @@ def _strata(example):
     return [""]
 
 
-def _blocks(examples):
-    """Lists of indices of examples that must stay together, each ascending."""
+def _blocks(examples, texts):
+    """Lists of indices of examples that must stay together, each ascending. texts: theirs, normalised."""
     owner = list(range(len(examples)))
 
     def root(i):
@@ -167,7 +152,7 @@ def _blocks(examples):
 
     seen = {}
     for i, example in enumerate(examples):
-        keys = [("text", normalised(example.texts))]
+        keys = [("text", texts[i])]
         if example.group is not None:
             keys.append(("group", example.group))
         for key in keys:
@@ -179,6 +164,6 @@ def _blocks(examples):
     return [*blocks.values()]
 
 
-def _key(seed, example):
-    text = f"{seed}\0" + "\0".join(normalised(example.texts))
+def _key(seed, texts):
+    text = f"{seed}\0" + "\0".join(texts)
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()

@@ -35,13 +35,14 @@ from ..tasks.examples import Pieces, predictions, read_files
 from ..tasks.predictor import flat_figures
 from ..tasks.schemes import SCHEMES
 from . import card, checkpoint, finetune_card, finetune_seeds, lora, optim, processes
-from .example_batches import ExampleBatches, class_weights, encoded
+from .example_batches import ExampleBatches, class_weights
 from .finetune_inputs import checked_lora, hold_out, main_score, spec_of, tokenizer_and_config
 from .finetune_seeds import Outcome
 from .log import Log
 from .loop import Progress, Run, accumulate, forward, length
 from .options import command_line, flag, option, take_bf16, tidy, with_local_model
 from .task_model import model_for
+from .windows import encoded
 
 # by default; a fresh adapter begins at zero and has far to go (Hu et al. 2021, D.1)
 LEARNING_RATE, LORA_LEARNING_RATE = 3e-5, 3e-4
@@ -235,7 +236,7 @@ def train(config):
         kind, fields = task.head(spec)
         metric = main_score(config, task, spec)
         pieces = Pieces(tokenizer, spec)
-        windows = encoded(task, training, pieces, spec)
+        windows = encoded(task, training, pieces, spec, say=log.say)
         lengths = dict(pieces.lengths)
         if cut := pieces.said():
             log.say(cut)

@@ -8,7 +8,7 @@ from test_tag import spelling
 
 from fastbert.tasks import answer
 from fastbert.tasks.examples import Example, Pieces, Spec
-from fastbert.training.example_batches import encoded as for_training
+from fastbert.training.windows import encoded as for_training
 
 QUESTION, CONTEXT = "who?", "Una  Reed met Cafe\u0301 Bo at one."
 TOKENIZER = spelling(sorted({*"who?", *CONTEXT.lower()} - {" "}))

@@ -7,6 +7,7 @@ import pytest
 
 from fastbert.tasks.examples import Example, Window
 from fastbert.training.example_batches import ExampleBatches, held_out
+from fastbert.training.windows import Windows
 
 ROWS = [
     ("Good soup", "pos", "u1"), ("Bad soup", "neg", "u1"), ("Good soup", "pos", "u2"), ("good  SOUP", "pos", "u3"),
@@ -62,7 +63,7 @@ def test_several_labels_and_numbers():
 
 def loader(**changes):
     windows = [[Window(np.arange(n % 7 + 2), np.zeros(n % 7 + 2, int), n % 3)] for n in range(23)]
-    return ExampleBatches(windows, **{"batch_size": 5, "tokens_per_batch": 1000, "seed": 3} | changes)
+    return ExampleBatches(Windows.of(windows), **{"batch_size": 5, "tokens_per_batch": 1000, "seed": 3} | changes)
 
 
 def lengths(batches):
