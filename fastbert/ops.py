@@ -120,8 +120,7 @@ def prepare(
     nothing is faster than the ops one by one: on a GPU, where gradients are wanted, under autocast, for other dtypes
     than float32. With a bias its attention is `biased_attention`.
 
-    module: whose layer this is. The parts' weights are prepared once, and again after a change. scale: see `attention`.
-    approximate: see `bias_gelu`.
+    module: whose layer this is. Weights are prepared once, and again after a change. scale, approximate: of its ops.
     """
     weight = parts.query.weight
     is_chosen = weight.device.type == "cpu" and IMPL in ("auto", "cpu") and not torch.is_grad_enabled()
@@ -270,8 +269,6 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 def linears(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> torch.Tensor:
     """Several linear layers of x [T, D], with their results concatenated: see `reference.linears`."""
-    if len(weights) == 1:
-        return linear(x, weights[0], biases[0])
     if any(map(_is_wrapper, weights)):
         return torch.cat([linear(x, weight, bias) for weight, bias in zip(weights, biases)], 1)
     x, *cast = _autocast(x, *weights, *biases)

@@ -142,8 +142,10 @@ class GatedFeedForward(nn.Module):
         self.down = nn.Linear(F, D, bias=bias if config.down_bias is None else config.down_bias)
 
     def forward(self, x, dropout):
-        linears = [self.up] if self.gate is None else [self.gate, self.up]
-        up = ops.linears(x, [linear.weight for linear in linears], [linear.bias for linear in linears])
+        if self.gate is None:
+            up = ops.linear(x, self.up.weight, self.up.bias)
+        else:
+            up = ops.linears(x, [self.gate.weight, self.up.weight], [self.gate.bias, self.up.bias])
         first, last = up.chunk(2, -1)
         gate, x = (last, first) if self.config.gate == "last" else (first, last)
         approximate = self.config.approximate
