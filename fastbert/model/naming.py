@@ -23,6 +23,7 @@ class Family:
     published checkpoints -> current ones. read, write: EncoderConfig fields from a whole config.json, and back, where
     more than names differ. generator: the EncoderConfig of the generator for a discriminator, in families that detect
     replaced tokens; embedding_sharing: how these two share tables, see replaced_tokens.ReplacedTokenPretraining.
+    converts: transformers' parameters have other names and shapes than what it stores, which `names` are for.
     """
 
     prefix: str
@@ -41,6 +42,7 @@ class Family:
     write: Callable = lambda config: {}
     generator: Callable | None = None
     embedding_sharing: str | None = None
+    converts: bool = False
 
 
 # the modules of a layer, in the order in which `layers` gets their names
@@ -125,6 +127,7 @@ def rotary(prefix, layer, norm, theirs, heads, default_theta, same=None, **defau
         names={**tables, **modules, "pooler": f"{prefix}pooler.dense", **heads},
         defaults=dict(attention="rotary", position_biased_input=False, **defaults),
         same={"head_dim": "head_size", **(same or {})},
+        converts=True,
         **config_json.rotary(default_theta),
     )
 

@@ -93,6 +93,8 @@ def with_adapter(model, settings, base, revision=None):
     check_libraries()
     kind, config = type(model), model.config
     row, names = families.family(config.model_type), _their_names(model)
+    if row.converts:
+        raise ValueError(f"--lora does not know the modules of a {config.model_type}: train without it")
     # a module of the model itself, or one beside the encoder in their bare model
     prefix = row.prefix
     head = {name for ours, name in names.items() if not ours.startswith("encoder.")}

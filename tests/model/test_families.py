@@ -92,11 +92,9 @@ LACKS = {
     "Deberta": ("ForMultipleChoice",), "Gte": ("ForMultipleChoice", "ForQuestionAnswering"),
     "NomicBert": ("ForMultipleChoice", "ForQuestionAnswering"), "JinaEmbeddingsV3": ("ForMultipleChoice",),
 }  # fmt: skip
-# families that are stored under other names than those of their parameters, and in parts that were joined
-RENAMED = {"gte", "nomic_bert", "jina_embeddings_v3"}
 # what the swap knows
 SWAPPED = {
-    **{case: row for case, row in CASES.items() if case.removesuffix("-scaled") not in RENAMED},
+    **{case: row for case, row in CASES.items() if row[0] not in ("Gte", "NomicBert", "JinaEmbeddingsV3")},
     "roc-bert": ("RoCBert", {**SIZES, "pronunciation_embed_dim": 5, "shape_embed_dim": 6, "shape_vocab_size": 9}),
 }
 
@@ -172,7 +170,7 @@ def as_stored(theirs):
 def assert_gradients_equal(ours, theirs):
     names = hf_files.hf_names(dict(ours.named_parameters()), ours.config, type(ours).__name__)
     expected = dict(theirs.named_parameters(remove_duplicate=False))
-    if ours.config.model_type in RENAMED:
+    if families.family(ours.config.model_type).converts:
         gradients = as_stored(theirs)
         assert set(names.values()) == gradients.keys()
     else:
