@@ -429,7 +429,7 @@ def model_flops(config, lengths, picked, passes):
     """FLOPs of what the result depends on: two for each multiplication of a weight or a score. See `FLOPS`."""
     D, F, E = config.hidden_size, config.intermediate_size, config.embedding_width
     layers = config.layer_order
-    feed_forward = (6 if config.pre_norm else 4) * D * F
+    feed_forward = (6 if config.gate else 4) * D * F
     tokens, products = sum(lengths), 8 if config.pos_att_type else 4
     scores = [sum(scores_of(n, window) for n in lengths) for window in config.windows or (None,) * len(layers)]
     flops = tokens * (len(layers) * (8 * D * D + feed_forward) + (2 * D * E if E != D else 0))
