@@ -57,7 +57,8 @@ def test_activation_checkpointing_changes_no_bit(impl, use_reentrant, device, mo
 @pytest.mark.parametrize("pre_norm", [False, True], ids=["post-norm", "pre-norm"])
 def test_every_block_of_an_encoder_may_be_recomputed(pre_norm, use_reentrant, device, monkeypatch):
     """As a user does it: each block's forward runs through checkpoint, with the encoder's DropoutStream."""
-    config = CONFIG.replace(pre_norm=pre_norm, output_dropout=0.2, mlp_dropout=0.1)
+    gate = "first" if pre_norm else None
+    config = CONFIG.replace(pre_norm=pre_norm, gate=gate, output_dropout=0.2, mlp_dropout=0.1)
     encoder = Encoder(config).to(device).train()
     batch = Batch(
         torch.arange(T, device=device), torch.arange(T, device=device) % 7,
