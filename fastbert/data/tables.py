@@ -186,6 +186,9 @@ def _parquet(path):
         raise ValueError(f"{path}: reading .parquet needs pyarrow (pip install pyarrow)") from None
     try:
         with pq.ParquetFile(path, buffer_size=1 << 20) as file:
+            names = file.schema_arrow.names
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"{path} has two columns named {twice[0]!r}")
             found = (row for batch in file.iter_batches(batch_size=1024) for row in batch.to_pylist())
             yield from enumerate(found, 1)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:

@@ -23,6 +23,7 @@ import torch
 from .. import ops
 from . import checkpoint, optim, processes
 from .log import peak_memory_mb
+from .memory import keep_freed_memory
 
 # the run gives up after so many steps in a row without a finite gradient
 MAX_NONFINITE = 5
@@ -120,6 +121,8 @@ class Run:
         """
         config, progress, self.unproven = self.config, self.progress, self.resumed
         rank, _ = processes.join()
+        if next(self.model.parameters()).device.type == "cpu":
+            keep_freed_memory()
         # an evaluation after the last checkpoint
         progress.evaluated = max(progress.evaluated, self.log.last_evaluation.get("step", 0))
         stream = micro_batches(loader, progress.epoch, progress.batch)

@@ -67,14 +67,19 @@ def test_promises_are_kept_up_to_date_and_a_slow_machine_is_told_once(said, tmp_
     assert text.count("too slow") == 1 and re.search(r"takes about 3\d minutes", text)
 
 
-def test_verses_that_it_got_right_come_first(said, monkeypatch):
-    guesses = iter([["a", "b", "c", "d", "e"], ["f", "x", "c", "d", "e"], ["x", "b", "c", "d", "e"]] * 4)
-    verses = iter([(f"verse {i} [MASK].", "x") for i in range(demo.VERSES_SHOWN)])
+def test_the_surest_guesses_are_shown_one_for_each_word_and_right_ones_first(said, monkeypatch):
+    monkeypatch.setattr(demo, "VERSES_TRIED", 7)
+    monkeypatch.setattr(demo, "VERSES_SHOWN", 4)
+    tried = [("abcde", 0.5, "x"), ("xbcde", 0.7, "x"), ("xabcd", 0.9, "f"), ("fxcde", 0.6, "x"), ("gxcde", 0.1, "g"),
+             ("hxcde", 0.3, "h"), (["the", "bbbb"], 0.95, "bbbb")]  # fmt: skip
+    guesses = iter([[(word if len(word) > 1 else 4 * word, sure) for word in words] for words, sure, _ in tried])
+    verses = iter([(f"verse {i} [MASK].", (4 * truth)[:4]) for i, (_, _, truth) in enumerate(tried)])
     monkeypatch.setattr(demo, "hide_a_word", lambda *_: next(verses))
-    monkeypatch.setattr(demo, "fill_mask", lambda *_: [[(word, 0.2) for word in next(guesses)]])
+    monkeypatch.setattr(demo, "fill_mask", lambda *_: [next(guesses)])
     model = type("Model", (), {"config": preset("bert-tiny")})
     demo.show_guesses(model, None, [])
     text = said()
-    places = [text.index(f"verse {i} ") for i in range(demo.VERSES_SHOWN)]
-    assert sorted(range(demo.VERSES_SHOWN), key=places.__getitem__) == [2, 5, 8, 11, 1, 4, 7, 10, 0, 3, 6, 9]
-    assert "Of 12, 4 right at once and 4 more among the five." in text
+    # 1 says what 2 says, and 2 is surer; 4 is the least sure; 6 says a word that is too short
+    assert [int(number) for number in re.findall(r"verse (\d)", text)] == [5, 3, 2, 0]
+    assert "Of these 4, 1 right at once and 1 more among the five." in text
+    assert "Of all 7 that were tried, 3 and 2." in text

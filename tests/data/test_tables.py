@@ -77,6 +77,15 @@ def test_a_fault_names_its_line(name, content, error, tmp_path):
         list(tables.rows(tmp_path / name))
 
 
+def test_two_columns_of_one_name_in_parquet(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table([["a"], ["b"]], names=["text", "text"]), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="a.parquet has two columns named 'text'"):
+        list(tables.rows(tmp_path / "a.parquet"))
+
+
 def test_short_rows_can_be_skipped(tmp_path):
     (tmp_path / "a.tsv").write_text("id\ttext\tlabel\n1\ta\t0\n2\tbroken\nrow\t1\n3\tb\t1\n")
     skipped = []
