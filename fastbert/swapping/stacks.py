@@ -201,19 +201,23 @@ class BertEncoder(Replacement):
     def _layout(self, hidden_states, attention_mask, kwargs):
         """(the Layout or None where the original must run; whether the layers run on packed rows, None where the
         original is faster)."""
-        config, is_flat = _config(self), kwargs.get("cu_seq_lens_q") is not None
+        may_prepare, is_flat = self._may_prepare(hidden_states), kwargs.get("cu_seq_lens_q") is not None
+        # the least that packed rows can cost: a small model should not wait for what follows
+        if not may_prepare and not self._pays(hidden_states, None, True, kwargs):
+            return None, None
+        config = _config(self)
         if not self._encodes(kwargs) or _requests(config, kwargs, "output_attentions"):
             return None, False
         seen = _requests(config, kwargs, "output_hidden_states")
         # feed-forwards in chunks need padded lengths
         unpads = self.fastbert_options.unpad and not seen and not getattr(config, "chunk_size_feed_forward", 0)
-        if not self._may_prepare(hidden_states) and not self._pays(hidden_states, None, unpads, kwargs):
+        if not may_prepare and not self._pays(hidden_states, None, unpads, kwargs):
             return None, None
         layout = layout_under(attention_mask, hidden_states, kwargs, by_distance=self.BY_DISTANCE)
         if seen and self.BY_DISTANCE and layout is not None and layout.indices is not None:
             # what is seen of a sequence may not depend on whether another one in the batch has gaps
             layout = None
-        is_known = layout is not None and not self._may_prepare(hidden_states)
+        is_known = layout is not None and not may_prepare
         if is_known and not self._pays(hidden_states, layout, unpads, kwargs):
             return None, None
         # the shapes of flattened sequences are the same in the original
@@ -242,8 +246,9 @@ class BertEncoder(Replacement):
         return ops.pays(x, tokens, places, self._width(x), self.training)
 
     def _width(self, x):
-        """Of the layers; x may be narrower embeddings, as ALBERT's, or ids [B, S]."""
-        return getattr(_config(self), "hidden_size", x.shape[-1])
+        """Of the layers; x may be ids [B, S], or ALBERT's narrower embeddings."""
+        is_hidden = x.dim() > 2 and "embedding_hidden_mapping_in" not in self._modules
+        return x.shape[-1] if is_hidden else _config(self).hidden_size
 
     def _padded(self, unpads, *args, **kwargs):
         """The original. unpads: None if it is faster, so that the modules inside are originals, too."""
