@@ -4,6 +4,7 @@ huggingface_hub does the work, so that the cache, the token, mirrors and the off
 of every other program. Only the files that are needed are fetched: no pickle, no code.
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -29,6 +30,11 @@ def is_name(path):
     return _NAME.fullmatch(str(path)) is not None and not Path(path).exists()
 
 
+def is_adapter(path):
+    """Whether a directory holds what peft trained, without the model that it was trained on."""
+    return os.path.isfile(f"{path}/adapter_config.json") and not os.path.isfile(f"{path}/config.json")
+
+
 def local(path, revision=None, *, weights=True, folders=()):
     """The directory of a model as a Path: `path` itself, or that in the cache for the name of one on the hub.
 
@@ -43,6 +49,8 @@ def local(path, revision=None, *, weights=True, folders=()):
                 f"the revision {str(revision)!r} goes with the name of a model on the hub, such as {EXAMPLE}: "
                 f"{path} is none"
             )
+        if weights and is_adapter(path):
+            raise ValueError(f"{path} holds an adapter alone: expected the directory of a whole model")
         return Path(path)
     name = Path(path).as_posix()
     directory = _fetched(name, revision, [*TOKENIZER_FILES, *(_MODEL_FILES if weights else ("config.json",))])

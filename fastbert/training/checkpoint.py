@@ -200,7 +200,7 @@ def _building(directory, name):
 
 def verify(path):
     """Raises ValueError with the file and the fault unless every file of checkpoint `path` is as it was written."""
-    weights = ADAPTER if (Path(path) / ADAPTER).exists() else MODEL
+    weights = ADAPTER if (Path(path) / "adapter_config.json").exists() else MODEL
     verify_manifest(path, required=(CONFIG, weights, OPTIMIZER, STATE, "tokenizer.json"))
 
 

@@ -36,6 +36,8 @@ def with_seeds(config, train):
     """
     output_dir, found = Path(config.output_dir), {}
     split_seed = config.seed if config.split_seed is None else config.split_seed
+    if not config.eval_share and not table.train_and_eval_files(config.train_file, config.eval_file)[1]:
+        raise ValueError("--seeds compares scores on held-out examples: use --eval-file, or --eval-share above 0")
     if not config.resume:
         # the checkpoints are in the directories of the seeds
         checkpoint.to_resume(output_dir, False)
@@ -46,8 +48,6 @@ def with_seeds(config, train):
         )
         if found[seed].metrics["signal"] is not None:
             return found[seed].metrics
-        if processes.join()[0] == 0 and "metric" not in found[seed].metrics:
-            raise ValueError("--seeds compares scores on held-out examples: use --eval-file, or --eval-share above 0")
     if processes.join()[0] > 0:
         return found[config.seed].metrics
     first = found[config.seed].metrics

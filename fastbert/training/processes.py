@@ -77,10 +77,10 @@ def total(*numbers):
 
 
 def add_gradients(model):
-    """Replace every gradient by its sum over all processes. A missing gradient counts as 0."""
+    """Replace every gradient by its sum over all processes. A missing one counts as 0; frozen parameters have none."""
     if not dist.is_initialized():
         return
-    for parameter in model.parameters():
+    for parameter in (parameter for parameter in model.parameters() if parameter.requires_grad):
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         dist.all_reduce(parameter.grad)
 

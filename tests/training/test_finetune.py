@@ -371,6 +371,12 @@ def test_several_seeds_share_the_split_and_the_best_is_on_top(options, monkeypat
     assert run(options, seeds=2, seed=3, metric="log_loss", max_steps=4, resume=True)["seeds"] == metrics["seeds"]
 
 
+def test_several_seeds_need_held_out_examples(options):
+    with pytest.raises(ValueError, match="--seeds compares scores on held-out examples"):
+        run(options, seeds=2, eval_share=0)
+    assert not options["output_dir"].exists()
+
+
 @pytest.mark.parametrize(
     ("count", "said"),
     [(160, None), (12, "25.0% of the examples are held out, not 10.0%: at least one example of each label")],

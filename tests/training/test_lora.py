@@ -63,6 +63,8 @@ def test_the_adapter_loads_on_the_plain_model(options, encoder, capsys):
     assert torch.equal(*(one["bert.encoder.layer.0.attention.self.key.weight"] for one in (tensors, before)))
     settings = json.loads((directory / "adapter" / "adapter_config.json").read_text())
     assert sorted(settings["target_modules"]) == ["dense", "query", "value"]
+    with pytest.raises(ValueError, match="run/adapter holds an adapter alone: expected the directory of a whole model"):
+        predictor.load(directory / "adapter")
     rows = [json.loads(line) for line in (directory / "predictions.jsonl").read_text().splitlines()]
     again = predictor.load(directory).predict([row["texts"][0] for row in rows])
     assert [row["label"] for row in rows] == [one["label"] for one in again]
@@ -80,10 +82,14 @@ def test_a_stopped_run_resumes_to_the_bit(step, options, monkeypatch):
                  "adapter/adapter_model.safetensors"):  # fmt: skip
         assert_same_tensors(one / name, two / name)
     assert not (one / "checkpoint-12" / "model.safetensors").exists()
+    checkpoint.verify(one / "checkpoint-12")
     assert rows_without_times(one) == rows_without_times(two)
     assert (one / "metrics.json").read_text() == (two / "metrics.json").read_text()
     run(options, resume=True)
     assert_same_tensors(one / "model.safetensors", two / "model.safetensors")
+    (one / "checkpoint-12" / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="checkpoint-12/adapter_model.safetensors is missing"):
+        checkpoint.verify(one / "checkpoint-12")
 
 
 def test_another_model_does_not_resume(options, encoder, tmp_path, monkeypatch):
