@@ -313,6 +313,8 @@ FIGURES = {
     "training": _of("training", tables.training_table),
     "training_about": _of("training", _about),
     "data": _of("data", tables.data_line),
+    "dtypes": _of("dtypes", tables.dtypes_table, OTHER),
+    "dtypes_about": _of("dtypes", _about, OTHER),
 }
 BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n?)(.*?)(\n?<!-- end -->)", re.DOTALL)
 

@@ -243,6 +243,19 @@ def data_line(result):
     )
 
 
+def dtypes_table(result):
+    """dtypes.json: what bf16 and int8 cost, and how many times as fast as fp32 they are; "" where not faster here."""
+    head = ["dtype", "smallest cosine to fp32", "mean", "Spearman with the labels"]
+    lines = []
+    for dtype, cost in result["settings"]["costs"].items():
+        cells = [dtype, *(f"{cost[name]:.4f}" for name in ("smallest_cosine", "mean_cosine", "spearman"))]
+        for row in result["rows"]:
+            times = row["seconds"].get("fastbert" if dtype == "fp32" else f"fastbert {dtype}")
+            cells.append(f"{1 / ratio(times, row['seconds']['fastbert']):.2f}x" if times else "")
+        lines.append(cells)
+    return table([*head, *(row["name"] for row in result["rows"])], lines)
+
+
 def span_line(result):
     """The worst and the best ratio of a file to the fastest of the others, row by row, and how many are losses."""
     fastest = best_ratios({"": result})

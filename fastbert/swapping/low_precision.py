@@ -30,7 +30,7 @@ def multiply_in(dtype, model, stacks):
 def _probes(model, stacks):
     """(a module, a function that returns its hidden states [B, S, D]) for each stack, or the models around them."""
     generator = torch.Generator().manual_seed(0)
-    owners = [x for x in model.modules() if hasattr(x, "get_input_embeddings") and x.base_model is x]
+    owners = [x for x in model.modules() if hasattr(x, "get_input_embeddings") and getattr(x, "base_model", None) is x]
     for stack in stacks:
         # the innermost is the last
         around = [owner for owner in owners if any(inner is stack for inner in owner.modules())]

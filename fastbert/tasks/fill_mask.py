@@ -15,7 +15,11 @@ def load_masked_lm(directory, revision=None, dtype="fp32"):
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(f"no model in {directory}: expected a folder with config.json and model.safetensors")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = MaskedLM.from_pretrained(directory, dtype=dtype if device == "cpu" else "fp32")
+    if device == "cuda":
+        if dtype not in ("fp32", "auto"):
+            raise ValueError(f"dtype is {dtype!r} on the device cuda: bf16 and int8 are for a CPU")
+        dtype = "fp32"
+    model = MaskedLM.from_pretrained(directory, dtype=dtype)
     tokenizer = load_tokenizer(directory)
     check_vocabulary(tokenizer, model.config)
     return model.to(device), tokenizer

@@ -6,14 +6,17 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import bench_data
+import bench_dtypes
 import bench_models
 import bench_training
 import corpus
 import demo
 import machine
 import model_pairs
+import numpy as np
 import pytest
 import record
 import report
@@ -332,6 +335,37 @@ def test_data_path_end_to_end(text, tmp_path):
     assert rows["loader, mlm"]["ratio"] > 1, "the loader is slower than the model"
     page = page_of(tmp_path)
     assert f"**{rows['loader, mlm']['ratio']:.0f} times**" in page and "| prepare |" in page
+
+
+def test_dtypes_end_to_end(tmp_path, monkeypatch):
+    """With vectors that are off by a known angle: their figures, and the page."""
+    angles = {"fp32": 0.0, "bf16": 0.01, "int8": 0.1}
+
+    class Embedder:
+        encoder = SimpleNamespace(products="fp32")
+
+        def encode(self, texts):
+            found, angle = [], angles[self.encoder.products]
+            for text in texts:
+                x, y = np.random.default_rng(len(text)).normal(size=(2, 8))
+                x /= np.linalg.norm(x)
+                y -= (x @ y) * x
+                found.append(np.cos(angle) * x + np.sin(angle) * y / np.linalg.norm(y))
+            return np.array(found)
+
+    monkeypatch.setattr(bench_dtypes, "embedder", Embedder)
+    monkeypatch.setattr(bench_dtypes, "pairs", lambda count: [["a" * i for i in range(1, count + 1)]] * 3)
+    monkeypatch.setattr(bench_dtypes.low_precision, "gain", lambda dtype: 2.0 * (dtype == "int8"))
+    bench_dtypes.main(["--quick", "--output", str(tmp_path)])
+    result = json.loads((tmp_path / "dtypes.json").read_text(encoding="utf-8"))
+    for dtype, angle in angles.items():
+        costs = result["settings"]["costs"][dtype]
+        assert costs["smallest_cosine"] == pytest.approx(np.cos(angle), abs=1e-5)
+        # labels 2 and 1 are the same texts here, 0 others
+        assert 0.7 < costs["spearman"] < 0.95
+    assert result["rows"][0]["seconds"].keys() == {"fastbert", "fastbert int8"}
+    assert "int8: smallest cosine 0.9950, mean 0.9950" in page_of(tmp_path)
+    assert "| int8 | 0.9950 | 0.9950 |" in tables.dtypes_table(result)
 
 
 def test_training_end_to_end(text, tmp_path):
