@@ -104,11 +104,15 @@ class _Encoder:
                     lines.append(line)
                     continue
                 rest = rest or _Piece("")
-                sentences = [*_sentences(rest.text + line if rest.text else line.lstrip())]
-                rest = rest._replace(text=sentences[0])
-                for sentence in sentences[1:]:
-                    lines.append(_Sentence(self._pieces(rest)))
-                    rest = _Piece(sentence)
+                text, first, last = rest.text + line if rest.text else line.lstrip(), None, None
+                for last in _SENTENCE_END.finditer(text):
+                    first = first or last
+                rest = rest._replace(text=text)
+                if first:
+                    # whole sentences lie between the first and the last
+                    lines.append(_Sentence(self._pieces(rest._replace(text=text[: first.start()]))))
+                    lines.append(text[first.end() : last.start()])
+                    rest = _Piece(text[last.end() :])
                 pieces = [*self._pieces(rest)]
                 rest = pieces.pop() if part.goes_on else None
                 lines.append(_Sentence(pieces))

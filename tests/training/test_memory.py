@@ -6,16 +6,16 @@ import sys
 
 import pytest
 
-# the page faults of the last round
+# tensors above and below 32 MB, and the page faults of the last round
 CODE = """
 import resource, sys
 import torch
 from fastbert.training.memory import keep_freed_memory
 kept = keep_freed_memory()
-for _ in range(3):
+for _ in range(8):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    a = torch.ones(6_000_000)
-    b = [torch.ones(1_000_000) for _ in range(14)]
+    a = torch.ones(9_000_000)
+    b = [torch.ones(1_000_000) for _ in range(11)]
     del a, b
 print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
