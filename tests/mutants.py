@@ -350,6 +350,27 @@ MUTANTS = [
         "tests/training/test_finetune.py::test_the_best_step",
     ),
     Mutant(
+        "lora-dropout-as-it-comes",
+        "fastbert/training/lora.py",
+        "if seed is None:",
+        "if True:",
+        "tests/training/test_lora.py::test_a_stopped_run_resumes_to_the_bit",
+    ),
+    Mutant(
+        "smoothing-over-what-fills-up",
+        "fastbert/model/losses.py",
+        "is_label.sum(-1).clamp(min=1)",
+        "is_label.shape[-1]",
+        "tests/model/test_packed_heads.py::test_smoothing_is_over_the_labels_that_a_row_has",
+    ),
+    Mutant(
+        "faulty-rows-out-of-place",
+        "fastbert/tasks/predictor.py",
+        "while faulty and faulty[0][0] < example.number:",
+        "while False:",
+        "tests/tasks/test_predictor.py::test_rows_with_other_columns_keep_their_place",
+    ),
+    Mutant(
         "tasks-null-threshold-not-chosen",
         "fastbert/tasks/answer.py",
         'found["null_threshold"] = spec.settings.get("null_threshold", 0.0)',
