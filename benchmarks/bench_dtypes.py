@@ -90,16 +90,11 @@ def main(arguments=None):
     result["note"] = f"{count:,} verses by all-MiniLM-L6-v2, 3 pairs each; {'; '.join(said)}"
     fast = [dtype for dtype, gain in gains.items() if gain >= low_precision.WORTH]
     names = {"fp32": "fastbert"} | {dtype: f"fastbert {dtype}" for dtype in fast}
-    result["rows"] = [
-        {
-            "name": f"{number} verse{'s' * (number > 1)} embedded",
-            "seconds": record.rounded(take_turns(
-                {name: functools.partial(encode, model, dtype, texts[0][:number]) for dtype, name in names.items()},
-                (9, 25), device=device,
-            )),
-        }
-        for number in (1, timed)
-    ]  # fmt: skip
+    for number in (1, timed):
+        calls = {name: functools.partial(encode, model, dtype, texts[0][:number]) for dtype, name in names.items()}
+        seconds = record.rounded(take_turns(calls, (9, 25), device=device))
+        row = {"name": f"{number} verse{'s' * (number > 1)} embedded", "seconds": seconds}
+        result["rows"].append(row | {"summary": record.summary(seconds)})
     record.save(result, file)
     print(f"{result['note']}\nwritten to {file}")
 
