@@ -165,7 +165,8 @@ def train_step(module, batch, optimizer=None, run=None, autocast=contextlib.null
     """
     try:
         with autocast():
-            loss = (run or module)(**batch).loss
+            # what is compiled may have no truth value
+            loss = (module if run is None else run)(**batch).loss
         loss.backward()
         norm = None
         if with_norm:

@@ -319,6 +319,29 @@ def plot_roofline(points, ceilings, caption, path):
     save(figure, path, f"Roofline: {caption}", handles, 2 * panels)
 
 
+def plot_matrix(rows, caption, path):
+    """Intervals: the fastest other library's time over ours in each cell of inference_matrix.json, a panel a family."""
+    kinds = list(dict.fromkeys((row["family"], row["dtype"], row["threads"]) for row in rows))
+    figure, axes = figure_of(len(kinds), sharex=True)
+    for axis, kind in zip(axes, kinds):
+        found = [row for row in rows if (row["family"], row["dtype"], row["threads"]) == kind]
+        for place, row in enumerate(found):
+            for shift, (name, colour) in zip((-0.15, 0.15), (("fastbert", OURS), ("swapped", SWAPPED))):
+                if name in row["cells"]:
+                    cell = row["cells"][name]
+                    axis.plot(cell["interval"], [place + shift] * 2, color=colour, linewidth=2)
+                    axis.plot(cell["ratio"], place + shift, "o", color=colour, markersize=4, label=name)
+        axis.axvline(1, color=OTHERS[1], linewidth=1)
+        shapes = [f"{row['sequences']} x {row['length']}, {row['fill']:.0%}" for row in found]
+        axis.set_yticks(range(len(found)), shapes)
+        axis.invert_yaxis()
+        axis.set_xscale("log")
+        axis.set_xlabel("times our time, above 1 ours is faster", fontsize=8)
+        _log_ticks(axis.xaxis)
+        axis.set_title(f"{kind[0]}, {short(kind[1])}, {kind[2]} thread{'s' * (kind[2] > 1)}", fontsize=9)
+    save(figure, path, caption, _labelled(*axes))
+
+
 def plot_history(lines, caption, path):
     """Every ratio over the runs that have it, and their geometric mean."""
     figure, (axis,) = figure_of(1, size=(8, 4))

@@ -132,12 +132,18 @@ def page(folder, results, pictures, history):
     lines += [tables.table(("results", "date", "device and versions", "command"), what), ""]
     noted = [f"{name}.json: {result['note']}." for name, result in results.items() if result.get("note")]
     lines += [*noted, ""] if noted else []
+    if "inference_matrix" in results:
+        matrix = results["inference_matrix"]
+        failing, cells = tables.failing(matrix), sum(len(row["cells"]) for row in matrix["rows"])
+        lines += ["## Failing cells", "", f"{len(failing)} of {cells} cells of the matrix of inference below.", ""]
+        lines += [*(f"- {line}" for line in failing), *[""] * bool(failing)]
     lost = losses(results)
     lines += ["## Losses", ""]
     lines += [f"- {line}" for line in lost] if lost else ["None: nothing that was timed here is faster than fastbert."]
     lines += [""]
     sections = (
         ("training_step", "A training step of BERT-base"), ("families", "Every family"), ("models", "Whole models"),
+        ("inference_matrix", "Inference against the fastest other library"),
         ("training", "Training, side by side"), ("data", "The data path"), ("ops", "Ops"), ("demo", "The demo"),
     )  # fmt: skip
     for name, title in sections:
@@ -217,6 +223,10 @@ def section(name, result, pictures):
     if name == "training":
         lines = [f"![{pictures['training']}](training.png)\n"] if "training" in pictures else []
         return [*lines, tables.training_table(result), "", f"{result['settings']['what']}. {about(result)}."]
+    if name == "inference_matrix":
+        about_it = f"{about(result)}. A ratio is the other's time over ours; a cell fails where its interval is below 1"
+        shown = [f"![{pictures[name]}]({name}.png)\n"] if name in pictures else []
+        return [*shown, tables.matrix_table(result), "", f"{about_it}."]
     if name == "data":
         return [tables.data_line(result), "", tables.data_table(result), "", f"{about(result)}."]
     if name == "ops":
@@ -246,6 +256,10 @@ def draw(folder, results, history):
         families = results["families"]
         plots.plot_families(tables.speeds(families), about(families), folder / "families.png")
         pictures["families"] = "Every family"
+    if rows_of(results.get("inference_matrix", {})):
+        matrix = results["inference_matrix"]
+        plots.plot_matrix(matrix["rows"], about(matrix), folder / "inference_matrix.png")
+        pictures["inference_matrix"] = "Inference: how many times our time the fastest other library takes"
     if models and models["rows"]:
         if any(row["sweep"] in ("fill", "families") for row in models["rows"]):
             plots.plot_speed(models["rows"], about(models), folder / "speed.png")

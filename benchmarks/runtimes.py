@@ -49,9 +49,12 @@ class Exported:
             settings = dict(num_heads=config.num_attention_heads, hidden_size=config.hidden_size, opt_level=1)
             optimizer.optimize_model(str(plain), model_type="bert", **settings).save_model_to_file(str(fused))
         if precision == "int8" and not small.exists():
+            from onnx import TensorProto
             from onnxruntime.quantization import QuantType, quantize_dynamic
 
-            quantize_dynamic(fused, small, per_channel=True, weight_type=QuantType.QInt8)
+            # ONNX does not know the types of what the fused nodes return
+            extra = {"DefaultTensorType": TensorProto.FLOAT}
+            quantize_dynamic(fused, small, per_channel=True, weight_type=QuantType.QInt8, extra_options=extra)
         return small if precision == "int8" else fused
 
     def _export(self, path):

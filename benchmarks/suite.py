@@ -49,6 +49,7 @@ def steps(ops, models, device, quick, folder):
         add("training step", "bench_models.py", "training_step.json", "step", "--output", place)
         if device.type == "cpu":
             add("families", "bench_models.py", "families.json", "families", "--output", place)
+            add("inference", "bench_inference.py", "inference_matrix.json", "--output", place)
     if models or whole:
         named = () if not models or EVERY in models else ("--models", *models)
         add("models", "bench_models.py", "models.json", *named, *quickly, "--output", place)

@@ -171,6 +171,31 @@ def is_of_processes(result):
     return any("peak_memory_mib" in figures for row in result["rows"] for figures in row["summary"].values())
 
 
+def matrix_table(result):
+    """inference_matrix.json: ours against the fastest other library in each cell, with the 95 % interval."""
+    lines = []
+    for row in result["rows"]:
+        cells = []
+        for name in ("fastbert", "swapped"):
+            cell = row["cells"].get(name)
+            interval = "" if cell is None else "{:.2f} to {:.2f}".format(*cell["interval"])
+            cells += ["", ""] if cell is None else [times_of(cell["ratio"]), interval + ", fails" * cell["fails"]]
+        best = next(iter(row["cells"].values()))["best"]
+        ours = duration(statistics.median(row["seconds"][ours_of(row["seconds"])]))
+        lines.append((row["name"], f"{best}: {duration(row['summary'][best]['median_s'])}", ours, *cells))
+    head = ("cell", "fastest other", "fastbert", "speed", "95 % interval", "swapped", "95 % interval")
+    return table(head, lines)
+
+
+def failing(result):
+    """Lines on the cells of a matrix that fail: the interval of the ratio to the fastest other lies below 1."""
+    return [
+        f"{row['name']}, {name}: {below_one(cell['ratio'])} of {cell['best']}'s speed, "
+        "95 % interval {:.2f} to {:.2f}".format(*cell["interval"])
+        for row in result["rows"] for name, cell in row["cells"].items() if cell["fails"]
+    ]  # fmt: skip
+
+
 def step_table(result):
     """training_step.json: on a CPU with the memory of the processes, on a GPU as any model's rows."""
     if not is_of_processes(result):
