@@ -365,7 +365,9 @@ def _add_special_tokens(tokenizer, settings, names):
     more = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
     named = (settings.get(f"{part}_token") for part in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
     there = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    for token in (*filter(None, named), *names, *(more.values() if isinstance(more, dict) else more)):
+    # transformers adds whatever a key ending in _token names
+    others = (x for key, x in settings.items() if key.endswith("_token") and isinstance(x, str | dict))
+    for token in (*filter(None, named), *names, *others, *(more.values() if isinstance(more, dict) else more)):
         if (content := _content(token)) not in there:
             there.add(content)
             values = {key: value for key, value in token.items() if key != "__type"} if isinstance(token, dict) else {}
@@ -397,7 +399,9 @@ def _from_json(rules, settings):
         )  # fmt: skip
     elif kind in _UNKNOWN:
         rules["model"] |= dict(unk_id=_UNKNOWN[kind], byte_fallback=False)
-    tokenizer = Tokenizer.from_str(json.dumps(rules | {"added_tokens": []} if added and is_rebuilt else rules))
+    tokenizer = Tokenizer.from_str(
+        json.dumps(rules | {"added_tokens": []} if is_rebuilt and settings.get("added_tokens_decoder") else rules)
+    )
     # ignores those that are there
     tokenizer.add_tokens(added)
     _add_special_tokens(tokenizer, settings, names if is_rebuilt else [])

@@ -231,6 +231,20 @@ def test_a_vocabulary_of_a_class_that_is_not_known_is_refused(tmp_path):
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["added_tokens.json", "tokenizer_config.json"])
+def test_tokens_in_other_files_take_the_ids_after_those_of_tokenizer_json(name, wide_text, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = train_bpe([wide_text], 400, progress=False)
+    assert "<mask>" not in json.loads(tokenizer.to_str())["model"]["vocab"]
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    other = {"added_tokens.json": {"kilobada": 600}, "tokenizer_config.json": {"delimiter_token": "kilobada"}}
+    (tmp_path / name).write_text(json.dumps(other[name]))
+    (tmp_path / "config.json").write_text('{"model_type": "roberta"}')
+    text = "ba kilobada <mask>"
+    expected = transformers.AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"]
+    assert load_tokenizer(tmp_path).encode(text).ids == expected
+
+
 @pytest.mark.parametrize(
     "file", ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json"]
 )
