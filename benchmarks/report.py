@@ -138,7 +138,8 @@ def page(folder, results, pictures, history):
     lines += [""]
     sections = (
         ("training_step", "A training step of BERT-base"), ("families", "Every family"), ("models", "Whole models"),
-        ("training", "Training, side by side"), ("data", "The data path"), ("ops", "Ops"), ("demo", "The demo"),
+        ("training", "Training, side by side"), ("finetune", "Fine-tuning"), ("data", "The data path"), ("ops", "Ops"),
+        ("demo", "The demo"),
     )  # fmt: skip
     for name, title in sections:
         if name in results:
@@ -217,6 +218,8 @@ def section(name, result, pictures):
     if name == "training":
         lines = [f"![{pictures['training']}](training.png)\n"] if "training" in pictures else []
         return [*lines, tables.training_table(result), "", f"{result['settings']['what']}. {about(result)}."]
+    if name == "finetune":
+        return [*tables.finetune_tables(result), "", f"{about(result)}."]
     if name == "data":
         return [tables.data_line(result), "", tables.data_table(result), "", f"{about(result)}."]
     if name == "ops":
