@@ -144,7 +144,8 @@ def page(folder, results, pictures, history):
     sections = (
         ("training_step", "A training step of BERT-base"), ("families", "Every family"), ("models", "Whole models"),
         ("inference_matrix", "Inference against the fastest other library"),
-        ("training", "Training, side by side"), ("data", "The data path"), ("ops", "Ops"), ("demo", "The demo"),
+        ("training", "Training, side by side"), ("finetune", "Fine-tuning"), ("data", "The data path"), ("ops", "Ops"),
+        ("demo", "The demo"),
     )  # fmt: skip
     for name, title in sections:
         if name in results:
@@ -227,6 +228,8 @@ def section(name, result, pictures):
         about_it = f"{about(result)}. A ratio is the other's time over ours; a cell fails where its interval is below 1"
         shown = [f"![{pictures[name]}]({name}.png)\n"] if name in pictures else []
         return [*shown, tables.matrix_table(result), "", f"{about_it}."]
+    if name == "finetune":
+        return [*tables.finetune_tables(result), "", f"{about(result)}."]
     if name == "data":
         return [tables.data_line(result), "", tables.data_table(result), "", f"{about(result)}."]
     if name == "ops":

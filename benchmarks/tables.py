@@ -298,3 +298,30 @@ def demo_line(result):
         f"it gets {row['eval_masked_accuracy']:.1%} of them right; always guessing the most frequent token gets "
         f"{row['eval_baseline_accuracy']:.1%}."
     )
+
+
+def finetune_tables(result):
+    """finetune.json: a table of transformers against fastbert, a line for each task, and one of where a run starts."""
+    by_task, starts = {}, []
+    for row in result["rows"]:
+        cells = by_task.setdefault(row["case"], dict.fromkeys(("losses", "time", "memory"), "not measured"))
+        if row["part"] == "losses":
+            cells["losses"] = f"{row['largest_difference']:.1g}"
+        elif row["part"] == "time":
+            theirs, ours = (row["summary"][library] for library in ("transformers", "fastbert"))
+            cells["time"] = f"**{theirs['times_fastbert']:.2f}x**{spread(row['seconds']['fastbert'])}"
+            cells["memory"] = f"{theirs['peak_memory_mib']} -> {ours['peak_memory_mib']} MiB"
+        elif row["part"] == "start":
+            score = f"{row['metric']} {row['scores']['fastbert'][row['metric']]:.3f}"
+            starts.append((row["case"], row["model"], row["how"], score))
+    known, lines = result["settings"]["difference"], []
+    for task, cells in by_task.items():
+        scores = "not measured"
+        if task in known:
+            found = known[task]
+            low, high = found["interval"]
+            scores = f"{found['mean']:+.4f} [{low:+.4f}, {high:+.4f}], {found['pairs']} pairs, {found['metric']}"
+        lines.append((task, cells["losses"], cells["time"], cells["memory"], scores))
+    head = ("task", "losses apart, at most", "speed", "peak memory", "score less transformers'")
+    tables = [table(head, lines)]
+    return tables + ["", table(("task", "model", "begins with", "held out"), starts)] if starts else tables
