@@ -37,6 +37,7 @@ from rounds import interval_of_median, take_turns
 from runtimes import COSINE, PRECISIONS, Exported
 
 import fastbert
+from fastbert.cpu import libraries
 
 PARTS = ("texts", "classification", "training", "matrix")
 # family -> the published size that its other settings come from; they differ in their attention
@@ -349,7 +350,8 @@ def _matrix_of(family, folder, threads, precisions, result, quick):
                     facts = named(f"{family}, {count} x {longest}, {fill:.0%} fill", precision, threads)
                     truth = mean(by_swapped(base, ids, mask))
                     found = right(calls, (ids, mask), truth, precision, missing, facts["name"], mean)
-                    row = row_of(facts | dict(family=family, sequences=count, length=longest, fill=fill), found, ROUNDS)
+                    facts |= dict(family=family, sequences=count, length=longest, fill=fill)
+                    row = row_of(facts, found, ROUNDS, 60.0)
                     yield row and row | {"cells": cells_of(row)}
 
 
@@ -425,6 +427,8 @@ def main(arguments=None):
                 except Exception as failure:  # the other parts want their turn
                     failures.append(part)
                     print(f"{part}: FAILED: {record.line_of(failure)}", flush=True)
+        # which library multiplies, by class
+        result["settings"]["products"] = libraries.chosen()
         if not options.warm:
             record.save(result, folder / f"inference_{part}.json")
             for name, reason in result["not_measured"].items():

@@ -99,6 +99,8 @@ def run(ops=(), models=(), device="auto", quick=False, compare=None, output=None
     environment |= {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     if here.type == "cpu":
         environment |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
+    facts = machine.describe(here)
+    print(", ".join([facts["device"], *facts.get("instructions", ())]))
     began, failed, written = time.monotonic(), [], []
     for number, step in enumerate(todo, 1):
         print(f"[{number}/{len(todo)}] {step.name}: python {' '.join(step.arguments)}", flush=True)
