@@ -219,11 +219,11 @@ def save_tokenizer(tokenizer, directory):
             "tokenize_chinese_chars": rules["normalizer"]["handle_chinese_chars"],
         }
     else:
-        config |= {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": config["cls_token"],
-            "eos_token": config["sep_token"],
-        }
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        config |= {"bos_token": config["cls_token"], "eos_token": config["sep_token"]}
+        if any(tokenizer.encode("a", "b").type_ids):
+            # this class leaves them out unless told otherwise, and the second text of a pair would be of type 0
+            config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     write(directory / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
 

@@ -94,7 +94,9 @@ def test_what_is_saved_is_read_by_transformers(tokenizer, tmp_path):
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
     for sentence in ("bada kilozuvo, tefi.", "", "  Ünknown 日本"):
         assert theirs(sentence)["input_ids"] == tokenizer.encode(sentence).ids
-    assert theirs("ba", "da")["input_ids"] == tokenizer.encode("ba", "da").ids
+    pair, own = theirs("ba", "da"), tokenizer.encode("ba", "da")
+    assert pair["input_ids"] == own.ids
+    assert pair.get("token_type_ids", [0] * len(own.ids)) == own.type_ids
     assert [theirs.pad_token_id, theirs.unk_token_id, theirs.cls_token_id, theirs.sep_token_id,
             theirs.mask_token_id] == list(special_ids(tokenizer))  # fmt: skip
 
