@@ -49,7 +49,7 @@ def config_from_hf(values):
     unknown model type, a value that no model can have, and whatever this encoder does not have.
     """
     model_type = values.get("model_type", "bert")
-    if model_type in ALIASES:
+    if isinstance(model_type, str) and model_type in ALIASES:
         # what its code computes is known
         model_type, values = ALIASES[model_type], {key: x for key, x in values.items() if key != "auto_map"}
     row = family(model_type)

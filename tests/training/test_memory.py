@@ -30,5 +30,5 @@ def test_freed_memory_is_used_again_unless_the_user_has_settings(own):
     )  # fmt: skip
     kept, faults = done.stdout.split()
     assert (kept == "True") == (not own)
-    # 80 MB are 20,000 pages, or 40 large ones
-    assert int(faults) < 30 if kept == "True" else int(faults) > 30
+    # 80 MB are 20,000 pages, or 40 large ones; with settings of the user's own it is as glibc likes
+    assert own or int(faults) < 30
