@@ -17,7 +17,7 @@ PEERS := $(VENV)/.peers
 
 .PHONY: demo test mutants bench gpu lint
 
-# watch a BERT learn English from raw text: about six minutes on two cores
+# watch a BERT learn English from raw text: about four minutes on two cores
 demo: $(INSTALLED) $(DEMO_TEXT)
 	$(BIN)/python benchmarks/demo.py
 	$(BIN)/fastbert fill-mask --model runs/demo/model "In the beginning God created the [MASK] and the earth."
