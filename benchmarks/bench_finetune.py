@@ -45,7 +45,6 @@ from fastbert.model import hf_files
 from fastbert.tasks import table
 from fastbert.tasks.examples import Pieces, Spec, batch_of, parts_by_size, predictions, read_files
 from fastbert.training import loop, optim
-from fastbert.training.log import peak_memory_mb
 from fastbert.training.windows import Windows
 
 PARTS = ("losses", "time", "seeds", "start")
@@ -273,7 +272,9 @@ def train_for_memory(name, task, model, directory):
     indices = [i for batch in data.order(0) for i in batch][: TIMED * BATCH]
     for batch in run.batches(data.windows, indices, True):
         run.step(batch)
-    print(json.dumps({"peak_memory_mib": round(peak_memory_mb())}))
+    # not getrusage: that begins with the peak of the process which started this one
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    print(json.dumps({"peak_memory_mib": int(status.partition("VmHWM:")[2].split()[0]) >> 10}))
 
 
 def trained(data, run, seed, by_length=False):
@@ -357,7 +358,7 @@ def main(arguments=None):
     parser.add_argument("--memory", nargs=2, help="(of a process whose memory is measured)")
     parser.add_argument("--work", help="(likewise)")
     options = parser.parse_args(arguments)
-    model = options.model or minilm()
+    model = Path(options.model) if options.model else minilm()
     if options.memory:
         return train_for_memory(*options.memory, model, options.work)
     file = (options.output or machine.folder(torch.device("cpu"))) / "finetune.json"
