@@ -26,11 +26,11 @@ def write_ernie(config):
     return dict(use_task_id=True, task_type_vocab_size=config.task_type_vocab_size)
 
 
-def rotary(default_theta):
+def rotary(default_theta, default_layers):
     """read and write of a family whose layers all have the same rotary positions."""
 
     def read(values):
-        layers = _given(values, "num_hidden_layers", 12, limits=(1, 1024))
+        layers = _given(values, "num_hidden_layers", default_layers, limits=(1, 1024))
         rope = _given(values, "rope_parameters", None, dict) or _given(values, "rope_scaling", {}, dict)
         kind = rope.get("rope_type", rope.get("type", "default"))
         theta = _given(values, "rope_theta", default_theta, float, (1, 1e12))
@@ -39,7 +39,8 @@ def rotary(default_theta):
         if kind == "ntk" and rope.get("mixed_b") is None:
             # of the published GTE directories: a larger base, and positions divided by a root
             head = _given(values, "hidden_size", 768) // _given(values, "num_attention_heads", 12, limits=(1, 2**20))
-            theta, factor = theta * factor, factor ** (2 / head)
+            # a size that no model has is refused later, by name
+            theta, factor = theta * factor, factor ** (2 / max(head, 1))
         elif kind not in ("default", "linear"):
             raise ValueError(f"rope_parameters are {shown(rope)}: expected rope_type 'default' or 'linear'")
         return dict(windows=(None,) * layers, rope_thetas=(theta,) * layers, rope_factor=factor)

@@ -128,7 +128,7 @@ def rotary(prefix, layer, norm, theirs, heads, default_theta, same=None, **defau
         defaults=dict(attention="rotary", position_biased_input=False, **defaults),
         same={"head_dim": "head_size", **(same or {})},
         converts=True,
-        **config_json.rotary(default_theta),
+        **config_json.rotary(default_theta, defaults.get("num_hidden_layers", 12)),
     )
 
 

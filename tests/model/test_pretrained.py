@@ -226,6 +226,9 @@ def test_published_gte_directories(tmp_path):
     theirs.rotary_emb.inv_freq = 1 / (20.0 * 8.0) ** (torch.arange(0, K, 2) / K) / 8.0 ** (2 / K)
     ids = torch.randint(10, 99, (3, 17))
     assert (model(ids) - theirs(ids).last_hidden_state.mean(1)).abs().max() < 1e-5
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_attention_heads": 100}))
+    with pytest.raises(ValueError, match="hidden_size is 36: expected a multiple of num_attention_heads, 100"):
+        SentenceEmbedder.from_pretrained(tmp_path)
     for key, value in (("logn_attention_scale", True), ("layer_norm_type", "rms_norm"), ("pack_qkv", False)):
         (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
         with pytest.raises(ValueError, match=f"{key} is {value!r}: expected"):
