@@ -38,7 +38,7 @@ from fastbert.data.shards import Shards, prepare
 from fastbert.data.tokenizer import train_wordpiece
 from fastbert.model.heads import MaskedLM
 from fastbert.training import optim
-from fastbert.training.loop import accumulate
+from fastbert.training.step_sums import accumulate
 
 # lines in a batch for the tokenizers library: faster than 5,000, and than all at once
 BATCH = 1000

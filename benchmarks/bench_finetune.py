@@ -44,7 +44,8 @@ from fastbert.data.tokenizer import load_tokenizer
 from fastbert.model import hf_files
 from fastbert.tasks import table
 from fastbert.tasks.examples import Pieces, Spec, batch_of, parts_by_size, predictions, read_files
-from fastbert.training import loop, optim
+from fastbert.training import optim
+from fastbert.training.step_sums import accumulate, losses_in
 from fastbert.training.windows import Windows
 
 PARTS = ("losses", "time", "seeds", "start")
@@ -115,9 +116,9 @@ class Ours:
             ]
 
     def step(self, parts):
-        sums = loop.accumulate(self.model, parts)
+        sums = accumulate(self.model, parts)
         self.update()
-        pairs = {name: (sums[f"{name}_loss"], sums[f"{name}_count"]) for name in loop.losses_in(sums)}
+        pairs = {name: (sums[f"{name}_loss"], sums[f"{name}_count"]) for name in losses_in(sums)}
         return _mean_loss(pairs)
 
     def update(self):

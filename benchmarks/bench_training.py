@@ -42,7 +42,8 @@ from fastbert.model.config import EncoderConfig
 from fastbert.model.heads import MaskedLM
 from fastbert.training import optim
 from fastbert.training.log import read_metrics
-from fastbert.training.pretrain import EVAL_SEED, PretrainConfig, pretrain
+from fastbert.training.pretrain import PretrainConfig, pretrain
+from fastbert.training.pretrain_inputs import EVAL_SEED
 
 TRAINER, SWAPPED = "transformers + Trainer", "transformers, swapped"
 MASKED_AT_LEAST = 0.01

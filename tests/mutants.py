@@ -279,14 +279,14 @@ MUTANTS = [
     Mutant(
         "long-sentences-cut-anywhere",
         "fastbert/data/encoding.py",
-        "if self._ids(sentence[begin : gap.end() + 99])[: len(ids)] == ids:",
-        "if ids:",
+        "return len(ids) if ends else 0",
+        "return len(ids)",
         "tests/data/test_encoding.py::test_the_ids_of_a_long_sentence_are_those_of_the_whole",
     ),
     # training
     Mutant(
         "loss-divided-by-the-micro-batch-count",
-        "fastbert/training/loop.py",
+        "fastbert/training/step_sums.py",
         "output.divided(counts)",
         "output.divided(model.label_counts(batch))",
         "tests/training/test_loop.py::test_cutting_a_step_into_micro_batches_does_not_change_its_gradient",

@@ -36,6 +36,13 @@ _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 # the square root of the largest float32
 MAX_PARAMETER = 1.8e19
 _BUILDING, _REPLACED, _DELETED = ".building-", ".replaced-", ".deleted-"
+# A resumed run may change these options: texts and the tokenizer are compared by content, for the dtype see
+# processes.dtype_of. The learning rate it may lower, after training diverged.
+MAY_DIFFER = {
+    "train_file", "eval_file", "output_dir", "tokenizer", "max_steps", "epochs", "max_minutes", "resume", "save_steps",
+    "save_total_limit", "eval_steps", "logging_steps", "device", "dtype", "bf16",
+}  # fmt: skip
+MAY_FALL = {"learning_rate"}
 # what AdamW keeps for each parameter
 _ADAMW, _EXACT = ("step", "exp_avg", "exp_avg_sq"), "parameter"
 
@@ -204,8 +211,8 @@ def verify(path):
     verify_manifest(path, required=(CONFIG, weights, OPTIMIZER, STATE, "tokenizer.json"))
 
 
-def to_resume(directory, resume):
-    """The checkpoint that a run in `directory` resumes from; None for a new run.
+def to_resume(directory, resume, say=lambda line: None):
+    """The checkpoint that a run in `directory` resumes from; None for a new run. say: is told which it is.
 
     Raises ValueError when the directory holds a run and `resume` is False, when all its checkpoints are damaged, or
     when it holds a finished model without a checkpoint.
@@ -216,6 +223,7 @@ def to_resume(directory, resume):
         found = latest(directory)
         if found is None and (directory / MODEL).exists():
             raise ValueError(f"--resume: {directory} holds a model and no checkpoint: choose another directory")
+        say(f"resuming from {found}" if found else f"--resume: {directory} has no checkpoint yet, starting a new run")
         return found
     for name in ("checkpoint-*", MODEL, "metrics.jsonl"):
         for path in directory.glob(name):
@@ -226,10 +234,10 @@ def to_resume(directory, resume):
     return None
 
 
-def check_same_run(path, state, config, tokenizer, may_differ, may_fall):
+def check_same_run(path, state, config, tokenizer, may_differ):
     """Raises ValueError unless checkpoint `path` has the options `config` and the tokenizer's hash.
 
-    state: what `read_state` returns. may_differ, may_fall: names of options that a resume may change, or lower.
+    state: what `read_state` returns. may_differ: names of options that a resume may change besides MAY_DIFFER.
     """
     for name, kind in (("config", dict), ("tokenizer", str), ("data", str), ("progress", dict)):
         if not isinstance(state.get(name), kind):
@@ -238,9 +246,9 @@ def check_same_run(path, state, config, tokenizer, may_differ, may_fall):
     then = {field.name: field.default for field in dataclasses.fields(config)} | state["config"]
     now = json.loads(json.dumps(dataclasses.asdict(config)))
     for name in now:
-        lower = name in may_fall and isinstance(then[name], int | float) and now[name] < then[name]
-        if name not in may_differ and not lower and then[name] != now[name]:
-            only = " (it may be lowered)" if name in may_fall else ""
+        lower = name in MAY_FALL and isinstance(then[name], int | float) and now[name] < then[name]
+        if name not in MAY_DIFFER | may_differ and not lower and then[name] != now[name]:
+            only = " (it may be lowered)" if name in MAY_FALL else ""
             raise ValueError(f"--resume: {flag(name)} is {now[name]!r}, but {then[name]!r} in {path}{only}")
     if tokenizer != state["tokenizer"]:
         raise ValueError(

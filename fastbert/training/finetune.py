@@ -21,7 +21,6 @@ import hashlib
 import json
 import math
 import shutil
-import signal
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,8 +38,9 @@ from .example_batches import ExampleBatches, class_weights
 from .finetune_inputs import checked_lora, hold_out, main_score, spec_of, tokenizer_and_config
 from .finetune_seeds import Outcome
 from .log import Log
-from .loop import Progress, Run, accumulate, forward, length
-from .options import command_line, flag, option, take_bf16, tidy, with_local_model
+from .loop import Progress, Run
+from .options import check_length, command_line, flag, option, take_bf16, tidy, with_local_model
+from .step_sums import accumulate, forward
 from .task_model import model_for
 from .windows import encoded
 
@@ -149,10 +149,7 @@ class FinetuneConfig:
                 raise ValueError(f"{flag(name)} is missing")
         if len(self.text_column) > 2:
             raise ValueError(f"--text-column names {len(self.text_column)} columns: expected one, or two for a pair")
-        if sum(length is not None for length in (self.max_steps, self.epochs, self.max_minutes)) > 1:
-            raise ValueError("more than one of --max-steps, --epochs and --max-minutes is given: expected one")
-        if self.max_minutes is not None and self.warmup_steps is not None:
-            raise ValueError("--warmup-steps does not go with --max-minutes, which counts time: use --warmup-ratio")
+        check_length(self)
         if self.task != "auto":
             table.task(self.task)
         if checked_lora(self) is not None:
@@ -161,15 +158,8 @@ class FinetuneConfig:
             object.__setattr__(self, "learning_rate", LORA_LEARNING_RATE if self.lora else LEARNING_RATE)
 
 
-# A resumed run may change these options. The examples and the tokenizer are compared by content.
-MAY_DIFFER = {
-    "train_file", "eval_file", "output_dir", "tokenizer", "max_steps", "epochs", "max_minutes", "resume",
-    "save_steps", "save_total_limit", "eval_steps", "logging_steps", "tokens_per_batch", "patience", "device", "seeds",
-    # see processes.dtype_of
-    "dtype", "bf16",
-}  # fmt: skip
-# these it may lower, after training diverged
-MAY_FALL = {"learning_rate"}
+# a resumed run may change these options too, see checkpoint.check_same_run
+MAY_DIFFER = {"tokens_per_batch", "patience", "seeds"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -195,11 +185,7 @@ def train(config):
     # a wrong path leaves no directory behind
     train_files, eval_files = table.train_and_eval_files(config.train_file, config.eval_file)
     with lock(output_dir) if rank == 0 else contextlib.nullcontext(), Log(output_dir, rank) as log:
-        resumed = checkpoint.to_resume(output_dir, config.resume)
-        if resumed:
-            log.say(f"resuming from {resumed}")
-        elif config.resume:
-            log.say(f"--resume: {output_dir} has no checkpoint yet, starting a new run")
+        resumed = checkpoint.to_resume(output_dir, config.resume, log.say)
         with processes.first_process_first(rank):
             # the others have looked at the directory before the first writes into it
             here = with_local_model(config)
@@ -208,7 +194,7 @@ def train(config):
             tokenizer, encoder_config = tokenizer_and_config(here, resumed)
         state = checkpoint.read_state(resumed) if resumed else None
         if state:
-            checkpoint.check_same_run(resumed, state, config, tokenizer_hash(tokenizer), MAY_DIFFER, MAY_FALL)
+            checkpoint.check_same_run(resumed, state, config, tokenizer_hash(tokenizer), MAY_DIFFER)
         config = dataclasses.replace(config, dtype=processes.dtype_of(config, device, resumed, state, log.say))
 
         # files -> examples -> training and held-out examples
@@ -275,7 +261,7 @@ def train(config):
             progress, best = Progress.restored(state["progress"]), state["best"]
         if (config.epochs, config.max_steps, config.max_minutes) == (None,) * 3:
             config = dataclasses.replace(config, epochs=3.0)
-        total, warmup = length(config, loader)
+        total, warmup = optim.length(config, loader)
         facts = {
             "config": dataclasses.asdict(config), "model_config": model.config.to_dict(),
             "tokenizer": tokenizer_hash(tokenizer), "data": fingerprint.hexdigest(), "best": best,
@@ -317,7 +303,7 @@ def train(config):
                 factor = optim.SCHEDULES[config.schedule](step.position, total, warmup)
                 run.update(step, sums, config.learning_rate * factor)
 
-        outcome = Outcome({"signal": caught[0] if caught and not run.finished else None})
+        outcome = Outcome({"signal": run.stopped_by()})
         if rank == 0 and run.finished:
             if best["score"] is not None:
                 stored = best_directory(output_dir, best["step"])
@@ -346,9 +332,6 @@ def train(config):
             )
             outcome.write_card(output_dir, command)
             log.say(f"done: {output_dir} holds the model and README.md")
-        elif rank == 0:
-            name = signal.Signals(caught[0]).name if caught else "another process"
-            log.say(f"stopped by {name} after step {progress.step}: continue with --resume")
         return outcome
 
 

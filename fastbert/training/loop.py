@@ -12,6 +12,7 @@ Between the steps the loop keeps time, handles signals, saves checkpoints and wr
 
 import hashlib
 import math
+import signal
 import time
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -24,6 +25,7 @@ from .. import ops
 from . import checkpoint, optim, processes
 from .log import peak_memory_mb
 from .memory import keep_freed_memory
+from .step_sums import column, figures, losses_in
 
 # the run gives up after so many steps in a row without a finite gradient
 MAX_NONFINITE = 5
@@ -92,7 +94,8 @@ class Run:
     """A run of a training script.
 
     config: its options; those read here have the names of PretrainConfig. facts: what checkpoints record of the run
-    besides its progress. total: its length, see `length`. caught: signals received so far, see `processes.signals`.
+    besides its progress. total: its length, see `optim.length`. caught: signals received so far, see
+    `processes.signals`.
     """
 
     config: Any
@@ -227,6 +230,14 @@ class Run:
         if self.nonfinite == MAX_NONFINITE:
             raise self._diverged(NO_GRADIENT.format(self.nonfinite, progress.step))
 
+    def stopped_by(self):
+        """The number of the signal that ended the run before its time, else None. Says that the run was stopped."""
+        if self.finished:
+            return None
+        name = signal.Signals(self.caught[0]).name if self.caught else "another process"
+        self.log.say(f"stopped by {name} after step {self.progress.step}: continue with --resume")
+        return self.caught[0] if self.caught else None
+
     def _prune(self):
         """The parameters of the last checkpoint have proved good: older checkpoints may go."""
         if self.unproven is not None:
@@ -240,90 +251,6 @@ class Run:
                 f"{self.unproven} gave no finite gradient: it is renamed {checkpoint.set_aside(self.unproven)}"
             )
         return FloatingPointError(f"training diverged: {why}; continue with --resume and a lower --learning-rate")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the arithmetic of a step
-
-
-def accumulate(model, batches, *, bf16=False):
-    """Add the gradient of one step's loss to the model's gradients. batches: the micro-batches, packing.Batch each.
-
-    Each loss of the model is summed over its labels and divided once, by the number of labels in all micro-batches of
-    all processes. So it does not matter how a step is split into micro-batches. Without a label there is no gradient.
-    Returns sums over the micro-batches of all processes: tokens, capacity (rows, filled or not), and those of `add`.
-    """
-    device = next(model.parameters()).device
-    labels = [model.label_counts(batch) for batch in batches]
-    names = [*labels[0]]
-    tokens, capacity, *counts = processes.total(
-        sum(int(batch.cu_seqlens[-1]) for batch in batches), sum(len(batch.input_ids) for batch in batches),
-        *(sum(one[name] for one in labels) for name in names),
-    )  # fmt: skip
-    counts, sums = dict(zip(names, counts, strict=True)), {}
-    if any(counts.values()):
-        for batch in batches:
-            output = forward(model, batch, device, bf16)
-            output.divided(counts).backward()
-            add(sums, output.losses)
-        processes.add_gradients(model)
-        # waits for the device, as the gradient norm does; nothing else in a step waits
-        sums = dict(zip(sums, processes.total(*torch.stack([*sums.values()]).tolist()), strict=True))
-    counts = {column(name, "count"): count for name, count in counts.items()}
-    return sums | counts | {"tokens": tokens, "capacity": capacity}
-
-
-def forward(model, batch, device, bf16=False):
-    """The model's Output on `device` for a micro-batch on the CPU."""
-    if device.type != "cpu":
-        batch = batch.pin_memory().to(device, non_blocking=True)
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        return model(batch)
-
-
-def column(name, what):
-    """The name of a figure of the loss `name` in sums, checkpoints and the log. Masked tokens have no prefix."""
-    return what if name == "mlm" else f"{name}_{what}"
-
-
-def losses_in(sums):
-    """The names of the losses in sums."""
-    return [name.removesuffix("count").rstrip("_") or "mlm" for name in sums if name.endswith("count")]
-
-
-def add(sums, losses):
-    """Add an Output's losses to `sums`, {column: float64 tensor}: loss, count, correct, and other counts."""
-    for name, loss in losses.items():
-        parts = {"loss": loss.sum, "count": loss.count, "correct": loss.correct, **loss.more}
-        for what, value in parts.items():
-            if value is not None:
-                key = column(name, what)
-                sums[key] = sums.get(key, 0) + value.detach().double()
-
-
-def figures(sums):
-    """Figures for the log from sums: each mean loss and accuracy.
-
-    Replaced-token detection has two more: the share of replaced tokens that were found, and the accuracy of always
-    answering "original".
-    """
-    found = {}
-    for name in losses_in(sums):
-        loss, count, correct, replaced = (
-            sums.get(column(name, what), 0) for what in ("loss", "count", "correct", "replaced")
-        )
-        if name == "mlm":
-            found |= {
-                "loss": loss / max(count, 1), "masked_accuracy": correct / max(count, 1), "picked_tokens": int(count)
-            }  # fmt: skip
-        elif count:
-            found[f"{name}_loss"] = loss / count
-            if column(name, "correct") in sums:
-                found[f"{name}_accuracy"] = correct / count
-            if name == "rtd":
-                found["rtd_baseline_accuracy"] = 1 - replaced / count
-                found["rtd_recall"] = sums["rtd_found"] / max(replaced, 1)
-    return found
 
 
 def dropout_seed(seed, step, micro_batch, rank):
@@ -341,18 +268,3 @@ def micro_batches(loader, epoch, start):
         if not done:
             raise ValueError("the text is too short for a batch")
         epoch, start = epoch + 1, 0
-
-
-def length(config, loader):
-    """(total, warmup) of the run: in steps, or in seconds with --max-minutes."""
-    if config.max_minutes is not None:
-        total = 60 * config.max_minutes
-    elif config.max_steps is not None:
-        total = config.max_steps
-    else:
-        whole, part = divmod(config.epochs or 1, 1)
-        batches = sum(loader.num_batches(epoch) for epoch in range(int(whole)))
-        if part:
-            batches += part * loader.num_batches(int(whole))
-        total = max(1, math.ceil(batches / config.gradient_accumulation_steps))
-    return total, config.warmup_ratio * total if config.warmup_steps is None else config.warmup_steps

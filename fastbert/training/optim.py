@@ -71,6 +71,21 @@ def _remaining(step, total, start):
     return min(1.0, max(0.0, (total - step) / (total - start))) if total > start else 1.0
 
 
+def length(config, loader):
+    """(total, warmup) of the run: in steps, or in seconds with --max-minutes."""
+    if config.max_minutes is not None:
+        total = 60 * config.max_minutes
+    elif config.max_steps is not None:
+        total = config.max_steps
+    else:
+        whole, part = divmod(config.epochs or 1, 1)
+        batches = sum(loader.num_batches(epoch) for epoch in range(int(whole)))
+        if part:
+            batches += part * loader.num_batches(int(whole))
+        total = max(1, math.ceil(batches / config.gradient_accumulation_steps))
+    return total, config.warmup_ratio * total if config.warmup_steps is None else config.warmup_steps
+
+
 def clip_gradients(parameters, max_norm):
     """Scale the gradients so that their common 2-norm is at most `max_norm`; 0 or less means no limit.
 

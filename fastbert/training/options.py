@@ -59,6 +59,14 @@ def take_bf16(options):
     object.__setattr__(options, "bf16", None)
 
 
+def check_length(options):
+    """For __post_init__: at most one length of the run, and a warm-up in its unit. Raises ValueError."""
+    if sum(length is not None for length in (options.max_steps, options.epochs, options.max_minutes)) > 1:
+        raise ValueError("more than one of --max-steps, --epochs and --max-minutes is given: expected one")
+    if options.max_minutes is not None and options.warmup_steps is not None:
+        raise ValueError("--warmup-steps does not go with --max-minutes, which counts time: use --warmup-ratio")
+
+
 def with_local_model(options, **more):
     """`options` with directories in place of a --model and a --tokenizer that are names on the hub; see hub.local."""
     found = {}

@@ -16,10 +16,6 @@ needs no state of a random generator, and on a CPU a resumed run equals an unint
 
 import contextlib
 import dataclasses
-import hashlib
-import json
-import signal
-import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,10 +23,9 @@ from pathlib import Path
 import torch
 
 from .. import ops
-from ..data.batches import MAX_TOKENS, MaskedBatches
-from ..data.sequences import OBJECTIVES, PAIRS, held_out_split
-from ..data.shards import Shards, prepare
-from ..data.text import LAYOUTS, check_columns, expand
+from ..data.batches import MAX_TOKENS
+from ..data.sequences import OBJECTIVES
+from ..data.text import LAYOUTS
 from ..data.tokenizer import (
     load_tokenizer,
     save_tokenizer,
@@ -41,16 +36,26 @@ from ..data.tokenizer import (
     vocabulary_size,
 )
 from ..files import lock, unused
-from ..model import families, hf_files, presets
-from ..model.heads import MaskedLM, Pretraining
-from ..model.replaced_tokens import EMBEDDING_SHARING, GENERATOR, ReplacedTokenPretraining
+from ..model import families, presets
+from ..model.replaced_tokens import EMBEDDING_SHARING, GENERATOR
 from . import card, checkpoint, optim, processes
 from .log import Log
-from .loop import Progress, Run, accumulate, add, figures, forward, length
-from .options import flag, option, take_bf16, tidy, with_local_model
+from .loop import Progress, Run
+from .options import check_length, flag, option, take_bf16, tidy, with_local_model
+from .pretrain_inputs import (
+    check_vocabulary,
+    config_of,
+    fingerprint_of,
+    known_tokenizer,
+    loaders,
+    model_of,
+    shards_of,
+    source_of,
+)
+from .step_sums import accumulate, add, figures, forward
 
-# held-out text is masked with a seed of its own, the same for all runs, and read up to this many tokens
-EVAL_SEED, EVAL_TOKENS = 20181011, 1_000_000
+# held-out text is read up to this many tokens
+EVAL_TOKENS = 1_000_000
 
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -137,23 +142,13 @@ class PretrainConfig:
                 f"--tokens-per-batch is {self.tokens_per_batch}: expected at least --max-seq-length, "
                 f"{self.max_seq_length}"
             )
-        if sum(length is not None for length in (self.max_steps, self.epochs, self.max_minutes)) > 1:
-            raise ValueError("more than one of --max-steps, --epochs and --max-minutes is given: expected one")
+        check_length(self)
         if self.embedding_sharing is not None and self.objective != "rtd":
             raise ValueError(f"--embedding-sharing goes with --objective rtd: the objective is {self.objective}")
-        if self.max_minutes is not None and self.warmup_steps is not None:
-            raise ValueError("--warmup-steps does not go with --max-minutes, which counts time: use --warmup-ratio")
 
 
-# A resumed run may change these options. The text and the tokenizer are compared by content.
-MAY_DIFFER = {
-    "train_file", "eval_file", "output_dir", "tokenizer", "max_steps", "epochs", "max_minutes", "resume", "save_steps",
-    "save_total_limit", "eval_steps", "logging_steps", "num_workers", "verify", "device",
-    # see processes.dtype_of
-    "dtype", "bf16",
-}  # fmt: skip
-# these it may lower, after training diverged
-MAY_FALL = {"learning_rate"}
+# a resumed run may change these options too, see checkpoint.check_same_run
+MAY_DIFFER = {"num_workers", "verify"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,30 +166,26 @@ def pretrain(config: PretrainConfig) -> dict:
     output_dir = Path(config.output_dir)
     device = processes.device_of(config.device)
     here = with_local_model(config, folders=(GENERATOR,) if config.objective == "rtd" else ())
-    model_config = _model_config(here)
+    model_config = config_of(here)
     if rank == 0:
         # not in a folder of a live run
         with unused(output_dir.absolute().parent):
             pass
     sources = [
-        _source(config.train_file, config, output_dir / "data", rank),
-        _source(config.eval_file, config, output_dir / "data-eval", rank),
+        source_of(config.train_file, config, output_dir / "data", rank),
+        source_of(config.eval_file, config, output_dir / "data-eval", rank),
     ]
 
     with lock(output_dir) if rank == 0 else contextlib.nullcontext(), Log(output_dir, rank) as log:
-        resumed = checkpoint.to_resume(output_dir, config.resume)
-        if resumed:
-            log.say(f"resuming from {resumed}")
-        elif config.resume:
-            log.say(f"--resume: {output_dir} has no checkpoint yet, starting a new run")
+        resumed = checkpoint.to_resume(output_dir, config.resume, log.say)
         if here.model != config.model:
             log.say(f"--model {config.model}: commit {Path(here.model).name} of the hub")
-        tokenizer = _known_tokenizer(here, sources[0], resumed)
+        tokenizer = known_tokenizer(here, sources[0], resumed)
         state = checkpoint.read_state(resumed) if resumed else None
         if resumed:
-            checkpoint.check_same_run(resumed, state, config, tokenizer_hash(tokenizer), MAY_DIFFER, MAY_FALL)
+            checkpoint.check_same_run(resumed, state, config, tokenizer_hash(tokenizer), MAY_DIFFER)
         config = dataclasses.replace(config, dtype=processes.dtype_of(config, device, resumed, state, log.say))
-        _check_vocabulary(here, model_config, tokenizer)
+        check_vocabulary(here, model_config, tokenizer)
 
         # text -> tokenizer -> shards; under torchrun the first process makes them for all
         with processes.first_process_first(rank):
@@ -211,14 +202,14 @@ def pretrain(config: PretrainConfig) -> dict:
             if rank == 0:
                 save_tokenizer(tokenizer, output_dir)
             train, evaluation = (
-                _shards(source, tokenizer, output_dir / name, config, rank)
+                shards_of(source, tokenizer, output_dir / name, config, rank)
                 for source, name in zip(sources, ("data", "data-eval"))
             )
         for shards in (train, evaluation):
             if shards is not None and (skipped := shards.manifest["skipped_lines"]):
                 log.say(f"{shards.directory}: {skipped:,} lines skipped that are not valid text")
-        loader, held_out = _loaders(config, train, evaluation, rank, world_size)
-        fingerprint = _fingerprint(train, evaluation)
+        loader, held_out = loaders(config, train, evaluation, rank, world_size)
+        fingerprint = fingerprint_of(train, evaluation)
         if resumed and state["data"] != fingerprint:
             raise ValueError(f"--resume: the text is not the one that {resumed} was trained on")
 
@@ -226,7 +217,7 @@ def pretrain(config: PretrainConfig) -> dict:
         if config.model in presets.PRESETS:
             size, pad = vocabulary_size(tokenizer), special_ids(tokenizer).pad
             model_config = families.with_vocabulary(model_config, size, pad)
-        model = _model(here, model_config).to(device).train()
+        model = model_of(here, model_config).to(device).train()
         optimizer = optim.adamw(
             model, learning_rate=config.learning_rate, weight_decay=config.weight_decay,
             betas=(config.adam_beta1, config.adam_beta2), epsilon=config.adam_epsilon,
@@ -235,7 +226,7 @@ def pretrain(config: PretrainConfig) -> dict:
         if resumed:
             checkpoint.load_checkpoint(resumed, model, optimizer)
             progress = Progress.restored(state["progress"])
-        total, warmup = length(config, loader)
+        total, warmup = optim.length(config, loader)
         facts = {
             "config": dataclasses.asdict(config), "model_config": model_config.to_dict(),
             "tokenizer": tokenizer_hash(tokenizer), "data": fingerprint,
@@ -261,10 +252,7 @@ def pretrain(config: PretrainConfig) -> dict:
             card.learning_curve(output_dir)
             card.model_card(output_dir, facts, train.manifest, progress)
             log.say(f"done: {output_dir} holds the model, README.md and learning_curve.png")
-        elif rank == 0:
-            name = signal.Signals(caught[0]).name if caught else "another process"
-            log.say(f"stopped by {name} after step {progress.step}: continue with --resume")
-        return log.last_evaluation | {"signal": caught[0] if caught and not run.finished else None}
+        return log.last_evaluation | {"signal": run.stopped_by()}
 
 
 @torch.no_grad()
@@ -291,148 +279,3 @@ def evaluate(model, loader, *, bf16=False, interrupted=lambda: False):
     row = figures({name: value.item() for name, value in sums.items()})
     row["baseline_accuracy"] = histogram.max().item() / max(row["picked_tokens"], 1)
     return {f"eval_{name}": value for name, value in row.items()}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what a run needs; each function raises a one-line error if it is missing or wrong
-
-
-def _model_config(config):
-    """EncoderConfig of --model with --dropout. A preset gets the tokenizer's vocabulary size later."""
-    path = Path(config.model)
-    if config.model in presets.PRESETS or not (path.exists() or path.suffix == ".json"):
-        found = presets.preset(config.model)
-    else:
-        found = hf_files.read_config(path / "config.json" if path.is_dir() else path)
-    if config.max_seq_length > found.max_length:
-        raise ValueError(
-            f"--max-seq-length is {config.max_seq_length}: the model {config.model} has {found.max_length} positions"
-        )
-    row, objective = families.family(found.model_type), f"--objective {config.objective}"
-    if config.objective in PAIRS and found.type_vocab_size < 2:
-        raise ValueError(f"{objective} needs two token types: {config.model} has 1")
-    if config.objective in PAIRS and "Pretraining" not in row.architectures:
-        raise ValueError(f"{objective}: {found.model_type} models have no head for sentence pairs")
-    if config.objective == "rtd" and row.generator is None:
-        raise ValueError(
-            f"{objective}: {found.model_type} models have no head for replaced tokens, {families.detecting()} have"
-        )
-    if config.objective == "rtd" and path.is_dir() and not (path / GENERATOR / "config.json").is_file():
-        raise ValueError(f"{objective}: {path} has no generator, expected one in {path / GENERATOR}")
-    return _with_dropout(found, config)
-
-
-def _with_dropout(found, config):
-    if config.dropout is None:
-        return found
-    return found.replace(hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout)
-
-
-def _source(paths, config, directory, rank):
-    """The source that --train-file or --eval-file names: Shards of a prepared directory, text files, or None.
-
-    A run that is resumed goes on with its own shards, in `directory`, when the text is gone.
-    """
-    if not paths:
-        return None
-    verify = config.verify and rank == 0
-    prepared = [path for path in paths if (Path(path) / "manifest.json").is_file()]
-    if len(prepared) == 1 and len(paths) == 1:
-        return Shards.open(paths[0], verify=verify, progress=True)
-    if prepared:
-        raise ValueError(f"{prepared[0]} is a prepared directory: it cannot be combined with other files")
-    try:
-        files = expand(paths)
-        check_columns(files, config.text_column)
-        return files
-    except (ValueError, OSError) as error:
-        if not (config.resume and (directory / "manifest.json").is_file()):
-            raise
-        warnings.warn(f"{error}: resuming with the shards in {directory}", stacklevel=2)
-        return Shards.open(directory, verify=verify, progress=True)
-
-
-def _known_tokenizer(config, source, resumed):
-    """The tokenizer that the options name; None when one must be trained."""
-    directory = config.tokenizer
-    if not directory and (resumed or (Path(config.model) / "tokenizer.json").is_file()):
-        directory = resumed or config.model
-    if not isinstance(source, Shards):
-        return load_tokenizer(directory, as_saved=directory == resumed) if directory else None
-    if config.tokenizer and tokenizer_hash(load_tokenizer(config.tokenizer)) != tokenizer_hash(source.tokenizer):
-        raise ValueError(f"--tokenizer {config.tokenizer} is not the one that {config.train_file[0]} was prepared with")
-    return source.tokenizer
-
-
-def _check_vocabulary(config, model_config, tokenizer):
-    """Raises ValueError when the tokenizer does not fit the model. A preset takes the tokenizer's size."""
-    if config.model in presets.PRESETS:
-        return
-    size = config.vocab_size if tokenizer is None else vocabulary_size(tokenizer)
-    if size > model_config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {size} pieces: {config.model} has a vocab_size of {model_config.vocab_size}"
-        )
-    pad = model_config.pad_token_id if tokenizer is None else special_ids(tokenizer).pad
-    if pad != model_config.pad_token_id:
-        raise ValueError(
-            f"the tokenizer's [PAD] is {pad}: {config.model} has a pad_token_id of {model_config.pad_token_id}"
-        )
-
-
-def _shards(source, tokenizer, directory, config, rank):
-    """Shards of a source that `_source` found; text is prepared into `directory`."""
-    if not isinstance(source, list):
-        return source
-    if rank == 0:
-        prepare(
-            source, tokenizer, directory,
-            text_column=config.text_column, layout=config.layout, num_workers=config.num_workers,
-            verify=config.verify,
-        )  # fmt: skip
-    return Shards.open(directory)
-
-
-def _loaders(config, train, evaluation, rank, world_size):
-    """(MaskedBatches to train on, MaskedBatches to evaluate on or None)."""
-    ids = held_out_ids = None
-    if evaluation is None and config.eval_share:
-        evaluation = train
-        try:
-            ids, held_out_ids = held_out_split(
-                train, config.eval_share, config.seed, max_seq_length=config.max_seq_length, objective=config.objective
-            )
-        except ValueError as error:
-            raise ValueError(f"{error} (use --eval-share 0 for no evaluation, or --eval-file)") from None
-    # capacity: constant shapes, because matrix libraries set up, and cache, something for each new shape
-    batches = partial(
-        MaskedBatches, max_seq_length=config.max_seq_length, tokens_per_batch=config.tokens_per_batch,
-        mlm_probability=config.mlm_probability, whole_word_mask=config.whole_word_mask, objective=config.objective,
-        capacity=True,
-    )  # fmt: skip
-    loader = batches(train, seed=config.seed, rank=rank, world_size=world_size, sequence_ids=ids)
-    return loader, evaluation and batches(evaluation, seed=EVAL_SEED, sequence_ids=held_out_ids)
-
-
-def _fingerprint(*shards):
-    """sha256 of the contents of the training and the evaluation text."""
-    files = [[record["sha256"] for record in one.manifest["shards"]] for one in shards if one is not None]
-    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
-
-
-def _model(config, model_config):
-    torch.manual_seed(config.seed)
-    directory = Path(config.model)
-    if config.objective == "rtd":
-        # a directory has been looked at by `_model_config`; else the family's default
-        generator = None
-        if directory.is_dir():
-            generator = _with_dropout(hf_files.read_config(directory / GENERATOR / "config.json"), config)
-        model = ReplacedTokenPretraining(
-            model_config, generator, embedding_sharing=config.embedding_sharing, rtd_weight=config.rtd_weight
-        )
-    else:
-        model = (Pretraining if config.objective in PAIRS else MaskedLM)(model_config)
-    if directory.is_dir():
-        model.load_state_dict(model.stored(directory))
-    return model

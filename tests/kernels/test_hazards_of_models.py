@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForMaskedLM, DataCollatorWithFlattening
 from fastbert.model.config import EncoderConfig
 from fastbert.model.heads import MaskedLM
 from fastbert.packing import Batch, pack
-from fastbert.training.loop import accumulate
+from fastbert.training.step_sums import accumulate
 
 # numpy warns about elements that are not stored, and about the infinities under test
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -11,8 +11,9 @@ from runs import assert_same_tensors, checkpoints, in_two_processes, rows_withou
 
 from fastbert.model.heads import SequenceClassifier
 from fastbert.tasks import predictor, results
-from fastbert.training import checkpoint, finetune, log, loop, optim
+from fastbert.training import checkpoint, finetune, log, optim
 from fastbert.training.finetune import FinetuneConfig
+from fastbert.training.step_sums import accumulate
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*these start fresh")
 
@@ -333,7 +334,7 @@ def test_weights_divide_a_sum_below_one(encoder):
     model = SequenceClassifier.from_pretrained(encoder, num_labels=3)
     plain = [[Window([2, 7, 3], [0, 0, 0], 1)]]
     light = [[Window([2, 7, 3], [0, 0, 0], 1, weight=0.5)]]
-    found = [loop.accumulate(model, [batch_of(one)]) for one in (plain, light)]
+    found = [accumulate(model, [batch_of(one)]) for one in (plain, light)]
     assert found[1]["label_loss"] / found[1]["label_count"] == pytest.approx(found[0]["label_loss"])
     with torch.no_grad():
         assert model(batch_of(light)).loss.item() == pytest.approx(model(batch_of(plain)).loss.item())

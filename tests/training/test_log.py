@@ -16,6 +16,7 @@ from fastbert.model import hf_files
 from fastbert.model.heads import TokenClassifier
 from fastbert.training import card, checkpoint, log, loop, optim, pretrain, processes
 from fastbert.training.pretrain import PretrainConfig
+from fastbert.training.step_sums import accumulate, add, figures
 
 MLM = {"loss": 2.0, "masked_accuracy": 0.25, "picked_tokens": 40}
 PAIR = {"pair_loss": 0.5, "pair_accuracy": 0.75}
@@ -50,9 +51,9 @@ def test_figures_of_sums():
         "rtd_loss": 25.0, "rtd_count": 100, "rtd_correct": 90.0, "rtd_replaced": 8.0, "rtd_found": 4.0, "tokens": 100,
     }  # fmt: skip
     expected = MLM | RTD | {"rtd_baseline_accuracy": 0.92}
-    assert loop.figures(sums) == expected and [*loop.figures(sums)] == [*expected]
-    assert loop.figures({"count": 0, "tokens": 9}) == {"loss": 0, "masked_accuracy": 0, "picked_tokens": 0}
-    assert loop.figures({"size_loss": 3.0, "size_count": 2}) == {"size_loss": 1.5}
+    assert figures(sums) == expected and [*figures(sums)] == [*expected]
+    assert figures({"count": 0, "tokens": 9}) == {"loss": 0, "masked_accuracy": 0, "picked_tokens": 0}
+    assert figures({"size_loss": 3.0, "size_count": 2}) == {"size_loss": 1.5}
 
 
 class Tagged:
@@ -84,10 +85,10 @@ def test_a_new_task_needs_only_a_name(options, place, tmp_path, capsys):
             if step.batches is None:
                 with torch.no_grad():
                     sums = {}
-                    loop.add(sums, model(next(loader.epoch(0))).losses)
-                step.row = {f"eval_{name}": value.item() for name, value in loop.figures(sums).items()}
+                    add(sums, model(next(loader.epoch(0))).losses)
+                step.row = {f"eval_{name}": value.item() for name, value in figures(sums).items()}
                 continue
-            taken.update(step, loop.accumulate(model, step.batches), 0.01)
+            taken.update(step, accumulate(model, step.batches), 0.01)
         last = journal.last_evaluation
     rows = training_rows(directory)
     assert [row["step"] for row in rows] == [4, 8, 12] and "loss" not in rows[0]

@@ -15,6 +15,7 @@ from fastbert.data.batches import MaskedBatches
 from fastbert.data.shards import Shards
 from fastbert.model import heads, hf_files
 from fastbert.training import checkpoint, log, loop, pretrain
+from fastbert.training.step_sums import accumulate
 
 
 def one_batch(lengths, picks, pairs=False):
@@ -34,7 +35,7 @@ LENGTHS, PICKS = [7, 3, 9, 1, 5, 8], [1, 2, 3, 6, 14, 25, 26, 27, 28, 29, 30]
 
 def gradients_of(model, batches):
     model.zero_grad(set_to_none=True)
-    sums = loop.accumulate(model, batches)
+    sums = accumulate(model, batches)
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, sums
 
 

@@ -15,7 +15,7 @@ from fastbert.data.shards import Shards
 from fastbert.data.tokenizer import save_tokenizer, train_bpe
 from fastbert.model import families, heads, hf_files
 from fastbert.tasks.fill_mask import fill_mask, load_masked_lm
-from fastbert.training import log, pretrain
+from fastbert.training import log, pretrain, pretrain_inputs
 from fastbert.training.pretrain import PretrainConfig
 
 
@@ -130,8 +130,8 @@ def test_an_evaluation_is_the_same_each_time_and_right(place):
 
 def test_held_out_documents_are_not_learned_from(options, monkeypatch):
     loaders = []
-    real = pretrain._loaders
-    monkeypatch.setattr(pretrain, "_loaders", lambda *args: loaders.extend(real(*args)) or loaders)
+    real = pretrain.loaders
+    monkeypatch.setattr(pretrain, "loaders", lambda *args: loaders.extend(real(*args)) or loaders)
     run(options, max_steps=1)
     train, held_out = ({*loader.index.document[loader.ids].tolist()} for loader in loaders)
     assert train | held_out == set(range(60)) and not train & held_out and len(held_out) >= 3
@@ -207,8 +207,8 @@ def test_impossible_options_are_refused_before_any_work(changes, message, option
     def no_work(*args, **kwargs):
         raise AssertionError("work was begun")
 
-    for name in ("train_wordpiece", "prepare", "_model"):
-        monkeypatch.setattr(pretrain, name, no_work)
+    for script, name in ((pretrain, "train_wordpiece"), (pretrain_inputs, "prepare"), (pretrain, "model_of")):
+        monkeypatch.setattr(script, name, no_work)
     (tmp_path / "file").write_text("")
     (tmp_path / "empty.txt").write_text("\n \n")
     if changes.get("model") == "lone":

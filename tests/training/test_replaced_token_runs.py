@@ -34,8 +34,8 @@ from fastbert.packing import pack_inputs
 from fastbert.tasks.fill_mask import fill_mask, load_masked_lm
 from fastbert.training import checkpoint, log, pretrain
 from fastbert.training.card import learning_curve
-from fastbert.training.loop import accumulate
 from fastbert.training.pretrain import PretrainConfig
+from fastbert.training.step_sums import accumulate
 
 FAMILIES = {
     "electra": dict(model_type="electra", embedding_size=16),
@@ -239,7 +239,7 @@ def test_a_finished_run_loads_in_transformers(family, options, place, capsys):
     assert len(words) == 5
     # going on from it begins with what it knows
     whole = ReplacedTokenPretraining.from_pretrained(directory)
-    again = pretrain._model(PretrainConfig(**options | {"model": directory}), ours.config)
+    again = pretrain.model_of(PretrainConfig(**options | {"model": directory}), ours.config)
     for state in (whole.state_dict(), again.state_dict()):
         assert torch.equal(state["discriminator.dense.weight"], ours.dense.weight)
         assert torch.equal(state["generator.vocabulary_bias"], generator.vocabulary_bias)

@@ -176,8 +176,8 @@ def test_a_killed_process_a_busy_directory_and_ctrl_c(options, tmp_path):
 @pytest.mark.parametrize(
     ("where", "signals", "code"),
     [
-        ("_loaders", [signal.SIGTERM], 143),
-        ("_loaders", [signal.SIGINT], 130),
+        ("loaders", [signal.SIGTERM], 143),
+        ("loaders", [signal.SIGINT], 130),
         ("accumulate", [signal.SIGINT, signal.SIGINT], 130),
         ("accumulate", [signal.SIGTERM, signal.SIGTERM], 143),
         ("accumulate", [signal.SIGINT, signal.SIGINT, signal.SIGINT], 130),
