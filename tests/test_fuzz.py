@@ -5,7 +5,7 @@ import pytest
 
 # a reader may warn about what it passes over
 pytestmark = pytest.mark.filterwarnings("ignore")
-COUNTS = {"texts": 100, "configs": 40, "modules": 30, "manifests": 40, "commands": 15}
+COUNTS = {"texts": 200, "configs": 100, "modules": 60, "manifests": 60, "commands": 15}
 
 
 @pytest.mark.parametrize("reader", fuzz.READERS)

@@ -286,31 +286,6 @@ def test_an_own_step(run, tmp_path, monkeypatch):
     assert len(gpu.highlights(tmp_path)) == 2
 
 
-def test_an_own_step_needs_neither_transformers_nor_a_profiler(run, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    monkeypatch.setattr(machine, "kernel_times", lambda call: 1 / 0)
-    assert run(bench_models, "step", "--own", "--rounds", 2) == 0
-    result = read(tmp_path, "own_step.json")
-    assert len(result["rows"]) == 2 and len(result["rows"][0]["seconds"]["fastbert, packed"]) == 2
-    assert "ZeroDivisionError: division by zero" in result["not_measured"].values()
-
-
-def test_without_transformers_fastbert_is_measured(run, tmp_path, monkeypatch):
-    """And where its call fails: what is left is held to fastbert."""
-    todo = [step()]
-    monkeypatch.setattr(bench_models, "step_cases", lambda *_: todo)
-    for why in ("ZeroDivisionError: division by zero", "ImportError: gone"):
-        with monkeypatch.context() as patch:
-            if "gone" in why:
-                refusing(patch, "transformers", ImportError("gone"))
-            else:
-                patch.setattr(model_pairs, "load_pair", lambda *_: 1 / 0)
-            assert run(bench_models, "step", "--rounds", 1) == 0
-        result = read(tmp_path, "training_step.json")
-        assert result["rows"][0]["seconds"].keys() == {"fastbert", "fastbert, packed"}
-        assert why in result["not_measured"].values()
-
-
 def test_sizes_go_by_all_of_the_memory(monkeypatch):
     """Not by what others have left free."""
     with pretending(140):

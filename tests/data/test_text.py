@@ -7,7 +7,6 @@ import json
 import os
 from collections import Counter
 
-import hostile
 import pytest
 
 from fastbert.data.shards import prepare
@@ -294,16 +293,3 @@ def test_a_wrong_column_shows_before_any_work(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="2.jsonl has no column 'text'"):
         prepare([tmp_path], tokenizer, tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_hostile_files_give_documents_or_one_clear_line(seed, tmp_path):
-    pytest.importorskip("pyarrow")
-    for name, content in hostile.texts(seed, 30):
-        (tmp_path / name).write_bytes(content)
-        try:
-            for document in read_documents(expand([tmp_path / name])):
-                assert document and all(line.strip() and "\n" not in line for line in document)
-                "".join(document).encode()
-        except ValueError as error:
-            assert name in str(error) and "\n" not in str(error)

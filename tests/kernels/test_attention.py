@@ -84,28 +84,6 @@ def test_more_rows_than_keys(device):
     )
 
 
-def test_rows_past_the_last_sequence(path, seed, device):
-    """They hold NaN, give 0, get a gradient of 0, and do not affect other rows."""
-    lengths, slack = [7, 0, 21], 150
-    T = sum(lengths)
-    cu_seqlens = cu_seqlens_of(lengths, device)
-    options = dict(dropout_p=0.3, seed=seed)
-    clean = torch.randn(T, 3, 2, 16, device=device, requires_grad=True)
-    full = torch.full((T + slack, 3, 2, 16), float("nan"), device=device)
-    full[:T] = clean.detach()
-    full.requires_grad_()
-    dout = torch.randn(T + slack, 2, 16, device=device)
-    dout[T:] = float("nan")
-    max_seqlen = longest(path, *lengths)
-    expected = attention(clean, None, None, cu_seqlens, max_seqlen, **options)
-    out = attention(full, None, None, cu_seqlens, max_seqlen, **options)
-    expected.backward(dout[:T])
-    out.backward(dout)
-    for got, want in (out, expected), (full.grad, clean.grad):
-        assert torch.equal(got[:T], want)
-        assert torch.equal(got[T:], torch.zeros_like(got[T:]))
-
-
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")  # in rows that are not stored
 def test_scores_far_below_zero(path, device):
     """Keys past the end have a score of 0, which the log-sum-exp of the real keys would turn into infinity."""
@@ -184,17 +162,6 @@ def test_keys_outside_the_window_do_not_matter(lengths, device):
     assert torch.equal(once[asked], again[asked])
 
 
-def test_window_of_a_batch_is_a_band_of_each_sequence(path, device):
-    lengths = [9, 4, 1]
-    qkv = torch.randn(14, 3, 2, 8, device=device)
-    got = attention(qkv, None, None, cu_seqlens_of(lengths, device), longest(path, 9), window=2)
-    for part, rows in zip(got.split(lengths), qkv.split(lengths)):
-        score = torch.einsum("ihk,jhk->hij", rows[:, 0], rows[:, 1]) * 8**-0.5
-        place = torch.arange(len(rows), device=device)
-        score[:, (place[:, None] - place).abs() > 2] = float("-inf")
-        torch.testing.assert_close(part, torch.einsum("hij,jhk->ihk", score.softmax(-1), rows[:, 2]))
-
-
 @pytest.mark.parametrize("size", [100, 3000])
 def test_fp32_keeps_its_digits_at_large_scores(path, size, device):
     """Scores that are exact in fp32 (small integers times powers of two), so that any error is the softmax's."""
@@ -225,27 +192,6 @@ def test_rows_without_a_bound(rows, slack, seed, device):
     assert_within_budget(
         attention, reference.attention, q, kv, None, cu_seqlens, 20, cu_seqlens_q=cu_seqlens_q, dropout_p=0.2, seed=seed
     )
-
-
-@pytest.mark.parametrize("number", [1, 2, 3])
-@pytest.mark.parametrize("window", [None, 50])
-def test_candidates(number, window, seed, device, monkeypatch):
-    """Every tile size that a search may choose gives right results, on sequences of several tiles."""
-    offered = {}
-
-    def launch(run, kernel, key, default, candidates=()):
-        settings = {(s["BLOCK_M"], s["BLOCK_N"]): s for s in (default, *candidates)}
-        offered[kernel] = len(settings)
-        run([*settings.values()][min(number, len(settings) - 1)])
-
-    monkeypatch.setattr(kernels, "launch", launch)
-    lengths = [150, 3]
-    qkv = torch.randn(sum(lengths), 3, 1, 16, dtype=torch.float16, device=device)
-    assert_within_budget(
-        attention, reference.attention, qkv, None, None, cu_seqlens_of(lengths, device), max(lengths),
-        dropout_p=0.1, seed=seed, window=window,
-    )  # fmt: skip
-    assert max(offered.values()) == 4
 
 
 @pytest.mark.parametrize("change, error, words", [

@@ -210,13 +210,6 @@ def test_forms_and_strides(form, device):
     assert_kernel_within_budget(*operands, *tables, cu_seqlens_of([5, 0, 12], device), 12, **BUCKETS)
 
 
-def test_large_scores_in_half_precision(device):
-    """Scores in the thousands: the maximum is subtracted, so nothing overflows."""
-    qkv, *rest = arguments([16, 30], 16, device, torch.float16)
-    qkv[:, :2] *= 30
-    assert_kernel_within_budget(qkv, *rest, **BUCKETS)
-
-
 def test_large_scores(device):
     """The same in fp32. No budget by the plain error here: scores have lost digits, so probabilities carry a relative
     error of the largest score times 2 ** -24, and whether one row shows it is luck. One such step of the largest

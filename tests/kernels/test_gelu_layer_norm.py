@@ -76,9 +76,3 @@ def test_a_row_whose_gelu_is_zero_gives_the_bias(approximate, device):
     assert torch.equal(y, ln_bias.expand(3, 96))
     assert torch.equal(dx, torch.zeros_like(dx)) and torch.equal(dweight, torch.zeros_like(dweight))
     assert torch.equal(dln_bias, torch.full_like(dln_bias, 3.0))
-
-
-def test_small_spread_on_a_large_mean(device):
-    """Above 10 GELU is the identity, so LayerNorm sees the input itself."""
-    x, bias, weight, ln_bias = make(13, 96, device)
-    check(x * 1e-2 + 1e4, torch.zeros_like(bias), weight, ln_bias)

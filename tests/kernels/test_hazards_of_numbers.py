@@ -84,13 +84,6 @@ def test_keep_rate_of_an_op(device):
     assert abs(kept - 0.9) < 4 * (p * (1 - p) / (T * D)) ** 0.5
 
 
-def _rows(device, dtype, x, **others):
-    """Arguments of a row-wise call with the rows x [T, D]."""
-    D = x.shape[1]
-    parameters = {n: torch.randn(D, device=device, dtype=dtype) for n in others}
-    return dict(x=x.to(device, dtype)) | parameters
-
-
 def _special_rows(D=40):
     """Constant rows, zeros of both signs, large means with a small spread, denormals, one outlier."""
     noise = torch.randn(9, D)

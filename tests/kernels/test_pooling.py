@@ -154,13 +154,6 @@ def test_a_vector_of_zeros_stays_zero(device):
     torch.testing.assert_close(dhidden, torch.full_like(dhidden, 1e3 / 5))
 
 
-def test_a_sequence_does_not_depend_on_its_neighbours(device):
-    """Its place in a chunk does not matter."""
-    hidden, _ = make([20], 37, device)
-    alone = pooling(hidden[:5], cu_seqlens_of([5], device))
-    assert torch.equal(pooling(torch.cat((hidden[7:12], hidden)), cu_seqlens_of([5, 5, 10], device))[1:2], alone)
-
-
 @all_ops
 def test_another_mode_is_refused(op, device):
     with pytest.raises(ValueError, match="mode='median'"):

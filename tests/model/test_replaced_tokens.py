@@ -9,9 +9,8 @@ from test_families import SIZES, V3
 from fastbert.model import families, hf_files, presets
 from fastbert.model.replaced_tokens import ReplacedTokenPretraining
 from fastbert.packing import Batch, pack_inputs
-from fastbert.training.loop import accumulate
+from fastbert.training.step_sums import accumulate
 
-DEBERTA = {**SIZES, **V3, "model_type": "deberta-v2"}
 CONFIGS = {
     "electra": {**SIZES, "model_type": "electra", "embedding_size": 13},
     "electra-square": {**SIZES, "model_type": "electra", "embedding_size": 36},

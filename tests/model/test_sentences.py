@@ -97,17 +97,6 @@ def test_prompts(tmp_path):
     assert np.abs(got - expected.numpy()).max() < 1e-5
 
 
-@torch.no_grad()
-def test_linear_layers_after_pooling(tmp_path):
-    model = embedder(dense=[(36, 20, True, "Tanh"), (20, 7, False, "Identity")])
-    theirs = theirs_of(model, tmp_path)
-    first, second = model.dense
-    expected = torch.tanh(first.linear(pooled(theirs, TEXTS, "mean"))) @ second.linear.weight.T
-    got = model.encode(TEXTS)
-    assert np.abs(got - F.normalize(expected, dim=-1).numpy()).max() < 1e-5
-    assert np.array_equal(SentenceEmbedder.from_pretrained(tmp_path).encode(TEXTS), got)
-
-
 def test_long_texts_are_cut_and_order_is_kept():
     model = embedder(max_length=6)
     long = "the cat sat on a mat and then it ran"
@@ -138,19 +127,6 @@ def test_bad_input(tmp_path):
     (tmp_path / "modules.json").write_text(json.dumps(modules))
     with pytest.raises(ValueError, match="has a module 'sentence_transformers.models.LSTM': it is not known here"):
         SentenceEmbedder.from_pretrained(tmp_path)
-
-
-def test_directories_of_sentence_transformers(tmp_path):
-    """Both ways, on the library itself."""
-    library = pytest.importorskip("sentence_transformers")
-    model = embedder(prompts={"query": "query : "}, pooling="max")
-    model.save_pretrained(tmp_path / "ours")
-    theirs = library.SentenceTransformer(str(tmp_path / "ours"), device="cpu")
-    assert np.abs(theirs.encode(TEXTS) - model.encode(TEXTS)).max() < 1e-5
-    assert theirs.max_seq_length == 24
-    theirs.save_pretrained(str(tmp_path / "theirs"))
-    again = SentenceEmbedder.from_pretrained(tmp_path / "theirs")
-    assert np.abs(again.encode(TEXTS, prompt_name="query") - theirs.encode(TEXTS, prompt_name="query")).max() < 1e-5
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bf16", "int8"])

@@ -371,25 +371,6 @@ def test_the_loss_is_divided_by_the_labels_of_the_whole_step():
     assert all((x - y).abs().max() < 1e-6 * max(1, y.abs().max()) for x, y in zip(own, gradients))
 
 
-def test_flat_batches_of_the_collator():
-    """cu_seq_lens and max_length, as DataCollatorWithFlattening(return_flash_attn_kwargs=True) gives them."""
-    for case in ("bert", "roberta", "modernbert"):
-        model, swapped, _ = pair_of(case)
-        inputs = inputs_of(model, "right")
-        real = inputs.pop("attention_mask").bool()
-        lengths = real.sum(1)
-        offset = model.config.pad_token_id + 1 if case == "roberta" else 0
-        flat = {name: x[real][None] for name, x in inputs.items()}
-        flat["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None] + offset
-        cu_seqlens = nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-        longest = int(lengths.max())
-        got = swapped(
-            **flat, cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens, max_length_q=longest, max_length_k=longest
-        )
-        expected = model(**inputs, attention_mask=real.long()).logits[real]
-        assert_close(got.logits[0], expected)
-
-
 def test_report():
     model, _, report = pair_of("bert", "ForSequenceClassification")
     assert not report.stayed
