@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib
 import sys
 import warnings
 from pathlib import Path
@@ -81,18 +82,22 @@ class Main(click.Group):
 
 
 class ScriptCommand(Command):
-    """A command whose options are the fields of a script's dataclass. They are read when needed.
+    """A command that runs the training script of its name. Its options are the fields of the script's dataclass.
 
-    The option --config names a file with values for the others; the command line wins.
+    They are read when needed. The option --config names a file with values for the others; the command line wins.
     """
 
-    def __init__(self, *args, options, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.options = options
+    @property
+    def script(self):
+        """(function, dataclass of its options)."""
+        module = importlib.import_module(f".training.{self.name}", __package__)
+        return getattr(module, self.name), getattr(module, f"{self.name.capitalize()}Config")
 
     def get_params(self, ctx):
-        if len(self.params) == 1:
-            self.params += [_option(field) for field in dataclasses.fields(self.options())]
+        if not self.params:
+            help = "YAML or JSON file of options; the command line wins."
+            self.params.append(click.Option(["--config", "config_file"], metavar="FILE", help=help))
+            self.params += [_option(field) for field in dataclasses.fields(self.script[1])]
         return super().get_params(ctx)
 
     def parse_args(self, ctx, args):
@@ -101,13 +106,19 @@ class ScriptCommand(Command):
         rest = super().parse_args(ctx, args)
         if file := ctx.params.pop("config_file"):
             try:
-                stored = self.make_context(self.name, read_file(file, self.options())).params
+                stored = self.make_context(self.name, read_file(file, self.script[1])).params
             except click.UsageError as error:
                 raise ValueError(f"--config {file}: {error.format_message()}") from None
             except (ValueError, OSError) as error:
                 raise ValueError(f"--config {file}: {error}") from None
             ctx.params = stored | {name: value for name, value in ctx.params.items() if value not in (None, ())}
         return rest
+
+    def invoke(self, ctx):
+        run, config = self.script
+        result = run(config(**{name: value for name, value in ctx.params.items() if value not in (None, ())}))
+        if result["signal"]:
+            sys.exit(128 + result["signal"])
 
 
 def _option(field):
@@ -124,19 +135,7 @@ def _option(field):
     )  # fmt: skip
 
 
-def _pretrain_config():
-    from .training.pretrain import PretrainConfig
-
-    return PretrainConfig
-
-
 _revision = click.option("--revision", help="Branch, tag or commit of a model on the hub.  [default: its main branch]")
-
-
-def _finetune_config():
-    from .training.finetune import FinetuneConfig
-
-    return FinetuneConfig
 
 
 _dtype = click.option(
@@ -159,36 +158,22 @@ def main():
     """
 
 
-@main.command(cls=ScriptCommand, options=_pretrain_config)
-@click.option("--config", "config_file", metavar="FILE", help="YAML or JSON file of options; the command line wins.")
-def pretrain(**options):
+@main.command(cls=ScriptCommand)
+def pretrain():
     """Pretrain a model on raw text.
 
     Writes the tokenizer, the token shards, a model that transformers can load, its learning curve and a model card to
     --output-dir. Ctrl-C saves a checkpoint, and --resume continues from it.
     """
-    from .training import pretrain as script
-
-    given = {name: value for name, value in options.items() if value not in (None, ())}
-    result = script.pretrain(script.PretrainConfig(**given))
-    if result["signal"]:
-        sys.exit(128 + result["signal"])
 
 
-@main.command(cls=ScriptCommand, options=_finetune_config)
-@click.option("--config", "config_file", metavar="FILE", help="YAML or JSON file of options; the command line wins.")
-def finetune(**options):
+@main.command(cls=ScriptCommand)
+def finetune():
     """Fine-tune a model on a table of labelled examples.
 
     Writes a model that transformers can load, its scores, its predictions on held-out examples, its mistakes and a
     model card to --output-dir. Ctrl-C saves a checkpoint, and --resume continues from it.
     """
-    from .training import finetune as script
-
-    given = {name: value for name, value in options.items() if value not in (None, ())}
-    result = script.finetune(script.FinetuneConfig(**given))
-    if result["signal"]:
-        sys.exit(128 + result["signal"])
 
 
 @main.command(cls=Command)

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from ..files import write
-from .card import versions
-from .log import clock, words
+from .card import run_figures, table, versions
+from .log import words
 
 # what transformers calls the tasks
 PIPELINES = {
@@ -29,9 +29,6 @@ def write_card(directory, command, facts, spec, metrics, progress):
     directory = Path(directory)
     model = facts["model_config"]
 
-    def table(head, rows):
-        return "\n".join([f"| {head} | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
-
     scores = [
         (words(name), "undefined" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
         for name, value in metrics.get("scores", {}).items()
@@ -40,8 +37,7 @@ def write_card(directory, command, facts, spec, metrics, progress):
     if metrics.get("interval"):
         low, high = metrics["interval"]
         scores.append((f"{words(metrics['metric'])}, 95 % interval (bootstrap)", f"{low:.4f} to {high:.4f}"))
-    run = [("steps", f"{progress.step:,}"), ("tokens seen", f"{progress.tokens:,}"),
-           ("training time", clock(progress.elapsed))]  # fmt: skip
+    run = run_figures(progress)
     if metrics:
         run += [("examples to train on", f"{metrics['train_examples']:,}"),
                 ("held-out examples", f"{metrics['examples']:,}"), ("best step", f"{metrics['step']:,}")]  # fmt: skip
