@@ -63,12 +63,16 @@ def _kernel(op):
             from .kernels import disentangled_attention as module
         case "embedding":
             from .kernels import embedding as module
+        case "gated_activation":
+            from .kernels import gated_activation as module
         case "gelu_layer_norm":
             from .kernels import gelu_layer_norm as module
         case "layer_norm":
             from .kernels import layer_norm as module
         case "pooling":
             from .kernels import pooling as module
+        case "rms_norm":
+            from .kernels import rms_norm as module
     return getattr(module, op)
 
 
@@ -375,6 +379,28 @@ def gelu_layer_norm(
         _check_shape(name, parameter, x.shape[-1])
     dtype = dtype or _wide_under_autocast(x)
     return _run("gelu_layer_norm", impl, x, bias, weight, ln_bias, approximate=approximate, eps=eps, dtype=dtype)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float = 1e-6, impl: str | None = None) -> torch.Tensor:
+    """x over the root of its mean square, times the weight, in one pass: see `reference.rms_norm`."""
+    _check_shape("weight", weight, x.shape[-1])
+    return _run("rms_norm", impl, x, weight, eps=eps)
+
+
+def gated_activation(
+    x: torch.Tensor, *, activation: str = "gelu", gate: str = "first", impl: str | None = None
+) -> torch.Tensor:
+    """One half of x through an activation, times the other half, in one pass: see `reference.gated_activation`.
+
+    Raises ValueError for another activation or gate, and for an odd number of columns.
+    """
+    if activation not in ("gelu", "gelu_tanh", "silu"):
+        raise ValueError(f"activation={activation!r}: expected gelu, gelu_tanh or silu")
+    if gate not in ("first", "last"):
+        raise ValueError(f"gate={gate!r}: expected first or last")
+    if x.shape[-1] % 2:
+        raise ValueError(f"x has shape {list(x.shape)}: expected an even number of columns, two halves")
+    return _run("gated_activation", impl, x, activation=activation, gate=gate)
 
 
 def embedding(
