@@ -287,6 +287,27 @@ def gelu_layer_norm(x, bias, weight, ln_bias, *, approximate="none", eps=1e-12, 
     return layer_norm(bias_gelu(x, bias, approximate=approximate), weight, ln_bias, eps=eps, dtype=dtype)
 
 
+def rms_norm(x, weight, *, eps=1e-6):
+    """x / sqrt(mean(x²) + eps) · weight. x [T, D], weight [D]. Returns [T, D] in x's dtype.
+
+    Source: Zhang & Sennrich 2019.
+    """
+    z = x.to(wide(x.dtype))
+    return (z * torch.rsqrt(z.square().mean(-1, keepdim=True) + eps) * weight.to(z.dtype)).to(x.dtype)
+
+
+def gated_activation(x, *, activation="gelu", gate="first"):
+    """One half of x [T, 2 F] through an activation, times the other half: [T, F] in x's dtype.
+
+    activation: "gelu" (exact), "gelu_tanh" or "silu". gate: the half that goes through it, "first" or "last". Source:
+    Shazeer 2020.
+    """
+    gated, others = x.chunk(2, -1)[:: 1 if gate == "first" else -1]
+    if activation == "silu":
+        return F.silu(gated) * others
+    return F.gelu(gated, approximate="tanh" if activation == "gelu_tanh" else "none") * others
+
+
 def embedding(
     input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, *,
     padding_idx=-1, eps=1e-12, dropout_p=0.0, seed=None, offset=0, dtype=None,
