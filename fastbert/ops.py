@@ -455,22 +455,27 @@ def masked_cross_entropy(
 
 def contrastive_cross_entropy(
     query: torch.Tensor, document: torch.Tensor, labels: torch.Tensor | None = None, *,
-    scale: float | torch.Tensor = 1.0, symmetric: bool = False, ignore_index: int = -100, impl: str | None = None,
+    scale: float | torch.Tensor = 1.0, symmetric: bool = False, excluded: torch.Tensor | None = None,
+    ignore_index: int = -100, impl: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Each query's document against all others, without keeping the scores: see `reference.contrastive_cross_entropy`.
 
-    Raises ValueError if queries and documents have different widths, if there is not one label per query, or if there
-    are no labels and fewer documents than queries.
+    Raises ValueError for arguments that do not fit, such as fewer documents than queries without labels.
     """
     shapes = f"query {list(query.shape)}, document {list(document.shape)}"
     if query.dim() != 2 or document.dim() != 2 or query.shape[1] != document.shape[1]:
         raise ValueError(f"{shapes}: expected [B, D] and [N, D]")
     if labels is None and len(document) < len(query):
         raise ValueError(f"{shapes}: expected a document for each query, or labels with the document of each query")
-    if labels is not None and labels.shape != query.shape[:1]:
-        raise ValueError(f"{shapes}, labels {list(labels.shape)}: expected labels [B], one for each query")
+    _check_shape("labels", labels, len(query))
     if labels is not None:
         check_ids("labels", labels, len(document), ignore_index)
+    if excluded is not None:
+        if symmetric and labels is not None:
+            raise ValueError("symmetric is true, and excluded and labels are given: expected only one of these two")
+        _check_shape("excluded", excluded, len(excluded), 2)
+        limits = excluded.new_tensor([len(query), len(document)])
+        check((excluded >= 0) & (excluded < limits), "excluded names a query or a document that is not there")
     query, document = _autocast(query, document)
-    options = dict(scale=scale, symmetric=symmetric, ignore_index=ignore_index)
+    options = dict(scale=scale, symmetric=symmetric, excluded=excluded, ignore_index=ignore_index)
     return _run("contrastive_cross_entropy", impl, query, document, labels, **options)
