@@ -65,6 +65,17 @@ def _flash_attn_layer_norm(arguments):
     return run_of(call, arguments)
 
 
+def _torch_rms_norm(arguments):
+    return run_of(lambda x, weight: F.rms_norm(x, x.shape[-1:], weight, 1e-6), arguments)
+
+
+def _liger_rms_norm(arguments):
+    peers.gpu_library("liger_kernel", arguments)
+    from liger_kernel.transformers.functional import liger_rms_norm
+
+    return run_of(lambda x, weight: liger_rms_norm(x, weight, 1e-6), arguments)
+
+
 PEERS = {
     "layer_norm": {
         "eager, padded": _in_the_rectangle("layer_norm", "x", "residual"),
@@ -72,6 +83,7 @@ PEERS = {
         "flash_attn": _flash_attn_layer_norm,
     },
     "bias_gelu": {"eager, padded": _in_the_rectangle("bias_gelu", "x")},
+    "rms_norm": {"torch rms_norm": _torch_rms_norm, "liger": _liger_rms_norm},
     "embedding": {
         "eager, padded": _in_the_rectangle("embedding", "input_ids", "position_ids", "token_type_ids"),
     },

@@ -157,6 +157,8 @@ CASES = [
     Case("layer_norm", "residual, dropout", add_norm, dict(T=32), dropout_p=DROPOUT),
     Case("bias_gelu", "F = 3072", {"add, gelu": plain("bias_gelu"), "gelu alone": gelu_alone}, dict(T=16)),
     Case("gelu_layer_norm", "M = 2458", {"add, gelu, layer_norm": plain("gelu_layer_norm")}, dict(M=32)),
+    Case("rms_norm", "D = 768", {"as in transformers": plain("rms_norm")}, dict(T=32)),
+    Case("gated_activation", "F = 3072", {"gelu, product": plain("gated_activation")}, dict(T=16)),
     # three chunks of sorted ids
     Case("embedding", "dropout", {"lookups, layer_norm, dropout": plain("embedding")},
          dict(T=136, D=256, V=150, P=100), dropout_p=DROPOUT),

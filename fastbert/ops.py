@@ -13,7 +13,6 @@ kernels have none.
 """
 
 import importlib.util
-import itertools
 import os
 from collections.abc import Callable, Sequence
 
@@ -27,6 +26,9 @@ from .cpu import ops as cpu
 from .cpu.autograd import in_memory as in_memory
 from .cpu.autograd import is_transformed as is_transformed
 from .cpu.inference import PostNorm as PostNorm
+from .values import check as check
+from .values import check_ids as check_ids
+from .values import check_sequences
 
 IMPLEMENTATIONS = ("auto", "triton", "cpu", "reference")
 IMPL = os.environ.get("FASTBERT_IMPL", "auto")
@@ -61,12 +63,16 @@ def _kernel(op):
             from .kernels import disentangled_attention as module
         case "embedding":
             from .kernels import embedding as module
+        case "gated_activation":
+            from .kernels import gated_activation as module
         case "gelu_layer_norm":
             from .kernels import gelu_layer_norm as module
         case "layer_norm":
             from .kernels import layer_norm as module
         case "pooling":
             from .kernels import pooling as module
+        case "rms_norm":
+            from .kernels import rms_norm as module
     return getattr(module, op)
 
 
@@ -204,58 +210,6 @@ def _check_shape(name, x, *shape):
         raise ValueError(f"{name} has shape {list(x.shape)}: expected {list(shape)}")
 
 
-def check_ids(name: str, ids: torch.Tensor, rows: int, ignore_index: int | None = None) -> None:
-    """Raise ValueError if `ids` are no integers, or if one is neither 0 .. rows - 1 nor `ignore_index`; see `check`."""
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise ValueError(f"{name} are of {ids.dtype}: expected integers")
-    expected = f"expected 0 to {rows - 1}" + ("" if ignore_index is None else f", or {ignore_index} for none")
-    if ids.is_meta or not ids.numel():
-        return
-    is_known = ids.clamp(0, rows - 1) == ids
-    if ignore_index is not None:
-        is_known |= ids == ignore_index
-    if torch.compiler.is_compiling() or not _is_readable(ids):
-        check(is_known, f"{name} outside [0, {rows}): {expected}")
-    elif not is_known.all():
-        raise ValueError(f"{name} hold {int(ids[~is_known][0])}: {expected}")
-
-
-def check(is_right: torch.Tensor, error: str) -> None:
-    """Raise ValueError(error) unless all of `is_right` is true.
-
-    On a GPU and in compiled code the device asserts it, so that nothing waits for the values.
-    """
-    if torch.compiler.is_compiling() or is_right.is_cuda:
-        torch._assert_async(is_right.all(), error)
-    elif _is_readable(is_right) and not is_right.all():
-        raise ValueError(error)
-
-
-def _is_readable(x):
-    """Whether the host can read the values of x at once: in its memory, neither fake nor batched by torch.func."""
-    return x.device.type == "cpu" and type(x) is torch.Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-
-
-def _check_sequences(cu_seqlens, rows, max_seqlen, name="cu_seqlens"):
-    """Raises ValueError unless the sequences follow one another within the rows and none is longer than max_seqlen.
-
-    On a CPU only: on a GPU the host would have to wait for the values.
-    """
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
-        raise ValueError(f"{name} has shape {tuple(cu_seqlens.shape)}: expected [B + 1]")
-    if torch.compiler.is_compiling() or not _is_readable(cu_seqlens):
-        return
-    starts = cu_seqlens.tolist()
-    lengths = [end - start for start, end in itertools.pairwise(starts)]
-    if starts[0] != 0 or starts[-1] > rows or min(lengths, default=0) < 0:
-        raise ValueError(f"{name} runs from {starts[0]} to {starts[-1]}: expected 0 to at most {rows} rows, ascending")
-    if max_seqlen is not None and max(lengths, default=0) > max_seqlen:
-        name = name.replace("cu_seqlens", "max_seqlen")
-        raise ValueError(
-            f"{name} is {max_seqlen}: expected at least {max(lengths)}, the length of the longest sequence"
-        )
-
-
 def dropout(x: torch.Tensor, dropout_p: float, seed: torch.Tensor | None, offset: int = 0) -> torch.Tensor:
     """Dropout of x [T, D] where no kernel includes it: see `reference.dropout`."""
     _check_dropout(dropout_p, seed)
@@ -318,7 +272,7 @@ def _check_attention(q, k, v, cu_seqlens, max_seqlen, scale, cu_seqlens_q=None, 
             f"q, k, v have shapes {', '.join(map(str, shapes))}: expected q [T, 3, H, K] alone, or q [M, H, K] with "
             "k [T, 2, H, K], or with k and v [T, H, K]"
         )
-    _check_sequences(cu_seqlens, len(q if k is None else k), max_seqlen)
+    check_sequences(cu_seqlens, len(q if k is None else k), max_seqlen)
     if cu_seqlens_q is None:
         if k is not None and len(k) != len(q):
             raise ValueError(f"q has {len(q)} rows and k {len(k)}: expected equal numbers, or cu_seqlens_q")
@@ -327,7 +281,7 @@ def _check_attention(q, k, v, cu_seqlens, max_seqlen, scale, cu_seqlens_q=None, 
     elif cu_seqlens_q.shape != cu_seqlens.shape:
         raise ValueError(f"cu_seqlens_q has shape {tuple(cu_seqlens_q.shape)}: expected {tuple(cu_seqlens.shape)}")
     else:
-        _check_sequences(cu_seqlens_q, len(q), max_seqlen_q, "cu_seqlens_q")
+        check_sequences(cu_seqlens_q, len(q), max_seqlen_q, "cu_seqlens_q")
     if scale is not None and not scale > 0:
         raise ValueError(f"scale is {scale}: expected a number above 0")
     if window is not None and not (isinstance(window, int) and window >= 0):
@@ -427,6 +381,28 @@ def gelu_layer_norm(
     return _run("gelu_layer_norm", impl, x, bias, weight, ln_bias, approximate=approximate, eps=eps, dtype=dtype)
 
 
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float = 1e-6, impl: str | None = None) -> torch.Tensor:
+    """x over the root of its mean square, times the weight, in one pass: see `reference.rms_norm`."""
+    _check_shape("weight", weight, x.shape[-1])
+    return _run("rms_norm", impl, x, weight, eps=eps)
+
+
+def gated_activation(
+    x: torch.Tensor, *, activation: str = "gelu", gate: str = "first", impl: str | None = None
+) -> torch.Tensor:
+    """One half of x through an activation, times the other half, in one pass: see `reference.gated_activation`.
+
+    Raises ValueError for another activation or gate, and for an odd number of columns.
+    """
+    if activation not in ("gelu", "gelu_tanh", "silu"):
+        raise ValueError(f"activation={activation!r}: expected gelu, gelu_tanh or silu")
+    if gate not in ("first", "last"):
+        raise ValueError(f"gate={gate!r}: expected first or last")
+    if x.shape[-1] % 2:
+        raise ValueError(f"x has shape {list(x.shape)}: expected an even number of columns, two halves")
+    return _run("gated_activation", impl, x, activation=activation, gate=gate)
+
+
 def embedding(
     input_ids: torch.Tensor, position_ids: torch.Tensor | None, token_type_ids: torch.Tensor | None,
     word: torch.Tensor, position: torch.Tensor | None, token_type: torch.Tensor | None, weight: torch.Tensor,
@@ -457,7 +433,7 @@ def pooling(
     dtype: torch.dtype | None = None, impl: str | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """One vector for each packed sequence, with L2 normalisation, in one pass: see `reference.pooling`."""
-    _check_sequences(cu_seqlens, len(hidden), None)
+    check_sequences(cu_seqlens, len(hidden), None)
     if normalize or mode in ("mean", "mean_sqrt_len_tokens", "weightedmean"):
         dtype = dtype or _wide_under_autocast(hidden)
     return _run("pooling", impl, hidden, cu_seqlens, mode=mode, normalize=normalize, eps=eps, dtype=dtype)
@@ -479,22 +455,27 @@ def masked_cross_entropy(
 
 def contrastive_cross_entropy(
     query: torch.Tensor, document: torch.Tensor, labels: torch.Tensor | None = None, *,
-    scale: float | torch.Tensor = 1.0, symmetric: bool = False, ignore_index: int = -100, impl: str | None = None,
+    scale: float | torch.Tensor = 1.0, symmetric: bool = False, excluded: torch.Tensor | None = None,
+    ignore_index: int = -100, impl: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Each query's document against all others, without keeping the scores: see `reference.contrastive_cross_entropy`.
 
-    Raises ValueError if queries and documents have different widths, if there is not one label per query, or if there
-    are no labels and fewer documents than queries.
+    Raises ValueError for arguments that do not fit, such as fewer documents than queries without labels.
     """
     shapes = f"query {list(query.shape)}, document {list(document.shape)}"
     if query.dim() != 2 or document.dim() != 2 or query.shape[1] != document.shape[1]:
         raise ValueError(f"{shapes}: expected [B, D] and [N, D]")
     if labels is None and len(document) < len(query):
         raise ValueError(f"{shapes}: expected a document for each query, or labels with the document of each query")
-    if labels is not None and labels.shape != query.shape[:1]:
-        raise ValueError(f"{shapes}, labels {list(labels.shape)}: expected labels [B], one for each query")
+    _check_shape("labels", labels, len(query))
     if labels is not None:
         check_ids("labels", labels, len(document), ignore_index)
+    if excluded is not None:
+        if symmetric and labels is not None:
+            raise ValueError("symmetric is true, and excluded and labels are given: expected only one of these two")
+        _check_shape("excluded", excluded, len(excluded), 2)
+        limits = excluded.new_tensor([len(query), len(document)])
+        check((excluded >= 0) & (excluded < limits), "excluded names a query or a document that is not there")
     query, document = _autocast(query, document)
-    options = dict(scale=scale, symmetric=symmetric, ignore_index=ignore_index)
+    options = dict(scale=scale, symmetric=symmetric, excluded=excluded, ignore_index=ignore_index)
     return _run("contrastive_cross_entropy", impl, query, document, labels, **options)

@@ -287,6 +287,27 @@ def gelu_layer_norm(x, bias, weight, ln_bias, *, approximate="none", eps=1e-12, 
     return layer_norm(bias_gelu(x, bias, approximate=approximate), weight, ln_bias, eps=eps, dtype=dtype)
 
 
+def rms_norm(x, weight, *, eps=1e-6):
+    """x / sqrt(mean(x²) + eps) · weight. x [T, D], weight [D]. Returns [T, D] in x's dtype.
+
+    Source: Zhang & Sennrich 2019.
+    """
+    z = x.to(wide(x.dtype))
+    return (z * torch.rsqrt(z.square().mean(-1, keepdim=True) + eps) * weight.to(z.dtype)).to(x.dtype)
+
+
+def gated_activation(x, *, activation="gelu", gate="first"):
+    """One half of x [T, 2 F] through an activation, times the other half: [T, F] in x's dtype.
+
+    activation: "gelu" (exact), "gelu_tanh" or "silu". gate: the half that goes through it, "first" or "last". Source:
+    Shazeer 2020.
+    """
+    gated, others = x.chunk(2, -1)[:: 1 if gate == "first" else -1]
+    if activation == "silu":
+        return F.silu(gated) * others
+    return F.gelu(gated, approximate="tanh" if activation == "gelu_tanh" else "none") * others
+
+
 def embedding(
     input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, *,
     padding_idx=-1, eps=1e-12, dropout_p=0.0, seed=None, offset=0, dtype=None,
@@ -375,25 +396,41 @@ def _cross_entropy(logits, labels, is_labelled, label_smoothing=0.0):
     return losses.where(is_labelled, 0).sum(), is_labelled.sum(), is_right.sum()
 
 
-def contrastive_cross_entropy(query, document, labels=None, *, scale=1.0, symmetric=False, ignore_index=-100):
+def contrastive_cross_entropy(
+    query, document, labels=None, *, scale=1.0, symmetric=False, excluded=None, ignore_index=-100
+):  # fmt: skip
     """InfoNCE: the cross-entropy of `scale * query @ documentᵀ` over the documents.
 
     query [B, D], document [N, D]; labels int64 [B]: the row of each query's document, or `ignore_index`; None: 0 ..
-    B - 1. All other documents are negatives. scale: the inverse temperature, a number or a 0-dimensional tensor, which
-    gets a gradient. symmetric: the mean of this and of the cross-entropy from each query's document to all queries with
-    a label. Returns `(loss_sum, count, correct)`: the sum of the losses (fp32), the number of queries with a label, and
-    the number of those that score their own document highest.
+    B - 1. All other documents are negatives, but for those in excluded, int64 [P, 2]: pairs (query, document), such as
+    documents that are right, too. scale: the inverse temperature, a number or a 0-dimensional tensor, which gets a
+    gradient. symmetric: the mean of this and of the cross-entropy from each query's document to all queries with a
+    label; with excluded, it needs labels None. Returns `(loss_sum, count, correct)`: the sum of the losses (fp32),
+    the number of queries with a label, and the number of those that score their own document highest.
     """
     numbers = torch.arange(len(query), device=query.device)
     is_labelled = torch.ones_like(numbers, dtype=torch.bool) if labels is None else labels != ignore_index
     labels = numbers if labels is None else labels
     query = query.where(is_labelled[:, None], 0).to(wide(query.dtype))
     document = document.to(query.dtype)
-    forward = _cross_entropy(query * scale @ document.T, labels, is_labelled)
+    if torch.is_tensor(scale):
+        scale = scale.to(query.dtype)
+    scores = _without_pairs(query * scale @ document.T, excluded)
+    forward = _cross_entropy(scores, labels, is_labelled)
     if not symmetric:
         return forward
     own = document[labels.masked_fill(~is_labelled, 0)]
     # a query without a label is not a negative
     scores = (own * scale @ query.T).masked_fill(~is_labelled, float("-inf"))
+    scores = _without_pairs(scores, None if excluded is None else excluded[excluded[:, 1] < len(own)].flip(1))
     backward = _cross_entropy(scores, numbers, is_labelled)
     return (forward[0] + backward[0]) / 2, *forward[1:]
+
+
+def _without_pairs(scores, pairs):
+    """scores with -inf at `pairs`, int64 [P, 2]."""
+    if pairs is None:
+        return scores
+    is_excluded = torch.zeros_like(scores, dtype=torch.bool)
+    is_excluded[pairs[:, 0], pairs[:, 1]] = True
+    return scores.masked_fill(is_excluded, float("-inf"))

@@ -62,6 +62,25 @@ def gelu_derivative(x, TANH: tl.constexpr):
 
 
 @triton.jit
+def activated(x, ACTIVATION: tl.constexpr):
+    """SiLU ("silu"), or GELU ("gelu", "gelu_tanh")."""
+    if ACTIVATION == "silu":
+        s, _ = sigmoid(x)
+        return x * s
+    else:
+        return gelu(x, ACTIVATION == "gelu_tanh")
+
+
+@triton.jit
+def activation_derivative(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "silu":
+        s, ds = sigmoid(x)
+        return s + x * ds
+    else:
+        return gelu_derivative(x, ACTIVATION == "gelu_tanh")
+
+
+@triton.jit
 def row_start(row, stride, ALIGN: tl.constexpr):
     """row * stride, for a stride that is a multiple of ALIGN.
 

@@ -259,6 +259,15 @@ def score_buffers(M, V, hidden, scale, gradients):
     return scores, torch.empty(rows, padded, dtype=hidden.dtype, **new) if apart else scores
 
 
+def _exclude(logits, pairs, start):
+    """Write -inf to the scores of `pairs`, int64 [P, 2], of a row, counted from `start`, and a column."""
+    rows = pairs[:, 0] - start
+    # the size of a boolean index would have to be waited for: what is not in this chunk adds 0
+    is_here = (rows >= 0) & (rows < len(logits))
+    off = logits.new_zeros(len(pairs)).masked_fill(is_here, -float("inf"))
+    logits.index_put_((rows.where(is_here, 0), pairs[:, 1].where(is_here, 0)), off, accumulate=True)
+
+
 def _without_ignored(x, labels, ignore_index):
     # an ignored row may hold anything, and 0 * NaN is NaN in a product over rows
     return x.masked_fill((labels == ignore_index)[:, None], 0.0)
@@ -269,7 +278,7 @@ def _padded(bias):
     return bias if bias is None else torch.nn.functional.pad(bias, (0, -len(bias) % 64))
 
 
-def masked_cross_entropy_fwd(hidden, weight, bias, labels, scale, ignore_index, label_smoothing, wants):
+def masked_cross_entropy_fwd(hidden, weight, bias, labels, scale, excluded, ignore_index, label_smoothing, wants):
     """(loss_sum, correct, dhidden, dweight, dbias, dscale), the last four for a loss gradient of 1.
 
     dweight, dbias and dscale are fp32. dhidden and dweight are not yet multiplied by the scale. wants: whether hidden,
@@ -292,6 +301,8 @@ def masked_cross_entropy_fwd(hidden, weight, bias, labels, scale, ignore_index, 
         x, targets, logits = hidden[chunk], labels[chunk], scores[: chunk.stop - start]
         state = [part[chunk] for part in (loss, correct, maximum, total)]
         product(logits[:, :V], x, weight.T)
+        if excluded is not None:
+            _exclude(logits, excluded, start)
         _fwd_chunk(logits, scale, bias, targets, state, V, options)
         if dscores is None:
             continue
@@ -309,7 +320,7 @@ def masked_cross_entropy_fwd(hidden, weight, bias, labels, scale, ignore_index, 
     return loss.sum(), correct.sum(), dhidden, dweight, dbias, dscale
 
 
-def _masked_cross_entropy_fwd_fake(hidden, weight, bias, labels, scale, ignore_index, label_smoothing, wants):
+def _masked_cross_entropy_fwd_fake(hidden, weight, bias, labels, scale, excluded, ignore_index, label_smoothing, wants):
     wide = dict(dtype=torch.float32)
     for_hidden, for_weight, for_bias, for_scale = wants
     return (
@@ -323,7 +334,7 @@ def _masked_cross_entropy_fwd_fake(hidden, weight, bias, labels, scale, ignore_i
 
 _fwd = register(
     "masked_cross_entropy_fwd(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? scale, "
-    "int ignore_index, float label_smoothing, bool[] wants) "
+    "Tensor? excluded, int ignore_index, float label_smoothing, bool[] wants) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     masked_cross_entropy_fwd,
     _masked_cross_entropy_fwd_fake,
@@ -332,9 +343,11 @@ _fwd = register(
 
 class MaskedCrossEntropyFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, scale, ignore_index, label_smoothing, wants):
+    def forward(ctx, hidden, weight, bias, labels, scale, excluded, ignore_index, label_smoothing, wants):
         count = (labels != ignore_index).sum()
-        loss_sum, correct, *made = _fwd(hidden, weight, bias, labels, scale, ignore_index, label_smoothing, wants)
+        loss_sum, correct, *made = _fwd(
+            hidden, weight, bias, labels, scale, excluded, ignore_index, label_smoothing, wants
+        )  # fmt: skip
         ctx.save_for_backward(scale, *made)
         ctx.wants = wants
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias, scale)]
@@ -349,14 +362,16 @@ class MaskedCrossEntropyFunction(torch.autograd.Function):
         # out of place, so that a second backward gets the same
         each = zip(ctx.wants, made, (inner, inner, dloss, dloss), ctx.dtypes)
         dhidden, dweight, dbias, dscale = (_scaled(*rest) if wanted else None for wanted, *rest in each)
-        return dhidden, dweight, dbias, None, dscale, None, None, None
+        return dhidden, dweight, dbias, None, dscale, None, None, None, None
 
 
-def _cross_entropy(hidden, weight, bias, labels, scale, ignore_index, label_smoothing=0.0):
+def _cross_entropy(hidden, weight, bias, labels, scale, ignore_index, label_smoothing=0.0, excluded=None):
     # checked here: inside a Function gradient mode is off, and parameters require gradients even under no_grad
     enabled = torch.is_grad_enabled()
     wants = [enabled and x is not None and x.requires_grad for x in (hidden, weight, bias, scale)]
-    return MaskedCrossEntropyFunction.apply(hidden, weight, bias, labels, scale, ignore_index, label_smoothing, wants)
+    return MaskedCrossEntropyFunction.apply(
+        hidden, weight, bias, labels, scale, excluded, ignore_index, label_smoothing, wants
+    )  # fmt: skip
 
 
 def masked_cross_entropy(hidden, weight, bias, labels, *, ignore_index=-100, label_smoothing=0.0):
@@ -374,15 +389,18 @@ def masked_cross_entropy(hidden, weight, bias, labels, *, ignore_index=-100, lab
     return _cross_entropy(hidden, weight, bias, labels, None, ignore_index, label_smoothing)
 
 
-def contrastive_cross_entropy(query, document, labels=None, *, scale=1.0, symmetric=False, ignore_index=-100):
+def contrastive_cross_entropy(
+    query, document, labels=None, *, scale=1.0, symmetric=False, excluded=None, ignore_index=-100
+):  # fmt: skip
     """InfoNCE: the cross-entropy of `scale * query @ documentᵀ` over the documents, without all scores in memory.
 
     query [B, D] and document [N, D] in fp32, fp16 or bf16, of one dtype, any strides; labels int64 [B]: the row of each
-    query's document, or `ignore_index` (None: 0 .. B - 1). All other documents are its negatives. scale: the inverse
-    temperature, a number or a 0-dimensional tensor on the same device, which gets a gradient. symmetric: the mean of
-    this and of the cross-entropy from each query's document to all queries with a label. Returns `(loss_sum, count,
-    correct)`: the sum of the losses (fp32), the number of queries with a label, and the number of those that score
-    their own document highest.
+    query's document, or `ignore_index` (None: 0 .. B - 1). All other documents are its negatives, but for the pairs
+    (query, document) in excluded, int64 [P, 2]. scale: the inverse temperature, a number or a 0-dimensional tensor on
+    the same device, which gets a gradient. symmetric: the mean of this and of the cross-entropy from each query's
+    document to all queries with a label; with excluded, it needs labels None. Returns `(loss_sum, count, correct)`:
+    the sum of the losses (fp32), the number of queries with a label, and the number of those that score their own
+    document highest.
 
     Source: van den Oord et al. 2018; symmetric: Radford et al. 2021, as sentence-transformers has it.
     """
@@ -392,7 +410,7 @@ def contrastive_cross_entropy(query, document, labels=None, *, scale=1.0, symmet
     if labels is None:
         labels = torch.arange(len(query), device=query.device)
         ignore_index, own = -1, document[: len(query)]
-    forward = _cross_entropy(query, document, None, labels, scale, ignore_index)
+    forward = _cross_entropy(query, document, None, labels, scale, ignore_index, excluded=excluded)
     if not symmetric:
         return forward
     targets = labels
@@ -402,5 +420,6 @@ def contrastive_cross_entropy(query, document, labels=None, *, scale=1.0, symmet
         # a query without a label is not a negative
         own, query = document[labels.masked_fill(~picked, 0)], query.masked_fill(~picked[:, None], 0.0)
         absent = scale.new_zeros(len(query)).masked_fill(~picked, -float("inf"))
-    backward = _cross_entropy(own, query, absent, targets, scale, -1)
+    excluded = None if excluded is None else excluded.flip(1)
+    backward = _cross_entropy(own, query, absent, targets, scale, -1, excluded=excluded)
     return (forward[0] + backward[0]) / 2, *forward[1:]

@@ -106,6 +106,20 @@ MUTANTS = [
         "tests/kernels/test_gelu_layer_norm.py::test_values_and_gradients",
     ),
     Mutant(
+        "gated-activation-halves-of-the-gradient-swapped",
+        "kernels/gated_activation.py",
+        "tl.store(out + GATE, dy",
+        "tl.store(out + F - GATE, dy",
+        "tests/kernels/test_gated_activation.py::test_values_and_gradients",
+    ),
+    Mutant(
+        "rms-norm-mean-over-the-tiles",
+        "kernels/rms_norm.py",
+        "row_sum(products) / D",
+        "row_sum(products) / (TILES * BLOCK_D)",
+        "tests/kernels/test_rms_norm.py::test_values_and_gradients",
+    ),
+    Mutant(
         "embedding-dbias-at-the-wrong-offset",
         "kernels/embedding.py",
         "out + (1 + TYPES) * D, tl.sum(dbias",

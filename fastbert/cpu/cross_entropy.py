@@ -18,7 +18,7 @@ class MaskedCrossEntropyFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, ignore_index, label_smoothing, wants):
+    def forward(ctx, hidden, weight, bias, labels, ignore_index, label_smoothing, wants, excluded):
         has_label = labels != ignore_index
         count = has_label.sum()
         picked, is_complete = _pick(has_label, count)
@@ -37,6 +37,8 @@ class MaskedCrossEntropyFunction(torch.autograd.Function):
                 labelled = has_label[chunk, None]
                 rows = rows.where(labelled, 0)
             logits = matmul(rows, weight.t(), bias)
+            if excluded is not None:
+                _exclude(logits, excluded, chunk, len(labels))
             losses, is_right, dlogits = _softmax(logits, target, labelled, label_smoothing)
             loss_sum += losses.sum()
             correct += is_right.sum()
@@ -58,6 +60,7 @@ class MaskedCrossEntropyFunction(torch.autograd.Function):
                 hidden, weight, bias, labels, picked, drows, dbias, earlier, *(last if wants[1] else (None, None))
             )
         ctx.wants, ctx.options = wants, dict(ignore_index=ignore_index, label_smoothing=label_smoothing)
+        ctx.excluded = excluded
         ctx.mark_non_differentiable(count, correct)
         return loss_sum, count, correct
 
@@ -65,8 +68,12 @@ class MaskedCrossEntropyFunction(torch.autograd.Function):
     def backward(ctx, dloss, dcount, dcorrect):
         hidden, weight, bias, labels, picked, drows, dbias, earlier, dlogits, rows = ctx.saved_tensors
         if runs_by_autograd(dloss):
-            loss = lambda *inputs: reference.masked_cross_entropy(*inputs, labels, **ctx.options)[0]  # noqa: E731
-            return *derivatives(loss, (hidden, weight, bias), dloss), None, None, None, None
+            op, options, inputs = reference.masked_cross_entropy, ctx.options, (hidden, weight, bias)
+            if ctx.excluded is not None:
+                op, inputs = reference.contrastive_cross_entropy, (hidden, weight)
+                options = dict(ignore_index=options["ignore_index"], excluded=ctx.excluded)
+            found = derivatives(lambda *inputs: op(*inputs, labels, **options)[0], inputs, dloss)
+            return *found, *[None] * (8 - len(found))
         # one dimension: a 0-dimensional tensor would be rounded to half precision in a product with it
         dloss = dloss.reshape(1)
         dhidden = dweight = None
@@ -82,7 +89,7 @@ class MaskedCrossEntropyFunction(torch.autograd.Function):
                 dweight = _word_sums(dlogits, rows * dloss.to(rows.dtype))
             dweight = (dweight if earlier is None else (earlier * dloss).add_(dweight)).to(weight.dtype)
         dbias = (dbias * dloss).to(bias.dtype) if ctx.wants[2] else None
-        return dhidden, dweight, dbias, None, None, None, None
+        return dhidden, dweight, dbias, None, None, None, None, None
 
 
 def _pick(has_label, count):
@@ -94,6 +101,16 @@ def _pick(has_label, count):
     if (number := int(count)) > 0.75 * len(has_label):
         return None, number == len(has_label)
     return has_label.nonzero()[:, 0], True
+
+
+def _exclude(logits, pairs, chunk, M):
+    """Write -inf to the logits of `pairs`, int64 [P, 2], of a row of M and a column. chunk: the rows of the logits."""
+    place = torch.full((M,), -1)
+    place[chunk] = torch.arange(len(logits))
+    rows = place[pairs[:, 0].clamp(max=M - 1)].where(pairs[:, 0] < M, -1)
+    # no boolean index, whose size torch.compile does not know: what is not here adds 0
+    off = logits.new_zeros(len(pairs)).masked_fill_(rows >= 0, -float("inf"))
+    logits.index_put_((rows.clamp(min=0), pairs[:, 1].where(rows >= 0, 0)), off, accumulate=True)
 
 
 def _place(target, V):
@@ -151,13 +168,21 @@ def _word_sums(dlogits, rows):
 
 
 def masked_cross_entropy(hidden, weight, bias, labels, *, ignore_index=-100, label_smoothing=0.0):
+    return _cross_entropy(hidden, weight, bias, labels, ignore_index, label_smoothing)
+
+
+def _cross_entropy(hidden, weight, bias, labels, ignore_index, label_smoothing=0.0, excluded=None):
     # checked here: inside a Function gradients look disabled, and needs_input_grad ignores no_grad
     enabled = torch.is_grad_enabled()
     wants = [enabled and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    return MaskedCrossEntropyFunction.apply(hidden, weight, bias, labels, ignore_index, label_smoothing, wants)
+    return MaskedCrossEntropyFunction.apply(
+        hidden, weight, bias, labels, ignore_index, label_smoothing, wants, excluded
+    )  # fmt: skip
 
 
-def contrastive_cross_entropy(query, document, labels=None, *, scale=1.0, symmetric=False, ignore_index=-100):
+def contrastive_cross_entropy(
+    query, document, labels=None, *, scale=1.0, symmetric=False, excluded=None, ignore_index=-100
+):  # fmt: skip
     # fp32 or wider: a scale magnifies rounding errors
     query, document = (x.to(reference.wide(query.dtype)) for x in (query, document))
     numbers = torch.arange(len(query), device=query.device)
@@ -166,12 +191,15 @@ def contrastive_cross_entropy(query, document, labels=None, *, scale=1.0, symmet
     picked = labels != ignore_index
     # a query without a label may hold anything
     query = query.masked_fill(~picked[:, None], 0.0)
-    forward = masked_cross_entropy(query * scale, document, None, labels, ignore_index=ignore_index)
+    forward = _cross_entropy(query * scale, document, None, labels, ignore_index, excluded=excluded)
     if not symmetric:
         return forward
     own = document.index_select(0, labels.masked_fill(~picked, 0))
     # nor is it a negative
     absent = query.new_zeros(len(query)).masked_fill(~picked, -float("inf"))
     numbers = numbers.masked_fill(~picked, -1)
-    backward = masked_cross_entropy(own * scale, query, absent, numbers, ignore_index=-1)
+    if excluded is not None:
+        # without labels: pairs of a query and its negative have no counterpart
+        excluded, absent = excluded.flip(1), None
+    backward = _cross_entropy(own * scale, query, absent, numbers, -1, excluded=excluded)
     return (forward[0] + backward[0]) / 2, *forward[1:]

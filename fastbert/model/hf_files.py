@@ -232,9 +232,12 @@ def load_model(make, directory, *, head, other=None, config_changes=None, allow_
     return model
 
 
-def save_model(model, directory, *, elsewhere=()):
-    """Write model.safetensors, then config.json, under HuggingFace's names; parameters `elsewhere.` are left out."""
-    directory, head = Path(directory), type(model).__name__
+def save_model(model, directory, *, elsewhere=(), head=None):
+    """Write model.safetensors, then config.json, under HuggingFace's names; parameters `elsewhere.` are left out.
+
+    head: the name of the model's class, if it is saved as another.
+    """
+    directory, head = Path(directory), head or type(model).__name__
     architectures = family(model.config.model_type).architectures
     if head not in architectures:
         raise ValueError(

@@ -146,12 +146,11 @@ class GatedFeedForward(nn.Module):
             up = ops.linear(x, self.up.weight, self.up.bias)
         else:
             up = ops.linears(x, [self.gate.weight, self.up.weight], [self.gate.bias, self.up.bias])
-        first, last = up.chunk(2, -1)
-        gate, x = (last, first) if self.config.gate == "last" else (first, last)
-        approximate = self.config.approximate
-        # SiLU is the only other activation
-        gate = nn.functional.silu(gate) if approximate is None else ops.bias_gelu(gate, None, approximate=approximate)
-        return ops.linear(dropped(gate * x, self.config.mlp_dropout, dropout), self.down.weight, self.down.bias)
+        gate = "last" if self.config.gate == "last" else "first"
+        # SiLU is the only activation that is no GELU
+        activation = {"none": "gelu", "tanh": "gelu_tanh", None: "silu"}[self.config.approximate]
+        x = dropped(ops.gated_activation(up, activation=activation, gate=gate), self.config.mlp_dropout, dropout)
+        return ops.linear(x, self.down.weight, self.down.bias)
 
 
 class Norm(nn.LayerNorm):

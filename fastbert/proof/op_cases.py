@@ -3,8 +3,7 @@
 One table for the report of the compiler, the benchmarks of ops, counted traffic, the tuning of launches, and the tests
 that go through all ops. What other libraries offer instead of an op stands in the benchmarks.
 
-Letters: S longest sequence, T packed rows, M picked rows, D hidden, F feed-forward, H heads, K head size, V vocabulary,
-P positions, R buckets of relative positions, Q queries, N documents.
+Letters as in `op_sizes.py`.
 """
 
 from collections.abc import Callable
@@ -14,88 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import reference
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How large a call is."""
-
-    lengths: tuple
-    T: int
-    D: int = 768
-    H: int = 12
-    F: int = 3072
-    V: int = 30522
-    P: int = 512
-    R: int = 256
-    M: int = 1
-    Q: int = 1
-    N: int = 1
-    dtype: torch.dtype = torch.bfloat16
-    dropout_p: float = 0.0
-
-    @property
-    def S(self):
-        return max(self.lengths)
-
-    @property
-    def K(self):
-        return self.D // self.H
-
-    @property
-    def row(self):
-        """Bytes of one row of hidden states."""
-        return self.D * self.dtype.itemsize
-
-    @property
-    def pairs(self):
-        """Multiply-adds of one product of queries and keys."""
-        return self.D * sum(n * n for n in self.lengths)
-
-
-class Tensors:
-    """Makes the tensors of a call: random numbers, on the "meta" device none. wide: dtype of parameters, if another."""
-
-    def __init__(self, sizes, device, wide=None):
-        self.sizes, self.device, self.wide = sizes, torch.device(device), wide or sizes.dtype
-
-    def normal(self, *shape, scale=1.0):
-        return torch.randn(*shape, device=self.device, dtype=self.sizes.dtype) * scale
-
-    def parameter(self, *shape):
-        """A parameter, or what a residual is added to: fp32 under autocast."""
-        return torch.randn(*shape, device=self.device, dtype=self.wide)
-
-    def ids(self, below, count):
-        return torch.randint(below, (count,), device=self.device)
-
-    def sequences(self):
-        cu_seqlens = torch.tensor([0, *self.sizes.lengths], device=self.device).cumsum(0).to(torch.int32)
-        return dict(cu_seqlens=cu_seqlens, max_seqlen=self.sizes.S)
-
-    def dropout(self):
-        if not self.sizes.dropout_p:
-            return {}
-        # a seed that 32 bits do not hold
-        seed = torch.tensor([2**40 + 5], device=self.device)
-        return dict(dropout_p=self.sizes.dropout_p, seed=seed, offset=3)
-
-
-class Op:
-    """An entry of the table.
-
-    arguments(z, new): what one call takes, by name, from Sizes and Tensors; weights are scaled so that the loss is that
-    of an untrained model. floor(z): {pass: (bytes, FLOPs)} that no implementation goes below: each tensor once,
-    dropout's mask and padding never. plain: what a user writes without fastbert, in batches; dropout is torch's, whose
-    masks are others. Attention's takes the rectangle [B, H, S, K], a mask [B, 1, 1, S] of the keys or None, and
-    returns the rectangle.
-    """
-
-    # whose layers call it; benchmarks take the shapes of the first
-    models = ("bert-base", "bert-large", "minilm", "deberta-base")
-    has_dropout = False
-    # {case: how it is called} for the report of the compiler; see `without_data`
-    compiled: dict
+from .op_sizes import Op, Sizes, Tensors
 
 
 class Attention(Op):
@@ -231,6 +149,42 @@ class GeluLayerNorm(Op):
         return F.layer_norm(F.gelu(x + bias), x.shape[-1:], weight, ln_bias, 1e-12)
 
 
+class RmsNorm(Op):
+    compiled = {"plain": {}, "mixed": dict(is_mixed=True)}
+
+    @staticmethod
+    def arguments(z, new):
+        return dict(x=new.normal(z.T, z.D), weight=new.parameter(z.D))
+
+    @staticmethod
+    def floor(z):
+        return {"forward": (2 * z.T * z.row, 0), "backward": (3 * z.T * z.row, 0)}
+
+    @staticmethod
+    def plain(x, weight):
+        """As in transformers."""
+        wide = x.float()
+        return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+class GatedActivation(Op):
+    compiled = {"gelu": {}, "tanh": dict(activation="gelu_tanh"), "silu last": dict(activation="silu", gate="last")}
+
+    @staticmethod
+    def arguments(z, new):
+        return dict(x=new.normal(z.T, 2 * z.F))
+
+    @staticmethod
+    def floor(z):
+        wide = z.T * z.F * z.dtype.itemsize
+        return {"forward": (3 * wide, 0), "backward": (5 * wide, 0)}
+
+    @staticmethod
+    def plain(x):
+        gated, others = x.chunk(2, -1)
+        return F.gelu(gated) * others
+
+
 class Embedding(Op):
     has_dropout = True
     compiled = {"p=.1": dict(dropout_p=0.1, padding_idx=0)}
@@ -330,6 +284,8 @@ TABLE = {
     "pooling": Pooling,
     "contrastive_cross_entropy": ContrastiveCrossEntropy,
     "biased_attention": BiasedAttention,
+    "gated_activation": GatedActivation,
+    "rms_norm": RmsNorm,
 }
 OPS = list(TABLE)
 WITH_DROPOUT = [name for name, op in TABLE.items() if op.has_dropout]

@@ -142,6 +142,30 @@ class DebertaDisentangledSelfAttention(DebertaV2DisentangledSelfAttention):
         return "pos_proj", "pos_q_proj"
 
 
+def _rotated(x, position_embeddings):
+    """x [B, S, H, K] turned by (cos, sin), each [B or 1, S, K]."""
+    cos, sin = (table[:, :, None] for table in position_embeddings)
+    turning = x.float()
+    a, b = turning.chunk(2, -1)
+    return (turning * cos + torch.cat((-b, a), -1) * sin).to(x.dtype)
+
+
+class GteAttention(Attention):
+    """With rotary positions. A `Layout` comes under its own name, beside a mask that says nothing."""
+
+    RUNS = {"attention": "fused attention, rotary"}
+
+    def forward(self, hidden_states, position_embeddings=None, layout=None, **kwargs):
+        q, k, v = (
+            linear(getattr(self, name), hidden_states).view(*hidden_states.shape[:2], -1, self.head_dim)
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
+        q, k = (_rotated(x, position_embeddings) for x in (q, k))
+        dropout = dropout_arguments(self.attention_dropout if self.training else 0.0, q.device)
+        out = attend(layout, q, k, v, q.shape[2], scale=self.scaling, **dropout)
+        return linear(self.o_proj, out), None
+
+
 class ModernBertAttention(Attention):
     """With rotary positions; in some layers within a window."""
 
@@ -150,10 +174,7 @@ class ModernBertAttention(Attention):
     def forward(self, hidden_states, position_embeddings=None, attention_mask=None, **kwargs):
         B, S, D = hidden_states.shape
         qkv = linear(self.Wqkv, hidden_states).view(B, S, 3, -1, self.head_dim)
-        cos, sin = (table[:, :, None, None] for table in position_embeddings)
-        turning = qkv[:, :, :2].float()
-        a, b = turning.chunk(2, -1)
-        q, k = (turning * cos + torch.cat((-b, a), -1) * sin).to(qkv.dtype).unbind(2)
+        q, k = _rotated(qkv[:, :, :2].flatten(2, 3), position_embeddings).chunk(2, 2)
         options = dropout_arguments(self.attention_dropout if self.training else 0.0, q.device)
         # their window leaves out its last token, to suit flash-attention
         window = None if self.sliding_window is None else self.sliding_window - 1

@@ -189,7 +189,9 @@ def _sequences(module, found, B, S, cu_seq_lens_q=None, max_length_q=None, posit
     layout, restarts = found.layout, found.restarts
     if position_ids is not None and is_dry(position_ids):
         position_ids = None
-    if cu_seq_lens_q is None and restarts is not None and position_ids is not None and position_ids.shape == (1, S):
+    # nomic-embed passes one row of positions for all B sequences: only in a batch of one may they restart
+    is_row = B == 1 and position_ids is not None and position_ids.shape == (1, S)
+    if cu_seq_lens_q is None and restarts is not None and is_row:
         if not restarts:
             restarts["cu_seqlens"] = _restarts(position_ids)
         cu_seq_lens_q = restarts["cu_seqlens"]

@@ -6,7 +6,7 @@ Letters as in `steps.py`.
 from .. import ops
 from .steps import (
     Replacement,
-    gelu,
+    gated,
     gelu_norm,
     has_plain_parameters,
     layer_norm,
@@ -107,12 +107,33 @@ class AlbertLayer(TokenWise):
 
 
 class ModernBertMLP(TokenWise):
-    RUNS = {"gelu": "linear, fused GELU"}
+    RUNS = {"gelu": "linear, fused GELU and product"}
     refuses = refuses_activation("act")
 
     def forward(self, hidden_states):
-        x, gate = linear(self.Wi, hidden_states).chunk(2, -1)
-        return linear(self.Wo, self.drop(gelu(self.act, x) * gate))
+        return linear(self.Wo, self.drop(gated(self.act, linear(self.Wi, hidden_states))))
+
+
+class GteLayer(TokenWise):
+    """And nomic-embed's, jina-embeddings-v3's. Their gated feed-forwards have two linear layers apart: to join their
+    results or weights takes as long as the fused product saves."""
+
+    RUNS = {"layer_norm": "fused dropout, add and norm"}
+
+    def forward(self, hidden_states, attention_mask=None, position_embeddings=None, **kwargs):
+        attended, _ = self.self_attn(
+            hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings, **kwargs
+        )
+        x = layer_norm(self.post_attention_layernorm, attended, hidden_states, self.post_attention_dropout)
+        return layer_norm(self.post_mlp_layernorm, self.mlp(x), x, self.post_mlp_dropout)
+
+
+class JinaEmbeddingsV3MLP(TokenWise):
+    RUNS = {"gelu": "linear, fused bias and GELU"}
+    refuses = refuses_activation("activation_fn")
+
+    def forward(self, hidden_states):
+        return linear(self.fc2, linear_gelu(self.fc1, self.activation_fn, hidden_states))
 
 
 class BertPredictionHeadTransform(TokenWise):

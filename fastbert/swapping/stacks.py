@@ -388,7 +388,8 @@ class ModernBertModel(BertEncoder):
 
     @staticmethod
     def refuses(module):
-        kinds = {"dynamic", "longrope"}.intersection(getattr(module.rotary_emb, "rope_type", {}).values())
+        kinds = getattr(module.rotary_emb, "rope_type", {})
+        kinds = {"dynamic", "longrope"}.intersection(kinds.values() if isinstance(kinds, dict) else [kinds])
         if kinds:
             return f"its rotary embedding, {kinds.pop()}, depends on the padded length"
         return BertEncoder.refuses(module)
@@ -411,6 +412,37 @@ class ModernBertModel(BertEncoder):
             position_ids, x if input_ids is None else None, **kwargs,
         )  # fmt: skip
         out = _with_last(out, _leaving(layout, out[0], unpads))
+        return out if (self.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
+
+
+class GteModel(ModernBertModel):
+    """And nomic-embed's, jina-embeddings-v3's: positions are those of the padded columns, so there may be padding
+    anywhere. A pooler reads the first token of a sequence, so it runs once more where the padding is back."""
+
+    BY_DISTANCE = False
+
+    def forward(self, *args, **kwargs):
+        kwargs = by_name(self, args, kwargs)
+        name = "input_ids" if kwargs.get("input_ids") is not None else "inputs_embeds"
+        x, layout, unpads = kwargs.get(name), None, False
+        if x is not None and (name == "inputs_embeds" or kwargs.get("inputs_embeds") is None):
+            layout, unpads = self._layout(x, kwargs.get("attention_mask"), kwargs)
+        if layout is None:
+            return self._padded(unpads, **kwargs)
+        if kwargs.get("position_ids") is None:
+            kwargs["position_ids"] = torch.arange(layout.shape[1], device=x.device)[None]
+        if unpads:
+            for ids in ("position_ids", "token_type_ids"):
+                if kwargs.get(ids) is not None:
+                    kwargs[ids] = layout.pack(kwargs[ids].expand(layout.shape))[None]
+        kwargs[name], inner = _entering(layout, x, unpads)
+        return_dict = kwargs.pop("return_dict", None)
+        # a mask of four dimensions is passed on as it is; none is read
+        kwargs["attention_mask"] = torch.empty(1, 1, 1, 0, device=x.device)
+        out = super(BertEncoder, self).forward(**kwargs, layout=inner, return_dict=True)
+        out = _with_last(out, _leaving(layout, out[0], unpads))
+        if getattr(self, "pooler", None) is not None:
+            out.pooler_output = self.pooler(out.last_hidden_state)
         return out if (self.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
 
 

@@ -212,6 +212,16 @@ def gelu(activation, x):
     return ops.bias_gelu(x.reshape(-1, x.shape[-1]), None, approximate=approximate).view(x.shape)
 
 
+def gated(activation, x):
+    """activation(the first half of x [..., 2 F]) * the second."""
+    approximate = gelu_form(activation)
+    if approximate is None:
+        first, second = x.chunk(2, -1)
+        return activation(first) * second
+    activation = "gelu_tanh" if approximate == "tanh" else "gelu"
+    return ops.gated_activation(x.reshape(-1, x.shape[-1]), activation=activation).view(*x.shape[:-1], -1)
+
+
 def gelu_norm(dense, activation, norm, x):
     """norm(activation(dense(x))), one pass after the matrix multiplication where the modules allow it."""
     approximate, eps = gelu_form(activation), eps_of(norm)

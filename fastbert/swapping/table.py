@@ -7,6 +7,7 @@ from .attention import (
     DebertaDisentangledSelfAttention,
     DebertaV2DisentangledSelfAttention,
     DistilBertSelfAttention,
+    GteAttention,
     ModernBertAttention,
     MPNetSelfAttention,
 )
@@ -17,6 +18,8 @@ from .feed_forward import (
     BertPredictionHeadTransform,
     BertSelfOutput,
     DebertaLayerNorm,
+    GteLayer,
+    JinaEmbeddingsV3MLP,
     ModernBertMLP,
     MPNetAttention,
     RobertaPreLayerNormIntermediate,
@@ -32,6 +35,7 @@ from .losses import (
 from .stacks import (
     BertEncoder,
     DebertaEncoder,
+    GteModel,
     ModernBertModel,
     MPNetEncoder,
     MPNetModel,
@@ -58,6 +62,11 @@ _COPIED = {
 def _pre_norm(family, **others):
     """Their residuals have no norm."""
     return {f"{family}Encoder": PreNormEncoder, f"{family}SelfOutput": None, f"{family}Output": None, **others}
+
+
+def _rotary(family, **others):
+    parts = {"Model": GteModel, "Layer": GteLayer, "Attention": GteAttention}
+    return {f"{family}{part}": cls for part, cls in parts.items()} | others
 
 
 # file, family's name -> their class: ours, where it is not one of those above; None: it stays
@@ -123,12 +132,16 @@ _OWN = {
         "ModernBertMLP": ModernBertMLP,
         "ModernBertModel": ModernBertModel,
     },
+    ("gte", "Gte"): _rotary("Gte"),
+    ("nomic_bert", "NomicBert"): _rotary("NomicBert"),
+    ("jina_embeddings_v3", "JinaEmbeddingsV3"): _rotary("JinaEmbeddingsV3", JinaEmbeddingsV3MLP=JinaEmbeddingsV3MLP),
 }
 
 # classes inside a stack or a masked-LM head that only call the others
 _CALLERS = (
     "Attention", "EncoderLayer", "Embeddings", "Layer", "LayerGroup", "RotaryEmbedding", "LMHead", "LMPredictionHead",
     "MLMHead", "GeneratorPredictions", "OnlyMLMHead", "PredictionHead", "PredictionHeadTransform", "PreTrainingHeads",
+    "MLP", "Pooler",
 )  # fmt: skip
 
 

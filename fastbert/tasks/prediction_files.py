@@ -178,6 +178,7 @@ _TYPES = {
     "tag": {"tags": ["text"], "scores": ["number"], "spans": [["whole"]], "entities": [_SPANS]},
     "answer": {**_ANSWERS, "n_best": [_ANSWERS], "no_answer_score": "number"},
     "choose": {"choice": "whole", "text": "text", "score": "number", "probabilities": ["number"]},
+    "embed": {"score": "number"},
 }
 
 

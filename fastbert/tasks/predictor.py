@@ -191,15 +191,9 @@ def load(
         spec.columns = spec.columns | {"texts": list(text_columns)}
     if label_column:
         spec.columns = spec.columns | {"label": label_column}
-    kind, _ = table.task(spec.task).head(spec)
-    with torch.device("meta"):
-        head = [name for name in kind(config).state_dict() if name.startswith("classifier.")]
-    names = hf_files.hf_names(head, config, kind.__name__)
-    stored = hf_files.from_hf_names(hf_files.stored_tensors(directory, False), config)
-    if lacking := [name for name in names.values() if name not in stored]:
-        raise ValueError(
-            f"{directory} has no {lacking[0]}: its head for {spec.task} is not trained, use fastbert finetune"
-        )
+    kind, fields = table.task(spec.task).head(spec)
+    if not hasattr(kind, "start"):
+        _check_head(directory, config, kind, spec.task)
     tokenizer = load_tokenizer(directory)
     check_vocabulary(tokenizer, config)
     if device is None:
@@ -208,7 +202,21 @@ def load(
         if dtype not in ("fp32", "auto"):
             raise ValueError(f"dtype is {dtype!r} on the device {device}: bf16 and int8 are for a CPU")
         dtype = "fp32"
-    return Predictor(kind.from_pretrained(directory, dtype=dtype).to(device), tokenizer, spec)
+    if hasattr(kind, "start"):
+        model = kind.start(directory, config, dtype=dtype, **fields)
+    else:
+        model = kind.from_pretrained(directory, dtype=dtype)
+    return Predictor(model.to(device), tokenizer, spec)
+
+
+def _check_head(directory, config, kind, task):
+    """Raises ValueError when the head of a task is not stored."""
+    with torch.device("meta"):
+        head = [name for name in kind(config).state_dict() if name.startswith("classifier.")]
+    names = hf_files.hf_names(head, config, kind.__name__)
+    stored = hf_files.from_hf_names(hf_files.stored_tensors(directory, False), config)
+    if lacking := [name for name in names.values() if name not in stored]:
+        raise ValueError(f"{directory} has no {lacking[0]}: its head for {task} is not trained, use fastbert finetune")
 
 
 def _spec_of(directory, config):

@@ -24,14 +24,21 @@ def read(path, spec, notes, *, wants_gold=True):
     column = columns.label
     for example, row in texts.text_rows(path, columns, notes, wants_gold):
         if wants_gold:
-            value = row.get(column)
-            if isinstance(value, str):
-                value = float(value) if _NUMBER.fullmatch(value.strip()) else math.nan
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            value = number(row.get(column))
+            if value is None:
                 notes.bad(example.number, f"{column!r} is {str(row.get(column))[:40]!r}: expected a number")
                 continue
-            example.gold = float(value)
+            example.gold = value
         yield example
+
+
+def number(value):
+    """The float of a cell, None for what is no finite number."""
+    if isinstance(value, str):
+        value = float(value) if _NUMBER.fullmatch(value.strip()) else math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
 
 
 def encode(examples, pieces, spec):

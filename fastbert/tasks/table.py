@@ -9,7 +9,7 @@ from ..data import tables
 from . import texts
 
 # each is a module of this folder
-TASKS = ("classify", "multilabel", "regress", "tag", "answer", "choose")
+TASKS = ("classify", "multilabel", "regress", "tag", "answer", "choose", "embed")
 
 
 def task(name):
@@ -37,6 +37,7 @@ def detect(path):
         return layout.task
     columns = set(found)
     for name, fits in (
+        ("embed", not columns.isdisjoint(("query", "anchor")) and not columns.isdisjoint(("positive", "pos"))),
         ("answer", {"question", "context"} <= columns and bool({"answers", "answer"} & columns)),
         ("choose", not {"choices", "ending0", "choice0"}.isdisjoint(columns)),
         ("tag", "tags" in columns or "ner_tags" in columns or "spans" in columns or "entities" in columns),

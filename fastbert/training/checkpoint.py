@@ -276,7 +276,9 @@ def _optimizer_tensors(model, optimizer):
 def _save_tokenizers(tokenizer, directory):
     """Save the tokenizer beside every model in `directory`."""
     for path in directory.rglob(CONFIG):
-        save_tokenizer(tokenizer, path.parent)
+        # the config.json of a module of sentence-transformers, such as its pooling, is not that of a model
+        if "model_type" in read_json(path):
+            save_tokenizer(tokenizer, path.parent)
 
 
 def _newest_first(directory):

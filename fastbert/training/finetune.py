@@ -32,6 +32,7 @@ from ..files import lock, sha256
 from ..tasks import results, table
 from ..tasks.examples import Pieces, predictions, read_files
 from ..tasks.predictor import flat_figures
+from ..tasks.retrieval_files import PROMPTS
 from ..tasks.schemes import SCHEMES
 from . import card, checkpoint, finetune_card, finetune_seeds, lora, optim, processes
 from .example_batches import ExampleBatches, class_weights
@@ -57,7 +58,7 @@ class FinetuneConfig:
     )
     eval_file: tuple[str, ...] = option((), "Examples to evaluate on. Without it, part of the examples is held out.")
     eval_share: float = option(0.1, "Share of the examples held out for evaluation; 0 for none.", least=0, below=1)
-    task: str = option("auto", "The task: auto, or one of classify, multilabel, regress, tag, answer, choose.")
+    task: str = option("auto", f"The task: auto, or one of {', '.join(table.TASKS)}.")
     text_column: tuple[str, ...] = option((), "Column of the text, or both columns of a pair. Found by name otherwise.")
     label_column: str | None = option(None, "Column of the label, labels or score. Found by name by default.")
     group_column: str | None = option(None, "Column of a group, such as an author, that is held out as a whole.")
@@ -112,6 +113,22 @@ class FinetuneConfig:
         None, "Dropout of hidden states and attention. The model's own by default.", least=0, below=1
     )
     label_smoothing: float = option(0.0, "Share of a label's probability spread over all labels.", least=0, below=1)
+    loss: str | None = option(
+        None, "Loss of a retrieval task: contrastive, symmetric or margin for queries with documents, cosent or cosine "
+        "for pairs with a score, softmax for pairs with a label. The first that fits the file by default."
+    )  # fmt: skip
+    scale: float = option(20.0, "Inverse temperature of similarities in the loss of a retrieval task.", above=0)
+    widths: tuple[str, ...] = option(
+        (), "Vector sizes that shall be usable alone (Matryoshka): the losses of the first so many columns are added."
+    )
+    pooling: str | None = option(None, "How tokens become a vector, such as mean or cls. The model's own by default.")
+    prompts: str | None = option(
+        None, "Texts before queries and documents, in training and in the saved model. The model's own by default.",
+        tuple(PROMPTS),
+    )  # fmt: skip
+    score_range: str | None = option(
+        None, "Least and greatest score of the training file for --loss cosine, such as 0,5. Within -1 to 1 by default."
+    )
     class_weights: str | None = option(
         None, 'Weights of the labels in the loss: balanced, or by name, such as "spam=5,ham=1".'
     )
@@ -226,8 +243,13 @@ def train(config):
         lengths = dict(pieces.lengths)
         if cut := pieces.said():
             log.say(cut)
+        # a loss that compares the rows of a batch needs it whole
+        is_together = hasattr(task, "TOGETHER")
+        if is_together and min(len(training), config.batch_size) < 2:
+            raise ValueError(f"--task {name} compares the rows of a batch: expected at least two, and --batch-size 2")
         loader = ExampleBatches(
-            windows, batch_size=config.batch_size, tokens_per_batch=config.tokens_per_batch, seed=config.seed,
+            windows, batch_size=config.batch_size,
+            tokens_per_batch=math.inf if is_together else config.tokens_per_batch, seed=config.seed,
             class_weights=class_weights(config.class_weights, spec, windows),
             token_types=encoder_config.type_vocab_size, rank=rank, world_size=world_size,
         )  # fmt: skip
@@ -248,6 +270,8 @@ def train(config):
             log.say(f"--lora trains {share:,} of {sum(p.numel() for p in model.parameters()):,} parameters")
         model = model.to(device).train()
         model.label_smoothing = config.label_smoothing
+        if is_together:
+            model.tokens_per_pass = config.tokens_per_batch
         if config.freeze_encoder:
             log.say("--freeze-encoder trains the head alone: expect clearly lower scores than without it")
             model.encoder.requires_grad_(False)

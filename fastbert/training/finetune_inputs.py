@@ -6,12 +6,19 @@ Each function raises a one-line error if something is missing or wrong.
 from pathlib import Path
 
 from ..data.tokenizer import check_vocabulary, load_tokenizer, special_ids, vocabulary_size
+from ..files import read_json
 from ..hub import EXAMPLE
 from ..model import families, hf_files, presets
+from ..tasks import table
 from ..tasks.examples import Spec
 from ..tasks.predictor import usual_length
+from ..tasks.regress import number
+from ..tasks.retrieval_files import PROMPTS
 from . import lora
 from .example_batches import held_out
+
+# tasks that train a model of retrieval, which share their options
+RETRIEVAL = ("embed",)
 
 
 def checked_lora(config):
@@ -73,14 +80,63 @@ def spec_of(config, name, encoder_config):
         raise ValueError(f"--scheme goes with the task tag: it is {name}")
     if config.label_smoothing and name == "regress":
         raise ValueError("--label-smoothing goes with labels: the task regress has numbers")
-    settings = {"read_as": config.scheme} if config.scheme else {}
-    return Spec(name, None, columns, max_length, stride, config.truncate, config.metric, settings)
+    settings = {"read_as": config.scheme} if config.scheme else retrieval_settings(config, name)
+    is_cut = config.truncate or name in RETRIEVAL
+    return Spec(name, None, columns, max_length, stride, is_cut, config.metric, settings)
+
+
+def retrieval_settings(config, name):
+    """The settings of the Spec of a retrieval task; {} for others. Raises ValueError for options that do not fit."""
+    given = [one for one in ("loss", "pooling", "prompts", "score_range") if getattr(config, one) is not None]
+    given += ["widths"] * bool(config.widths) + ["scale"] * (config.scale != 20.0)
+    if name not in RETRIEVAL:
+        if given:
+            raise ValueError(f"--{given[0].replace('_', '-')} goes with the tasks {', '.join(RETRIEVAL)}: it is {name}")
+        return {}
+    for one in ("lora", "freeze_encoder", "class_weights", "label_smoothing"):
+        if getattr(config, one):
+            raise ValueError(f"--{one.replace('_', '-')} does not go with --task {name}")
+    losses = table.task(name).LOSSES
+    if config.loss is not None and config.loss not in losses:
+        raise ValueError(f"--loss is {config.loss!r}: expected one of {', '.join(losses)} for {name}")
+    settings = {"scale": config.scale} | {one: getattr(config, one) for one in given if one in ("loss", "pooling")}
+    if config.widths:
+        try:
+            settings["widths"] = sorted({int(width) for one in config.widths for width in one.split(",")})
+        except ValueError:
+            raise ValueError(
+                f"--widths is {','.join(config.widths)!r}: expected whole numbers, such as 64,128"
+            ) from None
+    if config.score_range is not None:
+        low, _, high = config.score_range.partition(",")
+        settings["score_range"] = [number(low), number(high)]
+        if None in settings["score_range"] or not settings["score_range"][0] < settings["score_range"][1]:
+            raise ValueError(f"--score-range is {config.score_range!r}: expected two numbers, such as 0,5")
+        if config.loss != "cosine":
+            raise ValueError("--score-range goes with --loss cosine: other losses take scores of any range")
+    if prompts := _prompts(config):
+        settings["prompts"] = prompts
+    return settings
+
+
+def _prompts(config):
+    """{name: prompt} of --prompts, or of the model, with those of "query" and "document"; {} if none says something."""
+    path = Path(config.model) / "config_sentence_transformers.json"
+    own = read_json(path) if path.is_file() else {}
+    stored = {name: text or "" for name, text in (own.get("prompts") or {}).items()}
+    if config.prompts is not None:
+        found = stored | PROMPTS[config.prompts]
+    else:
+        usual = stored.get(own.get("default_prompt_name"), "")
+        document = next((stored[name] for name in ("document", "passage") if name in stored), usual)
+        found = stored | {"query": stored.get("query", usual), "document": document}
+    return found if any(found.values()) or config.prompts else {}
 
 
 def main_score(config, task, spec):
     """The name of the main score."""
     if spec.metric is None:
-        spec.metric = next(iter(task.SCORES))
+        spec.metric = task.main_score(spec) if hasattr(task, "main_score") else next(iter(task.SCORES))
     if spec.metric not in task.SCORES:
         raise ValueError(f"--metric is {spec.metric!r}: expected one of {', '.join(task.SCORES)} for {spec.task}")
     if spec.metric == "f1" and spec.task == "classify" and len(spec.labels) != 2:

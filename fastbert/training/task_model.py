@@ -12,6 +12,9 @@ from ..model import families, hf_files
 def model_for(config, kind, encoder_config, fields, resumed, log):
     """The model with the task's head: the directory's own if it is for the same labels, else drawn from the seed."""
     torch.manual_seed(config.seed)
+    if hasattr(kind, "start"):
+        # a retrieval model: `fields` are not those of its config
+        return kind.start(config.model, encoder_config, **fields)
     wanted = encoder_config.replace(**{"labels": None} | fields)
     if resumed or not Path(config.model).is_dir():
         # a checkpoint's weights are loaded later

@@ -105,6 +105,29 @@ def test_labels_say_which_document(ignore_index, symmetric, op, device, small_ch
         torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-5)
 
 
+@all_ops
+@directions
+def test_excluded_pairs_are_no_negatives(symmetric, op, device, small_chunks):
+    """As if these documents were not there for their query; in any order, in every chunk of rows."""
+    query, document = make(7, 11, 16, device)
+    excluded = torch.tensor([[6, 2], [0, 3], [0, 10], [5, 0], [6, 9], [0, 4]], device=device)
+    ours, theirs = leaves(query, document), leaves(query.double(), document.double())
+    loss, count, correct = op(*ours, scale=3.0, symmetric=symmetric, excluded=excluded)
+    scores = 3.0 * theirs[0] @ theirs[1].T
+    off = torch.zeros_like(scores, dtype=torch.bool)
+    off[excluded[:, 0], excluded[:, 1]] = True
+    scores = scores.masked_fill(off, float("-inf"))
+    numbers = torch.arange(7, device=device)
+    expected = F.cross_entropy(scores, numbers, reduction="sum")
+    if symmetric:
+        expected = (expected + F.cross_entropy(scores[:, :7].T, numbers, reduction="sum")) / 2
+    torch.testing.assert_close(loss.double(), expected, rtol=2e-6, atol=1e-6)
+    assert (count.item(), correct.item()) == (7, (scores.argmax(-1) == numbers).sum().item())
+    wanted = torch.autograd.grad(expected, theirs)
+    for x, y in zip(torch.autograd.grad(loss, ours), wanted, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-6)
+
+
 @both_ops
 @directions
 @pytest.mark.parametrize("dtype, scale", [(torch.float32, 1.0), (torch.float16, 50.0)], ids=["fp32", "fp16"])
@@ -148,7 +171,7 @@ def test_the_score_matrix_is_never_made(device, monkeypatch):
     monkeypatch.setattr(cross_entropy, "ROWS", 16)
     query, document = make(32, 256, 4, device)
     labels, scale = torch.arange(32, device=device), torch.tensor(20.0, device=device)
-    given = query, document, None, labels, scale
+    given = query, document, None, labels, scale, None
     counted, _ = allocations(
         lambda: cross_entropy.masked_cross_entropy_fwd(*given, -100, 0.0, [True, True, False, True]), *given
     )
@@ -171,7 +194,7 @@ def test_no_query_with_a_label(symmetric, op, device):
         ((3, 8), (2, 8), None, "expected a document for each query"),
         ((3, 8), (3, 7), None, r"query \[3, 8\], document \[3, 7\]"),
         ((3,), (3, 8), None, r"expected \[B, D\] and \[N, D\]"),
-        ((3, 8), (3, 8), 2, r"labels \[2\]: expected labels \[B\]"),
+        ((3, 8), (3, 8), 2, r"labels has shape \[2\]: expected \[3\]"),
     ],
 )
 def test_wrong_shapes_are_refused(query, document, labels, message):

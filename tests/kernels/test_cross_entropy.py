@@ -290,7 +290,7 @@ def test_holds_a_chunk(device, monkeypatch):
     """The forward's peak memory is what the file's docstring states."""
     M, V, D = 48, 1000, 4
     monkeypatch.setattr(cross_entropy, "BUFFER", 24 * 1024 * 4)
-    given = *make(M, V, D, device, ignored=range(0, 48, 2)), None
+    given = *make(M, V, D, device, ignored=range(0, 48, 2)), None, None
     counted, results = allocations(
         lambda: cross_entropy.masked_cross_entropy_fwd(*given, -100, 0.0, [True, True, True, False]), *given
     )
@@ -310,7 +310,7 @@ def test_nothing_waits_for_the_device(device):
     hidden, weight, bias, labels = make(7, 70, 8, device, ignored=[2])
     forward, _ = allocations(
         lambda: cross_entropy.masked_cross_entropy_fwd(
-            hidden, weight, bias, labels, None, -100, 0.1, [True, True, True, False]
+            hidden, weight, bias, labels, None, None, -100, 0.1, [True, True, True, False]
         )
     )
     whole, _ = allocations(lambda: masked_cross_entropy(*leaves(hidden, weight, bias), labels)[0].backward())

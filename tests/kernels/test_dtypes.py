@@ -17,6 +17,8 @@ HALVES = [
     ("gelu_layer_norm", ("x",)),
     ("gelu_layer_norm", ("bias", "weight", "ln_bias")),
     ("gelu_layer_norm", ("bias",)),
+    ("rms_norm", ("x",)),
+    ("rms_norm", ("weight",)),
     ("embedding", ("word", "position", "token_type")),
     ("embedding", ("weight", "bias")),
 ]

@@ -259,7 +259,11 @@ def test_sequences_do_not_see_each_other(name, device):
         assert_same_bits((only_gradients[token],), (whole_gradients[token][7:],))
 
 
-ROW_WISE = [n for n, call in CALLS.items() if call.op in ("layer_norm", "bias_gelu", "gelu_layer_norm", "embedding")]
+ROW_WISE = [
+    n
+    for n, call in CALLS.items()
+    if call.op in ("layer_norm", "bias_gelu", "gelu_layer_norm", "embedding", "rms_norm", "gated_activation")
+]
 
 
 @pytest.mark.parametrize("name", ROW_WISE)

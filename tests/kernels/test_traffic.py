@@ -71,6 +71,9 @@ def embedding():
             lambda: ops.gelu_layer_norm(random(T, D), random(D), random(D), random(D), impl="triton"), 2, 3,
             id="gelu_layer_norm",
         ),
+        pytest.param(lambda: ops.rms_norm(random(T, D), random(D), impl="triton"), 2, 3, id="rms_norm"),
+        # both halves, y; then dy, and both halves of x and dx
+        pytest.param(lambda: ops.gated_activation(random(T, 2 * D), impl="triton"), 3, 5, id="gated_activation"),
         # words, positions, y; then dy, words, positions, dz, dz read for each of the two tables, and both gradients
         pytest.param(embedding, 3, 8, id="embedding"),
     ],

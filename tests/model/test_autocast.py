@@ -69,6 +69,8 @@ def ours_and_torchs(device, impl, dtype):
             lambda: ops.linear_gelu(x, table, words, **options),
             lambda: F.gelu(F.linear(x, table, words)),
         ),
+        "rms_norm": (lambda: ops.rms_norm(x, weight, **options), lambda: (x.float() * weight).to(x.dtype)),
+        "gated_activation": (lambda: ops.gated_activation(x, **options), lambda: F.gelu(x[:, :12]) * x[:, 12:]),
         "gelu_layer_norm": (
             lambda: ops.gelu_layer_norm(x, bias, weight, bias, **options),
             lambda: F.layer_norm(F.gelu(x + bias), (D,), weight, bias),

@@ -94,7 +94,7 @@ LACKS = {
 }  # fmt: skip
 # what the swap knows
 SWAPPED = {
-    **{case: row for case, row in CASES.items() if row[0] not in ("Gte", "NomicBert", "JinaEmbeddingsV3")},
+    **CASES,
     "roc-bert": ("RoCBert", {**SIZES, "pronunciation_embed_dim": 5, "shape_embed_dim": 6, "shape_vocab_size": 9}),
 }
 

@@ -32,6 +32,9 @@ FAMILIES = {
         **SIZES, "num_hidden_layers": 3, "local_attention": 6, "cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1,
         "eos_token_id": 2,
     },
+    "Gte": SIZES,
+    "NomicBert": SIZES,
+    "JinaEmbeddingsV3": SIZES,
 }  # fmt: skip
 NO_INTERFACE = {"MPNet": SIZES, "Deberta": {**SIZES, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]}}
 B, S = 3, 11
@@ -174,9 +177,10 @@ def sequences():
     return [{"input_ids": torch.randint(3, 61, (n,)).tolist()} for n in (5, 1, 9, 6)]
 
 
-# DistilBERT and ModernBERT tell their layers no position ids, so no attention of transformers' own can know of them
+# these tell their layers no position ids, so no attention of transformers' own can know of them
+UNTOLD = "DistilBert", "ModernBert", "Gte", "JinaEmbeddingsV3"
 FLATTENED = [(family, "cu_seq_lens", "cpu") for family in FAMILIES]
-FLATTENED += [(family, "position_ids", "cpu") for family in FAMILIES if family not in ("DistilBert", "ModernBert")]
+FLATTENED += [(family, "position_ids", "cpu") for family in FAMILIES if family not in UNTOLD]
 FLATTENED += [("ModernBert", "cu_seq_lens", "triton"), ("Bert", "position_ids", "triton")]
 
 

@@ -135,7 +135,7 @@ def test_pretraining_heads(case, training):
     assert sum(swapped(**half, num_items_in_batch=count).loss for half in halves).isfinite()
 
 
-@pytest.mark.parametrize("case", ["bert", "roberta", "albert", "distilbert", "deberta", "mpnet", "modernbert"])
+@pytest.mark.parametrize("case", ["bert", "roberta", "albert", "distilbert", "deberta", "mpnet", "modernbert", "gte"])
 def test_other_ways_to_call(case):
     model, swapped, _ = pair_of(case, impl="eager")
     inputs = inputs_of(model, "right")
@@ -236,7 +236,7 @@ def test_dropout_is_drawn_from_torchs_generator(case):
             assert all(torch.equal(x, y) for x, y in zip(first[1], recomputed[1]))
 
 
-@pytest.mark.parametrize("case", ["bert", "albert", "deberta-v3", "mpnet", "modernbert"])
+@pytest.mark.parametrize("case", ["bert", "albert", "deberta-v3", "mpnet", "modernbert", "gte"])
 def test_kernels_run_and_agree(case, monkeypatch):
     """In Triton's interpreter on a CPU."""
     model, swapped, _ = pair_of(case, num_hidden_layers=2)
