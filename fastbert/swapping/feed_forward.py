@@ -49,6 +49,17 @@ class DebertaLayerNorm(TokenWise):
         return ops.layer_norm(rows, self.weight, self.bias, eps=self.variance_epsilon).view(hidden_states.shape)
 
 
+class EuroBertRMSNorm(TokenWise):
+    RUNS = {"layer_norm": "fused norm"}
+
+    def forward(self, hidden_states):
+        # for another dtype the original returns the wider of the two
+        if not has_plain_parameters(self) or self.weight.dtype != hidden_states.dtype:
+            return super().forward(hidden_states)
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        return ops.rms_norm(rows, self.weight, eps=self.variance_epsilon).view(hidden_states.shape)
+
+
 class BertIntermediate(TokenWise):
     """gelu(dense(x))."""
 

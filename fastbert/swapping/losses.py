@@ -210,6 +210,10 @@ def _electra_head(model):
     return model.generator_predictions, model.generator_lm_head
 
 
+def _bare_head(model):
+    return lambda x: x, model.lm_head
+
+
 def _modernbert_head(model):
     return model.head, model.decoder
 
@@ -246,6 +250,7 @@ _VOCABULARY_HEADS = {
     "ElectraForMaskedLM": (("generator_predictions", "generator_lm_head"), _electra_head),
     "ErnieForMaskedLM": (("cls",), _bert_head),
     "ErnieForPreTraining": (("cls",), _bert_head),
+    "EuroBertForMaskedLM": (("lm_head",), _bare_head),
     "GteForMaskedLM": (("lm_head",), _roberta_head),
     "JinaEmbeddingsV3ForMaskedLM": (("lm_head",), _roberta_head),
     "MegatronBertForMaskedLM": (("cls",), _bert_head),

@@ -118,12 +118,12 @@ def swap(
     are not faster.
 
     Known: HuggingFace's BERT, RoBERTa, XLM-R, ALBERT, DistilBERT, ELECTRA, DeBERTa (v1, v2, v3), MPNet, ModernBERT,
-    CamemBERT, ERNIE, data2vec-text, RoCBert, XLM-R-XL, RoBERTa-PreLayerNorm, Megatron-BERT, GTE, nomic-embed and
-    jina-embeddings-v3 with any head, also inside other models (sentence-transformers); nn.TransformerEncoder and its
-    layers, nn.LayerNorm, nn.GELU, nn.CrossEntropyLoss. Returns a SwapReport. Swapping again applies the new switches. Raises ValueError for an unknown
-    value of a switch, and when int8 loses too much: on 8 sequences of 16 random ids, or of random states where there is
-    no vocabulary, the mean hidden state of each must have a cosine of at least 0.99 to that in fp32; the model then has
-    its original classes. TypeError if `model` is not an nn.Module.
+    CamemBERT, ERNIE, data2vec-text, RoCBert, XLM-R-XL, RoBERTa-PreLayerNorm, Megatron-BERT, EuroBERT, GTE, nomic-embed
+    and jina-embeddings-v3 with any head, also inside other models (sentence-transformers); nn.TransformerEncoder and
+    its layers, nn.LayerNorm, nn.GELU, nn.CrossEntropyLoss. Returns a SwapReport. Swapping again applies the new
+    switches. Raises ValueError for an unknown value of a switch, and when int8 loses too much: on 8 sequences of 16
+    random ids, or of random states where there is no vocabulary, the mean hidden state of each must have a cosine of at
+    least 0.99 to that in fp32; the model then has its original classes. TypeError if `model` is not an nn.Module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: expected a torch.nn.Module")
@@ -138,10 +138,16 @@ def swap(
     dtype = low_precision.chosen(model, dtype)
     options = Options(unpad=unpad, logits=logits, **wanted)
     unswap(model)
-    rows, found = [], {}
+    rows, found, remote = [], {}, None
     read = set() if unpad is True else _encoders_of_decoders(model)
     for name, module in model.named_modules():
         known = next((cls for cls in type(module).__mro__ if full_name(cls) in TABLE), None)
+        is_inside = remote is not None and name.startswith(remote)
+        if known is None and not is_inside and type(module).__module__.partition(".")[0] == "transformers_modules":
+            # one line for all that is inside
+            remote = f"{name}." if name else ""
+            reason = "its code came with the checkpoint: load transformers' own class, without trust_remote_code"
+            rows.append(Row(name, type(module).__name__, reason=reason))
         if known is None or hasattr(type(module), "replaces"):
             continue
         row, replacement = Row(name, type(module).__name__), TABLE[full_name(known)]

@@ -18,6 +18,7 @@ from .feed_forward import (
     BertPredictionHeadTransform,
     BertSelfOutput,
     DebertaLayerNorm,
+    EuroBertRMSNorm,
     GteLayer,
     JinaEmbeddingsV3MLP,
     ModernBertMLP,
@@ -134,6 +135,7 @@ _OWN = {
     },
     ("gte", "Gte"): _rotary("Gte"),
     ("nomic_bert", "NomicBert"): _rotary("NomicBert"),
+    ("eurobert", "EuroBert"): _rotary("EuroBert", EuroBertRMSNorm=EuroBertRMSNorm),
     ("jina_embeddings_v3", "JinaEmbeddingsV3"): _rotary("JinaEmbeddingsV3", JinaEmbeddingsV3MLP=JinaEmbeddingsV3MLP),
 }
 
@@ -141,7 +143,7 @@ _OWN = {
 _CALLERS = (
     "Attention", "EncoderLayer", "Embeddings", "Layer", "LayerGroup", "RotaryEmbedding", "LMHead", "LMPredictionHead",
     "MLMHead", "GeneratorPredictions", "OnlyMLMHead", "PredictionHead", "PredictionHeadTransform", "PreTrainingHeads",
-    "MLP", "Pooler",
+    "MLP", "Pooler", "DecoderLayer",
 )  # fmt: skip
 
 

@@ -32,6 +32,7 @@ FAMILIES = {
         **SIZES, "num_hidden_layers": 3, "local_attention": 6, "cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1,
         "eos_token_id": 2,
     },
+    "EuroBert": {**SIZES, "num_key_value_heads": 1},
     "Gte": SIZES,
     "NomicBert": SIZES,
     "JinaEmbeddingsV3": SIZES,
