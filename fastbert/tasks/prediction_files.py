@@ -179,6 +179,7 @@ _TYPES = {
     "answer": {**_ANSWERS, "n_best": [_ANSWERS], "no_answer_score": "number"},
     "choose": {"choice": "whole", "text": "text", "score": "number", "probabilities": ["number"]},
     "embed": {"score": "number"},
+    "rerank": {"score": "number"},
 }
 
 

@@ -10,10 +10,15 @@ from .log import words
 PIPELINES = {
     "classify": "text-classification", "multilabel": "text-classification", "regress": "text-classification",
     "tag": "token-classification", "answer": "question-answering", "choose": "multiple-choice",
-    "embed": "sentence-similarity",
+    "embed": "sentence-similarity", "rerank": "text-ranking",
 }  # fmt: skip
 # what `predict` takes, other than a text
-USES = {"embed": '("TEXT", "TEXT")', "answer": '("QUESTION", "CONTEXT")', "choose": '("CONTEXT", ["CHOICE", "CHOICE"])'}
+USES = {
+    "embed": '("TEXT", "TEXT")',
+    "rerank": '("QUERY", "DOCUMENT")',
+    "answer": '("QUESTION", "CONTEXT")',
+    "choose": '("CONTEXT", ["CHOICE", "CHOICE"])',
+}
 PICTURES = {
     "learning_curve.png": "Losses and scores over the run", "confusion_matrix.png": "Gold labels and predictions",
     "per_class_f1.png": "F1 of each label", "reliability.png": "Confidence and accuracy",
@@ -49,7 +54,7 @@ def write_card(directory, command, facts, spec, metrics, progress):
     write(
         directory / "README.md",
         f"""---
-library_name: {"sentence-transformers" if spec.task == "embed" else "transformers"}
+library_name: {"sentence-transformers" if spec.task in ("embed", "rerank") else "transformers"}
 pipeline_tag: {PIPELINES[spec.task]}
 tags: [{model["model_type"]}, fastbert, {PIPELINES[spec.task]}]
 ---
