@@ -240,6 +240,43 @@ def evaluate(model, revision, paths, output_dir, columns, label_column, calibrat
     click.echo(json.dumps(found, indent=2, ensure_ascii=False))
 
 
+@main.command(cls=Command)
+@click.option("--model", required=True, help="A model for embeddings: a directory of sentence-transformers or ours, or "
+              "a name on the HuggingFace hub.")  # fmt: skip
+@_revision
+@click.option("--input", "path", required=True, metavar="FILE", help="Texts: .txt, one a line, or .jsonl, .csv, .tsv, "
+              ".parquet.")  # fmt: skip
+@click.option("--output", required=True, metavar="DIR", help="Directory for .npy parts, or NAME.parquet for part files "
+              "with id and vector.")  # fmt: skip
+@click.option("--text-column", "columns", multiple=True, help="Column of the text; several are joined by a blank.")
+@click.option("--prompt", metavar="NAME", help="One of the model's prompts, such as query.")
+@click.option("--precision", type=click.Choice(["float32", "float16", "int8", "ubinary"]), default="float32",
+              show_default=True, help="What is stored. ubinary: a bit for each number.")  # fmt: skip
+@click.option("--ranges", metavar="FILE", help="ranges.npy of other int8 vectors, to compare these with them.")
+@click.option("--normalize", is_flag=True, help="Divide each vector by its L2 norm.")
+@click.option("--truncate-dim", type=click.IntRange(1), help="Keep the first so many columns.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
+@_dtype
+def embed(model, revision, path, output, columns, prompt, precision, ranges, normalize, truncate_dim, device, dtype):
+    """Write a vector for each text of a file.
+
+    In the order of the file, in constant memory. What was interrupted goes on.
+    """
+    import time
+
+    from .retrieval.embedding import embed_file, load_embedder
+    from .training.processes import device_of
+
+    options = dict(revision=revision, device=str(device_of(device)), dtype=dtype, truncate_dim=truncate_dim)
+    embedder, start = load_embedder(model, **options), time.perf_counter()
+    found = embed_file(
+        embedder, path, output, text_columns=columns, prompt_name=prompt, precision=precision, ranges=ranges,
+        normalize=normalize, say=lambda line: click.echo(line, err=True),
+    )  # fmt: skip
+    about = f"{found['count']:,} vectors of {found['width']:,} numbers, {precision}"
+    click.echo(f"{output}: {about}, {time.perf_counter() - start:,.0f} s")
+
+
 @main.group()
 def tokenizer():
     """Train a tokenizer."""
