@@ -310,7 +310,7 @@ def difference(rows, metric):
     from scipy import stats
 
     found = [row["scores"]["fastbert"][metric] - row["scores"]["transformers"][metric] for row in rows]
-    half = stats.t.ppf(0.975, len(found) - 1) * statistics.stdev(found) / len(found) ** 0.5
+    half = float(stats.t.ppf(0.975, len(found) - 1)) * statistics.stdev(found) / len(found) ** 0.5
     mean = statistics.mean(found)
     return {"mean": round(mean, 5), "interval": [round(mean - half, 5), round(mean + half, 5)], "pairs": len(found)}
 

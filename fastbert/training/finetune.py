@@ -210,6 +210,8 @@ def train(config):
             if here.model != config.model:
                 log.say(f"--model {config.model}: commit {Path(here.model).name} of the hub")
             tokenizer, encoder_config = tokenizer_and_config(here, resumed)
+            if (adapts := checked_lora(config)) is not None:
+                lora.check_targets(adapts, encoder_config)
         state = checkpoint.read_state(resumed) if resumed else None
         if state:
             checkpoint.check_same_run(resumed, state, config, tokenizer_hash(tokenizer), MAY_DIFFER)
@@ -259,7 +261,6 @@ def train(config):
             raise ValueError(f"--resume: the examples are not those that {resumed} was trained on")
 
         # model and optimizer
-        adapts = checked_lora(config)
         base = lora.weights_hash(here.model) if adapts else None
         if state and state.get("base") != base:
             raise ValueError(f"--resume: the weights of {config.model} are not those that {resumed} adapts")
