@@ -45,6 +45,7 @@ from fastbert.model import hf_files
 from fastbert.tasks import table
 from fastbert.tasks.examples import Pieces, Spec, batch_of, parts_by_size, predictions, read_files
 from fastbert.training import optim
+from fastbert.training.memory import keep_freed_memory
 from fastbert.training.step_sums import accumulate, losses_in
 from fastbert.training.windows import Windows
 
@@ -373,7 +374,7 @@ def main(arguments=None):
     result["command"] = "python benchmarks/bench_finetune.py --packages FOLDER"
     if file.exists():
         result["rows"] = json.loads(file.read_text(encoding="utf-8"))["rows"]
-    result["settings"]["memory_kept"] = "time" in options.part and machine.keep_memory()
+    result["settings"]["memory_kept"] = "time" in options.part and keep_freed_memory()
     with tempfile.TemporaryDirectory() as directory:
         finetune_data.write(Path(directory), options.packages, SIZES)
         data = {}
