@@ -402,7 +402,9 @@ class ModernBertModel(BertEncoder):
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, **kwargs):
         x = input_ids if input_ids is not None else inputs_embeds
         layout, unpads = None, False
-        if x is not None and (input_ids is None or inputs_embeds is None) and not isinstance(attention_mask, dict):
+        # transformers takes masks of four dimensions as they are: its local layers then have no window
+        is_usual = attention_mask is None or torch.is_tensor(attention_mask) and attention_mask.dim() == 2
+        if x is not None and (input_ids is None or inputs_embeds is None) and is_usual:
             layout, unpads = self._layout(x, attention_mask, kwargs)
         if layout is None:
             return self._padded(unpads, input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)

@@ -165,9 +165,9 @@ def test_other_ways_to_call(case):
         assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("impl", ["sdpa", "eager"])
-def test_masks_of_more_dimensions(impl):
-    model, swapped, _ = pair_of("bert", impl=impl)
+@pytest.mark.parametrize("case, impl", [("bert", "sdpa"), ("bert", "eager"), ("modernbert", "sdpa")])
+def test_masks_of_more_dimensions(case, impl):
+    model, swapped, _ = pair_of(case, impl=impl)
     inputs = inputs_of(model, "right")
     real = inputs.pop("attention_mask").bool()
     least = torch.finfo(torch.float32).min
