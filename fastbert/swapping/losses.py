@@ -19,6 +19,15 @@ def _mean(loss_sum, count, num_items):
     return loss_sum / number.clamp(min=1)
 
 
+def _check_places(labels, mask):
+    """Refuse labels of tokens where a stack returns zeros."""
+    if mask is not None and mask.shape == labels.shape:
+        ops.check(
+            (labels == -100).to(mask.device) | (mask != 0),
+            "labels hold numbers at padding: expected -100 there, since hidden states of padding are 0",
+        )
+
+
 class BertForSequenceClassification(Replacement):
     """A head whose loss is a mean over labels. Under gradient accumulation, HuggingFace's Trainer passes the number of
     labels of the whole step and expects the model to divide by it. Their own heads do not."""
@@ -32,7 +41,9 @@ class BertForSequenceClassification(Replacement):
         out = super().forward(**kwargs)
         if labels is None:
             return out
-        loss = out[0] if isinstance(out, tuple) else out.loss
+        loss, scores = out[:2] if isinstance(out, tuple) else (out.loss, out.logits)
+        if scores.shape[:-1] == labels.shape and scores.dim() == 3:
+            _check_places(labels, kwargs.get("attention_mask"))
         count = (labels != -100).sum().to(loss.device)
         if not labels.is_floating_point():
             # without labels their mean is NaN
@@ -92,6 +103,7 @@ class BertForMaskedLM(Replacement):
         num_items = kwargs.pop("num_items_in_batch", None)
         if labels is None or (pairs and pair_labels is None):
             return super().forward(**kwargs)
+        _check_places(labels, kwargs.get("attention_mask"))
         return_dict = kwargs.pop("return_dict", None)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         head = _vocabulary_head(self) if self.training and self.fastbert_options.logits == "evaluation" else None

@@ -34,6 +34,8 @@ class Options:
     unpad: bool | str
     logits: str
     dtype: str = "fp32"
+    # whether what follows a stack reads its padding rows
+    shows_padding: bool = False
 
 
 class _Plain(threading.local):
