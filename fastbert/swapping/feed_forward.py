@@ -3,6 +3,8 @@
 Letters as in `steps.py`.
 """
 
+import torch.nn.functional as F
+
 from .. import ops
 from .steps import (
     Replacement,
@@ -75,6 +77,13 @@ class RobertaPreLayerNormIntermediate(BertIntermediate):
 
     def forward(self, hidden_states):
         return super().forward(layer_norm(self.LayerNorm, hidden_states))
+
+
+class EsmIntermediate(TokenWise):
+    RUNS = {"gelu": "linear, fused bias and GELU"}
+
+    def forward(self, hidden_states):
+        return linear_gelu(self.dense, F.gelu, hidden_states)
 
 
 class FFN(TokenWise):

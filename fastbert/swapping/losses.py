@@ -137,12 +137,13 @@ class BertForMaskedLM(Replacement):
         if not is_static():
             picks = (labels != -100).nonzero()[:, 0]
             labels, hidden = labels[picks], hidden[picks]
-        transform, decoder = head
+        transform, decoder, *bias = head
         hidden = transform(hidden)
         if is_plain(decoder, nn.Linear):
-            loss_sum = ops.masked_cross_entropy(hidden, decoder.weight, decoder.bias, labels)[0]
+            (bias,) = bias or [decoder.bias]
+            loss_sum = ops.masked_cross_entropy(hidden, decoder.weight, bias, labels)[0]
         else:
-            loss_sum = _cross_entropy(decoder(hidden), labels)
+            loss_sum = _cross_entropy(sum(bias, decoder(hidden)), labels)
         return _mean(loss_sum, (labels != -100).sum(), num_items)
 
 
@@ -191,8 +192,8 @@ def _is_usual(loss):
 
 
 def _vocabulary_head(model):
-    """(the transform of a masked-LM head, its last linear layer). None where the model must be called as a whole: there
-    is a user's code on the head or a hook before it."""
+    """(the transform of a masked-LM head, its last linear layer, and a bias beside that, if any). None where the model
+    must be called as a whole: there is a user's code on the head or a hook before it."""
     base, cls = vars(model.base_model), original(model.base_model)
     # a user's code may expect the arguments where the original puts them
     is_own = "forward" in base or not cls.forward.__module__.startswith("transformers.")
@@ -235,6 +236,10 @@ def _roberta_head(model):
     return lambda x: gelu_norm(head.dense, F.gelu, head.layer_norm, x), head.decoder
 
 
+def _esm_head(model):
+    return *_roberta_head(model), model.lm_head.bias
+
+
 def _albert_head(model):
     head = model.predictions
     return lambda x: head.LayerNorm(linear_gelu(head.dense, head.activation, x)), head.decoder
@@ -262,6 +267,7 @@ _VOCABULARY_HEADS = {
     "ElectraForMaskedLM": (("generator_predictions", "generator_lm_head"), _electra_head),
     "ErnieForMaskedLM": (("cls",), _bert_head),
     "ErnieForPreTraining": (("cls",), _bert_head),
+    "EsmForMaskedLM": (("lm_head",), _esm_head),
     "EuroBertForMaskedLM": (("lm_head",), _bare_head),
     "GteForMaskedLM": (("lm_head",), _roberta_head),
     "JinaEmbeddingsV3ForMaskedLM": (("lm_head",), _roberta_head),

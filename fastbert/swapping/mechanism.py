@@ -119,12 +119,13 @@ def swap(
     with a warning, where they are not faster.
 
     Known: HuggingFace's BERT, RoBERTa, XLM-R, ALBERT, DistilBERT, ELECTRA, DeBERTa (v1, v2, v3), MPNet, ModernBERT,
-    CamemBERT, ERNIE, data2vec-text, RoCBert, XLM-R-XL, RoBERTa-PreLayerNorm, Megatron-BERT, EuroBERT, GTE, nomic-embed
-    and jina-embeddings-v3 with any head, also inside other models (sentence-transformers); nn.TransformerEncoder and
-    its layers, nn.LayerNorm, nn.GELU, nn.CrossEntropyLoss. Returns a SwapReport. Swapping again applies the new
-    switches. Raises ValueError for an unknown value of a switch, and when int8 loses too much: on 8 sequences of 16
-    random ids, or of random states where there is no vocabulary, the mean hidden state of each must have a cosine of at
-    least 0.99 to that in fp32; the model then has its original classes. TypeError if `model` is not an nn.Module.
+    CamemBERT, ERNIE, data2vec-text, RoCBert, XLM-R-XL, RoBERTa-PreLayerNorm, Megatron-BERT, EuroBERT, ESM, GTE,
+    nomic-embed and jina-embeddings-v3 with any head, also inside other models (sentence-transformers);
+    nn.TransformerEncoder and its layers, nn.LayerNorm, nn.GELU, nn.CrossEntropyLoss. Returns a SwapReport. Swapping
+    again applies the new switches. Raises ValueError for an unknown value of a switch, and when int8 loses too much: on
+    8 sequences of 16 random ids, or of random states where there is no vocabulary, the mean hidden state of each must
+    have a cosine of at least 0.99 to that in fp32; the model then has its original classes. TypeError if `model` is not
+    an nn.Module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: expected a torch.nn.Module")

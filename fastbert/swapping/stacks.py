@@ -181,6 +181,7 @@ class BertEncoder(Replacement):
             return self._padded(None, hidden_states, attention_mask, *args, **kwargs)
         x, inner = _entering(layout, hidden_states, unpads)
         if layers is None:
+            kwargs = self._packed(layout, kwargs) if unpads else kwargs
             out = super().forward(x, inner, *args, **kwargs)
             return _with_last(out, _leaving(layout, out[0], unpads))
         x = x[0]
@@ -191,6 +192,11 @@ class BertEncoder(Replacement):
             x = layer(x, inner.cu_seqlens, inner.max_seqlen)
         made = from_file_of(self, "BaseModelOutputWithPastAndCrossAttentions") or from_file_of(self, "BaseModelOutput")
         return made(last_hidden_state=layout.unpack(x))
+
+    @staticmethod
+    def _packed(layout, kwargs):
+        """The further arguments of the layers, for packed rows."""
+        return kwargs
 
     @staticmethod
     def _encodes(kwargs):
@@ -299,6 +305,18 @@ class PreNormEncoder(BertEncoder):
     """Of layers that begin with their norms."""
 
     PREPARES = False
+
+
+class EsmEncoder(PreNormEncoder):
+    """Its rotary positions are made for the padded batch."""
+
+    @staticmethod
+    def _packed(layout, kwargs):
+        tables = kwargs.get("position_embeddings")
+        if tables is None:
+            return kwargs
+        packed = tuple(layout.pack(table.expand(*layout.shape, -1))[None] for table in tables)
+        return kwargs | dict(position_embeddings=packed)
 
 
 class MPNetEncoder(BertEncoder):

@@ -90,12 +90,12 @@ ONE_EACH = list({name: case for case, (name, _) in CASES.items()}.values())
 # what transformers does not have
 LACKS = {
     "Deberta": ("ForMultipleChoice",), "JinaEmbeddingsV3": ("ForMultipleChoice",),
-    **dict.fromkeys(("EuroBert", "Gte", "NomicBert"), ("ForMultipleChoice", "ForQuestionAnswering")),
+    **dict.fromkeys(("Esm", "EuroBert", "Gte", "NomicBert"), ("ForMultipleChoice", "ForQuestionAnswering")),
 }  # fmt: skip
-# what the swap knows
+# what the swap knows; EuroBERT with three query heads for one of keys
 SWAPPED = {
     **CASES,
-    # three query heads for one of keys
+    "esm": ("Esm", {**SIZES, "position_embedding_type": "rotary", "pad_token_id": 1, "mask_token_id": 4}),
     "eurobert": ("EuroBert", {**SIZES, "num_key_value_heads": 1, "pad_token_id": 0, "mask_token_id": 3}),
     "roc-bert": ("RoCBert", {**SIZES, "pronunciation_embed_dim": 5, "shape_embed_dim": 6, "shape_vocab_size": 9}),
 }
