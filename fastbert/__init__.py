@@ -41,6 +41,7 @@ _MODULES = {
     "load": "tasks.predictor",
     "pack": "packing",
     "preset": "model.presets",
+    "search": "retrieval.search",
     "swap": "swapping.mechanism",
     "swapped": "swapping.mechanism",
     "unswap": "swapping.mechanism",
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from .packing import pack as pack
     from .packing import unpack as unpack
     from .retrieval.embedding import embed_file as embed_file
+    from .retrieval.search import search as search
     from .swapping.mechanism import SwapReport as SwapReport
     from .swapping.mechanism import swap as swap
     from .swapping.mechanism import swapped as swapped

@@ -152,9 +152,9 @@ _dtype = click.option(
 def main():
     """Train and run BERT-family encoders on fused Triton kernels.
 
-    Pretrain a model from raw text, fine-tune one on a task and predict with it, convert a checkpoint, fill in masked
-    words, inspect the kernels, benchmark them. To speed up a model that you already have, call fastbert.swap(model)
-    from Python.
+    Pretrain a model from raw text, fine-tune one on a task and predict with it, embed texts, convert a checkpoint, fill
+    in masked words, inspect the kernels, benchmark them. To speed up a model that you already have, call
+    fastbert.swap(model) from Python.
     """
 
 
@@ -216,27 +216,42 @@ def predict(model, revision, path, output, texts, columns, calibrated, device, d
 @click.option("--model", required=True, help="A fine-tuned model, ours or of transformers: a directory, or a name on "
               "the HuggingFace hub.")  # fmt: skip
 @_revision
-@click.option("--input", "paths", multiple=True, required=True, metavar="FILE", help="Labelled examples.")
+@click.option("--input", "paths", multiple=True, required=True, metavar="FILE", help="Labelled examples; for "
+              "retrieval a folder of BEIR, or a table of two texts and a score.")  # fmt: skip
+@click.option("--task", type=click.Choice(["auto", "embed", "rerank"]), default="auto", show_default=True,
+              help="embed: search with the model's vectors; rerank: order --candidates.")  # fmt: skip
 @click.option("--output-dir", metavar="DIR", help="Directory for metrics.json, predictions, mistakes and pictures.")
 @click.option("--text-column", "columns", multiple=True, help="Column of the text, or both of a pair.")
 @click.option("--label-column", help="Column of the label, labels or score.")
 @click.option("--calibrated", is_flag=True, help="Divide the logits by the temperature found in training.")
+@click.option("--candidates", metavar="FILE|DIR", help="To rerank: a run of TREC, or a model that finds 100 documents "
+              "a query.")  # fmt: skip
+@click.option("--keep-self", is_flag=True, help="Do not leave out a document with the id of the query, as BEIR does.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
 @_dtype
-def evaluate(model, revision, paths, output_dir, columns, label_column, calibrated, device, dtype):
-    """Print the scores of a fine-tuned model.
+def evaluate(
+    model, revision, paths, task, output_dir, columns, label_column, calibrated, candidates, keep_self, device, dtype
+):
+    """Print the scores of a model, as JSON.
 
-    On labelled examples, as JSON. With --output-dir, also predictions, mistakes and pictures.
+    Of a fine-tuned model on labelled examples; of an embedder or a cross-encoder on queries, documents and judgements.
+    With --output-dir, also predictions, or the documents found.
     """
     import json
 
+    from .retrieval import evaluation
     from .tasks.predictor import load
     from .training.processes import device_of
 
+    loading = dict(revision=revision, device=str(device_of(device)), dtype=dtype)
     columns = dict(text_columns=columns, label_column=label_column)
-    predictor = load(model, revision=revision, device=str(device_of(device)), dtype=dtype, **columns)
-    say = lambda line: click.echo(line, err=True)  # noqa: E731
-    found = predictor.evaluate(paths, output_dir=output_dir, calibrated=calibrated, say=say)
+    how = dict(output_dir=output_dir, say=lambda line: click.echo(line, err=True))
+    if task == "auto":
+        task = evaluation.task_of(model, paths, revision)
+    if task is None:
+        found = load(model, **loading, **columns).evaluate(paths, calibrated=calibrated, **how)
+    else:
+        found = evaluation.evaluate(task, model, paths, candidates, loading, columns, keep_self, **how)
     click.echo(json.dumps(found, indent=2, ensure_ascii=False))
 
 

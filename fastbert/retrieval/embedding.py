@@ -4,6 +4,7 @@ Letters: N rows, E embedding size.
 """
 
 import contextlib
+import io
 import json
 import os
 import random
@@ -121,13 +122,15 @@ def embed_file(
             place = writer.partial / ranges_name
             if place.is_file():
                 limits = _read_ranges(place, width)
-            elif limits is None:
-                chosen = set(sample)
-                limits = _measured(encode, (row for i, row in enumerate(rows_of(path, columns), 1) if i in chosen))
-            with open(place, "wb") as file:
-                np.save(file, limits)
-        with _progress(count, writer.done) as show:
-            for rows in _chunks(islice(rows_of(path, columns), writer.done, None)):
+            else:
+                if limits is None:
+                    chosen = set(sample)
+                    limits = _measured(encode, (row for i, row in enumerate(rows_of(path, columns), 1) if i in chosen))
+                content = io.BytesIO()
+                np.save(content, limits)
+                files.write(place, content.getvalue())
+        with progress(count, writer.done) as show:
+            for rows in chunks_of(islice(rows_of(path, columns), writer.done, None)):
                 found = encode([text for _, _, text in rows])
                 stored = quantized(found, precision, limits)
                 for vectors in (found, stored):
@@ -245,7 +248,7 @@ def _steps(ranges):
 
 def _measured(encode, rows):
     low, high = np.inf, -np.inf
-    for chunk in _chunks(rows):
+    for chunk in chunks_of(rows):
         vectors = encode([text for _, _, text in chunk])
         check_finite(vectors, lambda i: f"line {chunk[i][0]}")  # noqa: B023
         low, high = np.minimum(low, vectors.min(0)), np.maximum(high, vectors.max(0))
@@ -275,7 +278,8 @@ def _encoder(model, prompt_name, normalize, tokens_per_batch):
     return lambda found: model.encode(found, **options)
 
 
-def _chunks(rows):
+def chunks_of(rows):
+    """Lists of at most CHUNK of the rows, and about LETTERS letters."""
     chunk, size = [], 0
     for row in rows:
         chunk.append(row)
@@ -298,7 +302,7 @@ def _told(output):
 
 
 @contextlib.contextmanager
-def _progress(total, done):
+def progress(total, done):
     """A function that is told how many rows are done; a bar on a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
