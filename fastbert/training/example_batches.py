@@ -23,6 +23,8 @@ class ExampleBatches:
         self.seed, self.class_weights, self.token_types = seed, class_weights, token_types
         self.rank, self.world_size = rank, world_size
         self.ids = np.flatnonzero(windows.sizes)
+        if not len(self.ids):
+            raise ValueError(f"none of the {len(windows):,} examples to train on has something to learn")
         if not self.num_batches(0):
             raise ValueError(
                 f"{len(self.ids)} examples fill {-(-len(self.ids) // batch_size)} batches of {batch_size}: "
