@@ -148,6 +148,11 @@ def main_score(config, task, spec):
 
 def hold_out(config, examples, path, say):
     """(examples to train on, held-out examples): --eval-share of them. say: is told of what is not as one expects."""
+    if wrong := next((one for one in examples if isinstance(one.group, list | dict)), None):
+        raise ValueError(
+            f"line {wrong.number}: the group {config.group_column!r} is {str(wrong.group)[:40]!r}: expected text or a "
+            "number"
+        )
     seed = config.seed if config.split_seed is None else config.split_seed
     train, evaluation, rare = held_out(examples, config.eval_share, seed)
     if not evaluation or not train:
