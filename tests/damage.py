@@ -75,12 +75,12 @@ def mutate_file(path, draw):
     kind, value = draw.random(), None
     if path.suffix == ".json" and kind < 0.75:
         try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
+            value = json.dumps(mutate_json(json.loads(path.read_text(encoding="utf-8")), draw))
+        except (ValueError, RecursionError):
             # damaged before: as bytes
             kind = 0.8
     if value is not None:
-        path.write_text(json.dumps(mutate_json(value, draw)))
+        path.write_text(value)
     elif kind < 0.92:
         path.write_bytes(mutate_bytes(path.read_bytes(), draw))
     else:

@@ -99,6 +99,8 @@ def expand(paths):
             found = [file for match in found for file in (_below(match) if os.path.isdir(match) else [match])]
             if not found:
                 raise FileNotFoundError(f"no file matches {path}")
+        elif os.path.exists(path):
+            raise ValueError(f"{path} is neither a file nor a folder: expected one that can be read again")
         else:
             raise FileNotFoundError(f"no such file or folder: {path}")
         found = [file for file in found if _kind(file) and os.path.isfile(file) and not _is_of_a_model(file)]
@@ -220,6 +222,9 @@ def _opened(path):
             yield raw, gzip.GzipFile(fileobj=raw) if path.lower().endswith(".gz") else raw
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is not a whole gzip file: {error}") from None
+    except OSError as error:
+        # a failed read does not say of which file
+        raise OSError(error.errno, error.strerror, error.filename or path) from None
 
 
 def numbered_lines(path, stats, done=0):

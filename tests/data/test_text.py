@@ -241,6 +241,17 @@ def test_a_long_row_among_short_ones_is_refused_before_it_is_decoded(kind, tmp_p
         list(read_documents([str(tmp_path / "a.parquet")]))
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="a file of Linux")
+def test_what_cannot_be_read_is_named(tmp_path):
+    os.symlink("/proc/self/mem", tmp_path / "a.txt")
+    with pytest.raises(OSError) as error:
+        expand([str(tmp_path / "a.txt")])
+    assert error.value.filename == str(tmp_path / "a.txt")
+    os.mkfifo(tmp_path / "b.txt")
+    with pytest.raises(ValueError, match="b.txt is neither a file nor a folder"):
+        expand([str(tmp_path / "b.txt")])
+
+
 def gzip_cut_short(path):
     path.write_bytes(gzip.compress(os.urandom(1000).hex().encode())[:500])
 
