@@ -45,6 +45,7 @@ from fastbert.model import hf_files
 from fastbert.tasks import table
 from fastbert.tasks.examples import Pieces, Spec, batch_of, parts_by_size, predictions, read_files
 from fastbert.training import optim
+from fastbert.training.memory import keep_freed_memory
 from fastbert.training.step_sums import accumulate, losses_in
 from fastbert.training.windows import Windows
 
@@ -310,7 +311,7 @@ def difference(rows, metric):
     from scipy import stats
 
     found = [row["scores"]["fastbert"][metric] - row["scores"]["transformers"][metric] for row in rows]
-    half = stats.t.ppf(0.975, len(found) - 1) * statistics.stdev(found) / len(found) ** 0.5
+    half = float(stats.t.ppf(0.975, len(found) - 1)) * statistics.stdev(found) / len(found) ** 0.5
     mean = statistics.mean(found)
     return {"mean": round(mean, 5), "interval": [round(mean - half, 5), round(mean + half, 5)], "pairs": len(found)}
 
@@ -373,7 +374,7 @@ def main(arguments=None):
     result["command"] = "python benchmarks/bench_finetune.py --packages FOLDER"
     if file.exists():
         result["rows"] = json.loads(file.read_text(encoding="utf-8"))["rows"]
-    result["settings"]["memory_kept"] = "time" in options.part and machine.keep_memory()
+    result["settings"]["memory_kept"] = "time" in options.part and keep_freed_memory()
     with tempfile.TemporaryDirectory() as directory:
         finetune_data.write(Path(directory), options.packages, SIZES)
         data = {}

@@ -38,6 +38,7 @@ from runtimes import COSINE, PRECISIONS, Exported
 
 import fastbert
 from fastbert.cpu import libraries
+from fastbert.training.memory import keep_freed_memory
 
 PARTS = ("texts", "classification", "training", "matrix")
 # family -> the published size that its other settings come from; they differ in their attention
@@ -398,7 +399,7 @@ def main(arguments=None):
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"{', '.join(sorted(unknown))}: expected some of {', '.join(PARTS)}")
     device, failures, every = torch.device("cpu"), [], torch.get_num_threads()
-    folder, kept = options.output or machine.folder(device), machine.keep_memory()
+    folder, kept = options.output or machine.folder(device), keep_freed_memory()
     for part in options.parts or PARTS:
         threads = options.threads or ([every] if part == "matrix" else sorted({1, every}))
         torch.set_num_threads(max(threads))

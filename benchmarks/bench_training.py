@@ -10,7 +10,7 @@ the run. Hardly anything is padding: the text is cut into full sequences. Both m
 on this machine. On a CPU the model has two layers of 256, so the vocabulary's head, of which fastbert computes only the
 picked rows, is two fifths of the dense products; in BERT-base it is one fifth.
 
-On a CPU all three runs keep the memory that they free (machine.keep_memory). Time is that of training alone, without
+On a CPU all three runs keep the memory that they free (`keep_freed_memory`). Time is that of training alone, without
 evaluation. Results: loss against time and tokens, and the time to a held-out masked accuracy: --accuracy, or the
 highest that every run holds at its last two evaluations. Without accelerate the Trainer's runs are listed as not
 measured. Writes training.json; benchmarks/report.py draws it.
@@ -42,6 +42,7 @@ from fastbert.model.config import EncoderConfig
 from fastbert.model.heads import MaskedLM
 from fastbert.training import optim
 from fastbert.training.log import read_metrics
+from fastbert.training.memory import keep_freed_memory
 from fastbert.training.pretrain import PretrainConfig, pretrain
 from fastbert.training.pretrain_inputs import EVAL_SEED
 
@@ -279,7 +280,7 @@ def main(arguments=None):
         "max_steps": options.steps, "max_seq_length": model.max_length, "eval_steps": max(options.steps // 15, 10),
         "logging_steps": 10, "seed": 0,
     }  # fmt: skip
-    result = record.new(device, {"options": how, "memory_kept": device.type == "cpu" and machine.keep_memory()})
+    result = record.new(device, {"options": how, "memory_kept": device.type == "cpu" and keep_freed_memory()})
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory)
         model = write_data(work, model, 40_000 if options.quick else None)

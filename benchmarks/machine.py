@@ -4,7 +4,6 @@ python benchmarks/machine.py          writes machine.json to benchmarks/results/
 """
 
 import argparse
-import ctypes
 import itertools
 import json
 import os
@@ -96,16 +95,6 @@ def describe(device):
 def memory(device):
     """Bytes of a GPU's total memory. Sizes go by it, not by free memory, which depends on what else runs."""
     return torch.cuda.get_device_properties(device).total_memory
-
-
-def keep_memory():
-    """Have this process keep the memory that it frees, with glibc; whether that was possible. README.md says why."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return False
-    trim_threshold, mmap_max = -1, -4
-    return bool(mallopt(trim_threshold, -1) and mallopt(mmap_max, 0))
 
 
 def _driver():

@@ -4,7 +4,6 @@ Each takes what it draws, a caption that says device, versions and date, and the
 """
 
 import itertools
-import statistics
 import textwrap
 
 import record
@@ -340,27 +339,6 @@ def plot_matrix(rows, caption, path):
         _log_ticks(axis.xaxis)
         axis.set_title(f"{kind[0]}, {short(kind[1])}, {kind[2]} thread{'s' * (kind[2] > 1)}", fontsize=9)
     save(figure, path, caption, _labelled(*axes))
-
-
-def plot_history(lines, caption, path):
-    """Every ratio over the runs that have it, and their geometric mean."""
-    figure, (axis,) = figure_of(1, size=(8, 4))
-    names = sorted({name for line in lines for name in line["ratios"]})
-    for name in names:
-        points = [(i, line["ratios"][name]) for i, line in enumerate(lines) if name in line["ratios"]]
-        axis.plot(*zip(*points), color=OTHERS[0], linewidth=0.8, alpha=0.6)
-    in_all = [name for name in names if all(name in line["ratios"] for line in lines)]
-    if in_all:
-        means = [statistics.geometric_mean(line["ratios"][name] for name in in_all) for line in lines]
-        axis.plot(means, color=OURS, linewidth=2.5, marker="o", label=f"geometric mean of {len(in_all)} in all runs")
-        axis.legend(frameon=False, fontsize=8)
-    axis.axhline(1, color="#333333", linewidth=1)
-    axis.set_yscale("log")
-    labels = [f"{line['date']}\n{line.get('fastbert', '')}" for line in lines]
-    axis.set_xticks(range(len(lines)), labels, fontsize=8)
-    axis.set_ylabel("best peer's time over fastbert's")
-    _log_ticks(axis.yaxis)
-    save(figure, path, f"History: above 1 fastbert is faster than every peer. {caption}")
 
 
 def plot_families(rows, caption, path):

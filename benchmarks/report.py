@@ -4,13 +4,11 @@
     python benchmarks/report.py --device FOLDER          one of them
     python benchmarks/report.py --readme                 the README's figures too
 
-It reads benchmarks/results/<device>/*.json and writes README.md and plots beside them. It times nothing. A run whose
-ratios differ from the last adds a line to history.jsonl, from which the history is drawn. In the project's README
---readme writes what stands between <!-- figures: NAME --> and <!-- end -->: see `FIGURES`.
+It reads benchmarks/results/<device>/*.json and writes README.md and plots beside them. It times nothing. In the
+project's README --readme writes what stands between <!-- figures: NAME --> and <!-- end -->: see `FIGURES`.
 """
 
 import argparse
-import datetime
 import importlib.util
 import itertools
 import json
@@ -24,7 +22,6 @@ from record import (
     RESULTS,
     ROOT,
     about,
-    best_ratios,
     command_of,
     facts_of,
     is_usual,
@@ -96,25 +93,11 @@ def counted_points():
     return points, ceilings, "counted traffic at an H200's measured ceilings, not timed"
 
 
-def record_history(results, file):
-    """Add a line to history.jsonl when the ratios are others than in its last; all lines."""
-    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
-    now = best_ratios(results)
-    if now and (not lines or lines[-1]["ratios"] != now):
-        dates = [result["date"] for result in results.values() if result.get("date")]
-        facts = next((fact for fact in map(facts_of, results.values()) if "fastbert" in fact), {})
-        named = {name: facts[name] for name in ("fastbert", "torch") if name in facts}
-        day = max(dates, default=datetime.date.today().isoformat())
-        lines.append({"date": day, **named, "ratios": now})
-        file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    return lines
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the page
 
 
-def page(folder, results, pictures, history):
+def page(folder, results, pictures):
     """README.md of a device: pictures, tables, losses, what was not measured, and how to get the same."""
     facts = [facts_of(result) for result in results.values()]
     device = next((fact["device"] for fact in facts if fact.get("device")), folder.name)
@@ -157,11 +140,6 @@ def page(folder, results, pictures, history):
     for picture, title in (("memory", "Memory"), ("roofline", "Roofline"), ("floors", "Floors of the kernels")):
         if picture in pictures:
             lines += [f"## {title}", "", f"![{pictures[picture]}]({picture}.png)", ""]
-    if "history" in pictures:
-        lines += ["## History", "", f"![{pictures['history']}](history.png)", ""]
-    elif history:
-        runs = f"{len(history)} run{'s' * (len(history) > 1)} so far"
-        lines += ["## History", "", f"{runs}: [history.jsonl](history.jsonl).", ""]
     lines += without_a_device()
     missing = not_measured(results)
     if missing:
@@ -188,8 +166,7 @@ def without_a_device():
         made = ", ".join([f"Triton {result['versions']['triton']}", *filter(None, [result.get("date")])])
         lines += ["## What the compiler makes of the kernels", "", tables.table(head, rows), ""]
         lines += [f"{made}: [compile.json](../compile.json).", ""]
-    if (RESULTS / "traffic.md").exists():
-        lines += ["What each kernel moves at least, counted: [traffic.md](../traffic.md).", ""]
+    lines += ["What each kernel moves at least, counted: [kernels/NOTES.md](../../../kernels/NOTES.md).", ""]
     return lines
 
 
@@ -242,13 +219,12 @@ def write(folder):
     results = read(folder)
     if not results:
         return []
-    history = record_history(results, folder / "history.jsonl")
-    pictures = draw(folder, results, history) if importlib.util.find_spec("matplotlib") else {}
-    (folder / "README.md").write_text(page(folder, results, pictures, history), encoding="utf-8")
+    pictures = draw(folder, results) if importlib.util.find_spec("matplotlib") else {}
+    (folder / "README.md").write_text(page(folder, results, pictures), encoding="utf-8")
     return [folder / "README.md", *(folder / f"{name}.png" for name in pictures)]
 
 
-def draw(folder, results, history):
+def draw(folder, results):
     """The pictures of one folder of results: {name of the file: what it shows}."""
     pictures, models, ops = {}, results.get("models"), results.get("ops")
     step = results.get("training_step", {})
@@ -284,9 +260,6 @@ def draw(folder, results, history):
         if points:
             plots.plot_roofline(points, ceilings, title, folder / f"{name}.png")
             pictures[name] = f"Roofline: {title}"
-    if len(history) > 1:
-        plots.plot_history(history, next(filter(None, map(about, results.values())), ""), folder / "history.png")
-        pictures["history"] = "The ratios of every run"
     return pictures
 
 

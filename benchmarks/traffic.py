@@ -1,6 +1,6 @@
 """Counted traffic: the bytes and FLOPs of every kernel that an op launches, and of plain PyTorch's kernels beside it.
 
-    python benchmarks/traffic.py      writes benchmarks/results/traffic.{json,md,png}, and the table in kernels/NOTES.md
+    python benchmarks/traffic.py      writes benchmarks/results/traffic.json, and the table in kernels/NOTES.md
 
 Nothing is timed, and no GPU is needed: counter.py says how it counts. A kernel takes at least its bytes over the
 bandwidth of memory or its FLOPs over the rate of matrix products, whichever is longer; an op takes the sum over its
@@ -22,7 +22,6 @@ if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import plots
 import torch
 import torch.nn.functional as F
 from counter import BANDWIDTH, PRODUCTS, ROOT, Kernel, counting, distinct
@@ -289,36 +288,6 @@ def markdown(result):
     return "\n".join(lines) + "\n"
 
 
-def plot(result, path):
-    rows = result["rows"][::-1]
-    figure, (axis,) = plots.figure_of(1, size=(9, 0.45 * len(rows) + 1.2))
-    for shift, which, name, colour in (
-        (0.2, "fastbert", "fastbert", plots.OURS),
-        (-0.2, "plain", "plain PyTorch, eager", plots.OTHERS[0]),
-    ):
-        microseconds = [both(row[which], "seconds") * 1e6 for row in rows]
-        bars = axis.barh([i + shift for i in range(len(rows))], microseconds, 0.4, color=colour, label=name)
-        axis.bar_label(bars, [f"{x:.0f}" for x in microseconds], padding=2, fontsize=7)
-    labels = [f"{row['op']} ({row['shape']})\nagainst {row['against']}" for row in rows]
-    axis.set_yticks(range(len(rows)), labels, fontsize=7)
-    axis.set_xscale("log")
-    axis.set_xlabel("µs, forward and backward: the least that an H200 needs. Counted, not timed")
-    axis.legend(fontsize=8)
-    title = f"Floors from counted traffic: BERT-base, {result['sizes']['T']:,} tokens, {result['dtype']}"
-    plots.save(figure, path, title)
-
-
-def page(result):
-    """The same table as a page of the benchmarks' results, with its plot."""
-    return (
-        "# Floors from counted traffic\n\n"
-        "**Counted, not timed**: the least time that an H200 needs for each op (4.3 TB/s, 788 TFLOP/s), beside plain\n"
-        f"PyTorch's: BERT-base, {result['dtype']}, {result['sizes']['T']:,} tokens. How it is counted stands in "
-        "[the notes](../../kernels/NOTES.md#floors).\n\n"
-        f"{markdown(result)}\n![the same as bars](traffic.png)\n"
-    )
-
-
 BEGIN, END = "<!-- traffic.py writes this table -->\n", "<!-- until here -->\n"
 
 
@@ -326,11 +295,9 @@ def main():
     argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
     result = measure()
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    plot(result, RESULT.with_suffix(".png"))
     notes = NOTES.read_text(encoding="utf-8")
     before, rest = notes.split(BEGIN)
     NOTES.write_text(before + BEGIN + markdown(result) + END + rest.split(END)[1], encoding="utf-8")
-    RESULT.with_suffix(".md").write_text(page(result), encoding="utf-8")
     print(markdown(result), end="")
 
 

@@ -36,10 +36,12 @@ _MODULES = {
     "SequenceClassifier": "model.heads",
     "SwapReport": "swapping.mechanism",
     "TokenClassifier": "model.heads",
+    "embed_file": "retrieval.embedding",
     "finetune": "training.finetune",
     "load": "tasks.predictor",
     "pack": "packing",
     "preset": "model.presets",
+    "search": "retrieval.search",
     "swap": "swapping.mechanism",
     "swapped": "swapping.mechanism",
     "unswap": "swapping.mechanism",
@@ -65,6 +67,8 @@ if TYPE_CHECKING:
     from .packing import Batch as Batch
     from .packing import pack as pack
     from .packing import unpack as unpack
+    from .retrieval.embedding import embed_file as embed_file
+    from .retrieval.search import search as search
     from .swapping.mechanism import SwapReport as SwapReport
     from .swapping.mechanism import swap as swap
     from .swapping.mechanism import swapped as swapped

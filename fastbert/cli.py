@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib
 import sys
 import warnings
 from pathlib import Path
@@ -81,18 +82,22 @@ class Main(click.Group):
 
 
 class ScriptCommand(Command):
-    """A command whose options are the fields of a script's dataclass. They are read when needed.
+    """A command that runs the training script of its name. Its options are the fields of the script's dataclass.
 
-    The option --config names a file with values for the others; the command line wins.
+    They are read when needed. The option --config names a file with values for the others; the command line wins.
     """
 
-    def __init__(self, *args, options, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.options = options
+    @property
+    def script(self):
+        """(function, dataclass of its options)."""
+        module = importlib.import_module(f".training.{self.name}", __package__)
+        return getattr(module, self.name), getattr(module, f"{self.name.capitalize()}Config")
 
     def get_params(self, ctx):
-        if len(self.params) == 1:
-            self.params += [_option(field) for field in dataclasses.fields(self.options())]
+        if not self.params:
+            help = "YAML or JSON file of options; the command line wins."
+            self.params.append(click.Option(["--config", "config_file"], metavar="FILE", help=help))
+            self.params += [_option(field) for field in dataclasses.fields(self.script[1])]
         return super().get_params(ctx)
 
     def parse_args(self, ctx, args):
@@ -101,13 +106,19 @@ class ScriptCommand(Command):
         rest = super().parse_args(ctx, args)
         if file := ctx.params.pop("config_file"):
             try:
-                stored = self.make_context(self.name, read_file(file, self.options())).params
+                stored = self.make_context(self.name, read_file(file, self.script[1])).params
             except click.UsageError as error:
                 raise ValueError(f"--config {file}: {error.format_message()}") from None
             except (ValueError, OSError) as error:
                 raise ValueError(f"--config {file}: {error}") from None
             ctx.params = stored | {name: value for name, value in ctx.params.items() if value not in (None, ())}
         return rest
+
+    def invoke(self, ctx):
+        run, config = self.script
+        result = run(config(**{name: value for name, value in ctx.params.items() if value not in (None, ())}))
+        if result["signal"]:
+            sys.exit(128 + result["signal"])
 
 
 def _option(field):
@@ -124,19 +135,7 @@ def _option(field):
     )  # fmt: skip
 
 
-def _pretrain_config():
-    from .training.pretrain import PretrainConfig
-
-    return PretrainConfig
-
-
 _revision = click.option("--revision", help="Branch, tag or commit of a model on the hub.  [default: its main branch]")
-
-
-def _finetune_config():
-    from .training.finetune import FinetuneConfig
-
-    return FinetuneConfig
 
 
 _dtype = click.option(
@@ -153,42 +152,28 @@ _dtype = click.option(
 def main():
     """Train and run BERT-family encoders on fused Triton kernels.
 
-    Pretrain a model from raw text, fine-tune one on a task and predict with it, convert a checkpoint, fill in masked
-    words, inspect the kernels, benchmark them. To speed up a model that you already have, call fastbert.swap(model)
-    from Python.
+    Pretrain a model from raw text, fine-tune one on a task and predict with it, embed texts, convert a checkpoint, fill
+    in masked words, inspect the kernels, benchmark them. To speed up a model that you already have, call
+    fastbert.swap(model) from Python.
     """
 
 
-@main.command(cls=ScriptCommand, options=_pretrain_config)
-@click.option("--config", "config_file", metavar="FILE", help="YAML or JSON file of options; the command line wins.")
-def pretrain(**options):
+@main.command(cls=ScriptCommand)
+def pretrain():
     """Pretrain a model on raw text.
 
     Writes the tokenizer, the token shards, a model that transformers can load, its learning curve and a model card to
     --output-dir. Ctrl-C saves a checkpoint, and --resume continues from it.
     """
-    from .training import pretrain as script
-
-    given = {name: value for name, value in options.items() if value not in (None, ())}
-    result = script.pretrain(script.PretrainConfig(**given))
-    if result["signal"]:
-        sys.exit(128 + result["signal"])
 
 
-@main.command(cls=ScriptCommand, options=_finetune_config)
-@click.option("--config", "config_file", metavar="FILE", help="YAML or JSON file of options; the command line wins.")
-def finetune(**options):
+@main.command(cls=ScriptCommand)
+def finetune():
     """Fine-tune a model on a table of labelled examples.
 
     Writes a model that transformers can load, its scores, its predictions on held-out examples, its mistakes and a
     model card to --output-dir. Ctrl-C saves a checkpoint, and --resume continues from it.
     """
-    from .training import finetune as script
-
-    given = {name: value for name, value in options.items() if value not in (None, ())}
-    result = script.finetune(script.FinetuneConfig(**given))
-    if result["signal"]:
-        sys.exit(128 + result["signal"])
 
 
 @main.command(cls=Command)
@@ -231,28 +216,80 @@ def predict(model, revision, path, output, texts, columns, calibrated, device, d
 @click.option("--model", required=True, help="A fine-tuned model, ours or of transformers: a directory, or a name on "
               "the HuggingFace hub.")  # fmt: skip
 @_revision
-@click.option("--input", "paths", multiple=True, required=True, metavar="FILE", help="Labelled examples.")
+@click.option("--input", "paths", multiple=True, required=True, metavar="FILE", help="Labelled examples; for "
+              "retrieval a folder of BEIR, or a table of two texts and a score.")  # fmt: skip
+@click.option("--task", type=click.Choice(["auto", "embed", "rerank"]), default="auto", show_default=True,
+              help="embed: search with the model's vectors; rerank: order --candidates.")  # fmt: skip
 @click.option("--output-dir", metavar="DIR", help="Directory for metrics.json, predictions, mistakes and pictures.")
 @click.option("--text-column", "columns", multiple=True, help="Column of the text, or both of a pair.")
 @click.option("--label-column", help="Column of the label, labels or score.")
 @click.option("--calibrated", is_flag=True, help="Divide the logits by the temperature found in training.")
+@click.option("--candidates", metavar="FILE|DIR", help="To rerank: a run of TREC, or a model that finds 100 documents "
+              "a query.")  # fmt: skip
+@click.option("--keep-self", is_flag=True, help="Do not leave out a document with the id of the query, as BEIR does.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
 @_dtype
-def evaluate(model, revision, paths, output_dir, columns, label_column, calibrated, device, dtype):
-    """Print the scores of a fine-tuned model.
+def evaluate(
+    model, revision, paths, task, output_dir, columns, label_column, calibrated, candidates, keep_self, device, dtype
+):
+    """Print the scores of a model, as JSON.
 
-    On labelled examples, as JSON. With --output-dir, also predictions, mistakes and pictures.
+    Of a fine-tuned model on labelled examples; of an embedder or a cross-encoder on queries, documents and judgements.
+    With --output-dir, also predictions, or the documents found.
     """
     import json
 
+    from .retrieval import evaluation
     from .tasks.predictor import load
     from .training.processes import device_of
 
+    loading = dict(revision=revision, device=str(device_of(device)), dtype=dtype)
     columns = dict(text_columns=columns, label_column=label_column)
-    predictor = load(model, revision=revision, device=str(device_of(device)), dtype=dtype, **columns)
-    say = lambda line: click.echo(line, err=True)  # noqa: E731
-    found = predictor.evaluate(paths, output_dir=output_dir, calibrated=calibrated, say=say)
+    how = dict(output_dir=output_dir, say=lambda line: click.echo(line, err=True))
+    if task == "auto":
+        task = evaluation.task_of(model, paths, revision)
+    if task is None:
+        found = load(model, **loading, **columns).evaluate(paths, calibrated=calibrated, **how)
+    else:
+        found = evaluation.evaluate(task, model, paths, candidates, loading, columns, keep_self, **how)
     click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+
+
+@main.command(cls=Command)
+@click.option("--model", required=True, help="A model for embeddings: a directory of sentence-transformers or ours, or "
+              "a name on the HuggingFace hub.")  # fmt: skip
+@_revision
+@click.option("--input", "path", required=True, metavar="FILE", help="Texts: .txt, one a line, or .jsonl, .csv, .tsv, "
+              ".parquet.")  # fmt: skip
+@click.option("--output", required=True, metavar="DIR", help="Directory for .npy parts, or NAME.parquet for part files "
+              "with id and vector.")  # fmt: skip
+@click.option("--text-column", "columns", multiple=True, help="Column of the text; several are joined by a blank.")
+@click.option("--prompt", metavar="NAME", help="One of the model's prompts, such as query.")
+@click.option("--precision", type=click.Choice(["float32", "float16", "int8", "ubinary"]), default="float32",
+              show_default=True, help="What is stored. ubinary: a bit for each number.")  # fmt: skip
+@click.option("--ranges", metavar="FILE", help="ranges.npy of other int8 vectors, to compare these with them.")
+@click.option("--normalize", is_flag=True, help="Divide each vector by its L2 norm.")
+@click.option("--truncate-dim", type=click.IntRange(1), help="Keep the first so many columns.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
+@_dtype
+def embed(model, revision, path, output, columns, prompt, precision, ranges, normalize, truncate_dim, device, dtype):
+    """Write a vector for each text of a file.
+
+    In the order of the file, in constant memory. What was interrupted goes on.
+    """
+    import time
+
+    from .retrieval.embedding import embed_file, load_embedder
+    from .training.processes import device_of
+
+    options = dict(revision=revision, device=str(device_of(device)), dtype=dtype, truncate_dim=truncate_dim)
+    embedder, start = load_embedder(model, **options), time.perf_counter()
+    found = embed_file(
+        embedder, path, output, text_columns=columns, prompt_name=prompt, precision=precision, ranges=ranges,
+        normalize=normalize, say=lambda line: click.echo(line, err=True),
+    )  # fmt: skip
+    about = f"{found['count']:,} vectors of {found['width']:,} numbers, {precision}"
+    click.echo(f"{output}: {about}, {time.perf_counter() - start:,.0f} s")
 
 
 @main.group()

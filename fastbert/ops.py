@@ -251,7 +251,7 @@ def attention(
 ) -> torch.Tensor:  # fmt: skip
     """Packed bidirectional softmax attention, also within a window, with dropout: see `reference.attention`."""
     _check_dropout(dropout_p, seed)
-    _check_attention(q, k, v, cu_seqlens, max_seqlen, scale, cu_seqlens_q, max_seqlen_q, window)
+    _check_attention(q, k, v, cu_seqlens, max_seqlen, scale, cu_seqlens_q, max_seqlen_q, window, shares=True)
     q, k, v = _autocast(q, k, v)
     return _run(
         "attention", impl, q, k, v, cu_seqlens, max_seqlen, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
@@ -259,18 +259,23 @@ def attention(
     )  # fmt: skip
 
 
-def _check_attention(q, k, v, cu_seqlens, max_seqlen, scale, cu_seqlens_q=None, max_seqlen_q=None, window=None):
+def _check_attention(
+    q, k, v, cu_seqlens, max_seqlen, scale, cu_seqlens_q=None, max_seqlen_q=None, window=None, *, shares=False
+):
     shapes = [tuple(x.shape) for x in (q, k, v) if x is not None]
     if k is None:
         is_right = v is None and q.dim() == 4 and q.shape[1] == 3
     elif v is None:
-        is_right = q.dim() == 3 and k.dim() == 4 and k.shape[1] == 2 and k.shape[2:] == q.shape[1:]
+        is_right = q.dim() == 3 and k.dim() == 4 and k.shape[1] == 2
     else:
-        is_right = q.dim() == k.dim() == 3 and k.shape == v.shape and k.shape[1:] == q.shape[1:]
+        is_right = q.dim() == k.dim() == 3 and k.shape == v.shape
+    if is_right and k is not None:
+        H, heads = q.shape[1], k.shape[-2]
+        is_right = k.shape[-1] == q.shape[-1] and (heads == H or shares and heads > 0 and H % heads == 0)
     if not is_right:
         raise ValueError(
             f"q, k, v have shapes {', '.join(map(str, shapes))}: expected q [T, 3, H, K] alone, or q [M, H, K] with "
-            "k [T, 2, H, K], or with k and v [T, H, K]"
+            "k [T, 2, H, K], or with k and v [T, H, K]" + "; or H a multiple of the heads of k and v" * shares
         )
     check_sequences(cu_seqlens, len(q if k is None else k), max_seqlen)
     if cu_seqlens_q is None:

@@ -108,7 +108,8 @@ def attention(
     """softmax(q kᵀ · scale) v within each sequence, in both directions.
 
     q, k and v [T, H, K]; or q [T, 3, H, K] with all three (k and v None); or k [T, 2, H, K] with keys and values (v
-    None). The gradient of a packed argument is packed. Sequence b has rows cu_seqlens[b] to cu_seqlens[b+1] (int32
+    None). k and v may have fewer heads, of which H is a multiple: neighbouring query heads share them (Ainslie et al.
+    2023). The gradient of a packed argument is packed. Sequence b has rows cu_seqlens[b] to cu_seqlens[b+1] (int32
     [B+1]) and at most `max_seqlen` of them. Rows past the last sequence are not read; their result is 0.
 
     With fewer query rows than keys, q is [M, H, K], and sequence b has its rows cu_seqlens_q[b] to cu_seqlens_q[b+1]
@@ -117,8 +118,9 @@ def attention(
     Dropout acts on the probabilities. Its mask is indexed by (row of q, head, position of the key in its sequence), see
     `attention_keep_mask`. Returns [T or M, H, K].
     """
+    q, k, v = with_all_heads(*apart(q, k, v))
     return attention_by_columns(
-        *apart(q, k, v), cu_seqlens, None, cu_seqlens_q=cu_seqlens_q, window=window, scale=scale,
+        q, k, v, cu_seqlens, None, cu_seqlens_q=cu_seqlens_q, window=window, scale=scale,
         dropout_p=dropout_p, seed=seed, offset=offset,
     )  # fmt: skip
 
@@ -128,6 +130,12 @@ def apart(q, k, v):
     if k is None:
         return q.unbind(1)
     return q, *(k.unbind(1) if v is None else (k, v))
+
+
+def with_all_heads(q, k, v):
+    """The same with heads of k and v repeated where query heads share them."""
+    group = q.shape[1] // k.shape[1]
+    return q, *(x if group == 1 else x.repeat_interleave(group, 1) for x in (k, v))
 
 
 def attention_by_columns(

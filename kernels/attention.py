@@ -16,6 +16,9 @@ kernel computes dq, dk and dv. Tiled, for longer sequences: an online softmax (M
 2022) over tiles of keys. Its backward computes dq in one kernel, over tiles of keys, and dk and dv in another, over
 tiles of query rows. So there are no atomics, and the same inputs give the same bits.
 
+Several query heads may share a head of keys and values (grouped-query attention, Ainslie et al. 2023): GROUP of them.
+Their dk and dv are written in fp32 and summed by PyTorch.
+
 The programs also write zeros to the rows past the last sequence: the host does not know how many there are.
 
 Letters: B sequences, M query rows, T rows of k and v, H heads, K head size. Tiles have BLOCK_M query rows and BLOCK_N
@@ -77,7 +80,7 @@ def _attention_short_fwd_kernel(
     stride_qm, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_om, stride_oh,
     scale_log2, window, offset, threshold, keep_scale,
     HAS_DROPOUT: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_FP32: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, GROUP: tl.constexpr,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0) // H
@@ -94,8 +97,8 @@ def _attention_short_fwd_kernel(
         return
 
     q = load_tile(q_ptr, start_q, stride_qm, h, stride_qh, rows, K, BLOCK_M, BLOCK_K, UPCAST)
-    k = load_tile(k_ptr, start, stride_kt, h, stride_kh, length, K, BLOCK_N, BLOCK_K, UPCAST)
-    v = load_tile(v_ptr, start, stride_vt, h, stride_vh, length, K, BLOCK_N, BLOCK_K, UPCAST)
+    k = load_tile(k_ptr, start, stride_kt, h // GROUP, stride_kh, length, K, BLOCK_N, BLOCK_K, UPCAST)
+    v = load_tile(v_ptr, start, stride_vt, h // GROUP, stride_vh, length, K, BLOCK_N, BLOCK_K, UPCAST)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     s = tl.where(_visible(0, 0, length, window, HAS_WINDOW, BLOCK_M, BLOCK_N), s, float("-inf"))
     # the two finite bounds only matter for a sequence without keys, whose rows give 0
@@ -197,7 +200,7 @@ def _attention_tiled_fwd_kernel(
     stride_qm, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_om, stride_oh,
     scale_log2, window, offset, threshold, keep_scale,
     HAS_DROPOUT: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_FP32: tl.constexpr, IS_BOUNDED: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, GROUP: tl.constexpr,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PEEL: tl.constexpr,
 ):  # fmt: skip
     b, h, tile, program, programs = _sequence_of_program(cu_seqlens_q_ptr, B, H, tiles, BLOCK_M, IS_BOUNDED)
@@ -213,8 +216,8 @@ def _attention_tiled_fwd_kernel(
     if rows <= 0:
         return
 
-    k_ptr = at(k_ptr, start, stride_kt, h, stride_kh)
-    v_ptr = at(v_ptr, start, stride_vt, h, stride_vh)
+    k_ptr = at(k_ptr, start, stride_kt, h // GROUP, stride_kh)
+    v_ptr = at(v_ptr, start, stride_vt, h // GROUP, stride_vh)
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     row = start_q + tl.arange(0, BLOCK_M)
     q = load_tile(q_ptr, start_q, stride_qm, h, stride_qh, rows, K, BLOCK_M, BLOCK_K, UPCAST)
@@ -260,7 +263,7 @@ def _attention_short_bwd_kernel(
     stride_dqm, stride_dqh, stride_dkt, stride_dkh, stride_dvt, stride_dvh,
     scale, scale_log2, window, offset, threshold, keep_scale,
     HAS_DROPOUT: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_FP32: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, GROUP: tl.constexpr,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0) // H
@@ -277,8 +280,8 @@ def _attention_short_bwd_kernel(
         return
 
     q = load_tile(q_ptr, start_q, stride_qm, h, stride_qh, rows, K, BLOCK_M, BLOCK_K, UPCAST)
-    k = load_tile(k_ptr, start, stride_kt, h, stride_kh, length, K, BLOCK_N, BLOCK_K, UPCAST)
-    v = load_tile(v_ptr, start, stride_vt, h, stride_vh, length, K, BLOCK_N, BLOCK_K, UPCAST)
+    k = load_tile(k_ptr, start, stride_kt, h // GROUP, stride_kh, length, K, BLOCK_N, BLOCK_K, UPCAST)
+    v = load_tile(v_ptr, start, stride_vt, h // GROUP, stride_vh, length, K, BLOCK_N, BLOCK_K, UPCAST)
     dout = load_tile(dout_ptr, start_q, stride_dom, h, stride_doh, rows, K, BLOCK_M, BLOCK_K, UPCAST)
     highest, log_total = load_lse(at(lse_ptr, start_q, 1, h, M), rows, H, M, IS_FP32, BLOCK_M)
 
@@ -336,7 +339,7 @@ def _attention_tiled_dq_kernel(
     stride_dqm, stride_dqh,
     scale, scale_log2, window, offset, threshold, keep_scale,
     HAS_DROPOUT: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_FP32: tl.constexpr, IS_BOUNDED: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, GROUP: tl.constexpr,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PEEL: tl.constexpr,
 ):  # fmt: skip
     """dq, and delta [H, M] = rowsum(dout * out) / keep_scale for the kernel below."""
@@ -352,8 +355,8 @@ def _attention_tiled_dq_kernel(
     if rows <= 0:
         return
 
-    k_ptr = at(k_ptr, start, stride_kt, h, stride_kh)
-    v_ptr = at(v_ptr, start, stride_vt, h, stride_vh)
+    k_ptr = at(k_ptr, start, stride_kt, h // GROUP, stride_kh)
+    v_ptr = at(v_ptr, start, stride_vt, h // GROUP, stride_vh)
     q = load_tile(q_ptr, start_q, stride_qm, h, stride_qh, rows, K, BLOCK_M, BLOCK_K, UPCAST)
     dout = load_tile(dout_ptr, start_q, stride_dom, h, stride_doh, rows, K, BLOCK_M, BLOCK_K, UPCAST)
     out = load_tile(out_ptr, start_q, stride_om, h, stride_oh, rows, K, BLOCK_M, BLOCK_K, UPCAST)
@@ -400,7 +403,7 @@ def _attention_tiled_dkdv_kernel(
     stride_dkt, stride_dkh, stride_dvt, stride_dvh,
     scale, scale_log2, window, offset, threshold, keep_scale,
     HAS_DROPOUT: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_FP32: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, GROUP: tl.constexpr,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     IS_TRANSPOSED: tl.constexpr, WAIT_DK: tl.constexpr,
 ):  # fmt: skip
@@ -423,8 +426,8 @@ def _attention_tiled_dkdv_kernel(
 
     dout_ptr = at(dout_ptr, start_q, stride_dom, h, stride_doh)
     q_ptr = at(q_ptr, start_q, stride_qm, h, stride_qh)
-    k_ptr = at(k_ptr, start, stride_kt, h, stride_kh)
-    v_ptr = at(v_ptr, start, stride_vt, h, stride_vh)
+    k_ptr = at(k_ptr, start, stride_kt, h // GROUP, stride_kh)
+    v_ptr = at(v_ptr, start, stride_vt, h // GROUP, stride_vh)
     lse_ptr = at(lse_ptr, start_q, 1, h, M)
     delta_ptr = at(delta_ptr, start_q, 1, h, M)
     k = load_tile(k_ptr, 0, stride_kt, 0, 0, length, K, BLOCK_N, BLOCK_K, UPCAST)
@@ -474,12 +477,12 @@ def _attention_tiled_dkdv_kernel(
     store_tile(dv_ptr, start, stride_dvt, h, stride_dvh, length, dv, K, BLOCK_N, BLOCK_K)
 
 
-def _arguments(q, max_seqlen, scale, dropout_p, window, offset):
+def _arguments(q, k, max_seqlen, scale, dropout_p, window, offset):
     """(scalar arguments after the strides, compile-time constants of every kernel except its block sizes)."""
     has_window = 0 <= window < max_seqlen - 1
     scale, scale_log2, *rest = scalars_of(scale, dropout_p, offset)
     scalars = (scale, scale_log2, window if has_window else 0, *rest)
-    return scalars, dict(HAS_WINDOW=has_window) | constants_of(q, dropout_p)
+    return scalars, dict(HAS_WINDOW=has_window, GROUP=q.shape[1] // k.shape[1]) | constants_of(q, dropout_p)
 
 
 def _key(q, constants, longest, *more):
@@ -500,7 +503,7 @@ def attention_fwd(
     out, lse = empty_results(q)
     if B * H == 0:
         return out.zero_(), lse.zero_()
-    (_, *scalars), constants = _arguments(q, max_seqlen, scale, dropout_p, window, offset)
+    (_, *scalars), constants = _arguments(q, k, max_seqlen, scale, dropout_p, window, offset)
     arguments = (q, k, v, cu_seqlens_q, cu_seqlens, seed, out, lse, B, M, H)
     operands = strides(q, k, v, out)
     most_rows = M if max_seqlen_q < 0 else max_seqlen_q
@@ -530,8 +533,14 @@ def attention_bwd(
     window=-1,
 ):  # fmt: skip
     """The gradients of q, k, v, packed as the arguments: a list of one if q has all three, of two if k has two."""
-    grads, (dq, dk, dv) = empty_gradients(q, k, v)
+    grads, (dq, *shared) = empty_gradients(q, k, v)
     q, k, v = unpacked(q, k, v)
+    # of each query head, if heads share their keys
+    is_shared = k.shape[1] < q.shape[1]
+    if is_shared:
+        dk, dv = (torch.empty(len(k), *q.shape[1:], dtype=torch.float32, device=q.device) for _ in shared)
+    else:
+        dk, dv = shared
     dout = unit_columns(dout)
     cu_seqlens = unit_columns(cu_seqlens)
     cu_seqlens_q = cu_seqlens if cu_seqlens_q is None else unit_columns(cu_seqlens_q)
@@ -539,7 +548,7 @@ def attention_bwd(
     T, B = k.shape[0], cu_seqlens.shape[0] - 1
     if B * H == 0:
         return [grad.zero_() for grad in grads]
-    scalars, constants = _arguments(q, max_seqlen, scale, dropout_p, window, offset)
+    scalars, constants = _arguments(q, k, max_seqlen, scale, dropout_p, window, offset)
     operands = strides(dout, q, k, v)
     most_rows = M if max_seqlen_q < 0 else max_seqlen_q
     short = short_settings(q, most_rows, max_seqlen, False)
@@ -552,7 +561,7 @@ def attention_bwd(
             )  # fmt: skip
 
         launch(run, "attention_short_bwd", _key(q, constants, max(most_rows, max_seqlen)), *short)
-        return grads
+        return _shared(grads, shared, (dk, dv), is_shared)
     delta = torch.empty(H, M, dtype=torch.float32, device=q.device)
 
     def run_dq(settings):
@@ -574,6 +583,14 @@ def attention_bwd(
     key = _key(q, constants, max_seqlen)
     launch(run_dq, "attention_dq", key, *tiled_settings("dq", q, most_rows, constants))
     launch(run_dkdv, "attention_dkdv", key, *tiled_settings("dkdv", q, most_rows, constants))
+    return _shared(grads, shared, (dk, dv), is_shared)
+
+
+def _shared(grads, shared, each, is_shared):
+    """grads, after the gradients of the keys' heads are summed over the query heads that share them."""
+    if is_shared:
+        for gradient, one in zip(shared, each):
+            gradient.copy_(one.unflatten(1, (gradient.shape[1], -1)).sum(2))
     return grads
 
 

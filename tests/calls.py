@@ -103,6 +103,8 @@ CALLS = {
     "attention-tiled": Call("attention", ("q",), _ONE, lambda: dict(max_seqlen=65)),
     "attention-some_rows": Call("attention", ("q", "k"), options=_some_rows),
     "attention-apart": Call("attention", ("q", "k", "v"), dict(dropout_p=0.0), _apart),
+    "attention-grouped": Call("attention", ("q", "k"), dict(H=4, G=2)),
+    "attention-grouped_tiled": Call("attention", ("q", "k"), dict(lengths=(9,), H=4, G=2), lambda: dict(max_seqlen=65)),
     "attention-window": Call("attention", ("q",), _ONE, lambda: dict(max_seqlen=65, window=3)),
     "biased_attention": Call("biased_attention", ("q",), _ONE),
     "disentangled_attention": Call("disentangled_attention", ("q",), _ONE, lambda: dict(max_relative_positions=8)),

@@ -123,6 +123,8 @@ import torch, fastbert
 from fastbert.data.shards import Shards, prepare
 from fastbert.data.tokenizer import save_tokenizer, train_wordpiece
 from fastbert.training import card, log, pretrain
+# nor has Windows this
+log._STATUS = log.Path("nowhere")
 log._tensorboard = card.learning_curve = lambda *_: None
 directory = sys.argv[1]
 tokenizer = train_wordpiece([f"{directory}/text.txt"], 30, progress=False)

@@ -5,7 +5,7 @@ import pytest
 
 # a reader may warn about what it passes over
 pytestmark = pytest.mark.filterwarnings("ignore")
-COUNTS = {"texts": 200, "configs": 100, "modules": 60, "manifests": 60, "commands": 15}
+COUNTS = {"texts": 200, "configs": 100, "modules": 60, "manifests": 60, "commands": 40}
 
 
 @pytest.mark.parametrize("reader", fuzz.READERS)

@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "model": ("ops reference packing files hub data", None),
     "swapping": ("ops packing", None),
     "tasks": ("ops packing files hub data model swapping", None),
+    "retrieval": ("files hub data model tasks", None),
     "training": ("ops packing files hub data model swapping tasks", None),
 }
 # the two longest kernels have more room

@@ -32,6 +32,8 @@ def attention(
     cu_seqlens_q=None, max_seqlen_q=None, scale=None, dropout_p=0.0, window=None, seed=None, offset=0,
 ):  # fmt: skip
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if k is not None and k.shape[-2] < q.shape[-2]:
+        q, k, v = reference.with_all_heads(*reference.apart(q, k, v))
     starts = tuple(cu_seqlens.tolist())
     options = dict(scale=scale, dropout_p=dropout_p, seed=seed, offset=offset)
     if cu_seqlens_q is None and window is None:

@@ -80,7 +80,7 @@ def is_quoted(path):
 @functools.lru_cache(64)
 def _is_quoted(path, size, time):
     # a quote inside a cell is a letter for either way of reading
-    if not any(cell.startswith('"') for _, line in lines(path) for cell in line.split("\t")):
+    if not any(line[0] == '"' or '\t"' in line for _, line in lines(path) if line):
         return False
     try:
         records = _records(path, True)

@@ -428,7 +428,12 @@ def _rows_of_parquet(path, column, stats, done):
                 raise ValueError(f"{path} has rows of {mean:,.0f} bytes: {_SHORTER}")
             rows = int(min(max(MAX_SIZE / (mean + 1), 1), 64))
             for batch in file.iter_batches(batch_size=rows, columns=[column]):
+                is_large = batch.nbytes > MAX_ROW
                 for number, text in enumerate(batch.column(0), read + 1):
+                    # before it is a str, where every letter may take the 4 bytes of the longest
+                    stored = getattr(text, "value", text).as_buffer() if is_large and text.is_valid else b""
+                    if len(stored) > 4 * MAX_ROW:
+                        raise ValueError(f"{path} row {number} has {len(stored):,} bytes: {_SHORTER}")
                     try:
                         text = text.as_py()
                     except UnicodeDecodeError:

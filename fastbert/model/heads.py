@@ -215,6 +215,8 @@ class SequenceClassifier(Model):
     """A label, several labels or a number for each sequence or pair: pooler of the first token, then a linear layer."""
 
     OUTPUTS = None
+    # what takes the place of the loss of each label in training: one of reranking.OBJECTIVES
+    objective = None
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__(config)
@@ -238,11 +240,15 @@ class SequenceClassifier(Model):
         """
         batch, _ = pack_inputs(self.config, input_ids, attention_mask, token_type_ids, position_ids)
         logits = self._scores(batch, self.config.pooler_dropout, self.config.classifier_dropout)
+        if self.objective is not None and batch.targets is not None:
+            return Output(logits, {"label": self.objective.loss(logits, batch)})
         labels = batch.targets if labels is None else labels
         return Output(logits, label_loss(logits, labels, self.config, batch.weights, self.label_smoothing))
 
     def label_counts(self, batch: Batch) -> dict[str, int]:
         """See `MaskedLM.label_counts`."""
+        if self.objective is not None:
+            return {"label": self.objective.count(batch)}
         return {"label": number_of_labels(batch.targets, batch.weights)}
 
     def _scores(self, batch, pooler_dropout, classifier_dropout):

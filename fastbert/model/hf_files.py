@@ -49,10 +49,11 @@ def config_from_hf(values):
     unknown model type, a value that no model can have, and whatever this encoder does not have.
     """
     model_type = values.get("model_type", "bert")
-    if isinstance(model_type, str) and model_type in ALIASES:
-        # what its code computes is known
-        model_type, values = ALIASES[model_type], {key: x for key, x in values.items() if key != "auto_map"}
+    model_type = ALIASES.get(model_type, model_type) if isinstance(model_type, str) else model_type
     row = family(model_type)
+    if row.converts:
+        # what the code in their published directories computes is known
+        values = {key: x for key, x in values.items() if key != "auto_map"}
     for key, expected in {**_EXPECTED, **row.expected}.items():
         if values.get(key) is not None and values[key] not in expected:
             raise ValueError(f"{key} is {shown(values[key])}: expected {' or '.join(map(repr, expected)) or 'none'}")

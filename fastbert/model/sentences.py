@@ -178,14 +178,15 @@ class SentenceEmbedder(Model):
     @torch.inference_mode()
     def encode(
         self, sentences: str | Iterable[str], *, prompt_name: str | None = None, prompt: str | None = None,
-        batch_size: int = 32, show_progress_bar: bool = False, convert_to_tensor: bool = False,
-        normalize_embeddings: bool = False,
+        batch_size: int = 32, tokens_per_batch: int | None = None, show_progress_bar: bool = False,
+        convert_to_tensor: bool = False, normalize_embeddings: bool = False,
     ) -> np.ndarray | torch.Tensor:  # fmt: skip
         """Vectors of one text (a str) or many: float32 NumPy [E] or [B, E], or a tensor on the model's device.
 
         prompt: text put before each; or prompt_name, one of `prompts`. Texts are cut to max_length tokens. Texts of
-        similar length run together, batch_size at a time; the vectors are in the order of the texts. Leaves the model
-        in evaluation mode. Raises ValueError for an unknown prompt, TypeError for what is not a str.
+        similar length run together, batch_size at a time, or with tokens_per_batch as many as have so many tokens; the
+        vectors are in the order of the texts. Leaves the model in evaluation mode. Raises ValueError for an unknown
+        prompt, TypeError for what is not a str.
         """
         if self.tokenizer is None:
             raise ValueError(
@@ -205,7 +206,10 @@ class SentenceEmbedder(Model):
             self.eval()
         device = next(self.parameters()).device
         order = sorted(range(len(texts)), key=lambda i: -len(encodings[i].ids))
-        groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        if tokens_per_batch is None:
+            groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        else:
+            groups = _groups(order, [len(encoding.ids) for encoding in encodings], tokens_per_batch)
         vectors = [None] * len(texts)
         for group in _progress(groups, show_progress_bar):
             batch = _batch([encodings[i] for i in group]).to(device)
@@ -271,6 +275,18 @@ def _batch(encodings):
         *(torch.from_numpy(x.astype(np.int64)) for x in (joined[0], positions, joined[1])),
         torch.from_numpy(starts.astype(np.int32)), max(lengths, default=0),
     )  # fmt: skip
+
+
+def _groups(order, lengths, capacity):
+    """Neighbours in `order` of at most `capacity` tokens in all, or one text alone that is longer."""
+    groups, total = [], capacity
+    for i in order:
+        total += lengths[i]
+        if total > capacity:
+            groups.append([])
+            total = lengths[i]
+        groups[-1].append(i)
+    return groups
 
 
 def _progress(groups, show):

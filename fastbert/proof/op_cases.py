@@ -28,11 +28,15 @@ class Attention(Op):
         "S=512": dict(longest=512),
         "window p=.1": dict(longest=512, dropout_p=0.1, window=64),
         "window": dict(longest=512, window=64),
+        "S=128 grouped": dict(longest=128, G=4),
+        "S=512 grouped": dict(longest=512, G=4),
     }
 
     @staticmethod
     def arguments(z, new):
-        return dict(q=new.normal(z.T, 3, z.H, z.K), k=None, v=None, **new.sequences(), **new.dropout())
+        shapes = [(z.T, 3, z.H, z.K)] if z.G == 1 else [(z.T, z.H, z.K), (z.T, 2, z.H // z.G, z.K)]
+        q, k = (*(new.normal(*shape) for shape in shapes), None)[:2]
+        return dict(q=q, k=k, v=None, **new.sequences(), **new.dropout())
 
     @staticmethod
     def floor(z):
@@ -361,7 +365,7 @@ class Case:
         return TABLE[self.op].floor(self.sizes)
 
 
-def without_data(op, model, dtype, /, *, longest=512, dropout_p=0.0, is_mixed=False, **options):
+def without_data(op, model, dtype, /, *, longest=512, dropout_p=0.0, is_mixed=False, G=1, **options):
     """What a call takes, on the "meta" device: shapes, strides and alignment without memory.
 
     There are so many rows that the number of a row times its stride passes 2^31. is_mixed: parameters, and what
@@ -371,7 +375,7 @@ def without_data(op, model, dtype, /, *, longest=512, dropout_p=0.0, is_mixed=Fa
     # a cross-entropy launches its kernels for each chunk of the picked rows
     picked = rows if op == "gelu_layer_norm" else 9000
     counts = dict(T=rows, M=picked, Q=picked, N=2 * picked)
-    sizes = Sizes((longest,) * (1 << 15), dtype=dtype, dropout_p=dropout_p, **counts, **MODELS[model])
+    sizes = Sizes((longest,) * (1 << 15), dtype=dtype, dropout_p=dropout_p, G=G, **counts, **MODELS[model])
     return TABLE[op].arguments(sizes, Tensors(sizes, "meta", torch.float32 if is_mixed else None)) | options
 
 

@@ -17,6 +17,7 @@ class Sizes:
     T: int
     D: int = 768
     H: int = 12
+    G: int = 1
     F: int = 3072
     V: int = 30522
     P: int = 512

@@ -168,6 +168,22 @@ class GteAttention(Attention):
         return linear(self.o_proj, out), None
 
 
+class EsmSelfAttention(BertSelfAttention):
+    """With rotary positions, or those of a table."""
+
+    def forward(self, hidden_states, attention_mask, *args, position_embeddings=None, **kwargs):
+        K = self.attention_head_size
+        q, k, v = (
+            linear(module, hidden_states).view(*hidden_states.shape[:2], -1, K)
+            for module in (self.query, self.key, self.value)
+        )
+        if self.position_embedding_type == "rotary":
+            q, k = (_rotated(x, position_embeddings) for x in (q, k))
+        dropout = dropout_arguments(self.dropout if self.training else 0.0, q.device)
+        # the original scales the queries before they turn
+        return attend(attention_mask, q, k, v, q.shape[2], scale=K**-0.5, **dropout), None
+
+
 class ModernBertAttention(Attention):
     """With rotary positions; in some layers within a window."""
 

@@ -169,14 +169,21 @@ def _with_first_place(out, found, query, key, value, dropout, scaling):
     sees = is_token
     if found.window is not None:
         sees = is_token & (torch.arange(is_token.shape[1], device=out.device) <= found.window)
-    first = F.scaled_dot_product_attention(query[:, :, :1], key, value, sees[:, None, None], dropout, scale=scaling)
+    first = F.scaled_dot_product_attention(
+        query[:, :, :1], key, value, sees[:, None, None], dropout, scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
     first = torch.where(is_token[:, :1, None, None], out[:, :1], first.transpose(1, 2).to(out.dtype))
     return torch.cat((first, out[:, 1:]), 1)
 
 
 def _fits(query, key, value, kwargs):
     """Whether `ops.attention` can do this."""
-    if not _runs_on(query.device) or not query.shape == key.shape == value.shape:
+    if not _runs_on(query.device) or key.shape != value.shape:
+        return False
+    # query heads may share keys
+    (B, H, *rest), (B_k, heads, *rest_k) = query.shape, key.shape
+    if (B, rest) != (B_k, rest_k) or heads == 0 or H % heads:
         return False
     if any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "s_aux", "cache")):
         return False

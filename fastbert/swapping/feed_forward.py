@@ -3,6 +3,8 @@
 Letters as in `steps.py`.
 """
 
+import torch.nn.functional as F
+
 from .. import ops
 from .steps import (
     Replacement,
@@ -49,6 +51,17 @@ class DebertaLayerNorm(TokenWise):
         return ops.layer_norm(rows, self.weight, self.bias, eps=self.variance_epsilon).view(hidden_states.shape)
 
 
+class EuroBertRMSNorm(TokenWise):
+    RUNS = {"layer_norm": "fused norm"}
+
+    def forward(self, hidden_states):
+        # for another dtype the original returns the wider of the two
+        if not has_plain_parameters(self) or self.weight.dtype != hidden_states.dtype:
+            return super().forward(hidden_states)
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        return ops.rms_norm(rows, self.weight, eps=self.variance_epsilon).view(hidden_states.shape)
+
+
 class BertIntermediate(TokenWise):
     """gelu(dense(x))."""
 
@@ -64,6 +77,13 @@ class RobertaPreLayerNormIntermediate(BertIntermediate):
 
     def forward(self, hidden_states):
         return super().forward(layer_norm(self.LayerNorm, hidden_states))
+
+
+class EsmIntermediate(TokenWise):
+    RUNS = {"gelu": "linear, fused bias and GELU"}
+
+    def forward(self, hidden_states):
+        return linear_gelu(self.dense, F.gelu, hidden_states)
 
 
 class FFN(TokenWise):

@@ -5,6 +5,15 @@ from torch import nn
 from .mechanism import swap
 
 
+def encoder_on_meta(values):
+    """transformers' encoder of these contents of a config.json, without memory."""
+    import torch
+    import transformers
+
+    with torch.device("meta"):
+        return transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**values))
+
+
 def plain_model(values, architecture, tensors):
     """transformers' model `architecture`. values: the contents of its config.json. tensors: {its name: tensor}, all."""
     import transformers

@@ -19,6 +19,15 @@ def _mean(loss_sum, count, num_items):
     return loss_sum / number.clamp(min=1)
 
 
+def _check_places(labels, mask):
+    """Refuse labels of tokens where a stack returns zeros."""
+    if mask is not None and mask.shape == labels.shape:
+        ops.check(
+            (labels == -100).to(mask.device) | (mask != 0),
+            "labels hold numbers at padding: expected -100 there, since hidden states of padding are 0",
+        )
+
+
 class BertForSequenceClassification(Replacement):
     """A head whose loss is a mean over labels. Under gradient accumulation, HuggingFace's Trainer passes the number of
     labels of the whole step and expects the model to divide by it. Their own heads do not."""
@@ -32,7 +41,9 @@ class BertForSequenceClassification(Replacement):
         out = super().forward(**kwargs)
         if labels is None:
             return out
-        loss = out[0] if isinstance(out, tuple) else out.loss
+        loss, scores = out[:2] if isinstance(out, tuple) else (out.loss, out.logits)
+        if scores.shape[:-1] == labels.shape and scores.dim() == 3:
+            _check_places(labels, kwargs.get("attention_mask"))
         count = (labels != -100).sum().to(loss.device)
         if not labels.is_floating_point():
             # without labels their mean is NaN
@@ -92,6 +103,7 @@ class BertForMaskedLM(Replacement):
         num_items = kwargs.pop("num_items_in_batch", None)
         if labels is None or (pairs and pair_labels is None):
             return super().forward(**kwargs)
+        _check_places(labels, kwargs.get("attention_mask"))
         return_dict = kwargs.pop("return_dict", None)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         head = _vocabulary_head(self) if self.training and self.fastbert_options.logits == "evaluation" else None
@@ -125,12 +137,13 @@ class BertForMaskedLM(Replacement):
         if not is_static():
             picks = (labels != -100).nonzero()[:, 0]
             labels, hidden = labels[picks], hidden[picks]
-        transform, decoder = head
+        transform, decoder, *bias = head
         hidden = transform(hidden)
         if is_plain(decoder, nn.Linear):
-            loss_sum = ops.masked_cross_entropy(hidden, decoder.weight, decoder.bias, labels)[0]
+            (bias,) = bias or [decoder.bias]
+            loss_sum = ops.masked_cross_entropy(hidden, decoder.weight, bias, labels)[0]
         else:
-            loss_sum = _cross_entropy(decoder(hidden), labels)
+            loss_sum = _cross_entropy(sum(bias, decoder(hidden)), labels)
         return _mean(loss_sum, (labels != -100).sum(), num_items)
 
 
@@ -179,8 +192,8 @@ def _is_usual(loss):
 
 
 def _vocabulary_head(model):
-    """(the transform of a masked-LM head, its last linear layer). None where the model must be called as a whole: there
-    is a user's code on the head or a hook before it."""
+    """(the transform of a masked-LM head, its last linear layer, and a bias beside that, if any). None where the model
+    must be called as a whole: there is a user's code on the head or a hook before it."""
     base, cls = vars(model.base_model), original(model.base_model)
     # a user's code may expect the arguments where the original puts them
     is_own = "forward" in base or not cls.forward.__module__.startswith("transformers.")
@@ -210,6 +223,10 @@ def _electra_head(model):
     return model.generator_predictions, model.generator_lm_head
 
 
+def _bare_head(model):
+    return lambda x: x, model.lm_head
+
+
 def _modernbert_head(model):
     return model.head, model.decoder
 
@@ -217,6 +234,10 @@ def _modernbert_head(model):
 def _roberta_head(model):
     head = model.lm_head
     return lambda x: gelu_norm(head.dense, F.gelu, head.layer_norm, x), head.decoder
+
+
+def _esm_head(model):
+    return *_roberta_head(model), model.lm_head.bias
 
 
 def _albert_head(model):
@@ -246,6 +267,8 @@ _VOCABULARY_HEADS = {
     "ElectraForMaskedLM": (("generator_predictions", "generator_lm_head"), _electra_head),
     "ErnieForMaskedLM": (("cls",), _bert_head),
     "ErnieForPreTraining": (("cls",), _bert_head),
+    "EsmForMaskedLM": (("lm_head",), _esm_head),
+    "EuroBertForMaskedLM": (("lm_head",), _bare_head),
     "GteForMaskedLM": (("lm_head",), _roberta_head),
     "JinaEmbeddingsV3ForMaskedLM": (("lm_head",), _roberta_head),
     "MegatronBertForMaskedLM": (("cls",), _bert_head),

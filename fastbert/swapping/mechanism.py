@@ -8,6 +8,7 @@ This file is the mechanism. `table.py` and `torch_nn.py` say what replaces what.
 """
 
 import contextlib
+import dataclasses
 import functools
 import re
 from collections.abc import Iterator
@@ -110,20 +111,21 @@ def swap(
 
     attention, layer_norm, gelu, loss: the parts to swap. unpad: "auto" runs a stack of layers without padding unless
     hooks or output_hidden_states look inside it; True does so too where others may read padding rows, in torch's
-    encoders beside a decoder and in torch's layers outside a stack; False never does. logits: whether
-    a masked-language model that is given labels also returns scores: in "evaluation" only, or "always". Without labels
-    it always does. dtype: what stacks of layers multiply in on a CPU where no gradient is wanted; parameters and all
-    else stay as they are. "fp32"; "bf16"; "int8" (8 bits for each row of the input and of the weight); or "auto": bf16
-    where this processor multiplies it faster, measured, else fp32. bf16 and int8 give fp32, with a warning, where they
-    are not faster.
+    encoders beside a decoder, in torch's layers outside a stack and in question-answering models; False never does.
+    logits: whether a masked-language model that is given labels also returns scores: in "evaluation" only, or "always".
+    Without labels it always does. dtype: what stacks of layers multiply in on a CPU where no gradient is wanted;
+    parameters and all else stay as they are. "fp32"; "bf16"; "int8" (8 bits for each row of the input and of the
+    weight); or "auto": bf16 where this processor multiplies it faster, measured, else fp32. bf16 and int8 give fp32,
+    with a warning, where they are not faster.
 
     Known: HuggingFace's BERT, RoBERTa, XLM-R, ALBERT, DistilBERT, ELECTRA, DeBERTa (v1, v2, v3), MPNet, ModernBERT,
-    CamemBERT, ERNIE, data2vec-text, RoCBert, XLM-R-XL, RoBERTa-PreLayerNorm, Megatron-BERT, GTE, nomic-embed and
-    jina-embeddings-v3 with any head, also inside other models (sentence-transformers); nn.TransformerEncoder and its
-    layers, nn.LayerNorm, nn.GELU, nn.CrossEntropyLoss. Returns a SwapReport. Swapping again applies the new switches. Raises ValueError for an unknown
-    value of a switch, and when int8 loses too much: on 8 sequences of 16 random ids, or of random states where there is
-    no vocabulary, the mean hidden state of each must have a cosine of at least 0.99 to that in fp32; the model then has
-    its original classes. TypeError if `model` is not an nn.Module.
+    CamemBERT, ERNIE, data2vec-text, RoCBert, XLM-R-XL, RoBERTa-PreLayerNorm, Megatron-BERT, EuroBERT, ESM, GTE,
+    nomic-embed and jina-embeddings-v3 with any head, also inside other models (sentence-transformers);
+    nn.TransformerEncoder and its layers, nn.LayerNorm, nn.GELU, nn.CrossEntropyLoss. Returns a SwapReport. Swapping
+    again applies the new switches. Raises ValueError for an unknown value of a switch, and when int8 loses too much: on
+    8 sequences of 16 random ids, or of random states where there is no vocabulary, the mean hidden state of each must
+    have a cosine of at least 0.99 to that in fp32; the model then has its original classes. TypeError if `model` is not
+    an nn.Module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: expected a torch.nn.Module")
@@ -138,10 +140,17 @@ def swap(
     dtype = low_precision.chosen(model, dtype)
     options = Options(unpad=unpad, logits=logits, **wanted)
     unswap(model)
-    rows, found = [], {}
+    rows, found, remote = [], {}, None
     read = set() if unpad is True else _encoders_of_decoders(model)
+    shown = set() if unpad is True else _encoders_of_answers(model)
     for name, module in model.named_modules():
         known = next((cls for cls in type(module).__mro__ if full_name(cls) in TABLE), None)
+        is_inside = remote is not None and name.startswith(remote)
+        if known is None and not is_inside and type(module).__module__.partition(".")[0] == "transformers_modules":
+            # one line for all that is inside
+            remote = f"{name}." if name else ""
+            reason = "its code came with the checkpoint: load transformers' own class, without trust_remote_code"
+            rows.append(Row(name, type(module).__name__, reason=reason))
         if known is None or hasattr(type(module), "replaces"):
             continue
         row, replacement = Row(name, type(module).__name__), TABLE[full_name(known)]
@@ -160,6 +169,9 @@ def swap(
             row.became = runs if unpad else runs.replace("runs unpadded", "keeps its padding")
             module.__class__ = _class_of(replacement, type(module))
             module.fastbert_options = options
+            if id(module) in shown and isinstance(module, BertEncoder):
+                module.fastbert_options = dataclasses.replace(options, shows_padding=True)
+                row.became = "runs on batches without padding: answers are scored against it, too, unless unpad=True"
             found[module] = row
         rows.append(row)
     _keep_stacks_with_own_code(found)
@@ -205,6 +217,13 @@ def _encoders_of_decoders(model):
     if not any(isinstance(module, nn.TransformerDecoder) for module in modules):
         return set()
     return {id(inner) for module in modules if isinstance(module, nn.TransformerEncoder) for inner in module.modules()}
+
+
+def _encoders_of_answers(model):
+    """The ids of the modules in question-answering models: their loss, and their best score, are over padding, too."""
+    names = {id(module): {cls.__name__ for cls in type(module).__mro__} for module in model.modules()}
+    heads = [x for x in model.modules() if any(name.endswith("ForQuestionAnswering") for name in names[id(x)])]
+    return {id(inner) for head in heads for inner in head.modules()}
 
 
 def unswap(model: nn.Module) -> None:

@@ -157,7 +157,7 @@ class BertEncoder(Replacement):
                 f"{_config(self)._attn_implementation} attention would mix the sequences: pad them"
             )
         out = super().call_original(*args, **kwargs)
-        if is_flat or not self._encodes(named):
+        if is_flat or not self._encodes(named) or self.fastbert_options.shows_padding:
             return out
         is_token, says_all = key_mask(named.get("attention_mask"), *out[0].shape[:2])
         if is_token is None:
@@ -181,6 +181,7 @@ class BertEncoder(Replacement):
             return self._padded(None, hidden_states, attention_mask, *args, **kwargs)
         x, inner = _entering(layout, hidden_states, unpads)
         if layers is None:
+            kwargs = self._packed(layout, kwargs) if unpads else kwargs
             out = super().forward(x, inner, *args, **kwargs)
             return _with_last(out, _leaving(layout, out[0], unpads))
         x = x[0]
@@ -191,6 +192,11 @@ class BertEncoder(Replacement):
             x = layer(x, inner.cu_seqlens, inner.max_seqlen)
         made = from_file_of(self, "BaseModelOutputWithPastAndCrossAttentions") or from_file_of(self, "BaseModelOutput")
         return made(last_hidden_state=layout.unpack(x))
+
+    @staticmethod
+    def _packed(layout, kwargs):
+        """The further arguments of the layers, for packed rows."""
+        return kwargs
 
     @staticmethod
     def _encodes(kwargs):
@@ -217,6 +223,8 @@ class BertEncoder(Replacement):
         if seen and self.BY_DISTANCE and layout is not None and layout.indices is not None:
             # what is seen of a sequence may not depend on whether another one in the batch has gaps
             layout = None
+        if self._lacks_rows(layout):
+            layout = None
         is_known = layout is not None and not may_prepare
         if is_known and not self._pays(hidden_states, layout, unpads, kwargs):
             return None, None
@@ -224,6 +232,10 @@ class BertEncoder(Replacement):
         if layout is None or is_watched(self, hooks=not is_flat) or _own_attention(self):
             return None, False
         return layout, unpads
+
+    def _lacks_rows(self, layout):
+        """Whether a layout leaves padding rows out that are read."""
+        return self.fastbert_options.shows_padding and layout is not None and layout.indices is not None
 
     def _may_prepare(self, hidden_states):
         """Whether to look if the layers can run as `ops.prepare` has them: without padding, too, that pays."""
@@ -293,6 +305,18 @@ class PreNormEncoder(BertEncoder):
     """Of layers that begin with their norms."""
 
     PREPARES = False
+
+
+class EsmEncoder(PreNormEncoder):
+    """Its rotary positions are made for the padded batch."""
+
+    @staticmethod
+    def _packed(layout, kwargs):
+        tables = kwargs.get("position_embeddings")
+        if tables is None:
+            return kwargs
+        packed = tuple(layout.pack(table.expand(*layout.shape, -1))[None] for table in tables)
+        return kwargs | dict(position_embeddings=packed)
 
 
 class MPNetEncoder(BertEncoder):
@@ -366,7 +390,7 @@ class DebertaEncoder(BertEncoder):
                 unpads = None
             elif not is_watched(self):
                 layout = layout_under(attention_mask, hidden_states, {}, by_distance=True)
-        if layout is None:
+        if layout is None or self._lacks_rows(layout):
             return self._padded(
                 unpads, hidden_states, attention_mask, output_hidden_states, output_attentions, query_states,
                 relative_pos, return_dict,
@@ -397,7 +421,9 @@ class ModernBertModel(BertEncoder):
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, **kwargs):
         x = input_ids if input_ids is not None else inputs_embeds
         layout, unpads = None, False
-        if x is not None and (input_ids is None or inputs_embeds is None) and not isinstance(attention_mask, dict):
+        # transformers takes masks of four dimensions as they are: its local layers then have no window
+        is_usual = attention_mask is None or torch.is_tensor(attention_mask) and attention_mask.dim() == 2
+        if x is not None and (input_ids is None or inputs_embeds is None) and is_usual:
             layout, unpads = self._layout(x, attention_mask, kwargs)
         if layout is None:
             return self._padded(unpads, input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)

@@ -34,6 +34,8 @@ class Options:
     unpad: bool | str
     logits: str
     dtype: str = "fp32"
+    # whether what follows a stack reads its padding rows
+    shows_padding: bool = False
 
 
 class _Plain(threading.local):
@@ -246,11 +248,12 @@ def refuses_activation(name):
 
 
 def attend(layout, q, k, v, heads, op=ops.attention, **options):
-    """Attention of q, k, v [B, S, H * K] or [B, S, H, K] -> [B, S, H * K].
+    """Attention of q, k, v [B, S, H * K] or [B, S, H, K] -> [B, S, H * K]; of four dimensions k and v may have fewer
+    heads.
 
     op: takes (q, k, v, cu_seqlens, max_seqlen, **options).
     """
-    q, k, v = (x.reshape(len(x), heads, -1) for x in map(layout.pack, (q, k, v)))
+    q, k, v = (x if x.dim() == 3 else x.reshape(len(x), heads, -1) for x in map(layout.pack, (q, k, v)))
     return layout.unpack(op(q, k, v, layout.cu_seqlens, layout.max_seqlen, **options).flatten(1))
 
 

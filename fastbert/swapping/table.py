@@ -7,6 +7,7 @@ from .attention import (
     DebertaDisentangledSelfAttention,
     DebertaV2DisentangledSelfAttention,
     DistilBertSelfAttention,
+    EsmSelfAttention,
     GteAttention,
     ModernBertAttention,
     MPNetSelfAttention,
@@ -18,6 +19,8 @@ from .feed_forward import (
     BertPredictionHeadTransform,
     BertSelfOutput,
     DebertaLayerNorm,
+    EsmIntermediate,
+    EuroBertRMSNorm,
     GteLayer,
     JinaEmbeddingsV3MLP,
     ModernBertMLP,
@@ -35,6 +38,7 @@ from .losses import (
 from .stacks import (
     BertEncoder,
     DebertaEncoder,
+    EsmEncoder,
     GteModel,
     ModernBertModel,
     MPNetEncoder,
@@ -132,8 +136,15 @@ _OWN = {
         "ModernBertMLP": ModernBertMLP,
         "ModernBertModel": ModernBertModel,
     },
+    ("esm", "Esm"): _pre_norm(
+        "Esm",
+        EsmEncoder=EsmEncoder,
+        EsmSelfAttention=EsmSelfAttention,
+        EsmIntermediate=EsmIntermediate,
+    ),
     ("gte", "Gte"): _rotary("Gte"),
     ("nomic_bert", "NomicBert"): _rotary("NomicBert"),
+    ("eurobert", "EuroBert"): _rotary("EuroBert", EuroBertRMSNorm=EuroBertRMSNorm),
     ("jina_embeddings_v3", "JinaEmbeddingsV3"): _rotary("JinaEmbeddingsV3", JinaEmbeddingsV3MLP=JinaEmbeddingsV3MLP),
 }
 
@@ -141,7 +152,7 @@ _OWN = {
 _CALLERS = (
     "Attention", "EncoderLayer", "Embeddings", "Layer", "LayerGroup", "RotaryEmbedding", "LMHead", "LMPredictionHead",
     "MLMHead", "GeneratorPredictions", "OnlyMLMHead", "PredictionHead", "PredictionHeadTransform", "PreTrainingHeads",
-    "MLP", "Pooler",
+    "MLP", "Pooler", "DecoderLayer",
 )  # fmt: skip
 
 

@@ -28,6 +28,9 @@ def read(path, spec, notes, *, wants_gold=True):
         if wrong is not None:
             notes.bad(number, f"{wrong!r} is {str(row[wrong])[:40]!r}: expected text")
             continue
+        if isinstance(row["id"], list | dict):
+            notes.bad(number, f"the id is {str(row['id'])[:40]!r}: expected text or a number")
+            continue
         identity = f"row {number}" if row["id"] in (None, "") else row["id"]
         example = Example(number, (question.strip(), context), id=identity)
         # questions about a text stay together
@@ -50,6 +53,7 @@ def read(path, spec, notes, *, wants_gold=True):
             seen.add(identity)
             example.gold = {"texts": texts, "spans": _spans(example, texts, starts, notes)}
             if not texts:
+                notes.remark("questions without an answer, which a model trained on them learns to say", repr(identity))
                 spec.settings["no_answer"] = spec.settings.get("no_answer", True) or is_training
             yield example
     if is_training and wants_gold:

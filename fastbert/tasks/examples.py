@@ -12,7 +12,9 @@ A task is a module with five functions and a constant; see classify.py.
 Letters: E examples, B windows, T packed tokens, K labels.
 """
 
+import contextlib
 import dataclasses
+import gc
 import json
 import unicodedata
 from collections import Counter
@@ -30,6 +32,7 @@ from tokenizers import Encoding, Tokenizer
 from .. import files
 from ..data.tokenizer import special_ids
 from ..packing import Batch
+from .words import Tokens, Words
 
 SPEC = "task.json"
 # examples that are read, sorted by length and predicted at a time
@@ -192,6 +195,7 @@ class Pieces:
         # "[SEP]" in a text is split like any other word
         self.tokenizer.encode_special_tokens = True
         self.max_length, self.stride, self.truncate = spec.max_length, spec.stride, spec.truncate
+        self.words = Words(self.tokenizer) if Words.fits(self.tokenizer) else None
         self.pad = special_ids(tokenizer).pad
         self.truncated = self.windowed = 0
         self.lengths = Counter()
@@ -205,12 +209,16 @@ class Pieces:
         split = bool(texts) and not isinstance(texts[0], str)
         return self.tokenizer.encode_batch(texts, is_pretokenized=split, add_special_tokens=False)
 
-    def whole(self, texts: list[tuple[str, ...]]) -> list[list[Encoding]]:
-        """The windows of each text or pair. Fast where most are not too long: the Encodings have no offsets."""
+    def whole(self, texts: list[tuple[str, ...]]) -> list[list[Encoding | Tokens]]:
+        """The windows of each text or pair, with ids and type_ids. Fast where most are not too long."""
         inputs = [tuple(clean(text) for text in one) for one in texts]
-        inputs = [one[0] if len(one) == 1 else one for one in inputs]
+        if self.words is None:
+            inputs = [one[0] if len(one) == 1 else one for one in inputs]
+            encoded = self.tokenizer.encode_batch_fast(inputs)
+        else:
+            encoded = self.words.encoded(inputs)
         found = []
-        for one, encoding in zip(texts, self.tokenizer.encode_batch_fast(inputs), strict=True):
+        for one, encoding in zip(texts, encoded, strict=True):
             if len(encoding) <= self.max_length:
                 self.lengths[len(encoding)] += 1
                 found.append([encoding])
@@ -280,6 +288,19 @@ def copied(encoding):
     return Encoding.merge([encoding], growing_offsets=False)
 
 
+@contextlib.contextmanager
+def without_collection():
+    """Also a decorator. Python's search for cycles would look at all examples again and again: a third of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+@without_collection()
 def read_files(task, paths, spec: Spec, *, wants_gold=True) -> tuple[list[Example], list[Notes]]:
     """The Examples of some files, and the Notes of each. Sets spec.labels where they are None, from these files.
 

@@ -8,13 +8,15 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from .. import files
 from .examples import clean
 
 # rows of a part file
 PART = 8192
-_PATTERN = "part-{:05}.parquet"
 
 
 def opened(output, facts, columns):
@@ -82,17 +84,14 @@ class JsonLines(_Writer):
         self.about.unlink()
 
 
-class Parquet(_Writer):
-    """A directory of part files of PART rows each, with the same columns; only the last is shorter."""
+class _Parts(_Writer):
+    """A directory of part files of PART rows each; only the last is shorter."""
+
+    # files that a caller may put beside the parts
+    BESIDE = ()
 
     def _check(self):
-        try:
-            import pyarrow
-            import pyarrow.parquet
-        except ImportError:
-            raise ValueError(f"{self.output}: writing .parquet needs pyarrow (pip install pyarrow)") from None
-        self.pa, self.rows = pyarrow, []
-        others = [path for path in self._there(self.output) if not self._is_part(path)]
+        others = [path for path in self._there(self.output) if not self._is_ours(path)]
         if others or self.output.is_file():
             what = f"holds {others[0].name}" if others else "is a file"
             raise ValueError(f"--output {self.output} {what}: expected a new directory, for part files")
@@ -101,27 +100,28 @@ class Parquet(_Writer):
     def _there(directory):
         return sorted(directory.iterdir()) if directory.is_dir() else []
 
-    @staticmethod
-    def _is_part(path):
-        return path.name.startswith("part-") and path.suffix == ".parquet"
+    def _is_ours(self, path):
+        return path.name in self.BESIDE or path.name.startswith("part-") and path.suffix == self.SUFFIX
 
     def _count(self):
         """The rows of the whole parts; what follows the first that is missing or broken is deleted."""
-        count, self.parts = 0, 0
+        count, self.parts, self.rows = 0, 0, []
         for path in self._there(self.partial):
-            try:
-                found = self.pa.parquet.read_metadata(path) if path.name == _PATTERN.format(self.parts) else None
-            except (self.pa.ArrowException, OSError):
-                found = None
+            if path.name in self.BESIDE:
+                continue
+            found = self._rows_in(path) if path.name == self._name() else None
             if found is None:
                 path.unlink()
             else:
-                count, self.parts = count + found.num_rows, self.parts + 1
+                count, self.parts = count + found, self.parts + 1
         return count
+
+    def _name(self):
+        return f"part-{self.parts:05}{self.SUFFIX}"
 
     def _begin(self):
         shutil.rmtree(self.partial, ignore_errors=True)
-        self.parts = 0
+        self.parts, self.rows = 0, []
 
     def __enter__(self):
         self.partial.mkdir(exist_ok=True)
@@ -131,21 +131,15 @@ class Parquet(_Writer):
         pass
 
     def write(self, row):
-        self.rows.append(json.loads(clean(json.dumps(row, ensure_ascii=False))))
+        self.rows.append(row)
         self.done += 1
         if len(self.rows) == PART:
             self._write_part()
 
     def _write_part(self):
-        pa = self.pa
-        fields = [(name, _type(pa, kind)) for name, kind in self.columns.items()]
-        for row in self.rows:
-            if unknown := row.keys() - self.columns.keys():
-                raise RuntimeError(f"a prediction has {sorted(unknown)}: the .parquet has no such column")
-        columns = [pa.array([_cell(row.get(name), kind) for row in self.rows], kind) for name, kind in fields]
-        path = self.partial / _PATTERN.format(self.parts)
+        path = self.partial / self._name()
         building = path.with_name("building")
-        pa.parquet.write_table(pa.Table.from_arrays(columns, schema=pa.schema(fields)), building)
+        self._save(building)
         files.sync(building)
         building.replace(path)
         self.parts, self.rows = self.parts + 1, []
@@ -157,6 +151,70 @@ class Parquet(_Writer):
         shutil.rmtree(self.output, ignore_errors=True)
         self.partial.replace(self.output)
         self.about.unlink()
+
+
+class Parquet(_Parts):
+    """Part files with the same columns."""
+
+    SUFFIX = ".parquet"
+    # readers of a folder leave out names that begin so
+    BESIDE = ("_manifest.json", "_ranges.npy")
+
+    def _check(self):
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError:
+            raise ValueError(f"{self.output}: writing .parquet needs pyarrow (pip install pyarrow)") from None
+        self.pa = pyarrow
+        super()._check()
+
+    def _rows_in(self, path):
+        try:
+            return self.pa.parquet.read_metadata(path).num_rows
+        except (self.pa.ArrowException, OSError):
+            return None
+
+    def write(self, row):
+        if not isinstance(row.get("vector"), np.ndarray):
+            row = json.loads(clean(json.dumps(row, ensure_ascii=False)))
+        super().write(row)
+
+    def _save(self, path):
+        pa = self.pa
+        fields = [(name, _type(pa, kind)) for name, kind in self.columns.items()]
+        for row in self.rows:
+            if unknown := row.keys() - self.columns.keys():
+                raise RuntimeError(f"a prediction has {sorted(unknown)}: the .parquet has no such column")
+        columns = [_array(pa, [row.get(name) for row in self.rows], kind) for name, kind in fields]
+        pa.parquet.write_table(pa.Table.from_arrays(columns, schema=pa.schema(fields)), path)
+
+
+class Vectors(_Parts):
+    """Part files .npy, each an array [rows, width], of rows that are {"vector": array}; columns:
+    {"vector": Vector}."""
+
+    SUFFIX = ".npy"
+    BESIDE = ("manifest.json", "ranges.npy")
+
+    def _rows_in(self, path):
+        try:
+            return len(np.load(path, mmap_mode="r"))
+        except (ValueError, OSError, EOFError):
+            return None
+
+    def _save(self, path):
+        kind = self.columns["vector"]
+        found = np.array([row["vector"] for row in self.rows], kind.dtype).reshape(-1, kind.width)
+        with open(path, "wb") as file:
+            np.save(file, found)
+
+
+class Vector(NamedTuple):
+    """The type of a column of vectors: numpy's name of their numbers, and how many they are."""
+
+    dtype: str
+    width: int
 
 
 def types(task, ids, has_errors):
@@ -179,16 +237,26 @@ _TYPES = {
     "answer": {**_ANSWERS, "n_best": [_ANSWERS], "no_answer_score": "number"},
     "choose": {"choice": "whole", "text": "text", "score": "number", "probabilities": ["number"]},
     "embed": {"score": "number"},
+    "rerank": {"score": "number"},
 }
 
 
 def _type(pa, kind):
+    if isinstance(kind, Vector):
+        return pa.list_(pa.from_numpy_dtype(kind.dtype), kind.width)
     if isinstance(kind, list):
         return pa.list_(_type(pa, kind[0]))
     if isinstance(kind, dict):
         return pa.struct([(name, _type(pa, one)) for name, one in kind.items()])
     plain = {"text": pa.string(), "whole": pa.int64(), "number": pa.float64()}
     return pa.map_(pa.string(), pa.float64()) if kind == "map" else plain[kind]
+
+
+def _array(pa, values, kind):
+    if pa.types.is_fixed_size_list(kind):
+        flat = np.concatenate(values) if values else np.empty(0, kind.value_type.to_pandas_dtype())
+        return pa.FixedSizeListArray.from_arrays(pa.array(flat), kind.list_size)
+    return pa.array([_cell(value, kind) for value in values], kind)
 
 
 def _cell(value, kind):

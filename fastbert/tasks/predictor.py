@@ -107,12 +107,7 @@ class Predictor:
         yield from notes.skipped[told:]
 
     def _hash(self):
-        """A hash of the weights and of what decides on predictions beside them."""
-        digest = hashlib.sha256(json.dumps([dataclasses.asdict(self.spec), tokenizer_hash(self.tokenizer)]).encode())
-        for name, tensor in self.model.state_dict().items():
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-        return digest.hexdigest()
+        return model_hash(self.model, dataclasses.asdict(self.spec), self.tokenizer)
 
     def evaluate(
         self, paths: Iterable[str | os.PathLike], *, output_dir: str | os.PathLike | None = None,
@@ -263,3 +258,12 @@ def shown(prediction):
 def flat_figures(scores):
     """The figures of `score` that are numbers, or None where undefined."""
     return {name: value for name, value in scores.items() if value is None or isinstance(value, int | float)}
+
+
+def model_hash(model, settings, tokenizer):
+    """sha256 (hex) of a model's weights and of what decides on its results beside them. settings: for JSON."""
+    digest = hashlib.sha256(json.dumps([settings, tokenizer_hash(tokenizer)]).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()

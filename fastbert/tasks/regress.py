@@ -10,6 +10,8 @@ from . import texts
 
 SCORES = {"pearson": 1, "spearman": 1, "mse": -1}
 COLUMNS = ("score", "label", "rating", "value", "target")
+# the squares of larger ones are not finite in float32
+LARGEST = 1e18
 # what float() takes besides is no number in a file: nan, inf, 1_000, blanks inside
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
@@ -26,17 +28,17 @@ def read(path, spec, notes, *, wants_gold=True):
         if wants_gold:
             value = number(row.get(column))
             if value is None:
-                notes.bad(example.number, f"{column!r} is {str(row.get(column))[:40]!r}: expected a number")
+                notes.bad(example.number, f"{column!r} is {str(row.get(column))[:40]!r}: expected a number below 1e18")
                 continue
             example.gold = value
         yield example
 
 
 def number(value):
-    """The float of a cell, None for what is no finite number."""
+    """The float of a cell, None for what is no number below LARGEST."""
     if isinstance(value, str):
         value = float(value) if _NUMBER.fullmatch(value.strip()) else math.nan
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:
         return None
     return float(value)
 

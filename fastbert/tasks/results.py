@@ -122,11 +122,11 @@ def _labels(examples):
 
 def torn(*sides):
     """{texts: their labels} of the texts that have more than one."""
-    labels = {}
+    first, labels = {}, {}
     for example in (example for side in sides for example in side):
-        if isinstance(example.gold, str):
-            labels.setdefault(example.texts, {})[example.gold] = None
-    return {texts: [*found] for texts, found in labels.items() if len(found) > 1}
+        if isinstance(example.gold, str) and first.setdefault(example.texts, example.gold) != example.gold:
+            labels.setdefault(example.texts, {first[example.texts]: None})[example.gold] = None
+    return {texts: [*found] for texts, found in labels.items()}
 
 
 def _cell(value):

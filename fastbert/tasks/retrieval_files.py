@@ -125,7 +125,7 @@ def read(path, spec, notes, kinds, wants_gold):
                 continue
             else:
                 example.gold = str(value)
-                if training or loss == "softmax":
+                if loss == "softmax":
                     example.gold = notes.label(example.gold, example.number, spec)
         yield example
 
@@ -142,7 +142,9 @@ def _pairs(path, layout, notes, wants_scores, training):
             notes.bad(count, f"{query_column!r} is {str(query)[:40]!r}: expected text")
             continue
         positives = _list(row.get(positive_column))
-        negatives = [text for name in layout.negatives for text in _list(row.get(name))]
+        # of a .jsonl only the columns of the first row are known
+        names = [name for name in row if _NEGATIVE.fullmatch(name) and name not in layout.texts]
+        negatives = [text for name in names for text in _list(row[name])]
         if (
             positives is None
             or not all(isinstance(text, str) for text in positives)
@@ -163,7 +165,7 @@ def _pairs(path, layout, notes, wants_scores, training):
         kept = [i for i, text in enumerate(negatives) if text and text.strip() and text not in positives]
         if any(text in positives for text in negatives):
             notes.remark("negatives that are the positive are left out", f"line {count}")
-        if layout.negatives and not kept:
+        if (layout.negatives or names) and not kept:
             notes.remark("rows without a negative", f"line {count}")
             if wants_scores:
                 notes.skip(count, "no negative to have a margin to")

@@ -43,6 +43,8 @@ def read(path, spec, notes, *, wants_gold=True):
         yield from found
         return
     found = list(found)
+    if not found:
+        return
     is_training = spec.labels is None
     tags = [example.gold for example in found if "words" in example.more]
     scheme, remark = spec.settings.get("read_as"), None

@@ -56,6 +56,8 @@ def _columns(path, column, notes, wants_gold):
                 raise ValueError(f"--label-column is {column!r}: {path} has columns 1 to {width}")
             else:
                 tag_at = int(column) - 1 if wants_gold else 0
+            if wants_gold and tag_at == (1 if is_conllu else 0):
+                raise ValueError(f"--label-column is {column!r}: {path} has the words in that column")
         if len(cells) != width:
             plural = "" if len(cells) == 1 else "s"
             hint = " (a blank inside a word?)" if len(cells) > width and not has_tabs else ""

@@ -81,12 +81,15 @@ def text_rows(path, columns, notes, wants_gold):
     layout = columns.layout
     identity = next((one for one in IDS if one in columns.found), None)
     for number, row in tables.rows(path, notes.skip, names=layout and layout.names, quoted=False if layout else None):
-        texts = tuple(row.get(column) for column in columns.texts)
-        named = dict(zip(columns.texts, texts, strict=True))
-        wrong = next((name for name, text in named.items() if not isinstance(text, str)), None)
-        empty = next((name for name, text in named.items() if not str(text).strip()), None)
+        texts = tuple(map(row.get, columns.texts))
+        wrong = empty = None
+        for name, text in zip(columns.texts, texts, strict=True):
+            if not isinstance(text, str):
+                wrong = wrong or name
+            elif not text or text.isspace():
+                empty = empty or name
         if wrong is not None:
-            value = named[wrong]
+            value = row.get(wrong)
             notes.bad(number, f"{wrong!r} is {str(value)[:40]!r}, a {type(value).__name__}: expected text")
         elif wants_gold and empty is not None:
             notes.skip(number, f"{empty!r} is empty")

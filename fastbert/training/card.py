@@ -103,17 +103,24 @@ def versions():
     return found
 
 
+def table(head, rows):
+    """A table of two columns in Markdown. rows: pairs."""
+    return "\n".join([f"| {head} | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def run_figures(progress):
+    """Rows of the table of a run."""
+    return [("steps", f"{progress.step:,}"), ("tokens seen", f"{progress.tokens:,}"),
+            ("training time", clock(progress.elapsed))]  # fmt: skip
+
+
 def model_card(directory, facts, manifest, progress):
     """Write README.md. facts: what checkpoints record of the run. manifest: of the training text."""
     directory = Path(directory)
     config, model = facts["config"], facts["model_config"]
     evaluation = next((row for row in reversed(read_metrics(directory)) if is_evaluation(row)), {})
 
-    def table(head, rows):
-        return "\n".join([f"| {head} | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
-
-    figures = [("steps", f"{progress.step:,}"), ("tokens seen", f"{progress.tokens:,}"),
-               ("training time", clock(progress.elapsed))]  # fmt: skip
+    figures = run_figures(progress)
     if progress.skipped:
         figures.append(("steps skipped, gradient not finite", f"{progress.skipped:,}"))
     held_out = [*in_words(evaluation, digits=2).items()]

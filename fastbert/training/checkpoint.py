@@ -47,17 +47,14 @@ MAY_FALL = {"learning_rate"}
 _ADAMW, _EXACT = ("step", "exp_avg", "exp_avg_sq"), "parameter"
 
 
-def save_checkpoint(directory, step, model, optimizer, tokenizer, state, *, keep=None):
-    """Write `directory`/checkpoint-<step>. keep: see `prune`, None keeps all.
+def save_checkpoint(directory, step, model, optimizer, tokenizer, state):
+    """Write `directory`/checkpoint-<step>.
 
     model: one of fastbert.model.heads. optimizer: a torch optimizer over its parameters. tokenizer: a
     tokenizers.Tokenizer. state: anything that JSON can hold. Returns the path.
 
-    Raises ValueError when a parameter is dead, see `dead_parameter`, and OSError when the files cannot be written.
-    Earlier checkpoints stay in both cases.
+    Raises OSError when the files cannot be written. Earlier checkpoints stay.
     """
-    if dead := dead_parameter(model):
-        raise ValueError(f"step {step} is not saved: {dead}")
     directory = Path(directory)
     final = directory / f"checkpoint-{step}"
     with _building(directory, final.name) as building:
@@ -73,8 +70,6 @@ def save_checkpoint(directory, step, model, optimizer, tokenizer, state, *, keep
             final.rename(directory / f"{_REPLACED}{final.name}")
         building.rename(final)
         sync(directory)
-    if keep:
-        prune(final, keep)
     return final
 
 

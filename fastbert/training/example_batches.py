@@ -6,7 +6,7 @@ import math
 import numpy as np
 
 from ..data.draws import ORDER, draw, sequence_keys
-from ..tasks.examples import batch_of, parts_by_size
+from ..tasks.examples import batch_of, parts_by_size, without_collection
 
 
 class ExampleBatches:
@@ -23,6 +23,8 @@ class ExampleBatches:
         self.seed, self.class_weights, self.token_types = seed, class_weights, token_types
         self.rank, self.world_size = rank, world_size
         self.ids = np.flatnonzero(windows.sizes)
+        if not len(self.ids):
+            raise ValueError(f"none of the {len(windows):,} examples to train on has something to learn")
         if not self.num_batches(0):
             raise ValueError(
                 f"{len(self.ids)} examples fill {-(-len(self.ids) // batch_size)} batches of {batch_size}: "
@@ -84,6 +86,7 @@ def class_weights(text, spec, windows):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@without_collection()
 def held_out(examples, share, seed):
     """(examples to train on, held-out examples, labels that are too rare to be on both sides).
 
@@ -93,13 +96,15 @@ def held_out(examples, share, seed):
     texts = [normalised(example.texts) for example in examples]
     blocks = _blocks(examples, texts)
     strata = [_strata(example) for example in examples]
-    keys = [min(_key(seed, texts[i]) for i in block) for block in blocks]
+    keys = [min([_key(seed, texts[i]) for i in block]) for block in blocks]
     total, blocks_with = {}, {}
     for number, block in enumerate(blocks):
         for i in block:
             for name in strata[i]:
                 total[name] = total.get(name, 0) + 1
-                blocks_with.setdefault(name, {})[number] = None
+                numbers = blocks_with.setdefault(name, [])
+                if not numbers or numbers[-1] != number:
+                    numbers.append(number)
     left, taken = dict(total), {}
     # the rarest first: the others have more choice
     for name in sorted(total, key=lambda name: (total[name], name)):
@@ -142,6 +147,11 @@ def _strata(example):
 
 def _blocks(examples, texts):
     """Lists of indices of examples that must stay together, each ascending. texts: theirs, normalised."""
+    if all(example.group is None for example in examples):
+        blocks = {}
+        for i, text in enumerate(texts):
+            blocks.setdefault(text, []).append(i)
+        return [*blocks.values()]
     owner = list(range(len(examples)))
 
     def root(i):

@@ -115,7 +115,8 @@ class FinetuneConfig:
     label_smoothing: float = option(0.0, "Share of a label's probability spread over all labels.", least=0, below=1)
     loss: str | None = option(
         None, "Loss of a retrieval task: contrastive, symmetric or margin for queries with documents, cosent or cosine "
-        "for pairs with a score, softmax for pairs with a label. The first that fits the file by default."
+        "for pairs with a score, softmax for pairs with a label; of rerank, binary, listwise or margin. The first that "
+        "fits the file by default."
     )  # fmt: skip
     scale: float = option(20.0, "Inverse temperature of similarities in the loss of a retrieval task.", above=0)
     widths: tuple[str, ...] = option(
@@ -209,6 +210,8 @@ def train(config):
             if here.model != config.model:
                 log.say(f"--model {config.model}: commit {Path(here.model).name} of the hub")
             tokenizer, encoder_config = tokenizer_and_config(here, resumed)
+            if (adapts := checked_lora(config)) is not None:
+                lora.check_targets(adapts, encoder_config)
         state = checkpoint.read_state(resumed) if resumed else None
         if state:
             checkpoint.check_same_run(resumed, state, config, tokenizer_hash(tokenizer), MAY_DIFFER)
@@ -258,7 +261,6 @@ def train(config):
             raise ValueError(f"--resume: the examples are not those that {resumed} was trained on")
 
         # model and optimizer
-        adapts = checked_lora(config)
         base = lora.weights_hash(here.model) if adapts else None
         if state and state.get("base") != base:
             raise ValueError(f"--resume: the weights of {config.model} are not those that {resumed} adapts")
@@ -270,6 +272,8 @@ def train(config):
             log.say(f"--lora trains {share:,} of {sum(p.numel() for p in model.parameters()):,} parameters")
         model = model.to(device).train()
         model.label_smoothing = config.label_smoothing
+        if hasattr(task, "objective"):
+            model.objective = task.objective(spec)
         if is_together:
             model.tokens_per_pass = config.tokens_per_batch
         if config.freeze_encoder:

@@ -3,17 +3,22 @@
 from pathlib import Path
 
 from ..files import write
-from .card import versions
-from .log import clock, words
+from .card import run_figures, table, versions
+from .log import words
 
 # what transformers calls the tasks
 PIPELINES = {
     "classify": "text-classification", "multilabel": "text-classification", "regress": "text-classification",
     "tag": "token-classification", "answer": "question-answering", "choose": "multiple-choice",
-    "embed": "sentence-similarity",
+    "embed": "sentence-similarity", "rerank": "text-ranking",
 }  # fmt: skip
 # what `predict` takes, other than a text
-USES = {"embed": '("TEXT", "TEXT")', "answer": '("QUESTION", "CONTEXT")', "choose": '("CONTEXT", ["CHOICE", "CHOICE"])'}
+USES = {
+    "embed": '("TEXT", "TEXT")',
+    "rerank": '("QUERY", "DOCUMENT")',
+    "answer": '("QUESTION", "CONTEXT")',
+    "choose": '("CONTEXT", ["CHOICE", "CHOICE"])',
+}
 PICTURES = {
     "learning_curve.png": "Losses and scores over the run", "confusion_matrix.png": "Gold labels and predictions",
     "per_class_f1.png": "F1 of each label", "reliability.png": "Confidence and accuracy",
@@ -30,9 +35,6 @@ def write_card(directory, command, facts, spec, metrics, progress):
     directory = Path(directory)
     model = facts["model_config"]
 
-    def table(head, rows):
-        return "\n".join([f"| {head} | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
-
     scores = [
         (words(name), "undefined" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
         for name, value in metrics.get("scores", {}).items()
@@ -41,8 +43,7 @@ def write_card(directory, command, facts, spec, metrics, progress):
     if metrics.get("interval"):
         low, high = metrics["interval"]
         scores.append((f"{words(metrics['metric'])}, 95 % interval (bootstrap)", f"{low:.4f} to {high:.4f}"))
-    run = [("steps", f"{progress.step:,}"), ("tokens seen", f"{progress.tokens:,}"),
-           ("training time", clock(progress.elapsed))]  # fmt: skip
+    run = run_figures(progress)
     if metrics:
         run += [("examples to train on", f"{metrics['train_examples']:,}"),
                 ("held-out examples", f"{metrics['examples']:,}"), ("best step", f"{metrics['step']:,}")]  # fmt: skip
@@ -53,7 +54,7 @@ def write_card(directory, command, facts, spec, metrics, progress):
     write(
         directory / "README.md",
         f"""---
-library_name: {"sentence-transformers" if spec.task == "embed" else "transformers"}
+library_name: {"sentence-transformers" if spec.task in ("embed", "rerank") else "transformers"}
 pipeline_tag: {PIPELINES[spec.task]}
 tags: [{model["model_type"]}, fastbert, {PIPELINES[spec.task]}]
 ---

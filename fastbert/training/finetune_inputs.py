@@ -18,7 +18,7 @@ from . import lora
 from .example_batches import held_out
 
 # tasks that train a model of retrieval, which share their options
-RETRIEVAL = ("embed",)
+RETRIEVAL = ("embed", "rerank")
 
 
 def checked_lora(config):
@@ -99,6 +99,8 @@ def retrieval_settings(config, name):
     losses = table.task(name).LOSSES
     if config.loss is not None and config.loss not in losses:
         raise ValueError(f"--loss is {config.loss!r}: expected one of {', '.join(losses)} for {name}")
+    if name == "rerank" and (wrong := {*given} & {"pooling", "widths", "scale"}):
+        raise ValueError(f"--{min(wrong)} goes with vectors: the task is {name}")
     settings = {"scale": config.scale} | {one: getattr(config, one) for one in given if one in ("loss", "pooling")}
     if config.widths:
         try:
@@ -112,7 +114,7 @@ def retrieval_settings(config, name):
         settings["score_range"] = [number(low), number(high)]
         if None in settings["score_range"] or not settings["score_range"][0] < settings["score_range"][1]:
             raise ValueError(f"--score-range is {config.score_range!r}: expected two numbers, such as 0,5")
-        if config.loss != "cosine":
+        if config.loss != "cosine" and name != "rerank":
             raise ValueError("--score-range goes with --loss cosine: other losses take scores of any range")
     if prompts := _prompts(config):
         settings["prompts"] = prompts
@@ -146,6 +148,11 @@ def main_score(config, task, spec):
 
 def hold_out(config, examples, path, say):
     """(examples to train on, held-out examples): --eval-share of them. say: is told of what is not as one expects."""
+    if wrong := next((one for one in examples if isinstance(one.group, list | dict)), None):
+        raise ValueError(
+            f"line {wrong.number}: the group {config.group_column!r} is {str(wrong.group)[:40]!r}: expected text or a "
+            "number"
+        )
     seed = config.seed if config.split_seed is None else config.split_seed
     train, evaluation, rare = held_out(examples, config.eval_share, seed)
     if not evaluation or not train:

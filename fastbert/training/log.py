@@ -170,10 +170,17 @@ def read_metrics(directory):
     return rows
 
 
+# where Linux writes the peak memory of this process
+_STATUS = Path("/proc/self/status")
+
+
 def peak_memory_mb(device):
     """Peak memory so far: of tensors on a GPU, else of this process. None if the system does not tell."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 1e6)
+    if _STATUS.exists():
+        # getrusage on Linux begins with the peak of the process that started this one
+        return round(int(_STATUS.read_text(encoding="utf-8").partition("VmHWM:")[2].split()[0]) * 1024 / 1e6)
     try:
         import resource
     except ImportError:  # Windows

@@ -76,6 +76,18 @@ def check_libraries():
         raise ValueError("--lora needs peft and transformers: install fastbert-kernels with the extra lora")
 
 
+def check_targets(settings, config):
+    """Raises ValueError when the encoder of an EncoderConfig has no linear layer of a target's name."""
+    if families.family(config.model_type).converts:
+        raise ValueError(f"--lora does not know the modules of a {config.model_type}: train without it")
+    if settings.targets:
+        there = plain.linear_layers(plain.encoder_on_meta(hf_files.config_to_hf(config)), ["pooler"])
+        if unknown := [name for name in settings.targets if name not in there]:
+            raise ValueError(
+                f"--lora has target={unknown[0]}: the linear layers of a {config.model_type} are {', '.join(there)}"
+            )
+
+
 def weights_hash(directory):
     """sha256 of the weights in a directory: an adapter goes with these alone."""
     found = [sha256(path) for path in sorted(Path(directory).glob("model*.safetensors"))]
@@ -85,16 +97,13 @@ def weights_hash(directory):
 def with_adapter(model, settings, base, revision=None):
     """A model that trains an adapter and a new head, and starts from the weights of `model`, one of our task heads.
 
-    settings: a Lora. base, revision: where peft finds the model that the adapter belongs to. Raises ValueError for
-    targets that the encoder does not have.
+    settings: a Lora of `check_targets`. base, revision: where peft finds the model that the adapter belongs to.
     """
     import peft
 
     check_libraries()
     kind, config = type(model), model.config
     row, names = families.family(config.model_type), _their_names(model)
-    if row.converts:
-        raise ValueError(f"--lora does not know the modules of a {config.model_type}: train without it")
     # a module of the model itself, or one beside the encoder in their bare model
     prefix = row.prefix
     head = {name for ours, name in names.items() if not ours.startswith("encoder.")}
@@ -104,13 +113,8 @@ def with_adapter(model, settings, base, revision=None):
         values, row.architectures[kind.__name__],
         {names[ours]: tensor for ours, tensor in model.state_dict().items()},
     )  # fmt: skip
-    there = plain.linear_layers(theirs, head)
-    usual = {name.rpartition(".")[2] for name in _projections(model)} & {*there}
+    usual = {name.rpartition(".")[2] for name in _projections(model)} & {*plain.linear_layers(theirs, head)}
     targets = settings.targets or sorted(usual)
-    if unknown := [name for name in targets if name not in there]:
-        raise ValueError(
-            f"--lora has target={unknown[0]}: the linear layers of a {config.model_type} are {', '.join(there)}"
-        )
     theirs.name_or_path = base if hub.is_name(base) else str(Path(base).absolute())
     settings = peft.LoraConfig(
         task_type=_TASKS.get(kind.__name__), r=settings.r, lora_alpha=settings.alpha, lora_dropout=settings.dropout,

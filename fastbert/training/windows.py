@@ -25,7 +25,7 @@ from .. import ops
 from ..data.threads import ordered_map
 from ..data.tokenizer import tokenizer_hash
 from ..files import read_json, verify_manifest, write_manifest
-from ..tasks.examples import Window, chunks
+from ..tasks.examples import Window, chunks, without_collection
 
 # examples of a call of the tokenizer, whose result is some 100 times as large as the text
 CALL = 512
@@ -112,6 +112,7 @@ def _concatenated(parts):
     return arrays
 
 
+@without_collection()
 def encoded(task, examples, pieces, spec, say=lambda line: None):
     """The Windows of training examples, without those that teach nothing; from an earlier run where one kept them.
 
@@ -153,7 +154,7 @@ def _directory(task, examples, pieces, spec):
     for file in (Path(__file__), *sorted(Path(task.__file__).parent.glob("*.py"))):
         digest.update(file.read_bytes())
     for chunk in chunks(examples, CALL):
-        digest.update(json.dumps([(one.texts, one.gold, one.more) for one in chunk]).encode())
+        digest.update(repr([(one.texts, one.gold, one.more) for one in chunk]).encode())
     return ops.libraries.cache_directory() / "tokens" / digest.hexdigest()[:32]
 
 

@@ -1,9 +1,6 @@
 """The benchmarks of models, training and data run, and count what they should."""
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,7 +35,8 @@ def page_of(folder):
 @pytest.fixture(autouse=True)
 def memory(monkeypatch):
     """This process gives its memory back: it has other tests to run. A product that is timed for a ceiling is small."""
-    monkeypatch.setattr(machine, "keep_memory", lambda: False)
+    for script in (bench_models, bench_training):
+        monkeypatch.setattr(script, "keep_freed_memory", lambda: False)
     monkeypatch.setitem(machine.SIDE, "cpu", 64)
 
 
@@ -289,29 +287,6 @@ def test_rounds_go_on_while_the_spread_is_wide(monkeypatch):
     assert len(took([10.0] * 20, (4, 12), seconds=5.0)) == 3, "never fewer than three"
     assert len(took([0.01] * 200, (5, 20))) == 20, "short calls get all rounds"
     assert len(took([1.0] * 5, (2, 2))) == 2
-
-
-def test_memory_that_is_freed_is_kept():
-    """In a process of its own, as it cannot be taken back. Without it each call takes its pages anew."""
-    code = (
-        "import machine, rounds, torch\n"
-        "def pages():\n"
-        "    before = rounds.pages_taken()\n"
-        "    for _ in range(4): torch.ones(2**25)\n"
-        "    return rounds.pages_taken() - before\n"
-        "torch.ones(2**25); anew = pages()\n"
-        "kept = machine.keep_memory(); pages()\n"
-        "print(int(kept), anew, pages())"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT / "benchmarks", env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True,
-    )  # fmt: skip
-    kept, anew, again = map(int, done.stdout.split())
-    if not kept:
-        pytest.skip("this C library has no mallopt")
-    # 4 times 128 MiB in pages of 4 KiB
-    assert anew > 100_000 and again < 1000
 
 
 @pytest.fixture

@@ -228,6 +228,19 @@ def test_a_row_above_the_limit_is_an_error(name, tmp_path, monkeypatch):
             list(read_documents([str(path)]))
 
 
+@pytest.mark.parametrize("kind", ["string", "dictionary"])
+def test_a_long_row_among_short_ones_is_refused_before_it_is_decoded(kind, tmp_path, monkeypatch):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    monkeypatch.setattr("fastbert.data.text.MAX_ROW", 1000)
+    texts = pa.array([*(f"ba {i}" for i in range(500)), None, "ki " * 2000])
+    texts = texts.dictionary_encode() if kind == "dictionary" else texts
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="a.parquet row 502 has 6,000 bytes: expected at most"):
+        list(read_documents([str(tmp_path / "a.parquet")]))
+
+
 def gzip_cut_short(path):
     path.write_bytes(gzip.compress(os.urandom(1000).hex().encode())[:500])
 

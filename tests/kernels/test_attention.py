@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from helpers import assert_within_budget, cu_seqlens_of
+from helpers import assert_op_within_budget, assert_within_budget, cu_seqlens_of
 
 from fastbert import ops, reference
 from fastbert.kernels import attention as kernels
@@ -57,6 +57,18 @@ def test_longest_short_and_several_tiles(dropout_p, seed, device):
             attention, reference.attention, qkv, None, None, cu_seqlens_of(lengths, device), max(lengths),
             dropout_p=dropout_p, seed=seed, scale=0.3,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, dict(dropout_p=0.3), dict(window=3)], ids=str)
+@pytest.mark.parametrize("heads", [1, 2])
+def test_shared_keys(path, heads, options, seed, device):
+    """Three or six query heads for each head of keys, packed and apart, and rows past the last sequence."""
+    lengths = [9, 0, 1, 40]
+    q = torch.randn(52, 6, 16, device=device)
+    kv = torch.randn(52, 2, heads, 16, device=device)
+    sequences = cu_seqlens_of(lengths, device), longest(path, *lengths)
+    for k, v in ((kv, None), kv.unbind(1)):
+        assert_op_within_budget(attention, q, k, v, *sequences, **options, seed=seed)
 
 
 @pytest.mark.parametrize("with_max_seqlen_q", [True, False], ids=["", "no max_seqlen_q"])

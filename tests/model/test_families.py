@@ -89,12 +89,14 @@ CASES = {
 ONE_EACH = list({name: case for case, (name, _) in CASES.items()}.values())
 # what transformers does not have
 LACKS = {
-    "Deberta": ("ForMultipleChoice",), "Gte": ("ForMultipleChoice", "ForQuestionAnswering"),
-    "NomicBert": ("ForMultipleChoice", "ForQuestionAnswering"), "JinaEmbeddingsV3": ("ForMultipleChoice",),
+    "Deberta": ("ForMultipleChoice",), "JinaEmbeddingsV3": ("ForMultipleChoice",),
+    **dict.fromkeys(("Esm", "EuroBert", "Gte", "NomicBert"), ("ForMultipleChoice", "ForQuestionAnswering")),
 }  # fmt: skip
-# what the swap knows
+# what the swap knows; EuroBERT with three query heads for one of keys
 SWAPPED = {
     **CASES,
+    "esm": ("Esm", {**SIZES, "position_embedding_type": "rotary", "pad_token_id": 1, "mask_token_id": 4}),
+    "eurobert": ("EuroBert", {**SIZES, "num_key_value_heads": 1, "pad_token_id": 0, "mask_token_id": 3}),
     "roc-bert": ("RoCBert", {**SIZES, "pronunciation_embed_dim": 5, "shape_embed_dim": 6, "shape_vocab_size": 9}),
 }
 

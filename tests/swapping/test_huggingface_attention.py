@@ -32,6 +32,8 @@ FAMILIES = {
         **SIZES, "num_hidden_layers": 3, "local_attention": 6, "cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1,
         "eos_token_id": 2,
     },
+    "Esm": {**SIZES, "position_embedding_type": "rotary", "token_dropout": False},
+    "EuroBert": {**SIZES, "num_key_value_heads": 1},
     "Gte": SIZES,
     "NomicBert": SIZES,
     "JinaEmbeddingsV3": SIZES,
@@ -178,7 +180,7 @@ def sequences():
 
 
 # these tell their layers no position ids, so no attention of transformers' own can know of them
-UNTOLD = "DistilBert", "ModernBert", "Gte", "JinaEmbeddingsV3"
+UNTOLD = "DistilBert", "ModernBert", "Esm", "Gte", "JinaEmbeddingsV3"
 FLATTENED = [(family, "cu_seq_lens", "cpu") for family in FAMILIES]
 FLATTENED += [(family, "position_ids", "cpu") for family in FAMILIES if family not in UNTOLD]
 FLATTENED += [("ModernBert", "cu_seq_lens", "triton"), ("Bert", "position_ids", "triton")]

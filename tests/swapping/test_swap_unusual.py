@@ -175,3 +175,16 @@ def test_another_model_from_the_same_config_is_untouched():
         assert not any(map(is_swapped, other.modules()))
         assert type(other) is transformers.BertForMaskedLM
     assert "fastbert" not in transformers.BertForMaskedLM.forward.__code__.co_filename
+
+
+def test_code_of_a_checkpoint_has_one_line():
+    """What trust_remote_code has loaded; the LayerNorm inside is swapped all the same."""
+    layer = type("NewLayer", (nn.Sequential,), {"__module__": "transformers_modules.some.modeling"})
+    cls = type("NewModel", (nn.Module,), {"__module__": "transformers_modules.some.modeling"})
+    model = nn.Sequential(nn.Linear(4, 4), cls())
+    model[1].layer = layer(nn.LayerNorm(4), nn.Linear(4, 4))
+    report = fastbert.swap(model)
+    assert [(row.name, row.module) for row in report.stayed] == [("1", "NewModel")]
+    assert [row.name for row in report.swapped] == ["1.layer.0"]
+    with pytest.raises(RuntimeError, match="load transformers' own class, without trust_remote_code"):
+        report.raise_if_incomplete()

@@ -48,6 +48,15 @@ def test_labels_at_padding():
     assert_same_gradients({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, expected)
 
 
+@pytest.mark.parametrize("kind", ["BertForMaskedLM", "DistilBertForTokenClassification"])
+def test_labels_of_tokens_that_a_stack_leaves_out(kind):
+    model, inputs = tiny(kind), batch()
+    inputs["labels"] = inputs["input_ids"] % 2
+    fastbert.swap(model)
+    with pytest.raises(ValueError, match="labels hold numbers at padding: expected -100 there"):
+        model(**inputs)
+
+
 # products of 2**20 multiply-adds and more
 LARGE = dict(hidden_size=128, intermediate_size=512, attn_implementation="eager")
 

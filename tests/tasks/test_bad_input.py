@@ -78,3 +78,32 @@ def test_a_directory_that_holds_a_run(encoder, tmp_path):
     (tmp_path / "run" / "model.safetensors").write_bytes(b"")
     path = write_csv(tmp_path / "train.csv", GOOD)
     assert "holds another run (model.safetensors)" in finetune(encoder, tmp_path, "--train-file", path)
+
+
+def test_a_list_is_no_group_and_no_id(encoder, tmp_path):
+    rows = [{"text": text, "label": label, "user": [1]} for text, label in GOOD]
+    path = write_jsonl(tmp_path / "groups.jsonl", rows)
+    error = finetune(encoder, tmp_path, "--train-file", path, "--group-column", "user")
+    assert "line 1: the group 'user' is '[1]': expected text or a number" in error
+    row = {"id": ["a"], "question": "who?", "context": "a cat", "answers": "cat"}
+    error = finetune(encoder, tmp_path, "--train-file", write_jsonl(tmp_path / "ids.jsonl", [row]))
+    assert "ids.jsonl line 1: the id is \"['a']\": expected text or a number" in error
+
+
+@pytest.mark.parametrize("value", ["1e18", "-1e300", "9" * 400])
+def test_a_score_whose_square_is_not_finite(value, encoder, tmp_path):
+    path = write_csv(tmp_path / "train.csv", [("a", "1"), ("b", value)], ("text", "score"))
+    assert "line 3: 'score' is" in (error := finetune(encoder, tmp_path, "--train-file", path))
+    assert "expected a number below 1e18" in error
+
+
+def test_a_column_of_words_is_none_of_tags(encoder, tmp_path):
+    (tmp_path / "train.txt").write_text("a O\nb B-X\n\n" * 4)
+    error = finetune(encoder, tmp_path, "--train-file", tmp_path / "train.txt", "--label-column", "1")
+    assert "--label-column is '1': " in error and "train.txt has the words in that column" in error
+
+
+def test_questions_without_anything_to_learn(encoder, tmp_path):
+    rows = [{"question": f"who {i}?", "context": f"a cat {i}", "answers": "dog"} for i in range(9)]
+    error = finetune(encoder, tmp_path, "--train-file", write_jsonl(tmp_path / "train.jsonl", rows))
+    assert "none of the 8 examples to train on has something to learn" in error

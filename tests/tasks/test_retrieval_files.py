@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from labelled import write_csv, write_jsonl
 
-from fastbert.tasks import embed, table
+from fastbert.tasks import embed, rerank, table
 from fastbert.tasks.examples import Example, Spec, read_files
 
 
@@ -125,3 +125,33 @@ def test_labels_without_an_order_are_not_scored():
     assert embed.score(examples[:2], found, spec)["spearman"] == pytest.approx(1.0)
     with pytest.raises(ValueError, match="the label '2' has no order"):
         embed.score(examples, [*found, {"score": 0}], spec)
+
+
+def test_what_a_reranker_reads(tmp_path):
+    """Labels are 0 and 1; scores are divided by their range; a row without a negative is left out."""
+    rows = [("a", "b", "1"), ("c", "d", "0")]
+    spec = Spec("rerank")
+    examples, _ = read_files(rerank, [str(write_csv(tmp_path / "a.csv", rows, ("text1", "text2", "label")))], spec)
+    assert [one.gold for one in examples] == [1.0, 0.0] and rerank.main_score(spec) == "average_precision"
+    assert spec.settings["loss"] == "binary" and spec.labels == ()
+    path = write_csv(tmp_path / "b.csv", [("a", "b", "4")], ("text1", "text2", "score"))
+    with pytest.raises(ValueError, match="line 2: the label is '4.0': expected a number, 0 to 1; .*--score-range"):
+        read_files(rerank, [str(path)], Spec("rerank"))
+    examples, _ = read_files(rerank, [str(path)], Spec("rerank", settings={"score_range": [0, 5]}))
+    assert [one.gold for one in examples] == [0.8]
+    rows = [{"query": "q", "positive": "p"}, {"query": "q", "positive": "p", "negative": "n"}]
+    examples, (notes,) = read_files(rerank, [str(write_jsonl(tmp_path / "c.jsonl", rows))], Spec("rerank"))
+    assert [one.gold for one in examples] == [[1.0, 0.0]] and "no negative" in notes.said()
+
+
+def test_scores_of_a_reranker():
+    spec = Spec("rerank", (), settings={"loss": "binary", "measured": "pairs"})
+    texts = ("q", "p", "n", "m")
+    examples = [Example(i, texts, [1.0, 0.0, 0.0], more={"kind": "pairs"}) for i in range(3)]
+    logits = ([2, 1, 0], [1, 1, 3], [np.nan] * 3)
+    found = [rerank.decode(one, [], [np.array([x]) for x in row], spec) for one, row in zip(examples, logits)]
+    assert [one["rank"] for one in found] == [1, 3, 3] and found[0]["score"] == pytest.approx(1 / (1 + np.exp(-2)))
+    assert rerank.score(examples, found, spec) == {"mrr@10": pytest.approx(5 / 9), "recall@1": pytest.approx(1 / 3)}
+    examples = [Example(i, ("q", "p"), gold, more={"kind": "labelled"}) for i, gold in enumerate((1.0, 0.0, 1.0))]
+    found = [rerank.decode(one, [], [np.array([x])], spec) for one, x in zip(examples, (3, 2, 1))]
+    assert rerank.score(examples, found, spec) == {"average_precision": pytest.approx((1 + 2 / 3) / 2)}

@@ -1,4 +1,4 @@
-"""Hostile command lines, option files, checkpoint manifests and states: each must give an error of one line.
+"""Hostile option files, checkpoint manifests and states: each must give an error of one line.
 
 Each function yields without end; `draw` is a random.Random. tests/training/test_hostile.py tries some of each.
 """
@@ -6,57 +6,8 @@ Each function yields without end; `draw` is a random.Random. tests/training/test
 import copy
 import json
 
-import click
-
-from fastbert.cli import main
 from fastbert.files import MANIFEST
 from fastbert.training import checkpoint
-
-# what stands where a number should
-NUMBERS = (
-    "nan", "inf", "-inf", "-1", "1e400", "-1e400", "1e308", "99999999999999999999", "-99999999999999999999", "", " ",
-    "0", "-0.0", "1e-400", "0x10", "1,5", "1 2", "true", "None", "½", "٣", "9" * 5000, "\x00", "\udcff", "[1]",
-)  # fmt: skip
-# what stands where a name or a path should; no folder that holds anything
-NAMES = (
-    "", " ", ".", "nowhere", "nowhere/", "/dev/null", "nul\x00l", "\udcff", "a\nb", "*", "[", "{}", "-", "--",
-    "x" * 5000, "é" * 300, "%s%n", "http://nowhere/x",
-)  # fmt: skip
-# so that whatever the parser accepts ends before any work
-NOTHING = {
-    "pretrain": ["--train-file", "nowhere.txt", "--output-dir", "nowhere/run"],
-    "finetune": ["--model", "nowhere", "--train-file", "nowhere.csv", "--output-dir", "nowhere/run"],
-    "predict": ["--model", "nowhere", "--text", "a"],
-    "evaluate": ["--model", "nowhere", "--input", "nowhere.csv"],
-    "train": ["--train-file", "nowhere.txt", "--output-dir", "nowhere/tokenizer"],
-    "prepare": ["--train-file", "nowhere.txt", "--tokenizer", "nowhere", "--output-dir", "nowhere/shards"],
-    "fill-mask": ["--model", "nowhere", "a [MASK]"],
-    "convert": ["nowhere", "nowhere/else"],
-    "doctor": ["--arch", "sm_0"],
-}
-
-
-def command_lines(draw):
-    """Lists of arguments for `fastbert`: options of one command with hostile values, and a missing input."""
-    commands = {name: [name] for name in NOTHING} | {"train": ["tokenizer", "train"]}
-    while True:
-        name = draw.choice([*NOTHING])
-        command = main
-        for part in commands[name]:
-            command = command.commands[part]
-        options = [x for x in command.get_params(click.Context(command)) if isinstance(x, click.Option)]
-        options = [x for x in options if not {"--help", "--compile"} & {*x.opts}]
-        arguments = list(NOTHING[name])
-        for option in draw.choices(options, k=draw.randint(1, 3)):
-            numeric = isinstance(option.type, click.types.IntParamType | click.types.FloatParamType)
-            value = draw.choice(NUMBERS if numeric and draw.random() < 0.9 else NAMES)
-            spelling = draw.choice([*option.opts, *option.secondary_opts])
-            # a multiple option takes what follows
-            together = draw.choice([[f"{spelling}={value}"], [spelling, value], [spelling]])
-            arguments = together + arguments if draw.random() < 0.5 else arguments + together
-        if draw.random() < 0.1:
-            arguments.insert(draw.randint(0, len(arguments)), draw.choice(NAMES))
-        yield [*commands[name], *arguments]
 
 
 def option_files(draw, names):

@@ -104,3 +104,30 @@ def test_a_run_does_not_depend_on_its_parts(options):
     for name, tensor in one.items():
         # AdamW divides by the root of tiny squares: a rounding difference may become 1e-4 of a step
         torch.testing.assert_close(tensor, other[name], atol=3e-6, rtol=1e-4, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore:.*these start fresh")
+@pytest.mark.parametrize("loss", ["binary", "listwise"])
+def test_rerank_learns_and_sentence_transformers_loads_it(loss, options):
+    st = pytest.importorskip("sentence_transformers")
+    names, rows = [*WORDS], []
+    for i in range(80):
+        name = names[i % 3]
+        # what a tiny model can learn in a few steps: the positive is about mice
+        row = {"query": f"the {name} in year {i}", "pos": [f"every day it {WORDS['cat']}"]}
+        rows.append(row | {"neg": [f"every day it {WORDS[('dog', 'bird')[i % 2]]}"] * (i % 4 != 0)})
+    write_jsonl(options["train_file"], rows)
+    directory = options["output_dir"]
+    metrics = run(options, task="rerank", loss=loss, max_steps=30, eval_steps=15)
+    # rows without a negative teach nothing
+    assert metrics["examples"] + metrics["train_examples"] == 60 and metrics["metric"] == "mrr@10"
+    assert metrics["scores"]["mrr@10"] > 0.8
+    pairs = [
+        ("the cat in year 3", "every day it chases mice in dark barns"),
+        ("the cat", "it builds nests"),
+        ("a", "b"),
+    ]
+    ours = [one["score"] for one in predictor.load(directory).predict(pairs)]
+    theirs = st.CrossEncoder(str(directory), device="cpu").predict(pairs)
+    np.testing.assert_allclose(theirs, ours, atol=1e-4)
+    assert ours[0] > ours[1]

@@ -225,16 +225,19 @@ def test_settings():
     ],
     ids=["target", "freeze", "decay", "preset"],
 )
-def test_what_does_not_go_together(changes, said, options, tmp_path):
+def test_what_does_not_go_together(changes, said, options, tmp_path, monkeypatch):
+    def unread(*_):
+        raise AssertionError("the examples were read before the options were checked")
+
+    monkeypatch.setattr("fastbert.training.finetune.read_files", unread)
     with pytest.raises(ValueError, match=said):
         run(options, **changes)
     assert not [*tmp_path.glob("run/checkpoint-*")]
 
 
 def test_families_that_are_stored_under_other_names_are_refused():
-    model = heads.TokenClassifier(config_from_hf({"model_type": "gte", **SMALL}))
     with pytest.raises(ValueError, match="--lora does not know the modules of a gte"):
-        lora.with_adapter(model, lora.parsed("r=2"), "base")
+        lora.check_targets(lora.parsed("r=2"), config_from_hf({"model_type": "gte", **SMALL}))
 
 
 def test_the_learning_rate_is_higher_by_default(options):

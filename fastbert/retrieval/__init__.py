@@ -1,0 +1,1 @@
+"""Vectors of whole files, search in them, and the scores of retrieval."""
