@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import ops
-from .stacks import is_static, refuse_flattened
+from .flattened import refuse_flattened
+from .stacks import is_static
 from .steps import HOOKS, Replacement, by_name, from_file_of, gelu_norm, is_plain, layer_norm, linear_gelu, original
 from .tokenwise import own_code
 
