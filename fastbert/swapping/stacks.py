@@ -312,6 +312,11 @@ class EsmEncoder(PreNormEncoder):
     """Its rotary positions are made for the padded batch."""
 
     @staticmethod
+    def _encodes(kwargs):
+        # its model passes on what its config says of a cache, and has none
+        return PreNormEncoder._encodes({**kwargs, "use_cache": None})
+
+    @staticmethod
     def _packed(layout, kwargs):
         tables = kwargs.get("position_embeddings")
         if tables is None:
