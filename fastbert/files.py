@@ -119,7 +119,8 @@ def read_json(path, kind=dict):
 
 def inside(directory, name):
     """directory / name, for a name that was read from a file. Raises ValueError for a path outside the directory."""
-    if not isinstance(name, str) or "\0" in name:
+    # JSON can hold half a surrogate pair, which is no character
+    if not isinstance(name, str) or "\0" in name or name.encode(errors="ignore").decode() != name:
         raise ValueError(f"{directory} names the file {name!r}: expected the path of one")
     for path in (PurePosixPath(name), PureWindowsPath(name)):
         if path.is_absolute() or path.drive or path.root or ".." in path.parts:

@@ -103,6 +103,12 @@ def test_names_that_lead_out_of_a_directory_are_refused(name, tmp_path):
         files.verify_manifest(tmp_path)
 
 
+@pytest.mark.parametrize("name", [None, "a\0b", "\ud800"], ids=ascii)
+def test_names_that_no_file_can_have_are_refused(name, tmp_path):
+    with pytest.raises(ValueError, match="expected the path of one"):
+        files.inside(tmp_path, name)
+
+
 def test_names_inside_a_directory_are_its_files(tmp_path):
     assert files.inside(tmp_path, "a/b..c.txt") == tmp_path / "a" / "b..c.txt"
     assert files.inside(tmp_path, "") == tmp_path

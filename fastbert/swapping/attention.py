@@ -142,10 +142,10 @@ class DebertaDisentangledSelfAttention(DebertaV2DisentangledSelfAttention):
         return "pos_proj", "pos_q_proj"
 
 
-def _rotated(x, position_embeddings):
-    """x [B, S, H, K] turned by (cos, sin), each [B or 1, S, K]."""
+def _rotated(x, position_embeddings, dtype=torch.float32):
+    """x [B, S, H, K] turned by (cos, sin), each [B or 1, S, K], in a dtype."""
     cos, sin = (table[:, :, None] for table in position_embeddings)
-    turning = x.float()
+    turning = x.to(dtype)
     a, b = turning.chunk(2, -1)
     return (turning * cos + torch.cat((-b, a), -1) * sin).to(x.dtype)
 
@@ -160,7 +160,9 @@ class GteAttention(Attention):
             linear(getattr(self, name), hidden_states).view(*hidden_states.shape[:2], -1, self.head_dim)
             for name in ("q_proj", "k_proj", "v_proj")
         )
-        q, k = (_rotated(x, position_embeddings) for x in (q, k))
+        # ModernBERT's original takes fp32 for every model, these take the model's own
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        q, k = (_rotated(x, position_embeddings, dtype) for x in (q, k))
         dropout = dropout_arguments(self.attention_dropout if self.training else 0.0, q.device)
         out = attend(layout, q, k, v, q.shape[2], scale=self.scaling, **dropout)
         return linear(self.o_proj, out), None

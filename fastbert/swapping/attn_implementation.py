@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from .. import ops
 from ..packing import Layout, full_layout, layout_of, tokens_before
-from .stacks import first_positions
+from .flattened import first_positions
 from .steps import dropout_arguments, from_file_of, is_dry
 
 NAME = "fastbert"

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import ops
-from .stacks import is_static, refuse_flattened
+from .flattened import refuse_flattened
+from .stacks import is_static
 from .steps import HOOKS, Replacement, by_name, from_file_of, gelu_norm, is_plain, layer_norm, linear_gelu, original
 from .tokenwise import own_code
 
@@ -23,7 +24,8 @@ def _check_places(labels, mask):
     """Refuse labels of tokens where a stack returns zeros."""
     if mask is not None and mask.shape == labels.shape:
         ops.check(
-            (labels == -100).to(mask.device) | (mask != 0),
+            # a negative one is refused by its value, with the others
+            (labels < 0).to(mask.device) | (mask != 0),
             "labels hold numbers at padding: expected -100 there, since hidden states of padding are 0",
         )
 

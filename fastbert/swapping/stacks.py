@@ -114,6 +114,12 @@ def _config(stack):
     return next((config for config in configs if hasattr(config, "_attn_implementation")), None)
 
 
+def _adds(config, mask):
+    """Whether the original adds a user's mask of bools or integers to the scores: eager attention adds what it gets."""
+    is_given = torch.is_tensor(mask) and mask.dim() == 4 and not mask.is_floating_point()
+    return is_given and getattr(config, "_attn_implementation", None) == "eager"
+
+
 def _own_attention(stack):
     """Why the attention function that a config asks for must be called, else None."""
     name = getattr(_config(stack), "_attn_implementation", None)
@@ -122,11 +128,6 @@ def _own_attention(stack):
     file = getattr(getattr(function, "func", function), "__module__", None)
     is_known = function is None or (file or "").startswith(("transformers.", "fastbert."))
     return None if is_known else f"its attention, {name}, is not one of transformers'"
-
-
-def first_positions(position_ids, cu_seqlens):
-    """The position of the first token of each sequence in a flattened batch; of an empty one at the end, the last's."""
-    return position_ids.flatten()[cu_seqlens[:-1].long().clamp(max=position_ids.numel() - 1)]
 
 
 class BertEncoder(Replacement):
@@ -212,7 +213,7 @@ class BertEncoder(Replacement):
         if not may_prepare and not self._pays(hidden_states, None, True, kwargs):
             return None, None
         config = _config(self)
-        if not self._encodes(kwargs) or _requests(config, kwargs, "output_attentions"):
+        if not self._encodes(kwargs) or _requests(config, kwargs, "output_attentions") or _adds(config, attention_mask):
             return None, False
         seen = _requests(config, kwargs, "output_hidden_states")
         # feed-forwards in chunks need padded lengths
@@ -309,6 +310,11 @@ class PreNormEncoder(BertEncoder):
 
 class EsmEncoder(PreNormEncoder):
     """Its rotary positions are made for the padded batch."""
+
+    @staticmethod
+    def _encodes(kwargs):
+        # its model passes on what its config says of a cache, and has none
+        return PreNormEncoder._encodes({**kwargs, "use_cache": None})
 
     @staticmethod
     def _packed(layout, kwargs):
@@ -470,34 +476,3 @@ class GteModel(ModernBertModel):
         if getattr(self, "pooler", None) is not None:
             out.pooler_output = self.pooler(out.last_hidden_state)
         return out if (self.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
-
-
-class RobertaModel(Replacement):
-    """Flattened batches: their collator counts positions from 0, this family's table from `padding_idx + 1`."""
-
-    RUNS = {"attention": "positions of flattened batches counted from padding_idx + 1"}
-
-    def forward(self, *args, **kwargs):
-        kwargs = by_name(self, args, kwargs)
-        cu_seqlens, position_ids = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
-        if cu_seqlens is not None and position_ids is not None:
-            starts = first_positions(position_ids, cu_seqlens)
-            offset = self.config.pad_token_id + 1
-            kwargs["position_ids"] = torch.where((starts == 0).any(), position_ids + offset, position_ids)
-        return super().forward(**kwargs)
-
-
-class MPNetModel(Replacement):
-    """And DeBERTa: their attention knows no flattened sequences."""
-
-    RUNS = {"attention": "refuses flattened sequences, which the original mixes"}
-
-    def forward(self, *args, **kwargs):
-        refuse_flattened(self, kwargs)
-        return super().forward(*args, **kwargs)
-
-
-def refuse_flattened(model, kwargs):
-    """Raises ValueError for flattened sequences given to a model, with a head or without, that would mix them."""
-    if kwargs.get("cu_seq_lens_q") is not None and isinstance(model.base_model, MPNetModel):
-        raise ValueError(f"cu_seq_lens_q is given: {type(model).__name__} would mix the sequences, pad them")

@@ -28,6 +28,7 @@ from .feed_forward import (
     RobertaPreLayerNormIntermediate,
     TransformerBlock,
 )
+from .flattened import MPNetModel, RobertaModel
 from .losses import (
     AlbertForPreTraining,
     BertForMaskedLM,
@@ -42,9 +43,7 @@ from .stacks import (
     GteModel,
     ModernBertModel,
     MPNetEncoder,
-    MPNetModel,
     PreNormEncoder,
-    RobertaModel,
 )
 from .tokenwise import KNOWN
 

@@ -28,6 +28,9 @@ SPOTS = {
     "Deberta": "encoder.layer.1.output.dense",
     "DebertaV2": "encoder.layer.0.attention.self.query_proj",
     "ModernBert": "layers.0.mlp.Wo",
+    "Gte": "layers.0.mlp.down_proj",
+    "NomicBert": "layers.1.self_attn.v_proj",
+    "JinaEmbeddingsV3": "layers.0.mlp.fc2",
 }
 
 
@@ -89,7 +92,7 @@ def assert_unchanged(change, kind="BertModel", when=("before", "after"), trainin
 def test_a_module_that_mixes_tokens_keeps_its_shapes_and_is_named(family):
     spot = SPOTS[family]
     report, _ = assert_unchanged(lambda m: put(m, spot, Mixing(m.get_submodule(spot))), f"{family}Model")
-    stack = "" if family == "ModernBert" else spot.partition(".")[0]
+    stack = "" if spot.startswith("layers.") else spot.partition(".")[0]
     (row,) = [row for row in report.stayed if row.name == stack]
     assert row.reason == f"keeps its padding: {spot.removeprefix(f'{stack}.')} (Mixing) may look at other tokens"
     attention = [row for row in report.rows if "Attention" in row.module and not row.became]
@@ -273,7 +276,7 @@ WAYS = [
 @pytest.mark.parametrize("family", SPOTS)
 def test_each_module_in_turn(family):
     kind, options = f"{family}Model", dict(conv_kernel_size=3) if family == "DebertaV2" else {}
-    stack = "" if family == "ModernBert" else SPOTS[family].partition(".")[0]
+    stack = "" if SPOTS[family].startswith("layers.") else SPOTS[family].partition(".")[0]
     modules = tiny(kind, **options).named_modules()
     names = [n for n, module in modules if n.startswith(stack) and n != stack and not isinstance(module, nn.ModuleList)]
     for i, name in enumerate(names):

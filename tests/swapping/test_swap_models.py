@@ -85,9 +85,13 @@ print("same")
     assert output(start(code, tmp_path / "model.pt")) == "same"
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-def test_dtypes(dtype):
-    plain, model = tiny().to(dtype), tiny()
+@pytest.mark.parametrize(
+    "kind, dtype",
+    [("Bert", torch.float16), ("Bert", torch.bfloat16), ("Bert", torch.float64), ("Gte", torch.float64)],
+    ids=str,
+)
+def test_dtypes(kind, dtype):
+    plain, model = tiny(f"{kind}ForMaskedLM").to(dtype), tiny(f"{kind}ForMaskedLM")
     fastbert.swap(model)
     model.to(dtype)
     tolerance = {torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.float64: 1e-12}[dtype]

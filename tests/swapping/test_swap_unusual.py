@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import transformers
-from small import assert_close, assert_same_gradients, batch, gradients, is_swapped, logits, tiny
+from small import LENGTHS, assert_close, assert_same_gradients, batch, gradients, is_swapped, logits, tiny
 from torch import nn
 
 import fastbert
@@ -188,3 +188,14 @@ def test_code_of_a_checkpoint_has_one_line():
     assert [row.name for row in report.swapped] == ["1.layer.0"]
     with pytest.raises(RuntimeError, match="load transformers' own class, without trust_remote_code"):
         report.raise_if_incomplete()
+
+
+@pytest.mark.parametrize("positions", ["absolute", "rotary"])
+def test_esm_runs_unpadded_whatever_its_config_says_of_a_cache(positions, shapes):
+    plain, model = (tiny("EsmModel", position_embedding_type=positions, use_cache=True) for _ in range(2))
+    fastbert.swap(model)
+    inputs = {name: x for name, x in batch().items() if name != "labels"}
+    real = inputs["attention_mask"].bool()
+    assert_close(model(**inputs)[0], plain(**inputs)[0], real)
+    # ops.linear gets [1, T, D] as rows
+    assert {shape[0] for shape in shapes} == {sum(LENGTHS)}
