@@ -180,6 +180,7 @@ _TYPES = {
     "choose": {"choice": "whole", "text": "text", "score": "number", "probabilities": ["number"]},
     "embed": {"score": "number"},
     "rerank": {"score": "number"},
+    "sparse": {"score": "number"},
 }
 
 
