@@ -143,10 +143,32 @@ MUTANTS = [
     # ops
     Mutant(
         "ids-outside-their-table-pass",
-        "fastbert/ops.py",
+        "fastbert/values.py",
         "is_known = ids.clamp(0, rows - 1) == ids",
         "is_known = ids.clamp(0, rows) == ids",
         "tests/test_ops.py::test_an_id_outside_its_table_is_named",
+    ),
+    # retrieval
+    Mutant(
+        "false-negatives-are-punished",
+        "fastbert/model/retrieval.py",
+        "return torch.tensor(pairs) if pairs else None",
+        "return None",
+        "tests/model/test_retrieval.py::test_false_negatives",
+    ),
+    Mutant(
+        "excluded-pairs-of-later-chunks-are-negatives",
+        "kernels/cross_entropy.py",
+        "rows = pairs[:, 0] - start",
+        "rows = pairs[:, 0]",
+        "tests/kernels/test_contrastive_cross_entropy.py::test_excluded_pairs_are_no_negatives",
+    ),
+    Mutant(
+        "a-constant-ranking-is-a-good-one",
+        "fastbert/tasks/embed.py",
+        "(~(row < value)).sum()",
+        "(row > value).sum()",
+        "tests/tasks/test_retrieval_files.py::test_a_constant_and_a_broken_model_are_not_good",
     ),
     # cpu: its functions are tested beside the kernels of the same ops
     Mutant(
