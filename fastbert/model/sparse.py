@@ -44,14 +44,13 @@ class TrainedSparseEncoder(MaskedLM):
             return cls(config, **options)
         dropouts = {name: getattr(config, name) for name in ("hidden_dropout_prob", "attention_probs_dropout_prob")}
         with warnings.catch_warnings():
-            warnings.simplefilter("error")
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("error", message=".* these start fresh")
             try:
                 return hf_files.load_model(
                     lambda config: cls(config, **options), directory, head="MaskedLM", dtype=dtype, **dropouts
                 )
-            except UserWarning as warning:
-                if "start fresh" not in str(warning):
-                    raise
+            except UserWarning:
                 raise ValueError(f"{directory} has no masked-LM head, which gives words their weights") from None
 
     def forward(self, batch: Batch) -> Output:
