@@ -1,10 +1,15 @@
 """The largest logit of each word over a text's tokens, on a CPU, with the logits of some words at a time."""
 
+import warnings
+
 import torch
 
 from .. import reference
 from .autograd import derivatives, runs_by_autograd
 from .matmul import matmul
+
+# torch says so at the first one; only its product with a dense matrix is used, which is oneMKL's
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
 # words whose logits are held at once
 WORDS = 2048
