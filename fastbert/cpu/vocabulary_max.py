@@ -8,7 +8,7 @@ from .. import reference
 from .autograd import derivatives, runs_by_autograd
 from .matmul import matmul
 
-# torch says so at the first one; only its product with a dense matrix is used, which is oneMKL's
+# torch says so at the first one; only its product with a dense matrix is used
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
 # words whose logits are held at once
