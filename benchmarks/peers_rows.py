@@ -24,6 +24,15 @@ def _pooling_segments(arguments):
     return run
 
 
+def _vocabulary_max_eager(arguments):
+    padded = peers.Padded(arguments)
+    run = Run(None, [padded.rectangle(arguments["hidden"]), arguments["weight"], arguments["bias"]])
+    run.packed = lambda output, gradients: (output, [gradients[0][padded.mask], *gradients[1:]])
+    mask = padded.mask[:, :, None].to(arguments["hidden"].dtype)
+    run.forward = lambda: TABLE["vocabulary_max"].plain(*run.leaves, mask)
+    return run
+
+
 def _in_the_rectangle(op, *per_token):
     """Plain PyTorch on padding too, as in a model without packing. per_token: arguments with a row a token."""
 
@@ -92,5 +101,9 @@ PEERS = {
         "eager": _pooling_eager,
         "compiled": peers.compiled_forward(_pooling_eager),
         "torch segment_reduce": _pooling_segments,
+    },
+    "vocabulary_max": {
+        "eager": _vocabulary_max_eager,
+        "compiled": peers.compiled_forward(_vocabulary_max_eager),
     },
 }

@@ -73,6 +73,8 @@ def _kernel(op):
             from .kernels import pooling as module
         case "rms_norm":
             from .kernels import rms_norm as module
+        case "vocabulary_max":
+            from .kernels import vocabulary_max as module
     return getattr(module, op)
 
 
@@ -484,3 +486,15 @@ def contrastive_cross_entropy(
     query, document = _autocast(query, document)
     options = dict(scale=scale, symmetric=symmetric, excluded=excluded, ignore_index=ignore_index)
     return _run("contrastive_cross_entropy", impl, query, document, labels, **options)
+
+
+def vocabulary_max(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, cu_seqlens: torch.Tensor, max_seqlen: int,
+    *, impl: str | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """The weight of each word in a text, without the logits of its tokens: see `reference.vocabulary_max`."""
+    _check_shape("weight", weight, len(weight), hidden.shape[1])
+    _check_shape("bias", bias, len(weight))
+    check_sequences(cu_seqlens, len(hidden), max_seqlen)
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    return _run("vocabulary_max", impl, hidden, weight, bias, cu_seqlens, max_seqlen)

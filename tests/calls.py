@@ -122,6 +122,7 @@ CALLS = {
     "embedding-three_types": Call("embedding", _TOKENS, _WORDS, lambda: _ids(3)),
     "pooling": Call("pooling", ("hidden",), _POOLED),
     "pooling-max": Call("pooling", ("hidden",), _POOLED, lambda: dict(mode="max", normalize=False)),
+    "vocabulary_max": Call("vocabulary_max", ("hidden",), _POOLED | dict(V=11), exact=False),
     "masked_cross_entropy": Call("masked_cross_entropy", ("hidden", "labels"), options=_picked, exact=False),
     "masked_cross_entropy-smoothed": Call(
         "masked_cross_entropy", ("hidden", "labels"), options=lambda: _picked(bias=None, label_smoothing=0.1),

@@ -154,6 +154,13 @@ MUTANTS = [
         "range(tl.maximum(start, last) + 1, stop_chunk, BLOCK_T)",
         "tests/kernels/test_pooling.py::test_many_slack_rows",
     ),
+    Mutant(
+        "vocabulary-max-of-the-padding",
+        "kernels/vocabulary_max.py",
+        'logits = tl.where(mask_t[None, :], logits, -float("inf"))',
+        "logits = logits * 1.0",
+        "tests/kernels/test_vocabulary_max.py::test_the_formula_of_sentence_transformers",
+    ),
     # ops
     Mutant(
         "ids-outside-their-table-pass",

@@ -8,6 +8,7 @@ Letters: B sequences, R rows, N documents, E embedding size.
 
 import dataclasses
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,12 +39,15 @@ class Objective:
 
     loss: one of LOSSES. scale: the inverse temperature of similarities. widths: Matryoshka (Kusupati et al. 2022): the
     sum of the losses of the first so many columns, each normalised again; (): all columns. labels: classes of softmax.
+    similarity: of the contrastive losses, cosine or dot. flops: the factor of the regulariser of sparse vectors.
     """
 
     loss: str
     scale: float = 20.0
     widths: tuple[int, ...] = ()
     labels: int = 0
+    similarity: str = "cosine"
+    flops: float = 0.0
 
 
 class TrainedEmbedder(SentenceEmbedder):
@@ -94,7 +98,7 @@ class TrainedEmbedder(SentenceEmbedder):
         return model
 
     def forward(self, batch: Batch) -> Output:
-        vectors = self._vectors(batch)
+        vectors = in_passes(super().forward, batch, self.tokens_per_pass)
         if batch.targets is None:
             return Output(vectors)
         cu = batch.cu_examples.long()
@@ -107,15 +111,7 @@ class TrainedEmbedder(SentenceEmbedder):
 
     def label_counts(self, batch: Batch) -> dict[str, int]:
         """See `MaskedLM.label_counts`: rows; negatives with margins; and CoSENT has one loss for the whole batch."""
-        rows = len(batch.cu_examples) - 1
-        return {"label": {"margin": len(batch.cu_seqlens) - 1 - 2 * rows, "cosent": 1}.get(self.objective.loss, rows)}
-
-    def _vectors(self, batch):
-        if not torch.is_grad_enabled() or len(batch.input_ids) <= self.tokens_per_pass:
-            return super().forward(batch)
-        encode = super().forward
-        parts = in_parts(batch, self.tokens_per_pass)
-        return torch.cat([checkpoint(encode, part, use_reentrant=False) for part in parts])
+        return {"label": rows_of_loss(self.objective, batch)}
 
     def save_pretrained(self, directory) -> None:
         """Write what a SentenceEmbedder writes, and what the loss has learned in the folder `loss`."""
@@ -133,6 +129,19 @@ class TrainedEmbedder(SentenceEmbedder):
             tensors = hf_files.read_tensors(Path(directory) / LOSS_FOLDER, shapes, False)
             found |= {f"classifier.{name}": x for name, x in tensors.items()}
         return found
+
+
+def rows_of_loss(objective: Objective, batch: Batch) -> int:
+    """How many losses are added in the loss of a batch."""
+    rows = len(batch.cu_examples) - 1
+    return {"margin": len(batch.cu_seqlens) - 1 - 2 * rows, "cosent": 1}.get(objective.loss, rows)
+
+
+def in_passes(encode: Callable, batch: Batch, tokens: int) -> torch.Tensor:
+    """encode(batch), [B, ...]; with gradients in parts of at most `tokens` tokens, that run again in the backward."""
+    if not torch.is_grad_enabled() or len(batch.input_ids) <= tokens:
+        return encode(batch)
+    return torch.cat([checkpoint(encode, part, use_reentrant=False) for part in in_parts(batch, tokens)])
 
 
 def in_parts(batch: Batch, tokens: int):
@@ -161,7 +170,9 @@ def _contrastive(model, vectors, batch, cu, symmetric=False):
     targets: int64 [B], equal for equal texts. A document that is a positive of the same query elsewhere in the batch,
     or has the same text as one, is no negative.
     """
-    vectors = F.normalize(vectors.float(), dim=-1)
+    vectors = vectors.float()
+    if model.objective.similarity == "cosine":
+        vectors = F.normalize(vectors, dim=-1)
     place = torch.arange(len(vectors), device=cu.device)
     is_negative = torch.ones_like(place, dtype=torch.bool)
     is_negative[cu[:-1]] = is_negative[cu[:-1] + 1] = False

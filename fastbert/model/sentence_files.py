@@ -280,3 +280,20 @@ def write_directory(model, directory):
         hf_files.write_tokenizer(model.tokenizer, directory, model.config, dict(
             model_max_length=model.max_length, truncation_side=model.truncation_side,
         ))  # fmt: skip
+
+
+def write_sparse_directory(model, directory):
+    """Write what SparseEncoder of sentence-transformers reads beside a masked-LM model: its modules and settings."""
+    names = (("Transformer", "base.modules"), ("SpladePooling", "sparse_encoder.modules"))
+    listed = []
+    for i, (kind, place) in enumerate(names):
+        path = f"{i}_{kind}" if i else ""
+        listed.append(dict(idx=i, name=str(i), path=path, type=f"sentence_transformers.{place}.{kind}"))
+        (directory / path).mkdir(parents=True, exist_ok=True)
+    write_json(directory / "modules.json", listed)
+    settings = dict(max_seq_length=model.max_length, do_lower_case=False, transformer_task="fill-mask")
+    write_json(directory / "sentence_bert_config.json", settings)
+    settings = dict(pooling_strategy="max", activation_function="relu", embedding_dimension=model.config.vocab_size)
+    write_json(directory / listed[1]["path"] / "config.json", settings)
+    settings = dict(model_type="SparseEncoder", prompts=model.prompts, similarity_fn_name="dot")
+    write_json(directory / "config_sentence_transformers.json", settings)

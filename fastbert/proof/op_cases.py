@@ -6,13 +6,18 @@ that go through all ops. What other libraries offer instead of an op stands in t
 Letters as in `op_sizes.py`.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from .. import reference
+from .op_runs import Run as Run
+from .op_runs import cotangent as cotangent
+from .op_runs import disagreement as disagreement
+from .op_runs import floating as floating
+from .op_runs import results as results
+from .op_runs import run_of as run_of
+from .op_runs import truth as truth
 from .op_sizes import Op, Sizes, Tensors
 
 
@@ -276,6 +281,29 @@ class ContrastiveCrossEntropy(Op):
         return F.cross_entropy(scores, torch.arange(len(query), device=query.device), reduction="sum")
 
 
+class VocabularyMax(Op):
+    compiled = {"plain": {}, "no bias": dict(bias=None)}
+
+    @staticmethod
+    def arguments(z, new):
+        return dict(
+            hidden=new.normal(z.T, z.D), weight=new.normal(z.V, z.D, scale=0.02), bias=new.normal(z.V),
+            **new.sequences(),
+        )  # fmt: skip
+
+    @staticmethod
+    def floor(z):
+        # each text and word has one token with a gradient
+        B = len(z.lengths)
+        read, made = (z.T + z.V) * z.row, B * z.V * z.dtype.itemsize
+        return {"forward": (read + made, 2 * z.T * z.V * z.D), "backward": (2 * read + made, 4 * B * z.V * z.D)}
+
+    @staticmethod
+    def plain(hidden, weight, bias, mask):
+        """Of the rectangle [B, S, D]. mask: [B, S, 1], 1 and 0."""
+        return torch.log1p(torch.relu(F.linear(hidden, weight, bias) * mask)).max(1).values
+
+
 # what a model spends its time in, so that the first ones matter most
 TABLE = {
     "attention": Attention,
@@ -290,6 +318,7 @@ TABLE = {
     "biased_attention": BiasedAttention,
     "gated_activation": GatedActivation,
     "rms_norm": RmsNorm,
+    "vocabulary_max": VocabularyMax,
 }
 OPS = list(TABLE)
 WITH_DROPOUT = [name for name, op in TABLE.items() if op.has_dropout]
@@ -377,74 +406,3 @@ def without_data(op, model, dtype, /, *, longest=512, dropout_p=0.0, is_mixed=Fa
     counts = dict(T=rows, M=picked, Q=picked, N=2 * picked)
     sizes = Sizes((longest,) * (1 << 15), dtype=dtype, dropout_p=dropout_p, G=G, **counts, **MODELS[model])
     return TABLE[op].arguments(sizes, Tensors(sizes, "meta", torch.float32 if is_mixed else None)) | options
-
-
-@dataclass
-class Run:
-    """One way to compute a case.
-
-    `packed` brings (output, gradients) into the form that fastbert's own have, `unpacked` an output's gradient into
-    the form that this way's output has. `forward_only` says why there is no backward, where there is none.
-    """
-
-    forward: Callable  # () -> output
-    leaves: list  # what gradients are taken of
-    packed: Callable = field(default=lambda output, gradients: (output, gradients))
-    unpacked: Callable = field(default=lambda cotangent: cotangent)
-    forward_only: str = ""
-
-    def __post_init__(self):
-        self.leaves = [x.detach().requires_grad_(not self.forward_only) for x in self.leaves]
-
-
-def floating(arguments):
-    return {name: x for name, x in arguments.items() if torch.is_tensor(x) and x.is_floating_point()}
-
-
-def run_of(function, arguments):
-    """A Run of anything with the op's own arguments."""
-    names = list(floating(arguments))
-    run = Run(None, list(floating(arguments).values()))
-    rest = {name: x for name, x in arguments.items() if name not in names}
-
-    def forward():
-        result = function(**dict(zip(names, run.leaves)), **rest)
-        return result[0] if isinstance(result, tuple) else result
-
-    run.forward = forward
-    return run
-
-
-def cotangent(run):
-    """A gradient for the run's output: the same random numbers, token by token, whatever the form of that output."""
-    # with gradients, as everywhere: without them what compiles would compile once more
-    output = run.packed(run.forward(), run.leaves)[0].detach()
-    generator = torch.Generator(output.device).manual_seed(1)
-    numbers = torch.randn(output.shape, generator=generator, device=output.device).to(output.dtype)
-    return run.unpacked(numbers if output.dim() else torch.ones_like(output))
-
-
-def results(run):
-    """(output, gradients), packed; no gradients of a run that has no backward."""
-    if run.forward_only:
-        return run.packed(run.forward(), run.leaves)[0], []
-    gradient = cotangent(run)
-    output = run.forward()
-    gradients = torch.autograd.grad(output, run.leaves, gradient)
-    return run.packed(output.detach(), gradients)
-
-
-def truth(case, arguments, dtype=torch.float32):
-    """(output, gradients) of the reference in a wide dtype, on the same numbers."""
-    widened = {n: x.to(dtype) if n in floating(arguments) else x for n, x in arguments.items()}
-    return results(run_of(getattr(reference, case.op), widened))
-
-
-def disagreement(got, wanted):
-    """The largest relative error ||got - wanted|| / ||wanted|| of the output and the gradients that there are."""
-    (output, gradients), errors = got, []
-    wanted = (wanted[0], *(wanted[1] if gradients else ()))
-    for g, w in zip((output, *gradients), wanted, strict=True):
-        assert g.shape == w.shape, f"shape {tuple(g.shape)}, expected {tuple(w.shape)}"
-        errors.append(((g.double() - w.double()).norm() / w.double().norm().clamp(min=1e-30)).item())
-    return max(errors)

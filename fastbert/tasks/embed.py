@@ -142,20 +142,31 @@ def _meaning(gold):
     return MEANINGS[gold.casefold()]
 
 
+def _stacked(rows):
+    """Rows [1, E] one below the other: arrays of NumPy, or sparse ones."""
+    if isinstance(rows[0], np.ndarray):
+        return np.concatenate(rows)
+    from scipy import sparse
+
+    return sparse.vstack(rows, "csr")
+
+
 def _rank(examples, predictions):
     """Set "_rank" of each prediction, from 1, and what errors.md shows."""
     place, vectors, positives = {}, [], {}
     for example, prediction in zip(examples, predictions, strict=True):
-        for text, vector in zip(example.texts[1:], prediction["_vectors"][1:], strict=True):
+        for i, text in enumerate(example.texts[1:], 1):
             if text not in place:
                 place[text] = len(vectors)
-                vectors.append(vector)
+                vectors.append(prediction["_vectors"][[i]])
         positives.setdefault(example.texts[0], {})[place[example.texts[1]]] = None
-    documents = np.stack(vectors)
+    documents = _stacked(vectors)
     names = [*place]
     for start in range(0, len(examples), BLOCK):
         block = slice(start, start + BLOCK)
-        scores = np.stack([one["_vectors"][0] for one in predictions[block]]) @ documents.T
+        scores = _stacked([one["_vectors"][[0]] for one in predictions[block]]) @ documents.T
+        # of sparse vectors it is sparse, too
+        scores = scores if isinstance(scores, np.ndarray) else scores.toarray()
         # the same numbers for the same vectors, whatever a product's blocks do
         for example, prediction, row in zip(examples[block], predictions[block], scores, strict=True):
             own = place[example.texts[1]]

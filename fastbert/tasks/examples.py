@@ -392,7 +392,7 @@ def predictions(
     the model, `model(batch)` by default. Stops early when `interrupted()` is true.
     """
     run = model if run is None else run
-    for chunk in chunks(examples, CHUNK):
+    for chunk in chunks(examples, getattr(task, "CHUNK", CHUNK)):
         windows = task.encode(chunk, pieces, spec)
         flat = [window for one in windows for window in one]
         sizes = [len(window.ids) for window in flat]

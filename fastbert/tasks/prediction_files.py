@@ -238,6 +238,7 @@ _TYPES = {
     "choose": {"choice": "whole", "text": "text", "score": "number", "probabilities": ["number"]},
     "embed": {"score": "number"},
     "rerank": {"score": "number"},
+    "sparse": {"score": "number"},
 }
 
 

@@ -9,7 +9,7 @@ from ..data import tables
 from . import texts
 
 # each is a module of this folder
-TASKS = ("classify", "multilabel", "regress", "tag", "answer", "choose", "embed", "rerank")
+TASKS = ("classify", "multilabel", "regress", "tag", "answer", "choose", "embed", "rerank", "sparse")
 
 
 def task(name):

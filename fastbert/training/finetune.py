@@ -118,7 +118,13 @@ class FinetuneConfig:
         "for pairs with a score, softmax for pairs with a label; of rerank, binary, listwise or margin. The first that "
         "fits the file by default."
     )  # fmt: skip
-    scale: float = option(20.0, "Inverse temperature of similarities in the loss of a retrieval task.", above=0)
+    scale: float | None = option(
+        None, "Inverse temperature of similarities in the loss of a retrieval task: 20, or 1 for sparse, by default.",
+        above=0,
+    )  # fmt: skip
+    flops_weight: float | None = option(
+        None, "Factor of the regulariser that makes sparse vectors sparse (FLOPS); 3e-5 by default.", least=0
+    )
     widths: tuple[str, ...] = option(
         (), "Vector sizes that shall be usable alone (Matryoshka): the losses of the first so many columns are added."
     )

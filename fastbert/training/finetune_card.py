@@ -10,12 +10,13 @@ from .log import words
 PIPELINES = {
     "classify": "text-classification", "multilabel": "text-classification", "regress": "text-classification",
     "tag": "token-classification", "answer": "question-answering", "choose": "multiple-choice",
-    "embed": "sentence-similarity", "rerank": "text-ranking",
+    "embed": "sentence-similarity", "rerank": "text-ranking", "sparse": "feature-extraction",
 }  # fmt: skip
 # what `predict` takes, other than a text
 USES = {
     "embed": '("TEXT", "TEXT")',
     "rerank": '("QUERY", "DOCUMENT")',
+    "sparse": '("QUERY", "DOCUMENT")',
     "answer": '("QUESTION", "CONTEXT")',
     "choose": '("CONTEXT", ["CHOICE", "CHOICE"])',
 }
@@ -54,7 +55,7 @@ def write_card(directory, command, facts, spec, metrics, progress):
     write(
         directory / "README.md",
         f"""---
-library_name: {"sentence-transformers" if spec.task in ("embed", "rerank") else "transformers"}
+library_name: {"sentence-transformers" if spec.task in ("embed", "rerank", "sparse") else "transformers"}
 pipeline_tag: {PIPELINES[spec.task]}
 tags: [{model["model_type"]}, fastbert, {PIPELINES[spec.task]}]
 ---

@@ -18,7 +18,7 @@ from . import lora
 from .example_batches import held_out
 
 # tasks that train a model of retrieval, which share their options
-RETRIEVAL = ("embed", "rerank")
+RETRIEVAL = ("embed", "rerank", "sparse")
 
 
 def checked_lora(config):
@@ -87,8 +87,12 @@ def spec_of(config, name, encoder_config):
 
 def retrieval_settings(config, name):
     """The settings of the Spec of a retrieval task; {} for others. Raises ValueError for options that do not fit."""
-    given = [one for one in ("loss", "pooling", "prompts", "score_range") if getattr(config, one) is not None]
-    given += ["widths"] * bool(config.widths) + ["scale"] * (config.scale != 20.0)
+    given = [
+        one
+        for one in ("loss", "scale", "pooling", "prompts", "score_range", "flops_weight")
+        if getattr(config, one) is not None
+    ]
+    given += ["widths"] * bool(config.widths)
     if name not in RETRIEVAL:
         if given:
             raise ValueError(f"--{given[0].replace('_', '-')} goes with the tasks {', '.join(RETRIEVAL)}: it is {name}")
@@ -99,9 +103,15 @@ def retrieval_settings(config, name):
     losses = table.task(name).LOSSES
     if config.loss is not None and config.loss not in losses:
         raise ValueError(f"--loss is {config.loss!r}: expected one of {', '.join(losses)} for {name}")
-    if name == "rerank" and (wrong := {*given} & {"pooling", "widths", "scale"}):
-        raise ValueError(f"--{min(wrong)} goes with vectors: the task is {name}")
-    settings = {"scale": config.scale} | {one: getattr(config, one) for one in given if one in ("loss", "pooling")}
+    others = {
+        "embed": {"flops_weight"}, "sparse": {"pooling", "widths", "score_range"},
+        "rerank": {"pooling", "widths", "scale", "flops_weight"},
+    }  # fmt: skip
+    if wrong := {*given} & others[name]:
+        raise ValueError(f"--{min(wrong).replace('_', '-')} does not go with --task {name}")
+    settings = {
+        one: getattr(config, one) for one in given if one in ("loss", "scale", "pooling", "flops_weight")
+    }  # fmt: skip
     if config.widths:
         try:
             settings["widths"] = sorted({int(width) for one in config.widths for width in one.split(",")})

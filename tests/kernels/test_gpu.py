@@ -194,7 +194,7 @@ def last_rows(op, arguments, cu_seqlens=None, rows=200):
 
 
 @needs_gpu
-@pytest.mark.parametrize("op", [op for op in OPS if "cross_entropy" not in op])
+@pytest.mark.parametrize("op", [op for op in OPS if "cross_entropy" not in op and op != "vocabulary_max"])
 def test_offsets_beyond_two_to_the_31(op, device):
     """Row number times width overflows 32 bits: the last rows must be right, and must be the ones that are written."""
     case = case_of(op, torch.bfloat16)

@@ -87,6 +87,10 @@ def ours_and_torchs(device, impl, dtype):
             lambda: ops.pooling(x, cu_seqlens, mode="mean", normalize=True, **options),
             lambda: F.normalize(x[:4].sum(0, keepdim=True) / 4),
         ),
+        "vocabulary_max": (
+            lambda: ops.vocabulary_max(x, table, words, cu_seqlens, 5, **options),
+            lambda: F.linear(x, table, words).relu().amax(0, keepdim=True),
+        ),
         "contrastive_cross_entropy": (
             lambda: ops.contrastive_cross_entropy(x, other, scale=20.0, **options)[0],
             lambda: F.cross_entropy((x @ other.T).float() * 20, ids),

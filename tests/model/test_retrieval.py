@@ -9,6 +9,7 @@ from labelled import small_encoder, tokenizer_of
 
 from fastbert.model.config import EncoderConfig
 from fastbert.model.retrieval import Objective, TrainedEmbedder, false_negatives
+from fastbert.model.sparse import TrainedSparseEncoder
 from fastbert.tasks import embed
 from fastbert.tasks.examples import Example, Pieces, Spec, batch_of
 
@@ -90,6 +91,45 @@ def test_losses_are_those_of_sentence_transformers(name, place, steps=8):
         found.append(losses)
     assert found[0] == pytest.approx(found[1], rel=1e-4, abs=1e-5)
     assert found[0][-1] < 0.95 * found[0][0]
+
+
+@pytest.mark.parametrize("name", ["contrastive", "margin"])
+def test_sparse_losses_are_those_of_sentence_transformers(name, place, steps=8):
+    """With the regulariser of queries and documents."""
+    st = pytest.importorskip("sentence_transformers")
+    losses = st.sparse_encoder.losses
+    objective = Objective(name, scale=1.0, similarity="dot", flops=0.01)
+    config = EncoderConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    model = TrainedSparseEncoder.start(place / "encoder", config, objective=objective).train()
+    their_model = st.SparseEncoder(str(place / "encoder"), device="cpu").train()
+    base = {"contrastive": losses.SparseMultipleNegativesRankingLoss, "margin": losses.SparseMarginMSELoss}[name]
+    theirs = losses.SpladeLoss(their_model, base(their_model), 0.01, 0.01)
+    spec = Spec("sparse", (), max_length=32, stride=0, truncate=True, settings={"loss": name})
+    examples = [Example(i, texts, None, more={"kind": "pairs"}) for i, (texts, _) in enumerate(rows("pairs"))]
+    labels = torch.randn(len(examples), 3, generator=torch.Generator().manual_seed(0))
+    if name == "margin":
+        for example, scores in zip(examples, labels.tolist(), strict=True):
+            example.gold = scores
+    batch = batch_of(embed.encode(examples, Pieces(tokenizer_of(place), spec), spec))
+    features = [
+        {key: value for key, value in their_model.tokenize(list(column)).items() if torch.is_tensor(value)}
+        for column in zip(*(example.texts for example in examples), strict=True)
+    ]
+    found = []
+    for one in (model, theirs):
+        optimizer, values = torch.optim.AdamW(one.parameters(), lr=1e-3), []
+        for _ in range(steps):
+            if one is model:
+                loss = one(batch).loss
+            else:
+                loss = sum(one([dict(feature) for feature in features], labels).values())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            values.append(loss.item())
+        found.append(values)
+    assert found[0] == pytest.approx(found[1], rel=1e-4, abs=1e-5)
+    assert found[0][-1] < found[0][0]
 
 
 def test_false_negatives():

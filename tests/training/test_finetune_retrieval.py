@@ -85,6 +85,8 @@ def test_a_run_with_a_classifier_resumes_to_the_bit(options, monkeypatch):
         ({"lora": "r=8"}, "--lora does not go with --task embed"),
         ({"class_weights": "balanced"}, "--class-weights does not go with --task embed"),
         ({"task": "classify", "loss": "cosine"}, "--loss goes with the tasks embed"),
+        ({"task": "sparse", "widths": "8"}, "--widths does not go with --task sparse"),
+        ({"flops_weight": 1.0}, "--flops-weight does not go with --task embed"),
         ({"batch_size": 1}, "compares the rows of a batch: expected at least two"),
     ],
 )
@@ -131,3 +133,26 @@ def test_rerank_learns_and_sentence_transformers_loads_it(loss, options):
     theirs = st.CrossEncoder(str(directory), device="cpu").predict(pairs)
     np.testing.assert_allclose(theirs, ours, atol=1e-4)
     assert ours[0] > ours[1]
+
+
+def test_sparse_learns_and_sentence_transformers_loads_it(options):
+    """A larger factor of the regulariser gives fewer words; a batch may come in parts."""
+    st = pytest.importorskip("sentence_transformers")
+    directory, texts = options["output_dir"], ["the cat in year 3", "it builds", ""]
+    metrics = run(options, task="sparse", flops_weight=1e-3, max_steps=30, eval_steps=15, tokens_per_batch=400)
+    assert metrics["metric"] == "mrr@10" and metrics["scores"]["mrr@10"] > 0.5
+    model = st.SparseEncoder(str(directory), device="cpu")
+    vectors = model.encode(texts, convert_to_tensor=True).to_dense()
+    found = predictor.load(directory).predict([(one, other) for one, other in zip(texts, texts[1:])])
+    wanted = [float(one @ other) for one, other in zip(vectors, vectors[1:])]
+    assert [one["score"] for one in found] == pytest.approx(wanted, rel=1e-4, abs=1e-4)
+    fewer = run(options, task="sparse", flops_weight=3.0, max_steps=30, eval_steps=30, output_dir=directory / "few")
+    assert fewer["scores"]["words"] < 0.7 * metrics["scores"]["words"]
+
+
+def test_sparse_needs_a_masked_lm_head(options, tmp_path):
+    from fastbert import SentenceEmbedder
+
+    SentenceEmbedder.from_pretrained(options["model"]).save_pretrained(tmp_path / "bare")
+    with pytest.raises(ValueError, match="has no masked-LM head"):
+        run(options, task="sparse", model=tmp_path / "bare")
