@@ -275,7 +275,7 @@ def evaluate(
 def embed(model, revision, path, output, columns, prompt, precision, ranges, normalize, truncate_dim, device, dtype):
     """Write a vector for each text of a file.
 
-    In the order of the file, in constant memory. What was interrupted goes on.
+    In the order of the file, chunk by chunk. What was interrupted goes on.
     """
     import time
 

@@ -1,4 +1,4 @@
-"""A vector for each row of a file: in parts on the disk, in the order of the rows, in constant memory.
+"""A vector for each row of a file: in parts on the disk, in the order of the rows, chunk by chunk.
 
 Letters: N rows, E embedding size.
 """
@@ -71,7 +71,7 @@ def embed_file(
     path: a .txt, a text a line, empty ones too; or a .jsonl, .csv, .tsv or .parquet; or .gz of all but the last. Rows
     of a table have their text in text_columns: several are joined by a blank. output: a directory of part-00000.npy,
     ... [8192, E] each, or NAME.parquet of part files with the columns id and vector; the id is that of the row, or its
-    line. Memory is constant. What was interrupted goes on, if model, input and options are the same.
+    line. One chunk of the file is in memory. What was interrupted goes on, if model, input and options are the same.
 
     prompt_name: one of model.prompts. normalize: divide by the L2 norm, after the cut of model.truncate_dim. precision:
     float32; float16; "int8" and "ubinary" are quantize_embeddings' of sentence-transformers: 8 bits between the least

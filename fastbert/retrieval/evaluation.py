@@ -110,7 +110,7 @@ def evaluate_reranker(
             for (query, document), one in zip(block, numbers, strict=True):
                 if not np.isfinite(one["score"]):
                     raise ValueError(f"the score of query {query!r} and document {document!r} is not finite")
-                after[query][document] = float(np.float32(one["score"]))
+                after[query][document] = one["score"]
             show(start + len(block))
     own, intervals = scores.means([scores.of_query(before[query], folder.grades[query]) for query in folder.queries])
     more = {"pairs": len(pairs), "candidates": {"scores": own, "intervals": intervals}}
