@@ -344,7 +344,6 @@ def _run(stack, hidden_states, layout, unpads, call, output_hidden_states, retur
 
 class DebertaEncoder(BertEncoder):
     BY_DISTANCE = True
-    PREPARES = False
 
     @staticmethod
     def refuses(module):
@@ -360,12 +359,16 @@ class DebertaEncoder(BertEncoder):
         relative_pos=None, return_dict=True,
     ):  # fmt: skip
         given = query_states is not None or relative_pos is not None or not torch.is_tensor(hidden_states)
-        layout, unpads = None, self.fastbert_options.unpad
+        layout, layers, unpads = None, None, self.fastbert_options.unpad
         if not given and not output_attentions and attention_mask.dim() == 2:
-            if not self._pays(hidden_states, None, unpads, {}):
+            pays = self._pays(hidden_states, None, unpads, {})
+            if not pays and not self._may_prepare(hidden_states):
                 unpads = None
             elif not is_watched(self):
                 layout = layout_under(attention_mask, hidden_states, {}, by_distance=True)
+            layers = None if layout is None else self._prepared(hidden_states, unpads, {})
+            if layers is None and not pays:
+                layout = unpads = None
         if layout is None:
             return self._padded(
                 unpads, hidden_states, attention_mask, output_hidden_states, output_attentions, query_states,
@@ -373,9 +376,16 @@ class DebertaEncoder(BertEncoder):
             )  # fmt: skip
         relative = self.get_rel_embedding()
         conv = getattr(self, "conv", None)
+        faster = dict(zip(self.layer, layers or ()))
+
+        def call(layer, x, inner):
+            if layers is None:
+                return layer(x, inner, rel_embeddings=relative)[0]
+            positions = relative, *layer.attention.self.distances()
+            return faster[layer](x[0], inner.cu_seqlens, inner.max_seqlen, positions)[None]
+
         return _run(
-            self, hidden_states, layout, unpads,
-            lambda layer, x, inner: layer(x, inner, rel_embeddings=relative)[0], output_hidden_states, return_dict,
+            self, hidden_states, layout, unpads, call, output_hidden_states, return_dict,
             after_first=None if conv is None else lambda first, x: conv(first, x, attention_mask),
         )  # fmt: skip
 
@@ -384,7 +394,6 @@ class ModernBertModel(BertEncoder):
     """The model is its own stack: the padding goes before the embeddings."""
 
     BY_DISTANCE = True
-    PREPARES = False
 
     @staticmethod
     def refuses(module):
@@ -398,6 +407,9 @@ class ModernBertModel(BertEncoder):
         layout, unpads = None, False
         if x is not None and (input_ids is None or inputs_embeds is None) and not isinstance(attention_mask, dict):
             layout, unpads = self._layout(x, attention_mask, kwargs)
+        layers = None if layout is None else self._prepared(x, unpads, kwargs)
+        if layout is not None and layers is None and not self._pays(x, layout, unpads, kwargs):
+            layout, unpads = None, None
         if layout is None:
             return self._padded(unpads, input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
         if position_ids is None:
@@ -406,12 +418,25 @@ class ModernBertModel(BertEncoder):
             position_ids = layout.pack(position_ids.expand(layout.shape))[None]
         x, inner = _entering(layout, x, unpads)
         return_dict = kwargs.pop("return_dict", None)
-        out = super(BertEncoder, self).forward(
-            x if input_ids is not None else None, dict.fromkeys(("full_attention", "sliding_attention"), inner),
-            position_ids, x if input_ids is None else None, **kwargs,
-        )  # fmt: skip
+        inputs = dict(input_ids=x if input_ids is not None else None, inputs_embeds=x if input_ids is None else None)
+        if layers is None:
+            masks = dict.fromkeys(("full_attention", "sliding_attention"), inner)
+            out = super(BertEncoder, self).forward(attention_mask=masks, position_ids=position_ids, **inputs, **kwargs)
+        else:
+            out = self._run_prepared(layers, inputs, position_ids, inner)
         out = _with_last(out, _leaving(layout, out[0], unpads))
         return out if (self.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
+
+    def _run_prepared(self, layers, inputs, position_ids, layout):
+        x, rotations = self.embeddings(**inputs), {}
+        for kind in set(self.config.layer_types):
+            # the two halves are the same
+            tables = (table[0].chunk(2, -1)[0] for table in self.rotary_emb(x, position_ids, kind))
+            rotations[kind] = tuple(table[:, None, None] for table in tables)
+        x = x[0]
+        for layer, own in zip(layers, self.layers):
+            x = layer(x, layout.cu_seqlens, layout.max_seqlen, rotation=rotations[own.attention_type])
+        return from_file_of(self, "BaseModelOutput")(last_hidden_state=self.final_norm(x)[None])
 
 
 class RobertaModel(Replacement):
