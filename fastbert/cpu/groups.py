@@ -167,6 +167,8 @@ class Group:
 
 
 @functools.lru_cache(maxsize=4)
+# the first call may come in inference mode and a later one in training
+@torch.inference_mode(False)
 def groups(starts_q, starts, rows_q, rows, device):
     """Groups of packed sequences, for a few batched calls: `(groups, place_q, place_k)`.
 

@@ -242,3 +242,13 @@ def test_bfloat16_is_within_its_rounding(lengths, is_older, options, monkeypatch
         torch.autograd.grad(x, y, cotangent.to(x.dtype)) for x, y in ((out, qkv), (truth, wide))
     )
     assert (gradient.double() - expected).abs().max() < 4 * 2**-8 * expected.abs().max()
+
+
+def test_gradients_after_a_call_in_inference_mode_with_the_same_lengths():
+    q, cu_seqlens = torch.randn(12, 3, 2, 4, requires_grad=True), torch.tensor([0, 5, 12])
+    with torch.inference_mode():
+        expected = attention.attention(q, None, None, cu_seqlens, 7)
+    out = attention.attention(q, None, None, cu_seqlens, 7)
+    out.sum().backward()
+    torch.testing.assert_close(out, expected)
+    assert q.grad.abs().sum() > 0
