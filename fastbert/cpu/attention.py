@@ -84,10 +84,11 @@ _PRODUCTS = 2, 7
 def pays(pairs, places, width, wants_gradients, threads):
     """Whether packing another's padded batch for attention alone, and unpacking it, costs less than it saves: `pairs`
     of a query and a key are left of `places`. threads: torch's, which the answer depends on."""
+    if pairs == places:
+        return False
     rows = -(-places // width)
     seconds, _ = share_saved("forward", (rows, width, width), candidates)
-    saved = _PRODUCTS[wants_gradients] * seconds * (1 - pairs / places)
-    return pairs < places and saved > OVERHEAD[wants_gradients]
+    return _PRODUCTS[wants_gradients] * seconds * (1 - pairs / places) > OVERHEAD[wants_gradients]
 
 
 def _wants_gradients(*tensors):

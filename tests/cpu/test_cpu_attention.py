@@ -252,3 +252,10 @@ def test_gradients_after_a_call_in_inference_mode_with_the_same_lengths():
     out.sum().backward()
     torch.testing.assert_close(out, expected)
     assert q.grad.abs().sum() > 0
+
+
+def test_what_packing_for_attention_alone_pays_for():
+    """Much padding of long texts; neither a full batch nor short texts."""
+    assert attention.pays(32 * 200**2, 32 * 512**2, 768, True, 1)
+    assert not attention.pays(32 * 512**2, 32 * 512**2, 768, True, 1)
+    assert not attention.pays(8 * 3**2, 8 * 8**2, 768, False, 1)
