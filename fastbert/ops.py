@@ -109,26 +109,24 @@ def pays(x: torch.Tensor, tokens: int, places: int, width: int, training: bool, 
 
 
 def may_prepare(x: torch.Tensor, rows: int, width: int) -> bool:
-    """Whether `prepare` may have something for rows like x (or for ids), `width` wide, that is worth a search."""
-    is_on_cpu = x.device.type == "cpu" and x.dtype in (torch.float32, torch.int64) and IMPL in ("auto", "cpu")
+    """Whether `prepare` may have something for rows like x, of a layer `width` wide, that is worth the search in
+    another's modules."""
+    is_on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and IMPL in ("auto", "cpu")
     return is_on_cpu and not torch.is_grad_enabled() and rows * width**2 >= libraries.LEAST
 
 
-def prepare(
-    module: torch.nn.Module, parts: PostNorm | PreNorm, heads: int, scale: float | None = None,
-    approximate: str = "none", window: int | None = None,
-) -> Callable | None:  # fmt: skip
-    """An `inference.Layer`; None where nothing is faster than the ops one by one: on a GPU, where gradients are wanted,
-    under autocast, for other dtypes than float32.
+def prepare(module: torch.nn.Module, x: torch.Tensor, find: Callable) -> Callable | None:
+    """An `inference.Layer` for rows like x; None where nothing is faster than the ops one by one: on a GPU, where
+    gradients are wanted, under autocast, for other dtypes than float32.
 
-    module: whose layer this is. Weights are prepared once, and again after a change. The others: of its ops.
+    module: whose layer this is. find(module): the arguments of Layer, or None where a module inside must be called;
+    asked once, and again after a change inside the module. Weights are prepared once, and again after a change.
     """
-    weight = parts.output.weight
-    is_chosen = weight.device.type == "cpu" and IMPL in ("auto", "cpu") and not torch.is_grad_enabled()
+    is_chosen = x.device.type == "cpu" and IMPL in ("auto", "cpu") and not torch.is_grad_enabled()
     is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed()
-    if not is_chosen or is_traced or _autocasts(weight):
+    if not is_chosen or is_traced or _autocasts(x):
         return None
-    return inference.prepare(module, parts, heads, scale, approximate, window)
+    return inference.prepare(module, find)
 
 
 def _run(op, impl, x, *arguments, **options):

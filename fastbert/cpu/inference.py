@@ -4,6 +4,7 @@ With a few rows the time goes into calls and into reading the weights. So the th
 product, the GELU is part of its product, residuals are added in place, and for oneDNN the weights are packed once.
 """
 
+import operator
 import weakref
 from typing import NamedTuple
 
@@ -85,8 +86,7 @@ class _Linear:
 
 
 def _parameters(parts):
-    """(weight, bias or None) of each."""
-    return [(part.weight, part.bias) for part in parts if part is not None]
+    return [x for part in parts if part is not None for x in (part.weight, part.bias) if x is not None]
 
 
 def _is_readable(x):
@@ -101,24 +101,21 @@ class Layer:
     """
 
     def __init__(
-        self, parts: PostNorm | PreNorm, heads: int, scale: float | None, approximate: str, window: int | None = None
-    ) -> None:
+        self, parts: PostNorm | PreNorm, heads: int, approximate: str, scale: float | None = None,
+        window: int | None = None,
+    ) -> None:  # fmt: skip
         self.parts, self.heads, self.scale, self.approximate, self.window = parts, heads, scale, approximate, window
         is_post = isinstance(parts, PostNorm)
         projections = (parts.query, parts.key, parts.value) if is_post else (parts.qkv,)
         self.linears = _Linear(*projections), *map(_Linear, (parts.output, parts.up, parts.down))
         tables = (parts.pos_key, parts.pos_query) if is_post else ()
         self.tables = [part and _Linear(part) for part in tables]
-        self.pairs = _parameters(parts)
-        self.parameters = [x for pair in self.pairs for x in pair if x is not None]
+        self.parameters = _parameters(parts)
         self.stamp = None
 
-    def holds(self, parts):
-        """Whether these are still the modules, with the same parameters, in float32 and without gaps."""
-        return parts == self.parts and all(
-            weight is own_weight and bias is own_bias and _is_readable(weight) and (bias is None or _is_readable(bias))
-            for (weight, bias), (own_weight, own_bias) in zip(_parameters(parts), self.pairs)
-        )
+    def is_readable(self):
+        """Whether the parameters are in float32 and without gaps."""
+        return all(map(_is_readable, self.parameters))
 
     def _refresh(self):
         stamp = [(x._version, x.data_ptr()) for x in self.parameters]
@@ -198,19 +195,61 @@ def _normalised(norm, x):
     return torch.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
-# module -> its Layer
+class _Seen:
+    """All that a module and those inside it consist of: what a Layer was made from, unless they have changed since."""
+
+    def __init__(self, module):
+        # not the module itself: it would stay alive
+        self.modules = [
+            (None if inner is module else inner, type(inner), *map(list, _contents(inner)))
+            for inner in module.modules()
+        ]
+
+    def holds(self, module):
+        for inner, kind, *contents in self.modules:
+            inner = module if inner is None else inner
+            if type(inner) is not kind or any(map(_differ, contents, _contents(inner))):
+                return False
+            if inner._forward_hooks or inner._forward_pre_hooks or inner._backward_hooks or inner._backward_pre_hooks:
+                return False
+        return True
+
+
+def _contents(module):
+    attributes = vars(module)
+    return attributes.values(), attributes["_modules"].values(), attributes["_parameters"].values()
+
+
+def _differ(before, now):
+    return len(before) != len(now) or not all(map(operator.is_, before, now))
+
+
+# module -> (its Layer, _Seen)
 _PREPARED = weakref.WeakKeyDictionary()
 
 
-def prepare(module, parts, heads, scale, approximate, window=None):
-    """The Layer of `module`, made once; None for parameters that are no contiguous float32 tensors in memory."""
-    layer = _PREPARED.get(module)
-    if layer is None or not layer.holds(parts):
-        parameters = [x for pair in _parameters(parts) for x in pair if x is not None]
-        # inference tensors do not say when they are changed
-        if not in_memory(*parameters) or not torch.backends.mkldnn.is_available():
-            return None
-        if not all(_is_readable(x) and not x.is_inference() for x in parameters):
-            return None
-        layer = _PREPARED[module] = Layer(parts, heads, scale, approximate, window)
+def prepare(module, find):
+    """The Layer of `module`, made once; None for parameters that are no contiguous float32 tensors in memory.
+
+    find(module): the arguments of Layer, or None. It is asked again after a change of the module or inside it.
+    """
+    layer, seen = _PREPARED.get(module, (None, None))
+    if layer is not None and seen.holds(module) and layer.is_readable():
+        return layer
+    found = find(module)
+    if found is None:
+        return None
+    parameters = _parameters(found[0])
+    if layer is not None and found == layer.found and not _differ(parameters, layer.parameters) and layer.is_readable():
+        # something else has changed
+        _PREPARED[module] = layer, _Seen(module)
+        return layer
+    # inference tensors do not say when they are changed
+    if not in_memory(*parameters) or not torch.backends.mkldnn.is_available():
+        return None
+    if not all(_is_readable(x) and not x.is_inference() for x in parameters):
+        return None
+    layer = Layer(*found)
+    layer.found = found
+    _PREPARED[module] = layer, _Seen(module)
     return layer

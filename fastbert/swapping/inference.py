@@ -88,13 +88,13 @@ _PARTS = {
 }
 
 
-def prepared(stack):
-    """The layers of a stack, each a function as `ops.prepare` returns it; None where one must run module by module."""
+def prepared(stack, x):
+    """The layers of a stack for rows like x, each as `ops.prepare` has it; None where one must run module by module."""
     options, layers = stack.fastbert_options, []
     if not (options.layer_norm and options.gelu):
         return None
     for layer in getattr(stack, "layer", ()) or getattr(stack, "layers", ()) or _alberts(stack):
-        found = layer and _prepared(layer)
+        found = layer and ops.prepare(layer, x, _found)
         if found is None:
             return None
         layers.append(found)
@@ -115,7 +115,8 @@ def _is_called(module):
     return "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks
 
 
-def _prepared(layer):
+def _found(layer):
+    """What `ops.prepare` asks for."""
     attention = getattr(layer, "attention", None) or getattr(layer, "attn", None)
     inner = getattr(attention, "self", getattr(attention, "attn", attention))
     replacement = getattr(type(inner), "replacement", None)
@@ -133,6 +134,6 @@ def _prepared(layer):
     if approximate is None or any(norm is not None and eps_of(norm) is None for norm in norms):
         return None
     if isinstance(parts, ops.PreNorm):
-        return ops.prepare(layer, parts, inner.Wo.in_features // inner.head_dim, None, approximate, window_of(inner))
+        return parts, inner.Wo.in_features // inner.head_dim, approximate, None, window_of(inner)
     heads = parts.query.out_features // inner.attention_head_size
-    return ops.prepare(layer, parts, heads, getattr(inner, "scaling", None), approximate)
+    return parts, heads, approximate, getattr(inner, "scaling", None)

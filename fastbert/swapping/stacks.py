@@ -134,7 +134,7 @@ class BertEncoder(Replacement):
 
     RUNS = {"attention": "runs unpadded; falls back to the original when attentions are requested"}
     BY_DISTANCE = False
-    # whether `forward` runs layers as `ops.prepare` has them
+    # whether layers as `ops.prepare` has them are faster than the original, also without padding
     PREPARES = True
 
     @staticmethod
@@ -233,7 +233,7 @@ class BertEncoder(Replacement):
     def _prepared(self, hidden_states, unpads, kwargs):
         """The layers as `ops.prepare` has them, or None."""
         is_flat = kwargs.get("cu_seq_lens_q") is not None
-        return prepared(self) if unpads and not is_flat and self._may_prepare(hidden_states) else None
+        return prepared(self, hidden_states) if unpads and not is_flat and self._may_prepare(hidden_states) else None
 
     def _pays(self, x, layout, unpads, kwargs):
         """Whether packed rows of x [B, S, ...] are faster than the original. layout: None while it is not known."""
@@ -394,6 +394,8 @@ class ModernBertModel(BertEncoder):
     """The model is its own stack: the padding goes before the embeddings."""
 
     BY_DISTANCE = True
+    # the original has almost as few calls: layers are prepared only where packing pays
+    PREPARES = False
 
     @staticmethod
     def refuses(module):
@@ -407,11 +409,9 @@ class ModernBertModel(BertEncoder):
         layout, unpads = None, False
         if x is not None and (input_ids is None or inputs_embeds is None) and not isinstance(attention_mask, dict):
             layout, unpads = self._layout(x, attention_mask, kwargs)
-        layers = None if layout is None else self._prepared(x, unpads, kwargs)
-        if layout is not None and layers is None and not self._pays(x, layout, unpads, kwargs):
-            layout, unpads = None, None
         if layout is None:
             return self._padded(unpads, input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
+        layers = prepared(self, x) if unpads and kwargs.get("cu_seq_lens_q") is None else None
         if position_ids is None:
             position_ids = torch.arange(layout.shape[1], device=x.device)[None]
         if unpads:

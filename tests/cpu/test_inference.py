@@ -86,7 +86,7 @@ def batch():
 
 
 def layers_of(model):
-    return [inference._PREPARED[block] for block in model.encoder.blocks if block in inference._PREPARED]
+    return [inference._PREPARED[block][0] for block in model.encoder.blocks if block in inference._PREPARED]
 
 
 def check(model, batch):
