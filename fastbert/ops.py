@@ -19,17 +19,18 @@ from collections.abc import Callable, Sequence
 import torch
 
 from . import reference
+from .cpu import attention as cpu_attention
 from .cpu import inference, matmul
 from .cpu import libraries as libraries
 from .cpu import low_precision as low_precision
 from .cpu import ops as cpu
 from .cpu.autograd import in_memory as in_memory
 from .cpu.autograd import is_transformed as is_transformed
-from .cpu.inference import PostNorm as PostNorm
 from .values import check as check
 from .values import check_ids as check_ids
 from .values import check_sequences
 
+PostNorm, PreNorm = inference.PostNorm, inference.PreNorm
 IMPLEMENTATIONS = ("auto", "triton", "cpu", "reference")
 IMPL = os.environ.get("FASTBERT_IMPL", "auto")
 if IMPL not in IMPLEMENTATIONS:
@@ -101,17 +102,18 @@ def uses_triton(device: torch.device, impl: str | None = None) -> bool:
     return implementation(device, impl) == "triton"
 
 
-def pays(x: torch.Tensor, tokens: int, places: int, width: int, training: bool) -> bool:
+def pays(x: torch.Tensor, tokens: int, places: int, width: int, training: bool, pairs: bool = False) -> bool:
     """Whether a stack of another's layers, `width` wide, is faster with our ops on `tokens` packed rows than with its
     own modules on `places` padded rows. x: a tensor on their device. training: whether gradients will be wanted, also
-    where activation checkpointing turns them off first.
+    where activation checkpointing turns them off first. pairs: attention alone; both count pairs of query and key.
 
     On a GPU always, and with an `impl` or a dtype that is asked for. On a CPU by what was measured there.
     """
     if x.device.type != "cpu" or IMPL != "auto" or places == 0 or torch.compiler.is_compiling():
         return True
     training = training or torch.is_grad_enabled()
-    return low_precision.current() != "fp32" or matmul.pays(tokens, places, width, training, torch.get_num_threads())
+    rule = cpu_attention.pays if pairs else matmul.pays
+    return low_precision.current() != "fp32" or rule(tokens, places, width, training, torch.get_num_threads())
 
 
 def may_prepare(x: torch.Tensor, rows: int, width: int) -> bool:
@@ -121,22 +123,18 @@ def may_prepare(x: torch.Tensor, rows: int, width: int) -> bool:
     return is_on_cpu and not torch.is_grad_enabled() and rows * width**2 >= libraries.LEAST
 
 
-def prepare(
-    module: torch.nn.Module, parts: PostNorm, heads: int, scale: float | None = None, approximate: str = "none"
-) -> Callable | None:
-    """A post-norm layer for inference: a function (x [T, D], cu_seqlens, max_seqlen, bias=None) -> [T, D]; None where
-    nothing is faster than the ops one by one: on a GPU, where gradients are wanted, under autocast, for other dtypes
-    than float32. With a bias its attention is `biased_attention`.
+def prepare(module: torch.nn.Module, x: torch.Tensor, find: Callable) -> Callable | None:
+    """An `inference.Layer` for rows like x; None where nothing is faster than the ops one by one: on a GPU, where
+    gradients are wanted, under autocast, for other dtypes than float32.
 
-    module: whose layer this is. Weights are prepared once, and again after a change. scale, approximate: of its ops.
+    module: whose layer this is. find(module): the arguments of Layer, or None where a module inside must be called;
+    asked once, and again after a change inside the module. Weights are prepared once, and again after a change.
     """
-    weight = parts.query.weight
-    is_chosen = weight.device.type == "cpu" and IMPL in ("auto", "cpu") and not torch.is_grad_enabled()
-    if not is_chosen or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    is_chosen = x.device.type == "cpu" and IMPL in ("auto", "cpu") and not torch.is_grad_enabled()
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed()
+    if not is_chosen or is_traced or _autocasts(x):
         return None
-    if is_transformed() or _autocasts(weight):
-        return None
-    return inference.prepare(module, parts, heads, scale, approximate)
+    return inference.prepare(module, find)
 
 
 def _run(op, impl, x, *arguments, **options):

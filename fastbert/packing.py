@@ -160,15 +160,13 @@ def pack(
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: expected [batch, length]")
     B, S = input_ids.shape
-    if attention_mask is None:
-        attention_mask = torch.ones_like(input_ids)
-    if attention_mask.shape != input_ids.shape:
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}: expected {(B, S)}, that of input_ids"
         )
-    is_token = attention_mask.bool()
-    layout = layout_of(is_token)
-    lengths = layout.cu_seqlens.diff()
+    # without a mask there is nothing to look for, and nothing to wait for
+    is_token = None if attention_mask is None else attention_mask.bool()
+    layout = full_layout(B, S, input_ids.device) if is_token is None else layout_of(is_token)
     column = torch.arange(S, device=input_ids.device)
     if position_ids is None:
         position_ids = column
@@ -179,16 +177,21 @@ def pack(
         return layout.pack(ids.expand(B, S))
 
     batch = Batch(
-        packed(input_ids), packed(position_ids), packed(token_type_ids), layout.cu_seqlens,
-        int(lengths.max()) if B else 0,
+        packed(input_ids), packed(position_ids), packed(token_type_ids), layout.cu_seqlens, S if B else 0
     )  # fmt: skip
-    widths = (is_token * column).amax(1) - is_token.int().argmax(1) + 1 if S else lengths
-    if bool(((widths != lengths) & (lengths > 0)).any()):
-        batch.columns = layout.indices % S
+    indices = layout.indices
+    if is_token is None:
+        indices = torch.arange(B * S, device=input_ids.device)
+    else:
+        lengths = layout.cu_seqlens.diff()
+        batch.max_seqlen = int(lengths.max()) if B else 0
+        widths = (is_token * column).amax(1) - is_token.int().argmax(1) + 1 if S else lengths
+        if bool(((widths != lengths) & (lengths > 0)).any()):
+            batch.columns = indices % S
     if labels is not None:
         batch.labels = packed(labels)
         batch.picks = (batch.labels != -100).nonzero()[:, 0]
-    return batch, layout.indices
+    return batch, indices
 
 
 def unpack(packed: torch.Tensor, indices: torch.Tensor, B: int, S: int) -> torch.Tensor:
@@ -295,4 +298,6 @@ def pack_inputs(config, input_ids, attention_mask=None, token_type_ids=None, pos
         else:
             position_ids = position_ids - config.position_offset
     batch, indices = pack(input_ids, attention_mask, token_type_ids, position_ids, labels)
+    if attention_mask is None:
+        return batch, lambda rows: rows.view(B, S, *rows.shape[1:])
     return batch, lambda rows: unpack(rows, indices, B, S)

@@ -20,8 +20,8 @@ from .. import reference
 from .autograd import derivatives, in_memory, runs_by_autograd
 from .dropout import attention_keep_mask
 from .groups import in_groups, uniform, with_backward
-from .libraries import LEAST, prefers_onednn
-from .matmul import bmm
+from .libraries import LEAST, prefers_onednn, share_saved
+from .matmul import OVERHEAD, bmm, candidates
 
 # scores at a time per thread: 1 MiB of float32
 _SCORES = 2**18
@@ -36,6 +36,9 @@ def attention(
         q, k, v = reference.with_all_heads(*reference.apart(q, k, v))
     starts = tuple(cu_seqlens.tolist())
     options = dict(scale=scale, dropout_p=dropout_p, seed=seed, offset=offset)
+    if window is not None and max_seqlen - 1 <= window:
+        # every token sees all of its sequence
+        window = None
     if cu_seqlens_q is None and window is None:
         is_uniform = dropout_p == 0.0 and _is_uniform(starts, len(q))
         is_short = is_uniform and starts[1] ** 2 * q.shape[-1] < LEAST
@@ -68,10 +71,26 @@ def _runs_in_cache(kind, q, starts):
     if is_bf16 and "-bias" in kind:
         # a bias's gradient is a long sum
         return False
-    kind += "-bf16" * is_bf16 + "-backward" * _wants_gradients(q)
+    # always with the backward: activation checkpointing runs the forward without gradients first, and then again
+    kind += "-bf16" * is_bf16 + "-backward"
     length = starts[-1] // (len(starts) - 1)
     # in bf16 the first of the two is what older checkpoints ran: groups
     return is_bf16 != prefers_onednn(kind, (min(q.shape[-2], 4), length, length, q.shape[-1]), _candidates)
+
+
+# multiply-adds of attention without gradients and with, in units of pairs * width
+_PRODUCTS = 2, 7
+
+
+@functools.lru_cache(maxsize=4096)
+def pays(pairs, places, width, wants_gradients, threads):
+    """Whether packing another's padded batch for attention alone, and unpacking it, costs less than it saves: `pairs`
+    of a query and a key are left of `places`. threads: torch's, which the answer depends on."""
+    if pairs == places:
+        return False
+    rows = -(-places // width)
+    seconds, _ = share_saved("forward", (rows, width, width), candidates)
+    return _PRODUCTS[wants_gradients] * seconds * (1 - pairs / places) > OVERHEAD[wants_gradients]
 
 
 def _wants_gradients(*tensors):
@@ -82,7 +101,7 @@ def _candidates(kind, sizes):
     """Attention of one sequence in cache and in a group, as functions; for `prefers_onednn`. In bf16 the other way
     round.
 
-    kind: "attention", with what is in the call: -bias, -dropout, -bf16, -backward, -uniform where all have one length.
+    kind: "attention", with what is in the call: -bias, -dropout, -bf16, -uniform where all have one length; -backward.
     """
     H, S, _, K = sizes
     dtype = torch.bfloat16 if "-bf16" in kind else torch.float32
@@ -96,7 +115,7 @@ def _candidates(kind, sizes):
         def forward():
             return run(q, None, None, (0, S), **options)
 
-        return with_backward(forward, (q,)) if kind.endswith("-backward") else forward
+        return with_backward(forward, (q,))
 
     def alike(q, k, v, starts, *, scale):
         return uniform(q, k, v, 1, scale)

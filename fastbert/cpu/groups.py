@@ -82,18 +82,17 @@ def _is_faster_in_steps(q):
         return False
     if not in_memory(q):
         return True
-    kind = "attend-bf16" + "-backward" * (torch.is_grad_enabled() and q.requires_grad)
     members, H, L, K = q.shape
-    return prefers_onednn(kind, (min(members * H, 8), L, L, K), _candidates)
+    # with the backward in any case: see `attention._runs_in_cache`
+    return prefers_onednn("attend-bf16-backward", (min(members * H, 8), L, L, K), _candidates)
 
 
 def _candidates(kind, sizes):
     """Attention in bfloat16 of one group, in steps and fused, as functions; for `prefers_onednn`."""
     H, L, _, K = sizes
     q, k, v = (torch.ones(1, H, L, K, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-    run = with_backward if kind.endswith("-backward") else lambda forward, inputs: forward
-    fused = lambda: F.scaled_dot_product_attention(q, k, v)  # noqa: E731
-    return run(lambda: _attend_in_steps(q, k, v, K**-0.5, None), (q, k, v)), run(fused, (q, k, v))
+    fused, in_steps = lambda: F.scaled_dot_product_attention(q, k, v), lambda: _attend_in_steps(q, k, v, K**-0.5, None)
+    return with_backward(in_steps, (q, k, v)), with_backward(fused, (q, k, v))
 
 
 def with_backward(forward, inputs):
@@ -168,6 +167,8 @@ class Group:
 
 
 @functools.lru_cache(maxsize=4)
+# the first call may come in inference mode and a later one in training
+@torch.inference_mode(False)
 def groups(starts_q, starts, rows_q, rows, device):
     """Groups of packed sequences, for a few batched calls: `(groups, place_q, place_k)`.
 

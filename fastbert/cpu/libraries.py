@@ -123,7 +123,9 @@ def _times(name, threads, candidates):
     times = _read(path)
     if name not in times:
         kind, *sizes = name.replace(" x ", " ").split(" ")
-        seconds, is_calm = zip(*_measure(*candidates(kind, tuple(map(int, sizes)))))
+        # a candidate may have a backward
+        with torch.inference_mode(False):
+            seconds, is_calm = zip(*_measure(*candidates(kind, tuple(map(int, sizes)))))
         times[name] = seconds
         # on a busy machine the next process measures again
         if all(is_calm):

@@ -44,8 +44,13 @@ _lock = threading.Lock()
 
 
 @contextlib.contextmanager
-def products(dtype: str) -> Iterator[None]:
-    """Within it, linear layers of parameters multiply in `dtype`, one of DTYPES, where no gradient is wanted."""
+def products(dtype: str, x: torch.Tensor | None = None) -> Iterator[None]:
+    """Within it, linear layers of parameters multiply in `dtype`, one of DTYPES, where no gradient is wanted.
+
+    x: an input, if there is one. Warns if it is not on a CPU: its layers multiply in their own dtype.
+    """
+    if dtype != "fp32" and x is not None and x.device.type != "cpu":
+        warnings.warn(f"dtype is {dtype!r} and the model is on {x.device}: bf16 and int8 are for a CPU", stacklevel=3)
     before, _current.dtype = _current.dtype, dtype
     try:
         yield

@@ -78,7 +78,7 @@ def _bmm_by_onednn(a, b):
 
 
 # seconds that our path costs in a layer of another's stack, in calls of Python: without gradients, and with
-_OVERHEAD = 4e-4, 2e-3
+OVERHEAD = 4e-4, 2e-3
 # multiply-adds of a layer's linear products without gradients and with, in units of tokens * width**2
 _LAYER = 12, 36
 
@@ -89,7 +89,7 @@ def pays(tokens, places, width, wants_gradients, threads):
     its own on `places` padded rows of this width. threads: torch's, which the answer depends on."""
     seconds, saved = share_saved("forward", (places, width, width), candidates)
     left = tokens / places
-    return _LAYER[wants_gradients] * seconds * (1 - left + left * saved) > _OVERHEAD[wants_gradients]
+    return _LAYER[wants_gradients] * seconds * (1 - left + left * saved) > OVERHEAD[wants_gradients]
 
 
 def candidates(kind, sizes):

@@ -78,14 +78,18 @@ class RotaryAttention(nn.Module):
             out = reference.attention_by_columns(q, k, qkv[:, 2], layout.cu_seqlens, layout.columns, **options)
         return project_back(self.output, out, layout.query_rows)
 
-    def _rotated(self, x, layout):
-        """x [T, 2, H, K]; the two halves of a head are the coordinates that are rotated."""
+    def rotation(self, x, layout):
+        """(cosines, sines), each [T, 1, 1, K / 2], of the dtype and on the device of x."""
         if self.theta not in layout.rotations:
-            K = x.shape[-1]
+            K = self.config.head_size
             frequencies = 1.0 / (self.theta ** (torch.arange(0, K, 2, dtype=torch.float32, device=x.device) / K))
             angle = layout.position_ids[:, None].float() * (frequencies / self.config.rope_factor)
             layout.rotations[self.theta] = tuple(f(angle).to(x.dtype)[:, None, None, :] for f in (torch.cos, torch.sin))
-        cos, sin = layout.rotations[self.theta]
+        return layout.rotations[self.theta]
+
+    def _rotated(self, x, layout):
+        """x [T, 2, H, K]; the two halves of a head are the coordinates that are rotated."""
+        cos, sin = self.rotation(x, layout)
         a, b = x.float().chunk(2, -1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 
@@ -184,8 +188,13 @@ class DisentangledAttention(SelfAttention):
             q = ops.linear(query_states, self.query.weight, self.query.bias).view(-1, H, K)
             q = self._at_all_rows(q, layout, len(x))
             k, v = project(x, self.key, self.value).view(-1, 2, H, K).unbind(1)
-        pos_key, pos_query = (self.key, self.query) if self.config.share_att_key else (self.pos_key, self.pos_query)
-        return self._attend(q, k, v, pos_key, pos_query, layout, dropout)
+        return self._attend(q, k, v, *self.position_projections(), layout, dropout)
+
+    def position_projections(self):
+        """The linear layers that make keys and queries of the relative positions; None for a term that is left out."""
+        shares, terms = self.config.share_att_key, self.config.pos_att_type
+        pairs = ("c2p", self.key if shares else self.pos_key), ("p2c", self.query if shares else self.pos_query)
+        return [linear if term in terms else None for term, linear in pairs]
 
     @staticmethod
     def _at_all_rows(q, layout, T):
@@ -204,10 +213,8 @@ class DisentangledAttention(SelfAttention):
         relative, buckets, furthest = layout.relative
         relative = dropped(relative, config.hidden_dropout_prob, dropout)
         positions = [
-            ops.linear(relative, linear.weight, linear.bias).view(-1, config.num_attention_heads, config.head_size)
-            if term in config.pos_att_type
-            else None
-            for term, linear in (("c2p", pos_key), ("p2c", pos_query))
+            linear and ops.linear(relative, linear.weight, linear.bias).view(-1, *q.shape[-2:])
+            for linear in (pos_key, pos_query)
         ]
         options = dropout.next(config.attention_probs_dropout_prob)
         if layout.columns is None:

@@ -49,27 +49,33 @@ class Block(nn.Module):
 
     def forward(self, x, layout, dropout):
         """x [T, D] -> [T, D], or [M, D] of the query rows."""
-        prepared = self._prepared(layout, dropout)
+        prepared = self._prepared(x, layout, dropout)
         if prepared is not None:
             return prepared(x, layout.cu_seqlens, layout.max_seqlen, layout.relative)
         dropout = dropout.copy()
         attended = self.attention(x, layout, dropout)
         return self.after_attention(attended, x if layout.query_rows is None else x[layout.query_rows], dropout)
 
-    def _prepared(self, layout, dropout):
-        """This layer as `ops.prepare` has it for inference; None where a module inside must be called."""
-        config, attention, feed_forward = self.config, self.attention, self.feed_forward
-        is_plain = config.attention == "softmax" or config.attention == "biased" and layout.columns is None
+    def _prepared(self, x, layout, dropout):
+        """This layer as `ops.prepare` has it for inference, or None."""
+        config = self.config
+        is_relative = config.attention in ("biased", "disentangled") and layout.columns is None
+        is_plain = config.attention == "softmax" or is_relative
         if not is_plain or config.gate or dropout.seed is not None or layout.query_rows is not None:
             return None
-        called = attention, self.attention_norm, feed_forward, self.feed_forward_norm
-        if any(module._forward_hooks or module._forward_pre_hooks for module in called):
+        return ops.prepare(self, x, Block._found)
+
+    def _found(self):
+        """What `ops.prepare` asks for."""
+        config, attention, feed_forward = self.config, self.attention, self.feed_forward
+        if has_hooks(attention, self.attention_norm, feed_forward, self.feed_forward_norm):
             return None
         parts = ops.PostNorm(
             attention.query, attention.key, attention.value, attention.output, self.attention_norm,
             feed_forward.up, feed_forward.down, self.feed_forward_norm,
+            *(attention.position_projections() if config.attention == "disentangled" else ()),
         )  # fmt: skip
-        return ops.prepare(self, parts, config.num_attention_heads, approximate=config.approximate)
+        return parts, config.num_attention_heads, config.approximate
 
     def after_attention(self, attended, residual, dropout):
         """The rest of the layer; attention's output and the residual are both [T, D] or [M, D]."""
@@ -90,12 +96,40 @@ class PreNormBlock(nn.Module):
 
     def forward(self, x, layout, dropout):
         """x [T, D] -> [T, D], or [M, D] of the query rows."""
+        prepared = self._prepared(x, layout, dropout)
+        if prepared is not None:
+            rotation = self.attention.rotation(x, layout)
+            return prepared(x, layout.cu_seqlens, layout.max_seqlen, rotation=rotation)
         dropout = dropout.copy()
         attended = self.attention(x if self.attention_norm is None else self.attention_norm(x), layout, dropout)
         attended = dropped(attended, self.output_dropout, dropout)
         x = attended + (x if layout.query_rows is None else x[layout.query_rows])
         down = self.feed_forward(self.feed_forward_norm(x), dropout)
         return x + dropped(down, self.down_dropout, dropout)
+
+    def _prepared(self, x, layout, dropout):
+        """See Block: ModernBERT's layer."""
+        config = self.attention.config
+        is_known = config.attention == "rotary" and config.gate == "first" and config.approximate is not None
+        if not is_known or dropout.seed is not None or layout.query_rows is not None or layout.columns is not None:
+            return None
+        return ops.prepare(self, x, PreNormBlock._found)
+
+    def _found(self):
+        attention, feed_forward = self.attention, self.feed_forward
+        if has_hooks(self.attention_norm, attention, self.feed_forward_norm, feed_forward):
+            return None
+        parts = ops.PreNorm(
+            self.attention_norm, attention.qkv, attention.output, self.feed_forward_norm, feed_forward.up,
+            feed_forward.down,
+        )  # fmt: skip
+        config = attention.config
+        return parts, config.num_attention_heads, config.approximate, None, attention.window
+
+
+def has_hooks(*modules):
+    """Whether one of the modules, or None, must be called for its hooks."""
+    return any(module is not None and (module._forward_hooks or module._forward_pre_hooks) for module in modules)
 
 
 class Encoder(nn.Module):
@@ -153,9 +187,10 @@ class Encoder(nn.Module):
             raise ValueError(
                 f"a sequence of {batch.max_seqlen} tokens: the model has {self.config.max_length} positions"
             )
-        if self.products == "fp32" or torch.compiler.is_compiling():
+        # in training activation checkpointing may turn gradients off in the first of two passes
+        if self.products == "fp32" or self.training or torch.compiler.is_compiling():
             return self._run(batch, rows, dropout, decoder)
-        with ops.low_precision.products(self.products):
+        with ops.low_precision.products(self.products, batch.input_ids):
             return self._run(batch, rows, dropout, decoder)
 
     def _run(self, batch, rows, dropout, decoder):

@@ -101,29 +101,32 @@ class DebertaV2DisentangledSelfAttention(Attention):
         q, k, v = self._projected(hidden_states)
         relative = self.pos_dropout(rel_embeddings)
         positions = [
-            linear(getattr(self, name), relative).view(len(relative), self.num_attention_heads, -1)
-            if term in self.pos_att_type
-            else None
-            for term, name in zip(("c2p", "p2c"), self._position_projections())
+            part and linear(part, relative).view(len(relative), self.num_attention_heads, -1)
+            for part in self.position_projections()
         ]
 
         def op(q, k, v, *sequences, **options):
             return ops.disentangled_attention(q, k, v, *positions, *sequences, **options)
 
+        buckets, furthest = self.distances()
         out = attend(
-            attention_mask, q, k, v, self.num_attention_heads, op,
-            position_buckets=max(getattr(self, "position_buckets", 0), 0),
-            max_relative_positions=self.max_relative_positions, **dropout_arguments(self.dropout, q.device),
+            attention_mask, q, k, v, self.num_attention_heads, op, position_buckets=buckets,
+            max_relative_positions=furthest, **dropout_arguments(self.dropout, q.device),
         )  # fmt: skip
         return out, None
+
+    def distances(self):
+        """(position_buckets, max_relative_positions) of the op."""
+        return max(getattr(self, "position_buckets", 0), 0), self.max_relative_positions
 
     def _projected(self, hidden_states):
         """Queries, keys and values, [B, S, D] each."""
         return (linear(module, hidden_states) for module in (self.query_proj, self.key_proj, self.value_proj))
 
-    def _position_projections(self):
-        """The modules that make the keys and the queries of positions."""
-        return ("key_proj", "query_proj") if self.share_att_key else ("pos_key_proj", "pos_query_proj")
+    def position_projections(self):
+        """The modules that make the keys and the queries of positions; None for a term that is left out."""
+        names = ("key_proj", "query_proj") if self.share_att_key else ("pos_key_proj", "pos_query_proj")
+        return [getattr(self, name) if term in self.pos_att_type else None for term, name in zip(("c2p", "p2c"), names)]
 
 
 class DebertaDisentangledSelfAttention(DebertaV2DisentangledSelfAttention):
@@ -138,8 +141,9 @@ class DebertaDisentangledSelfAttention(DebertaV2DisentangledSelfAttention):
         q, k, v = qkv.view(*qkv.shape[:2], self.num_attention_heads, 3, -1).unbind(3)
         return q.flatten(2) + self.q_bias, k.flatten(2), v.flatten(2) + self.v_bias
 
-    def _position_projections(self):
-        return "pos_proj", "pos_q_proj"
+    def position_projections(self):
+        terms = ("c2p", "pos_proj"), ("p2c", "pos_q_proj")
+        return [getattr(self, name) if term in self.pos_att_type else None for term, name in terms]
 
 
 def _rotated(x, position_embeddings, dtype=torch.float32):
@@ -194,9 +198,14 @@ class ModernBertAttention(Attention):
         qkv = linear(self.Wqkv, hidden_states).view(B, S, 3, -1, self.head_dim)
         q, k = _rotated(qkv[:, :, :2].flatten(2, 3), position_embeddings).chunk(2, 2)
         options = dropout_arguments(self.attention_dropout if self.training else 0.0, q.device)
-        # their window leaves out its last token, to suit flash-attention
-        window = None if self.sliding_window is None else self.sliding_window - 1
+        window = window_of(self)
         out = attend(
             attention_mask, q, k, qkv[:, :, 2], D // self.head_dim, scale=self.head_dim**-0.5, window=window, **options
         )
         return self.out_drop(linear(self.Wo, out)), None
+
+
+def window_of(attention):
+    """How many tokens one sees to each side in ModernBERT's attention; None: all."""
+    # their window leaves out its last token, to suit flash-attention
+    return None if attention.sliding_window is None else attention.sliding_window - 1

@@ -7,7 +7,8 @@
 transformers calls `mask` once in a forward pass, then `attention` in every layer. The mask is not a [B, 1, S, S] tensor
 but a `Mask`: where the tokens are, found once for all layers. Each layer packs by it, attends, and unpacks. Results at
 padding are 0, but for the first place of a sequence, which models pool. Every other kind of attention (causal, to
-another sequence, under a custom mask) gets the mask and the attention of `sdpa`.
+another sequence, under a custom mask) gets the mask and the attention of `sdpa`, and so does one that packing would
+make slower: short texts and batches without padding on a CPU.
 
 B sequences, S padded length, H heads, K head size.
 """
@@ -33,13 +34,15 @@ class Mask(NamedTuple):
 
     A tuple, like the Layout in it. window: None, or how many tokens a token sees to each side. restarts: None where the
     model was given a mask, else a dict for the sequences in a row as `position_ids` tell them, read once a pass.
-    begins_padded: whether a sequence may begin with padding.
+    begins_padded: whether a sequence may begin with padding. plain: filled by the first layer: whether sdpa is faster,
+    and its mask.
     """
 
     layout: Layout
     window: int | None
     restarts: dict | None
-    begins_padded: bool = False
+    begins_padded: bool
+    plain: dict
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -60,9 +63,9 @@ def _mask(is_token, window, B, S, device):
     # read only in host memory: on a GPU the host would wait for the answer
     is_known = is_token is None or ops.in_memory(is_token)
     if is_known and (is_token is None or bool(is_token.all())):
-        return Mask(full_layout(B, S, device), window, {} if is_token is None else None)
+        return Mask(full_layout(B, S, device), window, {} if is_token is None else None, False, {})
     begins_padded = not is_known or not bool(is_token[:, 0].all())
-    return Mask(layout_of(is_token, padding_last=True), window, None, begins_padded)
+    return Mask(layout_of(is_token, padding_last=True), window, None, begins_padded, {})
 
 
 def mask(**arguments):
@@ -150,6 +153,11 @@ def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=No
             module, query, key, value, attention_mask, found, cu_seqlens, wants_weights,
             dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs,
         )  # fmt: skip
+    if cu_seqlens is found.layout.cu_seqlens and not _pays(module, found, query):
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        options = dict(dropout=dropout, scaling=scaling, is_causal=False)
+        return sdpa_attention_forward(module, query, key, value, found.plain["mask"], **options)
     layout = found.layout
     if is_dry(query) and not ops.uses_triton(query.device):
         return query.transpose(1, 2).contiguous(), None
@@ -161,6 +169,20 @@ def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=No
     if found.begins_padded:
         out = _with_first_place(out, found, query, key, value, dropout, scaling)
     return out, None
+
+
+def _pays(module, found, query):
+    """Whether packing pays, decided once in a forward pass: a layer that runs again for its gradients does the same."""
+    B, H, S, K = query.shape
+    if "pays" not in found.plain:
+        pairs = B * S * S
+        # on a GPU packing pays without a look at the lengths
+        if found.layout.indices is not None and ops.in_memory(found.layout.cu_seqlens):
+            pairs = int(found.layout.cu_seqlens.diff().square().sum())
+        found.plain["pays"] = ops.pays(query, pairs, B * S * S, H * K, module.training, True)
+        if not found.plain["pays"]:
+            found.plain["mask"] = _dense(found, found.layout.cu_seqlens, query.device)
+    return found.plain["pays"]
 
 
 def _with_first_place(out, found, query, key, value, dropout, scaling):

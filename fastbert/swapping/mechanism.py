@@ -270,8 +270,10 @@ def _class_of(replacement, original):
             return original.forward(self, *args, **kwargs)
         if replacement.yields(args, kwargs) or _is_dry_run(args, kwargs) or ops.is_transformed():
             return replacement.call_original(self, *args, **kwargs)
-        if is_stack and self.fastbert_options.dtype != "fp32" and not torch.compiler.is_compiling():
-            with ops.low_precision.products(self.fastbert_options.dtype):
+        # in training activation checkpointing may turn gradients off in the first of two passes
+        is_low = is_stack and self.fastbert_options.dtype != "fp32" and not self.training
+        if is_low and not torch.compiler.is_compiling():
+            with ops.low_precision.products(self.fastbert_options.dtype, _first_tensor(args, kwargs)):
                 return replacement.forward(self, *args, **kwargs)
         return replacement.forward(self, *args, **kwargs)
 
@@ -293,8 +295,12 @@ def _class_of(replacement, original):
 
 def _is_dry_run(args, kwargs):
     """Whether a forward is for shapes only: meta and fake tensors have no lengths to pack by."""
-    x = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
+    x = _first_tensor(args, kwargs)
     return x is not None and is_dry(x)
+
+
+def _first_tensor(args, kwargs):
+    return next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
 
 
 def _reduce(self, protocol):

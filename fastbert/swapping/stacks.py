@@ -16,7 +16,7 @@ from torch import nn
 
 from .. import ops
 from ..packing import Layout, full_layout, layout_of
-from .inference import prepared
+from .inference import prepared, run_modernbert
 from .steps import PLAIN, Replacement, by_name, from_file_of, is_plain, linear, plain_modules
 from .tokenwise import is_watched, may_run_again
 
@@ -135,7 +135,7 @@ class BertEncoder(Replacement):
 
     RUNS = {"attention": "runs unpadded; falls back to the original when attentions are requested"}
     BY_DISTANCE = False
-    # whether `forward` runs layers as `ops.prepare` has them
+    # whether layers as `ops.prepare` has them are faster than the original, also without padding
     PREPARES = True
 
     @staticmethod
@@ -246,7 +246,7 @@ class BertEncoder(Replacement):
     def _prepared(self, hidden_states, unpads, kwargs):
         """The layers as `ops.prepare` has them, or None."""
         is_flat = kwargs.get("cu_seq_lens_q") is not None
-        return prepared(self) if unpads and not is_flat and self._may_prepare(hidden_states) else None
+        return prepared(self, hidden_states) if unpads and not is_flat and self._may_prepare(hidden_states) else None
 
     def _pays(self, x, layout, unpads, kwargs):
         """Whether packed rows of x [B, S, ...] are faster than the original. layout: None while it is not known."""
@@ -374,7 +374,6 @@ def _run(stack, hidden_states, layout, unpads, call, output_hidden_states, retur
 
 class DebertaEncoder(BertEncoder):
     BY_DISTANCE = True
-    PREPARES = False
 
     @staticmethod
     def refuses(module):
@@ -390,12 +389,16 @@ class DebertaEncoder(BertEncoder):
         relative_pos=None, return_dict=True,
     ):  # fmt: skip
         given = query_states is not None or relative_pos is not None or not torch.is_tensor(hidden_states)
-        layout, unpads = None, self.fastbert_options.unpad
+        layout, layers, unpads = None, None, self.fastbert_options.unpad
         if not given and not output_attentions and attention_mask.dim() == 2:
-            if not self._pays(hidden_states, None, unpads, {}):
+            pays = self._pays(hidden_states, None, unpads, {})
+            if not pays and not self._may_prepare(hidden_states):
                 unpads = None
             elif not is_watched(self):
                 layout = layout_under(attention_mask, hidden_states, {}, by_distance=True)
+            layers = None if layout is None else self._prepared(hidden_states, unpads, {})
+            if layers is None and not pays:
+                layout = unpads = None
         if layout is None or self._lacks_rows(layout):
             return self._padded(
                 unpads, hidden_states, attention_mask, output_hidden_states, output_attentions, query_states,
@@ -403,9 +406,16 @@ class DebertaEncoder(BertEncoder):
             )  # fmt: skip
         relative = self.get_rel_embedding()
         conv = getattr(self, "conv", None)
+        faster = dict(zip(self.layer, layers or ()))
+
+        def call(layer, x, inner):
+            if layers is None:
+                return layer(x, inner, rel_embeddings=relative)[0]
+            positions = relative, *layer.attention.self.distances()
+            return faster[layer](x[0], inner.cu_seqlens, inner.max_seqlen, positions)[None]
+
         return _run(
-            self, hidden_states, layout, unpads,
-            lambda layer, x, inner: layer(x, inner, rel_embeddings=relative)[0], output_hidden_states, return_dict,
+            self, hidden_states, layout, unpads, call, output_hidden_states, return_dict,
             after_first=None if conv is None else lambda first, x: conv(first, x, attention_mask),
         )  # fmt: skip
 
@@ -414,6 +424,7 @@ class ModernBertModel(BertEncoder):
     """The model is its own stack: the padding goes before the embeddings."""
 
     BY_DISTANCE = True
+    # the original has almost as few calls: layers are prepared only where packing pays
     PREPARES = False
 
     @staticmethod
@@ -433,16 +444,19 @@ class ModernBertModel(BertEncoder):
             layout, unpads = self._layout(x, attention_mask, kwargs)
         if layout is None:
             return self._padded(unpads, input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
+        layers = prepared(self, x) if unpads and kwargs.get("cu_seq_lens_q") is None else None
         if position_ids is None:
             position_ids = torch.arange(layout.shape[1], device=x.device)[None]
         if unpads:
             position_ids = layout.pack(position_ids.expand(layout.shape))[None]
         x, inner = _entering(layout, x, unpads)
         return_dict = kwargs.pop("return_dict", None)
-        out = super(BertEncoder, self).forward(
-            x if input_ids is not None else None, dict.fromkeys(("full_attention", "sliding_attention"), inner),
-            position_ids, x if input_ids is None else None, **kwargs,
-        )  # fmt: skip
+        inputs = dict(input_ids=x if input_ids is not None else None, inputs_embeds=x if input_ids is None else None)
+        if layers is None:
+            masks = dict.fromkeys(("full_attention", "sliding_attention"), inner)
+            out = super(BertEncoder, self).forward(attention_mask=masks, position_ids=position_ids, **inputs, **kwargs)
+        else:
+            out = run_modernbert(self, layers, inputs, position_ids, inner)
         out = _with_last(out, _leaving(layout, out[0], unpads))
         return out if (self.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
 

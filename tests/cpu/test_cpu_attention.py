@@ -242,3 +242,20 @@ def test_bfloat16_is_within_its_rounding(lengths, is_older, options, monkeypatch
         torch.autograd.grad(x, y, cotangent.to(x.dtype)) for x, y in ((out, qkv), (truth, wide))
     )
     assert (gradient.double() - expected).abs().max() < 4 * 2**-8 * expected.abs().max()
+
+
+def test_gradients_after_a_call_in_inference_mode_with_the_same_lengths():
+    q, cu_seqlens = torch.randn(12, 3, 2, 4, requires_grad=True), torch.tensor([0, 5, 12])
+    with torch.inference_mode():
+        expected = attention.attention(q, None, None, cu_seqlens, 7)
+    out = attention.attention(q, None, None, cu_seqlens, 7)
+    out.sum().backward()
+    torch.testing.assert_close(out, expected)
+    assert q.grad.abs().sum() > 0
+
+
+def test_what_packing_for_attention_alone_pays_for():
+    """Much padding of long texts; neither a full batch nor short texts."""
+    assert attention.pays(32 * 200**2, 32 * 512**2, 768, True, 1)
+    assert not attention.pays(32 * 512**2, 32 * 512**2, 768, True, 1)
+    assert not attention.pays(8 * 3**2, 8 * 8**2, 768, False, 1)

@@ -28,12 +28,41 @@ def model():
     return MaskedLM(config).eval()
 
 
+def small(family, **changes):
+    sizes = dict(vocab_size=100, hidden_size=128, intermediate_size=320, num_attention_heads=4, num_hidden_layers=2)
+    return preset(family).replace(**sizes | changes)
+
+
 @pytest.mark.parametrize("family", ["albert-base-v2", "mpnet-base"])
 def test_values_of_another_family(family, library, batch):
-    config = preset(family).replace(
-        vocab_size=100, hidden_size=128, intermediate_size=320, num_attention_heads=4, num_hidden_layers=2
-    )
-    check(MaskedLM(config).eval(), batch)
+    check(MaskedLM(small(family)).eval(), batch)
+
+
+@pytest.mark.parametrize("changes", [{}, {"share_att_key": False}, {"pos_att_type": ("c2p",)}], ids=str)
+def test_values_of_relative_positions(changes, library, batch):
+    """The table and its projections are read again, too."""
+    model = MaskedLM(small("deberta-v3-small", **changes)).eval()
+    before, attention = check(model, batch), model.encoder.blocks[1].attention
+    for weight in (model.encoder.relative.table.weight, attention.position_projections()[0].weight):
+        with torch.no_grad():
+            weight.normal_()
+        changed = check(model, batch)
+        assert not torch.allclose(changed, before, atol=1e-4)
+        before = changed
+
+
+# a window that some sequences are longer than, and one that none is
+@pytest.mark.parametrize("window", [8, 64])
+def test_values_of_a_pre_norm_family(window, library, batch):
+    config = small("modernbert-base", windows=(None, window), pad_token_id=0, rope_thetas=(1e4, 1e4))
+    model = MaskedLM(config).eval()
+    before = check(model, batch)
+    for name in ("attention.qkv", "feed_forward.up", "feed_forward_norm"):
+        with torch.no_grad():
+            model.encoder.blocks[0].get_submodule(name).weight.mul_(1.5)
+        changed = check(model, batch)
+        assert not torch.allclose(changed, before, atol=1e-4)
+        before = changed
 
 
 def test_gaps_in_a_sequence_and_a_bias(library):
@@ -57,7 +86,7 @@ def batch():
 
 
 def layers_of(model):
-    return [inference._PREPARED[block] for block in model.encoder.blocks if block in inference._PREPARED]
+    return [inference._PREPARED[block][0] for block in model.encoder.blocks if block in inference._PREPARED]
 
 
 def check(model, batch):

@@ -183,3 +183,20 @@ def test_what_is_faster_is_measured(monkeypatch):
     assert low_precision.gain("bf16") == 0.0 and not asked
     assert low_precision.gain("int8") == 3.0 and set(asked) == {"int8", "int8-gain", "packed"}
     assert low_precision.fastest_engine() == "fbgemm"
+
+
+def test_a_model_that_left_the_cpu_says_that_it_multiplies_as_before():
+    said = pytest.warns(UserWarning, match="dtype is 'int8' and the model is on meta: bf16 and int8 are for a CPU")
+    with said, products("int8", torch.empty(1, device="meta")):
+        pass
+
+
+def test_training_is_in_float32_where_gradients_are_off_in_the_first_of_two_passes():
+    """As under reentrant checkpointing: the second pass is in float32."""
+    no_dropout = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    model = MaskedLM(preset("bert-tiny").replace(vocab_size=100, **no_dropout)).train()
+    model.encoder.products = "int8"
+    batch = pack(torch.randint(5, 100, (2, 8)))[0]
+    with torch.no_grad():
+        first = model.encoder(batch)
+    torch.testing.assert_close(first, model.encoder(batch), rtol=1e-5, atol=1e-5)

@@ -38,6 +38,8 @@ FAMILIES = {
     "NomicBert": SIZES,
     "JinaEmbeddingsV3": SIZES,
 }  # fmt: skip
+# the suite switches this rule off
+real_pays = ops.pays
 NO_INTERFACE = {"MPNet": SIZES, "Deberta": {**SIZES, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]}}
 B, S = 3, 11
 MASKS = {
@@ -115,6 +117,38 @@ def test_equal_to_eager(family, mask, impl, calls):
     assert len(calls) == layers
     assert_same_gradients(gradients(fast, got, real), gradients(eager, wanted, real))
     assert torch.isfinite(got).all()
+
+
+@pytest.mark.parametrize("family", ["Bert", "ModernBert"])
+@pytest.mark.parametrize("mask", ["none", "full", "right", "left"])
+def test_what_packing_does_not_pay_for_stays_with_sdpa(family, mask, calls, monkeypatch):
+    """On a CPU, short texts and full batches: the values and gradients of sdpa, to the bit."""
+    monkeypatch.setattr(ops, "IMPL", "auto")
+    monkeypatch.setattr(ops, "pays", real_pays)
+    fast = build(family, attn_implementation="fastbert").train()
+    inputs, real = batch(mask)
+    outs = []
+    for name in ("fastbert", "sdpa"):
+        fast.set_attn_implementation(name)
+        torch.manual_seed(0)
+        hidden = fast(**inputs).last_hidden_state
+        outs.append([hidden[real], *gradients(fast, hidden, real).values()])
+    assert not calls
+    assert all(map(torch.equal, *outs))
+
+
+def test_padding_that_pays_is_left_out_and_the_layer_that_runs_again_does_the_same(calls, monkeypatch):
+    monkeypatch.setattr(ops, "IMPL", "auto")
+    asked = []
+    monkeypatch.setattr(ops, "pays", lambda *arguments: asked.append(arguments[1:]) or True)
+    fast = build("Bert", attn_implementation="fastbert").train()
+    fast.gradient_checkpointing_enable({"use_reentrant": True})
+    fast.enable_input_require_grads()
+    inputs, real = batch("right")
+    gradients(fast, fast(**inputs).last_hidden_state, real)
+    # two layers, each twice; the lengths are 7, 11 and 1
+    assert len(calls) == 4
+    assert asked == [(171, B * S * S, 28, True, True)]
 
 
 def test_padding_gives_zero_and_costs_nothing(impl, calls):
