@@ -261,7 +261,7 @@ class VocabularyMaxFunction(torch.autograd.Function):
 
 
 def vocabulary_max(hidden, weight, bias, cu_seqlens, max_seqlen):
-    """log(1 + relu(max over a text's tokens of hidden @ weightᵀ + bias)), see `fastbert/reference_retrieval.py`.
+    """log(1 + relu(max over a text's tokens of hidden @ weightᵀ + bias)), see `fastbert/reference_heads.py`.
 
     hidden [T, D] and weight [V, D] in fp32, fp16 or bf16, of one dtype, any strides; bias [V] or None; cu_seqlens int32
     [B+1], no sequence longer than max_seqlen. Returns [B, V] in hidden's dtype. Differentiable once.

@@ -23,8 +23,8 @@ OTHERS = sorted([*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("
 # Python's own; None: no rule
 MAY_IMPORT = {
     "kernels": ("", "torch triton"),
-    "reference": ("reference_retrieval", "torch"),
-    "reference_retrieval": ("", "torch"),
+    "reference": ("reference_heads", "torch"),
+    "reference_heads": ("", "torch"),
     "cpu": ("reference", "torch numpy"),
     "ops": ("kernels cpu reference values", "torch"),
     "values": ("", "torch"),
@@ -242,7 +242,7 @@ def test_no_drawer_for_everything():
 def test_op_has_one_signature(op):
     """In ops.py, reference.py, its one kernel file and, unless it is the reference's own there, in one file of cpu/."""
     public = signature(ROOT / "fastbert" / "ops.py", op)
-    meanings = (ROOT / "fastbert" / "reference.py", ROOT / "fastbert" / "reference_retrieval.py")
+    meanings = (ROOT / "fastbert" / "reference.py", ROOT / "fastbert" / "reference_heads.py")
     (meaning,) = (path for path in meanings if op in functions(path))
     assert signature(meaning, op) == public
     (kernel,) = (path for path in KERNELS if op in functions(path))
