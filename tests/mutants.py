@@ -2,7 +2,6 @@
 
     python tests/mutants.py                     # all
     python tests/mutants.py pair-labels         # those named
-    python tests/mutants.py --list              # what there is
 
 A fault is planted in a copy of what git tracks. One whose text is no longer in its file exactly once is an error: it
 has to be brought up to date.
@@ -470,17 +469,11 @@ def judge(mutant, place):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="mutants to run (all by default)")
-    parser.add_argument("--list", action="store_true", help="name the mutants and their tests, run nothing")
     arguments = parser.parse_args()
     unknown = set(arguments.names) - {mutant.name for mutant in MUTANTS}
     if unknown:
-        parser.error(f"no mutant named {', '.join(sorted(unknown))}: see --list")
+        parser.error(f"no mutant named {', '.join(sorted(unknown))}")
     mutants = [mutant for mutant in MUTANTS if not arguments.names or mutant.name in arguments.names]
-    if arguments.list:
-        for mutant in mutants:
-            print(f"{mutant.name:44} {mutant.file:40} {mutant.tests}")
-        return 0
-
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
         copy_tree(place)
