@@ -53,3 +53,15 @@ def small_encoder(place, **changes):
 
 def tokenizer_of(place):
     return load_tokenizer(place / "encoder")
+
+
+def losses_of(model, loss, steps):
+    """The losses of so many steps of AdamW, each from a call of loss()."""
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-3), []
+    for _ in range(steps):
+        value = loss()
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    return losses

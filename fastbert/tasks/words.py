@@ -37,7 +37,7 @@ class Words:
         """Whether the ids of this tokenizer's texts are those of their words."""
         kinds = normalizers.BertNormalizer, pre_tokenizers.BertPreTokenizer, models.WordPiece
         parts = tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.model
-        # a token that somebody added may have a blank inside, or end in the middle of a word
+        # special tokens in a text are text; others that were added may have a blank inside, or end within a word
         added = tokenizer.get_added_tokens_decoder().values()
         if not all(map(isinstance, parts, kinds)) or not all(token.special for token in added):
             return False

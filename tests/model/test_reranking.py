@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from labelled import small_encoder, tokenizer_of
+from labelled import losses_of, small_encoder, tokenizer_of
 
 from fastbert.model.heads import SequenceClassifier
 from fastbert.model.reranking import OBJECTIVES
@@ -52,15 +52,8 @@ def test_losses_are_those_of_sentence_transformers(name, place, steps=8):
         arguments = [queries, [list(one.texts[1:]) for one in examples]], [torch.tensor(gold) for gold in golds]
     else:
         arguments = [queries, *map(list, zip(*(one.texts[1:] for one in examples)))], torch.tensor(golds)
-    found = []
-    for one in (model, theirs):
-        optimizer, losses = torch.optim.AdamW(one.parameters(), lr=1e-3), []
-        for _ in range(steps):
-            loss = one(batch).loss if one is model else theirs(*arguments)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        found.append(losses)
+    found = [
+        losses_of(model, lambda: model(batch).loss, steps), losses_of(theirs, lambda: theirs(*arguments), steps)
+    ]  # fmt: skip
     assert found[0] == pytest.approx(found[1], rel=1e-4, abs=1e-5)
     assert found[0][-1] < found[0][0]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from helpers import packed_batch
-from labelled import small_encoder, tokenizer_of
+from labelled import losses_of, small_encoder, tokenizer_of
 
 from fastbert.model.config import EncoderConfig
 from fastbert.model.retrieval import Objective, TrainedEmbedder, false_negatives
@@ -79,16 +79,10 @@ def test_losses_are_those_of_sentence_transformers(name, place, steps=8):
         {key: value for key, value in their_model.tokenize(list(column)).items() if torch.is_tensor(value)}
         for column in zip(*(example.texts for example in examples), strict=True)
     ]
-    found = []
-    for one in (model, theirs):
-        optimizer, losses = torch.optim.AdamW(one.parameters(), lr=1e-3), []
-        for _ in range(steps):
-            loss = one(batch).loss if one is model else one([dict(feature) for feature in features], labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        found.append(losses)
+    found = [
+        losses_of(model, lambda: model(batch).loss, steps),
+        losses_of(theirs, lambda: theirs([dict(feature) for feature in features], labels), steps),
+    ]
     assert found[0] == pytest.approx(found[1], rel=1e-4, abs=1e-5)
     assert found[0][-1] < 0.95 * found[0][0]
 
@@ -115,19 +109,10 @@ def test_sparse_losses_are_those_of_sentence_transformers(name, place, steps=8):
         {key: value for key, value in their_model.tokenize(list(column)).items() if torch.is_tensor(value)}
         for column in zip(*(example.texts for example in examples), strict=True)
     ]
-    found = []
-    for one in (model, theirs):
-        optimizer, values = torch.optim.AdamW(one.parameters(), lr=1e-3), []
-        for _ in range(steps):
-            if one is model:
-                loss = one(batch).loss
-            else:
-                loss = sum(one([dict(feature) for feature in features], labels).values())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            values.append(loss.item())
-        found.append(values)
+    found = [
+        losses_of(model, lambda: model(batch).loss, steps),
+        losses_of(theirs, lambda: sum(theirs([dict(one) for one in features], labels).values()), steps),
+    ]
     assert found[0] == pytest.approx(found[1], rel=1e-4, abs=1e-5)
     assert found[0][-1] < found[0][0]
 
